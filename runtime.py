@@ -1,0 +1,253 @@
+"""What the scripts would otherwise each repeat: errors in one line, device, dtype, processes, seeds, files.
+
+Every script's last line is `run(main)`: a user's mistake (UserError) becomes one line on stderr and exit code 2.
+"""
+import argparse
+import hashlib
+import json
+import math
+import os
+import pickle
+import signal
+import sys
+import zipfile
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+FORMAT = "capacity-manipulation/1"      # the first thing in every file that torch.save writes here
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Errors and the command line
+
+class UserError(Exception):
+    """A mistake that the user can mend: the message names the flag and the fix. No traceback is shown."""
+
+
+def run(main):
+    """Call main(); a UserError becomes one line (from rank 0) and exit code 2."""
+    try:
+        main()
+    except UserError as e:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"error: {e}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with one-line errors that --help can follow, no abbreviations, and the flags every script has."""
+
+    def __init__(self, doc):
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+
+    def error(self, message):
+        raise UserError(message)
+
+    def add_common(self, out):
+        """--device --dtype --seed --out; `out` is the help text of --out."""
+        g = self.add_argument_group("every script")
+        g.add_argument("--device", default="auto", help="auto (cuda where there is one, else cpu), or a torch device")
+        g.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="what the network "
+                       "computes in; weights stay float32. auto: bfloat16 where the device has it (default: auto)")
+        g.add_argument("--seed", type=integer(0), default=0, help="everything random follows from it (default: 0)")
+        g.add_argument("--out", help=out)
+
+
+def integer(low, high=None):
+    """An argparse type: an int in [low, high]."""
+    def parse(text):
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be a whole number, not {text!r}")
+        if value < low or (high is not None and value > high):
+            raise argparse.ArgumentTypeError(f"must be at least {low}" + (f" and at most {high}" if high is not None else "")
+                                             + f", not {value}")
+        return value
+    return parse
+
+
+def number(low=-math.inf, high=math.inf, above=-math.inf):
+    """An argparse type: a finite float in [low, high] and greater than `above`."""
+    def parse(text):
+        try:
+            value = float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be a number, not {text!r}")
+        if not (math.isfinite(value) and low <= value <= high and value > above):
+            least = f"greater than {above:g}" if above > low else f"at least {low:g}"
+            most = "" if high == math.inf else f" and at most {high:g}"
+            raise argparse.ArgumentTypeError(f"must be {least}{most}, not {text}")
+        return value
+    return parse
+
+
+def progress(iterable=None, **kwargs):
+    """A tqdm bar: lively on a terminal, one line every ten seconds in a log file."""
+    return tqdm(iterable, mininterval=0.2 if sys.stderr.isatty() else 10, dynamic_ncols=True, **kwargs)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Device, dtype, processes
+
+@dataclass
+class Runtime:
+    """Where a script runs: its device, the dtype it computes in, its rank among `world` processes."""
+    device: torch.device
+    dtype: torch.dtype
+    rank: int = 0
+    world: int = 1
+
+    def print(self, *words):
+        """Print, from rank 0 only."""
+        if self.rank == 0:
+            print(*words, flush=True)
+
+    def autocast(self):
+        """The context in which networks are called: bfloat16 autocast, or nothing for float32."""
+        return nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, self.dtype)
+
+    @contextmanager
+    def rank_0_first(self):
+        """Within, rank 0 runs while the others wait, then they run: for work that leaves a file which all read."""
+        if self.world > 1 and self.rank > 0:
+            dist.barrier()
+        yield
+        if self.world > 1 and self.rank == 0:
+            dist.barrier()
+
+    def maximum(self, value):
+        """The largest of every rank's `value` (an int): how ranks agree, without waiting for the device."""
+        if self.world == 1:
+            return value
+        tensor = torch.tensor(value)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)      # a CPU tensor: gloo
+        return int(tensor)
+
+
+def setup(device="auto", dtype="auto"):
+    """Join torchrun's processes if there are any, choose the device and the dtype; return a Runtime."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if device == "auto":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(device)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as e:
+        raise UserError(f"--device {device}: this machine cannot use it ({str(e).splitlines()[0]})")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if "RANK" in os.environ and not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    native = dtype == "auto" and computes_bfloat16(device)
+    return Runtime(device, torch.bfloat16 if native or dtype == "bfloat16" else torch.float32, rank, world)
+
+
+def computes_bfloat16(device):
+    """Whether the device multiplies bfloat16 in hardware, so that it is faster than float32 there."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):
+        has = torch.cpu.get_capabilities()
+        return bool(has.get("avx512_bf16") or has.get("amx_bf16"))
+    return False
+
+
+class StopSignal:
+    """Turns SIGTERM and SIGINT into a number to look at: 0, or the signal; a second signal ends the process at once."""
+
+    def __init__(self):
+        self.number = 0
+        for s in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(s, self.catch)
+
+    def catch(self, number, frame):
+        """The handler: remember the signal, and restore the default action for the next one."""
+        self.number = number
+        signal.signal(number, signal.SIG_DFL)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Seeds: everything random is a pure function of (seed, what, which)
+
+def seed_of(*parts):
+    """A 63-bit seed from integers and strings, the same on every machine: seed_of(seed, "step", 12)."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def generator(device, *parts):
+    """A torch.Generator on `device`, seeded by seed_of(*parts)."""
+    return torch.Generator(device=device).manual_seed(seed_of(*parts))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Files: written under a temporary name and renamed, so that what stands under the real name is whole
+
+def write_atomic(path, write, flag="--out"):
+    """Call write(temporary path), then rename it to `path`; on failure the old file stands. Raises UserError."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as e:        # torch.save reports a full disk as a RuntimeError
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"{flag}: cannot write {path} ({e}); free some space or choose another folder with {flag}")
+
+
+def write_json(path, value, flag="--out"):
+    """Write `value` as indented JSON, atomically."""
+    write_atomic(path, lambda p: p.write_text(json.dumps(value, indent=1) + "\n"), flag)
+
+
+def read_json(path):
+    """The value in a JSON file, or None where there is no such file or it is not JSON."""
+    try:
+        return json.loads(Path(path).read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def save(path, value):
+    """torch.save a dict of tensors and plain types, marked as ours, atomically."""
+    write_atomic(path, lambda p: torch.save({"format": FORMAT, **value}, p))
+
+
+def load(path, kind, flag="--ckpt"):
+    """Read what `save` wrote, on the CPU, with weights_only=True. Raises UserError that names `flag`.
+
+    kind: the value under "kind" that the file must have ("diffusion" or "classifier").
+    """
+    if not Path(path).is_file():
+        raise UserError(f"{flag} {path}: there is no such file")
+    try:
+        value = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile):
+        raise UserError(f"{flag} {path}: not a whole checkpoint (cut short, damaged or of another program)")
+    if not isinstance(value, dict) or value.get("format") != FORMAT or value.get("kind") != kind:
+        raise UserError(f"{flag} {path}: not a {kind} checkpoint of this project")
+    return value
+
+
+def sha256(path):
+    """The SHA-256 of a file, as hex."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while block := f.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def up_to_date(record, settings):
+    """Whether the JSON file `record` says under "settings" that its output was made with exactly `settings`."""
+    return (read_json(record) or {}).get("settings") == json.loads(json.dumps(settings))

@@ -1,0 +1,291 @@
+"""Draw class-balanced images from a checkpoint, or export its merged weights.
+
+    python sample.py --ckpt out/NAME/ckpt.pt --classes 6-9 --num 64       # samples.npz, samples.json, grid.png
+    python sample.py --ckpt out/NAME/ckpt.pt --branch general             # what theta^g draws without its BA
+    python sample.py --ckpt out/NAME/ckpt.pt --export merged.pt           # theta = theta^g + theta^e, a plain U-Net
+
+Image i is a pure function of (checkpoint, --seed, i): its label is the i-th of the classes in turn, its noise is
+drawn from (seed, i), so the batch size and the number of processes change nothing. samples.npz is the layout of the
+ADM evaluator: arr_0 N x H x W x 3 uint8 (grey images repeated), arr_1 N labels.
+"""
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image, ImageDraw
+
+import runtime
+from cm_layers import merge, reserve
+from data import resolve_classes, to_uint8
+from model import UNet, UNetConfig, make_alphas_bar
+from runtime import Parser, UserError, integer, number, run
+
+DEFAULTS = {"guidance": 1.5, "num": 100}                # omega 1.5: the authors' release
+DATASET_DEFAULTS = {"digits": {"guidance": 0.0}}        # 8 x 8 digits need no guidance to be of their class
+
+
+def sampling_defaults(dataset):
+    """The defaults that hold for a data set's samples: {"guidance": omega, "num": images}."""
+    return {**DEFAULTS, **DATASET_DEFAULTS.get(dataset, {})}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Samplers: sampler(predict, x_T, alphas_bar, timesteps, noise) -> x_0, with predict(x_t, t) -> eps, t an int
+
+def make_timesteps(T, steps, grid="uniform"):
+    """A descending list of `steps` timesteps in [0, T): uniform floor(i T / steps), or quad, (i / (steps - 1))^2 0.8 T.
+
+    uniform with T = 1000, steps = 50 is 980, 960 ... 0; quad is the CIFAR-10 grid of Song et al. (2021a).
+    """
+    if grid == "uniform":
+        grid_t = [i * T // steps for i in range(steps)]
+    else:
+        grid_t = [int(t) for t in np.linspace(0, np.sqrt(0.8 * T), steps) ** 2]
+    if len(set(grid_t)) < steps:
+        raise UserError(f"--steps {steps}: the {grid} grid of {T} timesteps has no {steps} different ones; take fewer")
+    return grid_t[::-1]
+
+
+def pairs(alphas_bar, timesteps):
+    """Yield (t, alphas_bar_t, alphas_bar of the next timestep) as floats; after the last comes alphas_bar = 1, t = -1."""
+    nexts = [float(alphas_bar[t]) for t in timesteps[1:]] + [1.0]
+    for t, ab_next in zip(timesteps, nexts):
+        yield t, float(alphas_bar[t]), ab_next
+
+
+def ddim(predict, x, alphas_bar, timesteps, noise, eta=0.0):
+    """DDIM (Song et al., 2021a, Eq. 12); eta = 0 is deterministic, eta = 1 ancestral with the posterior variance.
+
+    x (N, C, H, W) standard normal; noise() gives fresh standard normal noise of x's shape. x_0 is not clipped.
+    """
+    for t, ab, ab_next in pairs(alphas_bar, timesteps):
+        eps = predict(x, t)
+        x_0 = (x - (1 - ab) ** 0.5 * eps) / ab ** 0.5
+        sigma = eta * ((1 - ab_next) / (1 - ab) * (1 - ab / ab_next)) ** 0.5
+        x = ab_next ** 0.5 * x_0 + (1 - ab_next - sigma ** 2) ** 0.5 * eps
+        if sigma:
+            x = x + sigma * noise()
+    return x
+
+
+def ddpm(predict, x, alphas_bar, timesteps, noise):
+    """Ancestral sampling, Algorithm C.1, with sigma_t^2 = beta_t; no noise is added at the last step.
+
+    On a grid with gaps, alpha_t is the ratio of neighbouring alphas_bar, so that every number of steps is consistent.
+    """
+    for t, ab, ab_next in pairs(alphas_bar, timesteps):
+        alpha = ab / ab_next
+        beta = 1 - alpha
+        x = (x - beta / (1 - ab) ** 0.5 * predict(x, t)) / alpha ** 0.5
+        if ab_next < 1:
+            x = x + beta ** 0.5 * noise()
+    return x
+
+
+SAMPLERS = {"ddim": ddim, "ddpm": ddpm}
+
+
+def guided(net, y, omega, rt):
+    """predict(x_t, t) with classifier-free guidance, eps + omega (eps - eps_null); omega 0 skips the second pass."""
+    null = torch.full_like(y, -1)
+
+    def predict(x, t):
+        t = torch.full_like(y, t)
+        with rt.autocast():
+            eps = net(x, t, y)
+            if omega:
+                eps = eps + omega * (eps - net(x, t, null))
+        return eps.float()
+    return predict
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Networks from checkpoints
+
+def build_network(network, rank_ratio):
+    """A UNet from the plain dict of a UNetConfig; its decoder reserved with rank_ratio, unless that is None."""
+    net = UNet(UNetConfig(**network))
+    if rank_ratio is not None:
+        reserve(net.decoder, rank_ratio)
+    return net
+
+
+def load_network(ckpt, weights="ema", branch="full", device="cpu"):
+    """The network of a checkpoint (the dict that runtime.load returns), merged into a plain UNet, on `device`.
+
+    weights: "ema" or "raw". branch: "full" (theta) or "general" (theta^g). Raises UserError.
+    """
+    net = build_network(ckpt["network"], ckpt["rank_ratio"])
+    if branch == "general" and ckpt["rank_ratio"] is None:
+        raise UserError("--branch general: this checkpoint has no reserved capacity (it was trained with --no-cm, or merged)")
+    try:
+        net.load_state_dict(ckpt["ema" if weights == "ema" else "model"])
+    except RuntimeError as e:
+        raise UserError(f"--ckpt: its weights do not fit the network that it describes ({str(e).splitlines()[-1].strip()})")
+    merge(net, branch)
+    return net.to(device, memory_format=torch.channels_last).requires_grad_(False)
+
+
+def export(ckpt, net, path):
+    """Write a merged network as a checkpoint of its own: every script takes it, and "model" fits a plain UNet."""
+    state = {name: p.detach().cpu().contiguous() for name, p in net.state_dict().items()}
+    kept = {k: ckpt[k] for k in ("kind", "step", "config", "data", "network")}
+    runtime.save(path, {**kept, "rank_ratio": None, "model": state, "ema": state})
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Images
+
+@torch.no_grad()
+def draw(net, y, indices, shape, rt, seed=0, sampler="ddim", steps=50, grid="uniform", guidance=1.5, eta=0.0):
+    """One batch of images: float (N, C, H, W), about [-1, 1]. y (N,) int64 on rt.device; indices: N image numbers.
+
+    shape (C, H, W). Image i's noise comes from (seed, i), drawn on the CPU, so that every device draws the same image.
+    """
+    generators = [runtime.generator("cpu", seed, "image", int(i)) for i in indices]
+
+    def noise():
+        return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(rt.device)
+    alphas_bar = make_alphas_bar()
+    timesteps = make_timesteps(len(alphas_bar), steps, grid)
+    extra = {"eta": eta} if sampler == "ddim" else {}
+    x_T = noise().contiguous(memory_format=torch.channels_last)
+    return SAMPLERS[sampler](guided(net, y, guidance, rt), x_T, alphas_bar, timesteps, noise, **extra)
+
+
+def generate(net, labels, indices, shape, rt, batch_size, title="sampling", **settings):
+    """Images number `indices` with these labels (lists of N ints): uint8 (N, H, W, C), on rank 0; None elsewhere.
+
+    Each process draws a contiguous share in batches; settings are `draw`'s.
+    """
+    share = np.array_split(np.arange(len(labels)), rt.world)[rt.rank]
+    parts = []
+    with runtime.progress(total=len(share), desc=title, unit="img", disable=rt.rank > 0 or not title) as bar:
+        for rows in np.array_split(share, max(1, -(-len(share) // batch_size))):
+            y = torch.tensor([labels[r] for r in rows], device=rt.device, dtype=torch.int64)
+            x = draw(net, y, [indices[r] for r in rows], shape, rt, **settings)
+            parts.append(to_uint8(x).cpu().numpy())
+            bar.update(len(rows))
+    images = np.concatenate(parts)
+    if rt.world == 1:
+        return images
+    shares = [None] * rt.world if rt.rank == 0 else None
+    dist.gather_object(images, shares)
+    return np.concatenate(shares) if rt.rank == 0 else None
+
+
+def to_rgb(images):
+    """uint8 (N, H, W, 1 or 3) -> (N, H, W, 3), grey repeated."""
+    return np.repeat(images, 3, axis=3) if images.shape[3] == 1 else images
+
+
+def grid_image(images, labels, class_names, classes=None, columns=10, tile=56):
+    """A picture with one row a class, its name at the left, its first images: images uint8 (N, H, W, C), labels (N,).
+
+    classes: the rows, at most ten evenly spread ones of all labels by default. Images are enlarged by a whole factor.
+    """
+    labels = np.asarray(labels)
+    present = np.unique(labels)
+    if classes is None:
+        classes = present[np.unique(np.linspace(0, len(present) - 1, 10).astype(int))]
+    size = images.shape[1] * max(1, round(tile / images.shape[1]))
+    left = 14 + 7 * max(len(str(class_names[c])) for c in classes)
+    picture = Image.new("RGB", (left + columns * (size + 2), len(classes) * (size + 2)), "white")
+    pen = ImageDraw.Draw(picture)
+    for r, c in enumerate(classes):
+        pen.text((4, r * (size + 2) + size // 2), str(class_names[c]), fill="black", anchor="lm")
+        for k, image in enumerate(to_rgb(images[np.flatnonzero(labels == c)[:columns]])):
+            picture.paste(Image.fromarray(image).resize((size, size), Image.NEAREST),
+                          (left + k * (size + 2), r * (size + 2)))
+    return picture
+
+
+def write_pngs(images, labels, class_names, folder):
+    """One PNG an image, FOLDER/<class number>-<class name>/<image number>.png."""
+    for i, (image, c) in enumerate(zip(images, labels)):
+        path = Path(folder) / f"{c:04d}-{class_names[c]}" / f"{i:06d}.png"
+        runtime.write_atomic(path, lambda p: Image.fromarray(image.squeeze()).save(p, format="png"))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+def add_sampling_flags(parser):
+    """The flags that choose how images are drawn, the same for evaluate.py."""
+    g = parser.add_argument_group("sampling")
+    g.add_argument("--sampler", choices=SAMPLERS, default="ddim", help="default: ddim")
+    g.add_argument("--steps", type=integer(1, 1000), help="network calls an image (default: ddim 50, ddpm 1000)")
+    g.add_argument("--grid", choices=("uniform", "quad"), default="uniform", help="timesteps (default: uniform)")
+    g.add_argument("--eta", type=number(0, 1), default=0.0, help="noise of DDIM (default: 0, deterministic)")
+    g.add_argument("--guidance", type=number(0), help="omega in eps + omega (eps - eps_null); 0: none "
+                   f"(default: {DEFAULTS['guidance']}; digits: {DATASET_DEFAULTS['digits']['guidance']:g})")
+    g.add_argument("--branch", choices=("full", "general"), default="full", help="theta, or theta^g alone (default: full)")
+    g.add_argument("--weights", choices=("ema", "raw"), default="ema", help="default: ema")
+    g.add_argument("--batch-size", type=integer(1), default=250, help="images at a time a process (default: 250)")
+    return g
+
+
+def sampling_settings(args, ckpt):
+    """The settings of `draw` that these flags and the checkpoint's data set mean: a plain dict."""
+    defaults = sampling_defaults(ckpt["config"]["dataset"])
+    settings = {"seed": args.seed, "sampler": args.sampler, "grid": args.grid, "eta": args.eta,
+                "steps": args.steps or {"ddim": 50, "ddpm": 1000}[args.sampler],
+                "guidance": defaults["guidance"] if args.guidance is None else args.guidance}
+    make_timesteps(1000, settings["steps"], settings["grid"])       # fails here, before any work
+    return settings
+
+
+def describe(args, ckpt, settings):
+    """What made these images, for the JSON beside them: everything that moves a number measured on them."""
+    return {"ckpt": str(args.ckpt), "ckpt_sha256": runtime.sha256(args.ckpt), "step": ckpt["step"],
+            "dataset": ckpt["config"]["dataset"], "weights": args.weights, "branch": args.branch, **settings}
+
+
+def main():
+    parser = Parser(__doc__)
+    parser.add_argument("--ckpt", required=True, help="a checkpoint of train.py, or a file that --export wrote")
+    parser.add_argument("--classes", help="numbers, ranges or names: 6-9 or 0,3,cat (default: all)")
+    parser.add_argument("--num", type=integer(1), default=DEFAULTS["num"], help="images, over all classes (default: 100)")
+    add_sampling_flags(parser)
+    parser.add_argument("--png", action="store_true", help="also one PNG an image, one folder a class")
+    parser.add_argument("--export", metavar="FILE", help="write the merged plain network to FILE instead of sampling")
+    parser.add_argument("--if-needed", action="store_true", help="do nothing where --out was made with these settings already")
+    parser.add_common("folder of the results (default: samples beside the checkpoint)")
+    args = parser.parse_args()
+    rt = runtime.setup(args.device, args.dtype)
+    ckpt = runtime.load(args.ckpt, "diffusion")
+    net = load_network(ckpt, args.weights, args.branch, rt.device)
+    if args.export:
+        if rt.rank == 0:
+            export(ckpt, net, args.export)
+        return rt.print(f"wrote {args.export}: {args.weights} weights, {args.branch} branch, a plain U-Net")
+
+    names = ckpt["data"]["class_names"]
+    classes = resolve_classes(args.classes, names) if args.classes else list(range(len(names)))
+    settings = sampling_settings(args, ckpt)
+    out = Path(args.out or Path(args.ckpt).parent / ("samples" if args.branch == "full" else "samples-general"))
+    record = {**describe(args, ckpt, settings), "classes": classes, "num": args.num, "dtype": str(rt.dtype)}
+    if args.if_needed and runtime.up_to_date(out / "samples.json", record) and (out / "samples.npz").exists():
+        return rt.print(f"{out}: up to date")
+
+    start = time.time()
+    labels = [classes[i % len(classes)] for i in range(args.num)]
+    shape = (ckpt["network"]["channels"],) + (ckpt["data"]["resolution"],) * 2
+    images = generate(net, labels, range(args.num), shape, rt, args.batch_size, **settings)
+    if rt.rank > 0:
+        return
+    def write_npz(path):
+        with open(path, "wb") as f:
+            np.savez(f, to_rgb(images), np.array(labels))
+    runtime.write_atomic(out / "samples.npz", write_npz)
+    picture = grid_image(images, labels, names, None if len(set(classes)) > 10 else list(dict.fromkeys(classes)))
+    runtime.write_atomic(out / "grid.png", lambda p: picture.save(p, format="png"))
+    if args.png:
+        write_pngs(images, labels, names, out / "png")
+    runtime.write_json(out / "samples.json", {"settings": record, "data": ckpt["data"], "seconds": round(time.time() - start, 2)})
+    print(f"wrote {args.num} images to {out}: samples.npz, grid.png" + (", png/" if args.png else ""))
+
+
+if __name__ == "__main__":
+    run(main)
