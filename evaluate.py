@@ -167,7 +167,7 @@ def main():
     # What is measured, against what, by what
     if args.ckpt:
         ckpt = runtime.load(args.ckpt, "diffusion")
-        data, settings = ckpt["data"], sampling_settings(args, ckpt)
+        data, settings = ckpt["data"], sampling_settings(args)
         made = describe(args, ckpt, settings)
     else:
         images, labels, record = read_samples(args.samples)

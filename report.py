@@ -31,35 +31,37 @@ def read_row(text):
 
 
 def table(rows):
-    """Markdown: one line a method, FD and accuracy overall and per split; first the floor, real against real."""
+    """Markdown: one line a row, FD and accuracy overall and per split; first the floor, real against real."""
     groups = list(rows[0][1]["splits"])
-    head = ["", "FD"] + [f"FD {g}" for g in groups] + ["accuracy"] + [f"acc. {g}" for g in groups]
-    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" + " ---: |" * (len(head) - 1)]
+    head = ["", "guidance", "FD"] + [f"FD {g}" for g in groups] + ["accuracy"] + [f"acc. {g}" for g in groups]
     floor = rows[0][1]["floor"]
-    lines.append("| real against real | " + " | ".join(f"{v:.2f}" for v in [floor["fd"], *floor["splits"].values()])
-                 + " |" + " |" * (len(groups) + 1))
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1),
+             ["real against real", ""] + [f"{v:.2f}" for v in [floor["fd"], *floor["splits"].values()]] + [""] * (len(groups) + 1)]
     for name, r in rows:
         parts = [r, *r["splits"].values()]
-        lines.append(f"| {name} | " + " | ".join([f"{p['fd']:.2f}" for p in parts]
-                                                  + [f"{p['accuracy']:.1%}" for p in parts]) + " |")
-    return "\n".join(lines)
+        lines.append([name, f"{r['settings']['guidance']:g}"] + [f"{p['fd']:.2f}" for p in parts]
+                     + [f"{p['accuracy']:.1%}" for p in parts])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def figure(rows, path):
-    """Bars of FD (log scale) and accuracy per split, one colour a method; the floor as a dashed line."""
-    groups = list(rows[0][1]["splits"])
-    fig, axes = plt.subplots(1, 2, figsize=(10, 3.6), constrained_layout=True)
-    width, x = 0.8 / len(rows), np.arange(len(groups))
-    for k, (name, r) in enumerate(rows):
-        for ax, key in zip(axes, ("fd", "accuracy")):
-            ax.bar(x + (k - (len(rows) - 1) / 2) * width, [r["splits"][g][key] for g in groups], width, label=name)
-    for g, value in enumerate(rows[0][1]["floor"]["splits"].values()):
-        axes[0].hlines(value, g - 0.45, g + 0.45, "black", "dashed", label="real against real" if g == 0 else None)
-    axes[0].set(yscale="log", ylabel="FD (classifier features)", title="Frechet distance per split, lower is better")
-    axes[1].set(ylim=(0, 1), ylabel="accuracy", title="samples of the class asked for, higher is better")
-    for ax in axes:
+    """Bars of FD per split (log scale), one panel a guidance strength, one colour a method; the floor as a dashed line."""
+    groups, strengths = list(rows[0][1]["splits"]), sorted({r["settings"]["guidance"] for _, r in rows})
+    fig, axes = plt.subplots(1, len(strengths), figsize=(5.2 * len(strengths), 3.8), sharey=True, squeeze=False,
+                             constrained_layout=True)
+    for ax, strength in zip(axes[0], strengths):
+        methods = [(name, r) for name, r in rows if r["settings"]["guidance"] == strength]
+        width, x = 0.8 / len(methods), np.arange(len(groups))
+        for k, (name, r) in enumerate(methods):
+            bars = ax.bar(x + (k - (len(methods) - 1) / 2) * width, [r["splits"][g]["fd"] for g in groups], width, label=name)
+            ax.bar_label(bars, fmt="%.3g", fontsize=7)
+        for g, value in enumerate(rows[0][1]["floor"]["splits"].values()):
+            ax.hlines(value, g - 0.45, g + 0.45, "black", "dashed", label=None if g else "real against real")
+        ax.set(yscale="log", title=f"guidance {strength:g}")
         ax.set_xticks(x, groups)
-    axes[0].legend(fontsize=8)
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[0, 0].set_ylabel("FD (classifier features), lower is better")
+    axes[0, 0].legend(fontsize=8)
     runtime.write_atomic(path, lambda p: fig.savefig(p, dpi=120, format="png"))
     plt.close(fig)
 
@@ -85,8 +87,8 @@ def side_by_side(general, full, path, columns=6):
 def conditions(rows):
     """One line on how the numbers came about, from the first row's settings."""
     s = rows[0][1]["settings"]
-    return (f"{s['dataset']}, checkpoints at step {s['step']:,}; {s['sampler']} with {s['steps']} steps, guidance "
-            f"{s['guidance']:g}, {s['weights']} weights, seed {s['seed']}; {rows[0][1]['num']:,} class-balanced samples "
+    return (f"{s['dataset']}, checkpoints at step {s['step']:,}; {s['sampler']} with {s['steps']} steps, "
+            f"{s['weights']} weights, seed {s['seed']}; {rows[0][1]['num']:,} class-balanced samples "
             f"against {rows[0][1]['num_real']:,} real images (balanced {s['reference_split']} set).")
 
 
@@ -111,7 +113,8 @@ def main():
         grid, copy = Path(r["settings"].get("samples", "")).parent / "grid.png", f"grid-{len(text)}.png"
         if grid.exists():
             runtime.write_atomic(folder / copy, lambda p: shutil.copyfile(grid, p))
-            text.append(f"## {name}\n\n![{name}, one class a row]({copy})\n")
+            title = f"{name}, guidance {r['settings']['guidance']:g}"
+            text.append(f"## {title}\n\n![{title}, one class a row]({copy})\n")
     runtime.write_atomic(page, lambda p: p.write_text("\n".join(text)))
     print(table(rows) + f"\nwrote {page}")
 

@@ -23,14 +23,18 @@ python train.py --dataset digits --steps $STEPS --base ddpm --no-cm --out $OUT/d
 python train.py --dataset digits --steps $STEPS --base oc --no-cm --out $OUT/oc
 python train.py --dataset digits --steps $STEPS --base oc --cm --out $OUT/cm
 
-# Samples of each, and of theta_g alone from the same noise; then the numbers
-for RUN in ddpm/samples oc/samples cm/samples cm/samples-general; do
-  BRANCH=full; [[ $RUN == *-general ]] && BRANCH=general
-  python sample.py --ckpt $OUT/${RUN%/*}/ckpt.pt --branch $BRANCH --num $NUM --steps $DDIM --out $OUT/$RUN --if-needed
-  python evaluate.py --samples $OUT/$RUN/samples.npz --features $OUT/classifier/ckpt.pt --if-needed
+# Samples of each, and of theta_g alone from the same noise, without and with guidance; then the numbers
+ROWS=()
+for OMEGA in 0 1.5; do
+  while read -r RUN BRANCH NAME; do
+    DIR=$OUT/$RUN/$BRANCH-$OMEGA
+    python sample.py --ckpt $OUT/$RUN/ckpt.pt --branch $BRANCH --guidance $OMEGA --num $NUM --steps $DDIM --out $DIR --if-needed
+    python evaluate.py --samples $DIR/samples.npz --features $OUT/classifier/ckpt.pt --if-needed
+    ROWS+=(--row "$NAME=$DIR/eval.json")
+  done <<< "ddpm full DDPM
+oc full OC
+cm full CM
+cm general CM, theta_g alone"
 done
 
-python report.py --out $OUT/report.md \
-  --row "DDPM=$OUT/ddpm/samples/eval.json" --row "OC=$OUT/oc/samples/eval.json" \
-  --row "CM=$OUT/cm/samples/eval.json" --row "CM, theta_g alone=$OUT/cm/samples-general/eval.json" \
-  --pair $OUT/cm/samples-general/samples.npz $OUT/cm/samples/samples.npz
+python report.py --out $OUT/report.md "${ROWS[@]}" --pair $OUT/cm/general-1.5/samples.npz $OUT/cm/full-1.5/samples.npz

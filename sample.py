@@ -14,21 +14,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 import runtime
 from cm_layers import merge, reserve
 from data import resolve_classes, to_uint8
 from model import UNet, UNetConfig, make_alphas_bar
 from runtime import Parser, UserError, integer, number, run
-
-DEFAULTS = {"guidance": 1.5, "num": 100}                # omega 1.5: the authors' release
-DATASET_DEFAULTS = {"digits": {"guidance": 0.0}}        # 8 x 8 digits need no guidance to be of their class
-
-
-def sampling_defaults(dataset):
-    """The defaults that hold for a data set's samples: {"guidance": omega, "num": images}."""
-    return {**DEFAULTS, **DATASET_DEFAULTS.get(dataset, {})}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -181,7 +173,7 @@ def to_rgb(images):
     return np.repeat(images, 3, axis=3) if images.shape[3] == 1 else images
 
 
-def grid_image(images, labels, class_names, classes=None, columns=10, tile=56):
+def grid_image(images, labels, class_names, classes=None, columns=10, tile=56, gap=4):
     """A picture with one row a class, its name at the left, its first images: images uint8 (N, H, W, C), labels (N,).
 
     classes: the rows, at most ten evenly spread ones of all labels by default. Images are enlarged by a whole factor.
@@ -190,15 +182,15 @@ def grid_image(images, labels, class_names, classes=None, columns=10, tile=56):
     present = np.unique(labels)
     if classes is None:
         classes = present[np.unique(np.linspace(0, len(present) - 1, 10).astype(int))]
-    size = images.shape[1] * max(1, round(tile / images.shape[1]))
-    left = 14 + 7 * max(len(str(class_names[c])) for c in classes)
-    picture = Image.new("RGB", (left + columns * (size + 2), len(classes) * (size + 2)), "white")
+    size, font = images.shape[1] * max(1, round(tile / images.shape[1])), ImageFont.load_default(16)
+    left = 20 + max(round(font.getlength(str(class_names[c]))) for c in classes)
+    picture = Image.new("RGB", (left + columns * (size + gap), len(classes) * (size + gap)), "white")
     pen = ImageDraw.Draw(picture)
     for r, c in enumerate(classes):
-        pen.text((4, r * (size + 2) + size // 2), str(class_names[c]), fill="black", anchor="lm")
+        pen.text((8, r * (size + gap) + size // 2), str(class_names[c]), fill="black", anchor="lm", font=font)
         for k, image in enumerate(to_rgb(images[np.flatnonzero(labels == c)[:columns]])):
             picture.paste(Image.fromarray(image).resize((size, size), Image.NEAREST),
-                          (left + k * (size + 2), r * (size + 2)))
+                          (left + k * (size + gap), r * (size + gap)))
     return picture
 
 
@@ -218,20 +210,18 @@ def add_sampling_flags(parser):
     g.add_argument("--steps", type=integer(1, 1000), help="network calls an image (default: ddim 50, ddpm 1000)")
     g.add_argument("--grid", choices=("uniform", "quad"), default="uniform", help="timesteps (default: uniform)")
     g.add_argument("--eta", type=number(0, 1), default=0.0, help="noise of DDIM (default: 0, deterministic)")
-    g.add_argument("--guidance", type=number(0), help="omega in eps + omega (eps - eps_null); 0: none "
-                   f"(default: {DEFAULTS['guidance']}; digits: {DATASET_DEFAULTS['digits']['guidance']:g})")
+    g.add_argument("--guidance", type=number(0), default=1.5, metavar="OMEGA", help="eps + omega (eps - eps_null); 0: none, "
+                   "and half the time (default: 1.5, the authors' release)")
     g.add_argument("--branch", choices=("full", "general"), default="full", help="theta, or theta^g alone (default: full)")
     g.add_argument("--weights", choices=("ema", "raw"), default="ema", help="default: ema")
     g.add_argument("--batch-size", type=integer(1), default=250, help="images at a time a process (default: 250)")
     return g
 
 
-def sampling_settings(args, ckpt):
-    """The settings of `draw` that these flags and the checkpoint's data set mean: a plain dict."""
-    defaults = sampling_defaults(ckpt["config"]["dataset"])
+def sampling_settings(args):
+    """The settings of `draw` that these flags mean: a plain dict. Raises UserError."""
     settings = {"seed": args.seed, "sampler": args.sampler, "grid": args.grid, "eta": args.eta,
-                "steps": args.steps or {"ddim": 50, "ddpm": 1000}[args.sampler],
-                "guidance": defaults["guidance"] if args.guidance is None else args.guidance}
+                "guidance": args.guidance, "steps": args.steps or {"ddim": 50, "ddpm": 1000}[args.sampler]}
     make_timesteps(1000, settings["steps"], settings["grid"])       # fails here, before any work
     return settings
 
@@ -246,7 +236,7 @@ def main():
     parser = Parser(__doc__)
     parser.add_argument("--ckpt", required=True, help="a checkpoint of train.py, or a file that --export wrote")
     parser.add_argument("--classes", help="numbers, ranges or names: 6-9 or 0,3,cat (default: all)")
-    parser.add_argument("--num", type=integer(1), default=DEFAULTS["num"], help="images, over all classes (default: 100)")
+    parser.add_argument("--num", type=integer(1), default=100, help="images, over all classes (default: 100)")
     add_sampling_flags(parser)
     parser.add_argument("--png", action="store_true", help="also one PNG an image, one folder a class")
     parser.add_argument("--export", metavar="FILE", help="write the merged plain network to FILE instead of sampling")
@@ -263,7 +253,7 @@ def main():
 
     names = ckpt["data"]["class_names"]
     classes = resolve_classes(args.classes, names) if args.classes else list(range(len(names)))
-    settings = sampling_settings(args, ckpt)
+    settings = sampling_settings(args)
     out = Path(args.out or Path(args.ckpt).parent / ("samples" if args.branch == "full" else "samples-general"))
     record = {**describe(args, ckpt, settings), "classes": classes, "num": args.num, "dtype": str(rt.dtype)}
     if args.if_needed and runtime.up_to_date(out / "samples.json", record) and (out / "samples.npz").exists():

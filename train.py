@@ -12,6 +12,7 @@ import json
 import os
 import sys
 import time
+from argparse import BooleanOptionalAction
 from datetime import timedelta
 from pathlib import Path
 
@@ -22,13 +23,12 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.tensorboard import SummaryWriter
 
 import runtime
-from argparse import BooleanOptionalAction
 from cm_layers import count
 from data import Batches, add_data_flags, load_long_tailed, splits
 from losses import BASES, Objective, draw
 from model import make_alphas_bar
 from runtime import Parser, UserError, integer, number, run
-from sample import build_network, generate, grid_image, load_network, sampling_defaults
+from sample import build_network, generate, grid_image, load_network
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Settings
@@ -244,8 +244,7 @@ def save_grid(state, step, args, rt, board):
     labels = [c for _ in range(10) for c in classes]
     shape = (state["network"]["channels"],) + (state["data"]["resolution"],) * 2
     alone = runtime.Runtime(rt.device, rt.dtype)        # rank 0 draws all of it
-    settings = {"seed": args.seed, "guidance": sampling_defaults(args.dataset)["guidance"]}
-    images = generate(net, labels, range(len(labels)), shape, alone, len(labels), title=None, **settings)
+    images = generate(net, labels, range(len(labels)), shape, alone, len(labels), title=None, seed=args.seed)
     picture = grid_image(images, labels, names, classes)
     runtime.write_atomic(Path(args.out) / f"grid-{step:07d}.png", lambda p: picture.save(p, format="png"))
     board.add_image("samples", torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(
