@@ -34,8 +34,10 @@ def make_timesteps(T, steps, grid="uniform"):
     if grid == "uniform":
         grid_t = [i * T // steps for i in range(steps)]
     else:
-        grid_t = [int(t) for t in np.linspace(0, np.sqrt(0.8 * T), steps) ** 2]
-    if len(set(grid_t)) < steps:
+        grid_t = []
+        for t in np.linspace(0, np.sqrt(0.8 * T), steps) ** 2:
+            grid_t.append(max(int(t), grid_t[-1] + 1 if grid_t else 0))      # the first squares fall on one timestep
+    if len(set(grid_t)) < steps or grid_t[-1] >= T:
         raise UserError(f"--steps {steps}: the {grid} grid of {T} timesteps has no {steps} different ones; take fewer")
     return grid_t[::-1]
 
