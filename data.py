@@ -5,20 +5,26 @@
     x_0, y = Batches(subset, 64, seed=0, device="cpu").at(step=0)
 
 `python data.py --dataset cifar100 --ir 100` packs the set and prints the class counts.
-A new data set is one function that returns (images N x H x W x C uint8, labels (N,), class names): see READERS.
+A new data set is one function that returns images (N x H x W x C uint8, or N paths of image files), labels (N,) and
+class names: see READERS.
 """
+import hashlib
 import json
+import os
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image, ImageOps
 
-from runtime import Parser, UserError, integer, number, run, seed_of, write_atomic, write_json
+from runtime import Parser, UserError, integer, number, progress, run, seed_of, write_atomic, write_json
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Readers: reader(data_dir, split) -> images (N, H, W, C) uint8, labels (N,) int, class names
+# Readers: reader(data_dir, split) -> images (N, H, W, C) uint8 or N paths, labels (N,) int, class names
 
 def read_digits(data_dir, split):
     """scikit-learn's 1,797 real handwritten digits, 8 x 8, one channel. Test: 30 a class, evenly spread; train: the rest."""
@@ -45,11 +51,46 @@ def read_cifar(data_dir, split, classes):
     return source.data, np.array(source.targets), source.classes
 
 
+class NoSuchSplit(UserError):
+    """The data set has no such split."""
+
+
+IMAGE_FILES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
+
+
+def read_folder(data_dir, split):
+    """Anyone's images, one sub-folder a class (images may lie deeper), in alphabetical order.
+
+    Where data_dir holds `train` and beside it `test` or `val`, those are the splits; otherwise all of it is "train".
+    """
+    root = Path(data_dir)
+    if not root.is_dir():
+        raise UserError(f"--data-dir {root}: there is no such folder; it must hold one sub-folder of images a class")
+    held_out = next((root / name for name in ("test", "val") if (root / name).is_dir()), None)
+    if (root / "train").is_dir() and held_out:
+        root = root / "train" if split == "train" else held_out
+    elif split != "train":
+        raise NoSuchSplit(f"--data-dir {root}: no test images; put the classes into train/ and others like them into test/")
+    folders = [f for f in sorted(root.iterdir()) if f.is_dir() and not f.name.startswith(".")]
+    paths, labels, names = [], [], []
+    for folder in folders:
+        files = [Path(top) / f for top, _, files in sorted(os.walk(folder, followlinks=True)) for f in sorted(files)
+                 if Path(f).suffix.lower() in IMAGE_FILES and not f.startswith(".")]
+        if files:
+            labels += [len(names)] * len(files)
+            names.append(folder.name)
+            paths += files
+    if len(names) < 2:
+        found = f"only one class with images, {names[0]}" if names else "no sub-folder with images"
+        raise UserError(f"--data-dir {root}: {found}; it must hold one sub-folder of images a class, at least two")
+    return paths, np.array(labels), names
+
+
 @dataclass(frozen=True)
 class Source:
     """How a data set is read and what is natural for it."""
     read: callable
-    resolution: int
+    resolution: int     # the set's own; a default where it consists of files of any size
     flip: bool          # whether a mirrored image is as good: never for digits
 
 
@@ -57,7 +98,9 @@ READERS = {
     "digits": Source(read_digits, 8, False),
     "cifar10": Source(lambda data_dir, split: read_cifar(data_dir, split, 10), 32, True),
     "cifar100": Source(lambda data_dir, split: read_cifar(data_dir, split, 100), 32, True),
+    "folder": Source(read_folder, 64, True),
 }
+FROM_FILES = {"folder"}     # sets of image files: any --resolution, and looked at again in case they have changed
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -91,23 +134,35 @@ class ImageSet:
         return f"{self.name}: {len(self.labels):,} images, {len(n)} classes, {ratio}, class sizes {sizes}"
 
 
-def load(name, data_dir="data", split="train", resolution=None, class_order=None):
+def load(name, data_dir="data", split="train", resolution=None, class_order=None, pack_dir=None):
     """Read a data set, packing it on first use; raises UserError that names the flag.
 
     split: "train" or "test". resolution: None for the set's own. class_order: names or numbers of all classes, the
     most populous first; class i of the result is the i-th of them, so that the long-tail draw follows that order.
+    pack_dir: where packs are; None for data_dir/packed, and data/packed for "folder", whose data_dir is its user's.
     """
     if name not in READERS:
         raise UserError(f"--dataset {name}: unknown; choose one of {', '.join(READERS)}")
-    source = READERS[name]
-    if resolution not in (None, source.resolution):
+    source, from_files = READERS[name], name in FROM_FILES
+    if resolution not in (None, source.resolution) and not from_files:
         raise UserError(f"--resolution {resolution}: {name} is {source.resolution} x {source.resolution}")
-    base = Path(data_dir) / "packed" / f"{name}-{split}-{source.resolution}"
-    packed = read_pack(base)
-    if packed is None:
-        write_pack(base, *source.read(data_dir, split), {"dataset": name, "split": split})
-        packed = read_pack(base)
-    images, meta = packed
+    resolution, provenance = resolution or source.resolution, {"dataset": name, "split": split}
+    if name == "folder":
+        where = hashlib.sha256(str(Path(data_dir).resolve()).encode()).hexdigest()[:8]
+        base = Path(pack_dir or "data/packed") / f"{Path(data_dir).resolve().name}-{where}-{split}-{resolution}"
+    else:
+        base = Path(pack_dir or Path(data_dir) / "packed") / f"{name}-{split}-{resolution}"
+    if from_files:
+        contents = source.read(data_dir, split)
+        provenance["files_sha256"] = fingerprint(contents[0], data_dir)
+        packed = read_pack(base, provenance)
+        if packed is None:
+            write_pack(base, *contents, provenance, resolution)
+    else:
+        packed = read_pack(base, provenance)
+        if packed is None:
+            write_pack(base, *source.read(data_dir, split), provenance)
+    images, meta = packed or read_pack(base, provenance)
     labels, names = np.array(meta["labels"]), meta["class_names"]
     if class_order is not None:
         order = resolve_classes(class_order, names, "--class-order")
@@ -117,24 +172,78 @@ def load(name, data_dir="data", split="train", resolution=None, class_order=None
     return ImageSet(name, images, labels, names, source.flip, meta["provenance"])
 
 
-def write_pack(base, images, labels, class_names, provenance):
-    """Write base.npy (the images) and base.json (labels, class names, provenance): the JSON last, as the seal."""
+def read_image(path, resolution):
+    """One image file as (resolution, resolution, 3) uint8: upright by its EXIF, short side resized, centre-cropped.
+
+    Grey, palette, CMYK and 16-bit images are converted to RGB; transparent ones are laid on white. Raises UserError
+    with the path of a file that cannot be read.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)     # large photographs are welcome
+            image = Image.open(path)
+            image.draft(None, (2 * resolution, 2 * resolution))                 # JPEG: decode no more than is needed
+            image = ImageOps.exif_transpose(image)
+            image.load()
+        if image.mode.startswith("I"):                                          # 16-bit grey
+            image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
+        if image.mode == "F":
+            raise ValueError("floating-point pixels have no known range")
+        if "A" in image.getbands() or "transparency" in image.info:
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+        image = image.convert("RGB")
+        scale = resolution / min(image.size)
+        size = [max(resolution, round(side * scale)) for side in image.size]
+        left, top = ((side - resolution) // 2 for side in size)
+        box = (left, top, left + resolution, top + resolution)
+        return np.asarray(image.resize(size, Image.LANCZOS, reducing_gap=3.0).crop(box))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:     # SyntaxError: a broken PNG
+        raise UserError(f"--data-dir: {path} cannot be read as an image ({e}); mend or remove it")
+
+
+def fingerprint(paths, data_dir):
+    """A hash of the names and sizes of image files: another one, and the set is packed anew."""
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(f"{os.path.relpath(path, data_dir)} {os.path.getsize(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def write_pack(base, images, labels, class_names, provenance, resolution=None):
+    """Write base.npy (the images) and base.json (labels, class names, provenance): the JSON last, as the seal.
+
+    images: an array, or paths of image files, which are read on all cores, each straight into its place.
+    """
+    shape = [len(images), resolution, resolution, 3] if resolution else list(images.shape)
+
     def write_images(path):
-        with open(path, "wb") as f:
-            np.save(f, np.ascontiguousarray(images, dtype=np.uint8))
+        packed = np.lib.format.open_memmap(path, "w+", np.uint8, tuple(shape))
+        if not resolution:
+            packed[:] = images
+        else:
+            def pack(i):
+                packed[i] = read_image(images[i], resolution)
+            with ThreadPoolExecutor(os.cpu_count()) as pool:        # Pillow decodes and resizes outside the GIL
+                try:
+                    for _ in progress(pool.map(pack, range(len(images))), total=len(images), desc="packing", unit="img"):
+                        pass
+                except BaseException:
+                    pool.shutdown(wait=True, cancel_futures=True)
+                    raise
+        packed.flush()
     write_atomic(base.with_name(base.name + ".npy"), write_images, "--data-dir")
     counts = np.bincount(labels, minlength=len(class_names)).tolist()
     write_json(base.with_name(base.name + ".json"), {
-        "shape": list(images.shape), "class_names": list(class_names), "class_counts": counts,
+        "shape": shape, "class_names": list(class_names), "class_counts": counts,
         "provenance": provenance, "labels": np.asarray(labels).tolist()}, "--data-dir")
 
 
-def read_pack(base):
-    """(images as a memory map, the JSON) of a pack, or None where it is missing or not whole."""
+def read_pack(base, provenance):
+    """(images as a memory map, the JSON) of a pack, or None where it is missing, not whole or of another provenance."""
     try:
         meta = json.loads(base.with_name(base.name + ".json").read_text())
         images = np.load(base.with_name(base.name + ".npy"), mmap_mode="r")
-        return (images, meta) if list(images.shape) == meta["shape"] else None
+        return (images, meta) if list(images.shape) == meta["shape"] and meta["provenance"] == provenance else None
     except (OSError, ValueError, KeyError):
         return None
 
@@ -154,6 +263,25 @@ def resolve_classes(text, class_names, flag="--classes"):
     if not result or max(result) >= len(class_names):
         raise UserError(f"{flag} {text}: classes are 0 to {len(class_names) - 1}")
     return result
+
+
+def load_reference(name, data_dir="data", split=None, resolution=None, pack_dir=None):
+    """The class-balanced real images that samples are measured against, as (ImageSet, a few words that say what it is).
+
+    split "train" or "test" takes that split whole. None: the full training set, which is balanced for our named sets;
+    for "folder" its test images, or where there are none, equally many of each class (as many as the smallest has).
+    """
+    if split:
+        return load(name, data_dir, split, resolution, None, pack_dir), f"{split} set"
+    if name != "folder":
+        return load(name, data_dir, "train", resolution, None, pack_dir), "full training set"
+    try:
+        return load(name, data_dir, "test", resolution, None, pack_dir), "test set"
+    except NoSuchSplit:
+        images, rng = load(name, data_dir, "train", resolution, None, pack_dir), np.random.RandomState(0)
+        n = images.counts.min()
+        rows = [rng.permutation(np.flatnonzero(images.labels == c))[:n] for c in range(len(images.class_names))]
+        return images.take(np.concatenate(rows)), f"training set, {n} images of each class"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -260,9 +388,11 @@ def add_data_flags(parser):
     """The flags that choose the data, the same in every script that reads a data set."""
     g = parser.add_argument_group("data")
     g.add_argument("--dataset", default="cifar100", help=f"one of {', '.join(READERS)} (default: cifar100)")
-    g.add_argument("--data-dir", default="data", help="where data sets are, or are downloaded to, and packed (default: data)")
-    g.add_argument("--resolution", type=integer(1), help="pixels a side (default: the set's own)")
-    g.add_argument("--ir", type=number(low=1), help="imbalance ratio N_max / N_min, 1 for balanced")
+    g.add_argument("--data-dir", default="data", help="where data sets are, or are downloaded to; for folder: the images, one "
+                   "sub-folder a class (default: data)")
+    g.add_argument("--pack-dir", help="where packed arrays go (default: packed in --data-dir; folder: data/packed)")
+    g.add_argument("--resolution", type=integer(1), help="pixels a side (default: the set's own; folder: 64)")
+    g.add_argument("--ir", type=number(low=1), help="imbalance ratio N_max / N_min of the draw; 1: every image, as it is")
     g.add_argument("--split-seed", type=integer(0), default=0, help="seed of the long-tail draw (default: 0, Cao et al.)")
     g.add_argument("--class-order", help="classes, the most populous first: names or numbers with commas (default: as is)")
     return g
@@ -270,7 +400,7 @@ def add_data_flags(parser):
 
 def load_long_tailed(args):
     """The training set that these flags describe: `load`, then `long_tail` unless --ir is 1."""
-    images = load(args.dataset, args.data_dir, "train", args.resolution, args.class_order)
+    images = load(args.dataset, args.data_dir, "train", args.resolution, args.class_order, args.pack_dir)
     return images if args.ir == 1 else images.take(long_tail(images.labels, args.ir, args.split_seed))
 
 

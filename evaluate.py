@@ -1,34 +1,44 @@
-"""Measure samples against real images: Frechet distance and accuracy, overall and per Many / Medium / Few split.
+"""Measure images against real ones: FID, KID, precision, recall and IS, overall, per split and per class.
 
-    python evaluate.py --ckpt out/NAME/ckpt.pt                  # draws what it needs, then measures
-    python evaluate.py --samples out/NAME/samples/samples.npz   # measures a file that sample.py wrote
+    python evaluate.py --ckpt out/NAME/ckpt.pt                              # the paper's protocol: draws, then measures
+    python evaluate.py --samples A --reference B                            # anyone's images: .npz, folders, data sets
+    python evaluate.py --samples cifar10 --reference cifar10 --save-stats cifar10.stats.npz     # the reference, once
 
-Reference: the balanced training set (Sec. 4.1), never its long-tailed draw. Features: the classifier that
-`python classify.py --dataset digits` trained, or --features FILE; the distance is then named FD, never FID.
-Stages, each usable alone: images -> features -> (mean, covariance) -> number.
+Protocol (Sec. 4.1): 50,000 class-balanced images against the balanced full training set; per split, 20,000 images of
+its classes against its real images. Features are those of Inception (inception.py), so numbers are FID, KID and IS as
+torch-fidelity computes them; on digits, or with --features FILE, those of a classifier, and the Frechet distance and
+the kernel distance are then named FD and KD: never FID.
 """
 import time
 from pathlib import Path
 
 import numpy as np
+import scipy
 import torch
+from PIL import Image
 
 import runtime
 from classify import features_and_logits, load_classifier
-from data import load, splits, to_float
+from data import IMAGE_FILES, READERS, load, load_reference, splits, to_float
+from inception import load_inception
 from runtime import Parser, UserError, integer, run
-from sample import add_sampling_flags, describe, generate, load_network, sampling_settings
+from sample import add_sampling_flags, describe, draw, generate, load_network, sampling_settings
 
-PROTOCOL = {"paper": {"num": 50_000, "num_split": 20_000}, "digits": {"num": 2000, "num_split": 0}}
+PROTOCOL = {"paper": {"num": 50_000, "num_split": 20_000, "features": "inception"},
+            "digits": {"num": 2000, "num_split": 0, "features": "out/classifier-digits/ckpt.pt"}}
+KID_SUBSETS, KID_SIZE, IS_SPLITS, METRIC_SEED = 100, 1000, 10, 2020      # torch-fidelity's
+FEW = 2048                  # below so many images a Frechet distance says more about their number than about them
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Features -> statistics -> distance
+# Metrics: features (N, D) float32 of generated and of real images -> numbers
 
 def statistics(features):
     """Mean (D,) and covariance (D, D), with N - 1, of features (N, D): float64."""
     features = np.asarray(features, np.float64)
-    return features.mean(0), np.cov(features, rowvar=False)
+    mean = features.mean(0)
+    features = features - mean
+    return mean, features.T @ features / (len(features) - 1)
 
 
 def frechet_distance(mu_1, sigma_1, mu_2, sigma_2):
@@ -48,6 +58,63 @@ def distance_of(a, b):
     return frechet_distance(*statistics(a), *statistics(b))
 
 
+def kernel_distance(fake, real, subsets=KID_SUBSETS, size=KID_SIZE, seed=METRIC_SEED):
+    """KID (Binkowski et al., 2018): (mean, standard deviation, subset size) of the unbiased MMD^2 over random subsets.
+
+    Kernel (x . y / D + 1)^3 in float64. The size is reduced to the smaller set's. One RandomState draws from the
+    generated and then from the real images each time, as torch-fidelity does: the same subsets.
+    """
+    size, rng, values = min(size, len(fake), len(real)), np.random.RandomState(seed), []
+    fake, real = (torch.from_numpy(np.ascontiguousarray(f)) for f in (fake, real))
+    for _ in range(subsets):
+        x = fake[rng.choice(len(fake), size, replace=False)].double()
+        y = real[rng.choice(len(real), size, replace=False)].double()
+        xx, yy, xy = ((a @ b.T / x.shape[1] + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
+        within = (xx.sum() - xx.trace() + yy.sum() - yy.trace()) / (size * (size - 1))
+        values.append(float(within - 2 * xy.mean()))
+    return float(np.mean(values)), float(np.std(values)), size
+
+
+def squared_distances(a, b):
+    """Squared Euclidean distances (N, M) between rows of a (N, D) and b (M, D)."""
+    return torch.addmm(b.square().sum(1)[None], a, b.T, alpha=-2).add_(a.square().sum(1)[:, None])
+
+
+def radii(x, k, block):
+    """Squared distance from each row of x (N, D) to its k-th nearest other row: (N,)."""
+    return torch.cat([squared_distances(part, x).topk(min(k + 1, len(x)), largest=False).values[:, -1] for part in x.split(block)])
+
+
+def precision_recall(fake, real, k=3, block=1024, device="cpu"):
+    """Improved precision and recall (Kynkaanniemi et al., 2019) of features (N, D) and (M, D), in [0, 1].
+
+    Precision: the share of generated images that lie within the k-th neighbour's distance of some real image;
+    recall: the reverse. Blocks of rows keep memory at block x max(N, M) numbers.
+    """
+    center = real.mean(0)       # distances are the same, and float32 keeps more of their digits
+    fake, real = (torch.from_numpy(np.ascontiguousarray(f - center)).to(device) for f in (fake, real))
+    fake_radii, real_radii = radii(fake, k, block), radii(real, k, block)
+    inside, covered = [], torch.zeros(len(real), dtype=torch.bool, device=device)
+    for part, part_radii in zip(fake.split(block), fake_radii.split(block)):
+        d = squared_distances(part, real)
+        inside.append((d <= real_radii).any(1))
+        covered |= (d <= part_radii[:, None]).any(0)
+    return float(torch.cat(inside).float().mean()), float(covered.float().mean())
+
+
+def inception_score(logits, count=IS_SPLITS, seed=METRIC_SEED):
+    """IS (Salimans et al., 2016) of logits (N, K): mean and standard deviation of exp E KL(p(y|x) || p(y)) over ten splits.
+
+    The images are shuffled first, as torch-fidelity does: samples come sorted by class.
+    """
+    logits, N, scores = logits[np.random.RandomState(seed).permutation(len(logits))], len(logits), []
+    for i in range(count):
+        log_p = torch.from_numpy(logits[i * N // count:(i + 1) * N // count]).double().log_softmax(1)
+        p = log_p.exp()
+        scores.append(float((p * (log_p - p.mean(0).log())).sum(1).mean().exp()))
+    return float(np.mean(scores)), float(np.std(scores))
+
+
 def floor_of(features, rounds=10):
     """Mean distance between the halves of real features, over `rounds` random halvings: how near real is to real."""
     rng, total = np.random.RandomState(0), 0.0
@@ -57,21 +124,104 @@ def floor_of(features, rounds=10):
     return total / rounds
 
 
-@torch.no_grad()
-def extract(net, images, rt, batch_size=500, title="features"):
-    """Features (N, D) float32 and predicted classes (N,) of uint8 images (N, H, W, C), by a classifier in eval mode."""
-    features, predicted = [], []
-    batches = np.array_split(np.arange(len(images)), max(1, -(-len(images) // batch_size)))
-    for rows in runtime.progress(batches, desc=title, unit="batch", disable=rt.rank > 0):
-        x = to_float(torch.from_numpy(np.ascontiguousarray(images[rows])).to(rt.device))
-        f, logits = features_and_logits(net, x)
-        features.append(f.float().cpu().numpy())
-        predicted.append(logits.argmax(1).cpu().numpy())
-    return np.concatenate(features), np.concatenate(predicted)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
-# Which images are measured
+# Images to measure
+
+class Images:
+    """A set of images: `at(rows)` gives uint8 (n, H, W, 3); len; labels (N,) or None; class_names or None; about, a dict."""
+
+    def __init__(self, at, n, labels=None, class_names=None, **about):
+        self.at, self.n, self.class_names, self.about = at, n, class_names, about
+        self.labels = None if labels is None else np.asarray(labels)
+
+    def __len__(self):
+        return self.n
+
+
+class Stats:
+    """What --save-stats keeps of a set of images: features (N, D), logits, labels or None, and what they came from."""
+
+    def __init__(self, features, logits, labels, class_names, about):
+        self.features, self.logits, self.labels, self.class_names, self.about = features, logits, labels, class_names, about
+
+
+def rgb(images):
+    """uint8 (N, H, W, 1 or 3) -> (N, H, W, 3)."""
+    return np.repeat(images, 3, 3) if images.shape[3] == 1 else images
+
+
+def read_npz(path, flag):
+    """An .npz of images (arr_0, perhaps labels in arr_1), or a file of --save-stats; the JSON beside it if there is one."""
+    try:
+        with np.load(path) as f:
+            content = {k: f[k] for k in f.files}
+    except (OSError, ValueError, KeyError, EOFError, runtime.zipfile.BadZipFile) as e:
+        raise UserError(f"{flag} {path}: cannot be read as an .npz ({e})")
+    if "features" in content:
+        about = runtime.json.loads(str(content["about"]))
+        names = about.pop("class_names")
+        return Stats(content["features"], content["logits"], content.get("labels"), names, about)
+    if "arr_0" not in content:
+        raise UserError(f"{flag} {path}: has no arr_0; it must hold images N x H x W x 3 uint8, and perhaps labels in arr_1")
+    images, labels = content["arr_0"], content.get("arr_1")
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3):
+        raise UserError(f"{flag} {path}: arr_0 is {images.dtype} of shape {list(images.shape)}; it must be uint8, N x H x W x 3")
+    if labels is not None and (labels.shape != (len(images),) or not np.issubdtype(labels.dtype, np.integer)):
+        raise UserError(f"{flag} {path}: arr_1 must hold {len(images)} whole numbers, one label an image")
+    record = runtime.read_json(Path(path).with_suffix(".json")) or {}
+    return Images(lambda rows: rgb(images[rows]), len(images), labels, record.get("data", {}).get("class_names"),
+                  sha256=runtime.sha256(path), **record)
+
+
+def read_files(root, flag):
+    """A folder of PNG or JPEG files of one size: flat, or one sub-folder a class (in alphabetical order)."""
+    files = lambda folder: sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_FILES)
+    folders = [f for f in sorted(root.iterdir()) if f.is_dir() and files(f)]
+    paths = [p for f in folders for p in files(f)] if folders else files(root)
+    if not paths:
+        raise UserError(f"{flag} {root}: no images in it, and no sub-folders of images")
+    labels = [c for c, f in enumerate(folders) for _ in files(f)] if folders else None
+    names = [f.name for f in folders] or None
+    if names and all(name[:4].isdigit() and name[4:5] == "-" for name in names):      # as sample.py --png writes them
+        names = [name[5:] for name in names]
+
+    def open_rgb(path):
+        try:
+            return np.asarray(Image.open(path).convert("RGB"))
+        except OSError as e:
+            raise UserError(f"{flag} {root}: {path} cannot be read as an image ({e})")
+    shape = open_rgb(paths[0]).shape
+
+    def at(rows):
+        images = [open_rgb(paths[r]) for r in rows]
+        for row, image in zip(rows, images):
+            if image.shape != shape:
+                raise UserError(f"{flag} {root}: {paths[row].name} has {image.shape[1]} x {image.shape[0]} pixels and "
+                                f"{paths[0].name} {shape[1]} x {shape[0]}; bring them to one size first")
+        return np.stack(images)
+    return Images(at, len(paths), labels, names)
+
+
+def read_set(text, flag, args, split=None, resolution=None):
+    """What --samples or --reference names: an .npz, a folder, a data set (its balanced reference, or `split`)."""
+    if text in READERS:
+        images, words = load_reference(text, args.data_dir, split, resolution, args.pack_dir)
+        return Images(lambda rows: rgb(images.images[rows]), len(images.labels), images.labels, images.class_names, what=f"{text}, {words}")
+    path = Path(text)
+    if path.is_dir():
+        return read_files(path, flag)
+    if not path.exists():
+        raise UserError(f"{flag} {text}: neither a file or folder nor a data set ({', '.join(READERS)})")
+    return read_npz(path, flag)
+
+
+def read_samples(path):
+    """Images (N, H, W, 3) uint8, labels (N,) and the JSON beside an .npz of sample.py. Raises UserError."""
+    images = read_npz(path, "--samples")
+    if "settings" not in images.about:
+        raise UserError(f"--samples {path}: the .json that sample.py writes beside it is missing")
+    return images.at(slice(None)), images.labels, images.about
+
 
 def pool_sizes(num, num_split, groups, C):
     """Images a class, (C,), so that all classes together give `num` and every split at least `num_split`, balanced.
@@ -92,121 +242,319 @@ def pool_of(sizes):
     return [c for c, _ in members], [i for _, i in members]
 
 
-def read_samples(path):
-    """Images (N, H, W, 3) uint8, labels (N,) and the JSON beside an .npz of sample.py. Raises UserError."""
-    record = runtime.read_json(Path(path).with_suffix(".json"))
-    try:
-        with np.load(path) as f:
-            images, labels = f["arr_0"], f["arr_1"]
-    except (OSError, ValueError, KeyError) as e:
-        raise UserError(f"--samples {path}: not an .npz with arr_0 (images) and arr_1 (labels): {e}")
-    if images.dtype != np.uint8 or images.ndim != 4 or len(images) != len(labels):
-        raise UserError(f"--samples {path}: arr_0 must be N x H x W x 3 uint8 with N labels in arr_1")
-    if record is None:
-        raise UserError(f"--samples {path}: samples.json, which sample.py writes beside it, is missing")
-    return images, labels, record
+# ----------------------------------------------------------------------------------------------------------------------
+# Features
+
+class Extractor:
+    """Features and logits of images by a network in eval mode: Inception, or a classifier of classify.py."""
+
+    def __init__(self, features, args, rt):
+        self.rt, self.inception, self.batch_size = rt, features == "inception", args.features_batch_size
+        if self.inception:
+            self.net, self.sha256 = load_inception(args.inception_weights, rt.device, args.trust_weights)
+            self.name, self.channels = "inception-2015-12-05", 3
+        else:
+            if not Path(features).is_file():
+                raise UserError(f"--features {features}: there is no such file; make it with: python classify.py --dataset digits")
+            self.net, ckpt = load_classifier(features, rt.device)
+            self.name, self.sha256, self.channels = str(features), runtime.sha256(features), ckpt["network"]["channels"]
+            self.class_names = ckpt["data"]["class_names"]
+
+    @torch.no_grad()
+    def batch(self, images):
+        """uint8 (n, H, W, 3) -> features (n, D) and logits (n, K), float32 NumPy."""
+        if self.channels == 1:
+            if (images != images[..., :1]).any():
+                raise UserError("--features: this classifier takes grey images, and these are in colour")
+            images = images[..., :1]
+        x = torch.from_numpy(np.ascontiguousarray(images)).to(self.rt.device)
+        features, logits = self.net(x.permute(0, 3, 1, 2)) if self.inception else features_and_logits(self.net, to_float(x))
+        return features.float().cpu().numpy(), logits.float().cpu().numpy()
+
+    def __call__(self, at, n, title, shared=True):
+        """Features and logits of images at(rows), rows 0 ... n - 1, each process a share; gathered on rank 0.
+
+        shared: False where every process has images of its own, numbered from 0 in each.
+        """
+        rows = np.array_split(np.arange(n), self.rt.world)[self.rt.rank] if shared else np.arange(n)
+        features, logits = [], []
+        with runtime.progress(total=len(rows), desc=title, unit="img", disable=self.rt.rank > 0) as bar:
+            for part in np.array_split(rows, max(1, -(-len(rows) // self.batch_size))):
+                if len(part):
+                    f, z = self.batch(at(part))
+                    features, logits = features + [f], logits + [z]
+                    bar.update(len(part))
+        return self.rt.gather(features), self.rt.gather(logits)
 
 
-def as_channels(images, channels):
-    """Images (N, H, W, 3) with the number of channels that a network takes: 1 keeps the first, where all are equal."""
-    if channels == 1 and images.shape[3] == 3:
-        if (images != images[..., :1]).any():
-            raise UserError("--features: it takes grey images, and the samples are in colour")
-        return images[..., :1]
-    return images
+# ----------------------------------------------------------------------------------------------------------------------
+# Which rows are measured together
+
+def rank_in_class(labels):
+    """For each image, how many of its class come before it: (N,)."""
+    order, ranks = np.argsort(labels, kind="stable"), np.empty(len(labels), int)
+    counts = np.bincount(labels)
+    ranks[order] = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return ranks
 
 
-def measure(fake, predicted, labels, real, real_labels, num, groups):
-    """The numbers: {"fd", "accuracy", "num", "splits": {name: the same}, "floor": {"fd", "splits"}}.
+def measure(fake, real, names, k, device, score=False):
+    """The numbers of one group of images; fake and real are (features, logits, labels or None)."""
+    result = {names["fid"]: distance_of(fake[0], real[0])}
+    result[names["kid"]], result[names["kid"] + "_std"], result["kid_subset_size"] = kernel_distance(fake[0], real[0])
+    result["precision"], result["recall"] = precision_recall(fake[0], real[0], k, device=device)
+    if score:
+        result["is"], result["is_std"] = inception_score(fake[1])
+    if names["fid"] == "fd" and fake[2] is not None:        # a classifier of these very classes
+        result["accuracy"] = float((fake[1].argmax(1) == fake[2]).mean())
+    return {**result, "num": len(fake[0]), "num_real": len(real[0])}
 
-    fake (N, D), predicted and labels (N,): the samples; real (M, D), real_labels (M,): the reference. Overall it
-    takes the first num / C samples of each class, per split all that the split has.
+
+def measure_all(fake, real, groups, classes, num, inception, k, device, rounds):
+    """All numbers: overall on the first num / C images of a class, per split and class on all there are, and floors.
+
+    fake, real: (features, logits, labels). groups: {split: classes}; classes: {name: class}; rounds: of floor_of.
     """
-    labels, C = np.asarray(labels), len(np.unique(labels))
-    rank_in_class = np.zeros(len(labels), int)
-    for c in np.unique(labels):
-        rank_in_class[labels == c] = np.arange((labels == c).sum())
+    names = {"fid": "fid", "kid": "kid"} if inception else {"fid": "fd", "kid": "kd"}
 
-    def numbers(mine, reals):
-        return {"fd": distance_of(fake[mine], real[reals]), "accuracy": float((predicted == labels)[mine].mean()),
-                "num": int(mine.sum()), "num_real": int(reals.sum())}
-    result = numbers(rank_in_class < -(-num // C), np.isin(real_labels, labels))
-    result["splits"] = {name: numbers(np.isin(labels, c), np.isin(real_labels, c)) for name, c in groups.items()
-                        if np.isin(c, labels).all()}
-    result["floor"] = {"fd": floor_of(real), "splits": {k: floor_of(real[np.isin(real_labels, c)]) for k, c in groups.items()}}
+    def part(data, rows):
+        return tuple(None if x is None else x[rows] for x in data)
+    everything = slice(None)
+    if fake[2] is not None:
+        C = len(np.unique(fake[2]))
+        everything = rank_in_class(fake[2]) < -(-num // C)
+        mine = np.isin(real[2], fake[2]) if real[2] is not None else slice(None)
+    else:
+        everything, mine = slice(0, num), slice(None)
+    jobs = [("overall", None, everything, mine)]
+    if real[2] is not None and fake[2] is not None:
+        for kind, sets in (("splits", groups), ("classes", {n: [c] for n, c in classes.items()})):
+            jobs += [(kind, n, np.isin(fake[2], c), np.isin(real[2], c)) for n, c in sets.items() if np.isin(c, fake[2]).all()]
+    result = {"splits": {}, "classes": {}}
+    for kind, name, rows, reals in runtime.progress(jobs, desc="metrics", unit="group"):
+        numbers = measure(part(fake, rows), part(real, reals), names, k, device, inception and kind == "overall")
+        if rounds:
+            numbers["floor"] = floor_of(real[0][reals], rounds)
+        if kind == "overall":
+            result = {**numbers, **result}
+        else:
+            result[kind][name] = numbers
     return result
 
 
-def draw_pool(args, ckpt, settings, groups, num, num_split, rt):
-    """Draw the images that the protocol needs: uint8 images (on rank 0) and their labels."""
-    sizes = pool_sizes(num, num_split, groups, len(ckpt["data"]["class_names"]))
-    labels, indices = pool_of(sizes)
-    net = load_network(ckpt, args.weights, args.branch, rt.device)
-    shape = (ckpt["network"]["channels"],) + (ckpt["data"]["resolution"],) * 2
-    return generate(net, labels, indices, shape, rt, args.batch_size, **settings), labels
+def thousands(n):
+    """50000 -> "50k", 16500 -> "16.5k", 800 -> "800"."""
+    return f"{n / 1000:.3g}k" if n >= 1000 else str(n)
 
 
-def main():
+def print_result(result):
+    """One line a group; every metric names the number of images it was measured on."""
+    rows = {"overall": result, **result["splits"], **result["classes"]}
+    width = max(map(len, rows))
+    for name, r in rows.items():
+        frechet, kernel = ("fid", "kid") if "fid" in r else ("fd", "kd")
+        n = thousands(r["num"])
+        words = [f"{frechet.upper()} ({n}) {r[frechet]:8.3f}", f"{kernel.upper()} ({n}) {r[kernel]:.5f} +- {r[kernel + '_std']:.5f}",
+                 f"precision ({n}) {r['precision']:.3f}", f"recall ({n}) {r['recall']:.3f}"]
+        words += [f"IS ({n}) {r['is']:.3f} +- {r['is_std']:.3f}"] if "is" in r else []
+        words += [f"accuracy ({n}) {r['accuracy']:.1%}"] if "accuracy" in r else []
+        print(f"{name:<{width}}  " + "  ".join(words))
+    small = [name for name, r in rows.items() if min(r["num"], r["num_real"]) < FEW]
+    if small:
+        print(f"warning: {', '.join(small[:6])}{' ...' * (len(small) > 6)}: fewer than {FEW:,} images on one side; a Frechet distance "
+              f"is then biased upwards and compares only with one of equal counts; KID is not biased")
+    reduced = {r["kid_subset_size"] for r in rows.values()} - {KID_SIZE}
+    if reduced:
+        print(f"note: KID's subsets are of {', '.join(map(str, sorted(reduced)))} images instead of {KID_SIZE:,} where there are fewer")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+def make_parser():
     parser = Parser(__doc__)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--ckpt", help="a checkpoint: draw the images that the protocol needs")
-    source.add_argument("--samples", help="a samples.npz of sample.py")
+    source.add_argument("--samples", help="an .npz (arr_0 N x H x W x 3 uint8, perhaps labels in arr_1), a folder of images "
+                        "(flat, or one folder a class), a data set's name, or a file of --save-stats")
     g = parser.add_argument_group("protocol")
-    g.add_argument("--reference", help="a data set's name (default: the one that was trained on)")
-    g.add_argument("--data-dir", default="data", help="where data sets are (default: data)")
-    g.add_argument("--features", help="a checkpoint of classify.py (default: out/classifier-DATASET/ckpt.pt)")
-    g.add_argument("--num", type=integer(1), help="class-balanced images overall (default: 50,000; digits: 2,000)")
+    g.add_argument("--reference", help="the same kinds of things (default: the balanced images of the set that was trained on)")
+    g.add_argument("--reference-split", choices=("train", "test"), help="of a data set (default: full training set; folder: "
+                   "test images, else equally many of each class)")
+    g.add_argument("--data-dir", help="where data sets are (default: the checkpoint's, or data)")
+    g.add_argument("--pack-dir", help="where packed arrays are (default: the checkpoint's, or packed in --data-dir)")
+    g.add_argument("--features", help='"inception", or a checkpoint of classify.py (default: inception; digits: '
+                   "out/classifier-digits/ckpt.pt)")
+    g.add_argument("--inception-weights", metavar="FILE", help="weights-inception-2015-12-05-6726825d.pth (default: from "
+                   "torch.hub's cache, or downloaded there)")
+    g.add_argument("--trust-weights", action="store_true", help="take Inception weights with another hash")
+    g.add_argument("--features-batch-size", type=integer(1), default=64, help="images at a time in the extractor (default: 64)")
+    g.add_argument("--num", type=integer(2), help="class-balanced images overall (default: 50,000; digits: 2,000; or all there are)")
     g.add_argument("--num-split", type=integer(0), help="images a split, at least (default: 20,000; digits: what --num gives)")
+    g.add_argument("--per-class", action="store_true", help="also each class by itself")
+    g.add_argument("--floor", type=integer(0), default=0, metavar="R", help="also the Frechet distance between random halves of the "
+                   "reference, the mean of R halvings (default: 0, none)")
+    g.add_argument("--k", type=integer(1), default=3, help="neighbours in precision and recall (default: 3)")
     add_sampling_flags(parser)
+    parser.add_argument("--save-stats", metavar="FILE", help="keep the reference's features in FILE, for a later --reference FILE")
     parser.add_argument("--out-json", help="the numbers and every setting that moves them (default: eval.json in --out)")
     parser.add_argument("--if-needed", action="store_true", help="do nothing where --out-json was made with these settings")
     parser.add_common("folder of eval.json (default: beside --ckpt or --samples)")
-    args = parser.parse_args()
-    rt = runtime.setup(args.device, args.dtype)
+    return parser
 
-    # What is measured, against what, by what
+
+def to_classes(labels, from_names, to_names, flag):
+    """Labels renumbered from one list of class names to another; raises UserError for a class that is not in it."""
+    if labels is None or from_names is None or to_names is None or from_names == to_names:
+        if labels is not None and to_names is not None and len(labels) and not 0 <= labels.min() <= labels.max() < len(to_names):
+            raise UserError(f"{flag}: labels run from {labels.min()} to {labels.max()}, and the reference has {len(to_names)} classes")
+        return labels
+    if missing := [n for n in from_names if n not in to_names]:
+        raise UserError(f"{flag}: class {missing[0]} is not one of the {len(to_names)} classes of the samples")
+    return np.array([to_names.index(n) for n in from_names])[labels]
+
+
+def estimate(extractor, n_fake, n_real, net, ckpt, settings, args, rt):
+    """Seconds that sampling and features will take, from a few images of each."""
+    n = min(args.batch_size, 8) if rt.device.type == "cpu" else args.batch_size
+    total = 0.0
+    if net is not None:
+        y, shape = torch.zeros(n, dtype=torch.int64, device=rt.device), (ckpt["network"]["channels"],) + (ckpt["data"]["resolution"],) * 2
+        for _ in range(2):                      # the first call warms up
+            start = time.time()
+            draw(net, y, range(n), shape, rt, **{**settings, "steps": 1, "grid": "uniform"}).sum().item()
+        total += (time.time() - start) * settings["steps"] * n_fake / n
+    size = ckpt["data"]["resolution"] if ckpt else 32
+    images, m = np.zeros((args.features_batch_size, size, size, 3), np.uint8), args.features_batch_size
+    if rt.device.type == "cpu":
+        images, m = images[:8], min(8, m)
+    for _ in range(2):
+        start = time.time()
+        extractor.batch(images)
+    return (total + (time.time() - start) * (n_real + n_fake) / m) / rt.world
+
+
+def duration(seconds):
+    """"40 s", "25 min" or "3 h 20 min"."""
+    minutes = round(seconds / 60)
+    return f"{seconds:.0f} s" if seconds < 100 else f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def refuse_long_tailed(reference, text, class_counts):
+    """Raise UserError where the reference is the long-tailed set that the model was trained on (Sec. 4.1: a balanced one)."""
+    if class_counts is None or reference.labels is None:
+        return
+    counts = np.bincount(reference.labels, minlength=len(class_counts)).tolist()
+    if counts == list(class_counts) and max(counts) > 1.5 * min(counts):
+        raise UserError(f"--reference {text}: this is the long-tailed set that the model was trained on; the distance to it rewards "
+                        f"the imbalance. Leave --reference out, or name balanced images")
+
+
+def main():
+    args = make_parser().parse_args()
+    rt = runtime.setup(args.device, args.dtype)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False     # numbers that others can repeat
+
+    # What is measured
+    ckpt, net, settings, samples = None, None, None, None
     if args.ckpt:
-        ckpt = runtime.load(args.ckpt, "diffusion")
-        data, settings = ckpt["data"], sampling_settings(args)
-        made = describe(args, ckpt, settings)
-    else:
-        images, labels, record = read_samples(args.samples)
-        data = record["data"]
-        made = {**record["settings"], "samples": args.samples, "samples_sha256": runtime.sha256(args.samples)}
-    dataset = args.reference or data["dataset"]
-    protocol = PROTOCOL.get(dataset, PROTOCOL["paper"])
-    num = args.num or (protocol["num"] if args.ckpt else len(labels))
+        ckpt, settings = runtime.load(args.ckpt, "diffusion"), sampling_settings(args)
+        net = load_network(ckpt, args.weights, args.branch, rt.device)
+        data, made = ckpt["data"], describe(args, ckpt, settings)
+        dataset, config = data["dataset"], ckpt["config"]
+        args.data_dir, args.pack_dir = args.data_dir or config["data_dir"], args.pack_dir or config["pack_dir"]
+    args.data_dir = args.data_dir or "data"
+    if args.samples:
+        samples = read_set(args.samples, "--samples", args, args.reference_split)
+        data = samples.about.get("data", {})
+        dataset = data.get("dataset", args.samples if args.samples in READERS else None)
+        made = {"samples": args.samples, **samples.about.get("settings", samples.about)}
+        args.pack_dir = args.pack_dir
+    reference_name = args.reference or dataset
+    if reference_name is None:
+        raise UserError("--reference: name what the samples are measured against: a data set, an .npz, a folder, or a file of --save-stats")
+    class_names, class_counts = data.get("class_names"), data.get("class_counts")
+    if args.samples and class_names is None:
+        class_names = samples.class_names
+    protocol = PROTOCOL.get(dataset or reference_name, PROTOCOL["paper"])
     num_split = protocol["num_split"] if args.num_split is None else args.num_split
-    features = args.features or f"out/classifier-{dataset}/ckpt.pt"
-    if not Path(features).exists():
-        raise UserError(f"--features {features}: there is no such file; make it with: python classify.py --dataset {dataset}")
-    settings_all = {**made, "reference": dataset, "reference_split": "train", "num": num, "num_split": num_split,
-                    "features": str(features), "features_sha256": runtime.sha256(features), "dtype": str(rt.dtype)}
+    extractor = Extractor(args.features or protocol["features"], args, rt)
+
+    # Against what
+    with rt.rank_0_first():
+        reference = read_set(reference_name, "--reference", args, args.reference_split, data.get("resolution"))
+    class_names = class_names or reference.class_names
+    reference_labels = to_classes(reference.labels, reference.class_names, class_names, "--reference")
+    refuse_long_tailed(Images(None, 0, reference_labels), reference_name, class_counts)
+    if isinstance(reference, Stats) and reference.about["features_sha256"] != extractor.sha256:
+        raise UserError(f"--reference {reference_name}: its features were made by {reference.about['features']}, not by {extractor.name}")
+    C = len(class_names) if class_names else None
+    groups = splits(class_counts if class_counts else np.arange(C, 0, -1)) if C else {}
+
+    if args.ckpt:
+        num = args.num or protocol["num"]
+        labels, indices = pool_of(pool_sizes(num, num_split, groups, C))
+        n_fake, labels = len(labels), np.array(labels)
+    else:
+        labels = to_classes(samples.labels, samples.class_names, class_names, "--samples")
+        n_fake = len(samples.features) if isinstance(samples, Stats) else len(samples)
+        num = min(args.num or n_fake, n_fake)
+    reference_words = reference.about.get("what", reference_name)
+    n_real = len(reference.features) if isinstance(reference, Stats) else len(reference)
+    record = {**made, "reference": reference_words, "num": num, "num_split": num_split, "per_class": args.per_class, "k": args.k,
+              "features": extractor.name, "features_sha256": extractor.sha256, "dtype": str(rt.dtype), "floor": args.floor,
+              "kid_subsets": KID_SUBSETS, "kid_subset_size": KID_SIZE, "is_splits": IS_SPLITS, "metric_seed": METRIC_SEED}
     out_json = Path(args.out_json or Path(args.out or Path(args.ckpt or args.samples).parent) / "eval.json")
-    if args.if_needed and runtime.up_to_date(out_json, settings_all):
+    if args.if_needed and runtime.up_to_date(out_json, record):
         return rt.print(f"{out_json}: up to date")
 
-    # Measure
-    start, groups = time.time(), splits(data["class_counts"])
-    if args.ckpt:
-        images, labels = draw_pool(args, ckpt, settings, groups, num, num_split, rt)
+    # Say what will happen, then do it
+    what = (f"{args.ckpt} (step {ckpt['step']:,}, {args.weights} weights, {args.branch} branch; {settings['sampler']}, "
+            f"{settings['steps']} steps, guidance {settings['guidance']:g})" if ckpt else args.samples)
+    seconds = estimate(extractor, n_fake if samples is None or isinstance(samples, Images) else 0,
+                       n_real if isinstance(reference, Images) else 0, net, ckpt, settings, args, rt)
+    rt.print(f"{n_fake:,} images of {what}: overall on {num:,}{', per split' * bool(groups)}{' and class' * args.per_class}, "
+             f"against {reference_words} ({n_real:,} images), in features of {extractor.name}; about {duration(seconds)} on {rt.device}"
+             + (f" x {rt.world}" if rt.world > 1 else ""))
+    if class_counts is None and groups and labels is not None:
+        rt.print("the samples' file names no class sizes: Many / Medium / Few are thirds of the classes in the order of their numbers")
+    clock = time.time()
+    if ckpt:
+        shape = (ckpt["network"]["channels"],) + (data["resolution"],) * 2
+        images = generate(net, labels, indices, shape, rt, args.batch_size, gather=False, **settings)
+        sampled, clock = time.time() - clock, time.time()
+        fake = extractor(lambda rows: rgb(images[rows]), len(images), "features of the samples", shared=False)
+    elif isinstance(samples, Stats):
+        sampled, fake = 0.0, (samples.features, samples.logits)
+    else:
+        sampled, fake = 0.0, extractor(samples.at, len(samples), "features of the samples")
+    real = ((reference.features, reference.logits) if isinstance(reference, Stats) else
+            extractor(reference.at, len(reference), "features of the reference"))
+    extracted, clock = time.time() - clock, time.time()
     if rt.rank > 0:
         return
-    net, classifier = load_classifier(features, rt.device)
-    with rt.rank_0_first():
-        reference = load(dataset, args.data_dir)
-    if sorted(reference.class_names) != sorted(data["class_names"]):
-        raise UserError(f"--reference {dataset}: its classes are not those of the samples")
-    position = np.array([data["class_names"].index(name) for name in reference.class_names])
-    channels = classifier["network"]["channels"]
-    real, _ = extract(net, as_channels(reference.images, channels), rt, title="features of the reference")
-    fake, predicted = extract(net, as_channels(images, channels), rt, title="features of the samples")
-    result = measure(fake, predicted, labels, real, position[reference.labels], num, groups)
-    runtime.write_json(out_json, {**result, "settings": settings_all, "seconds": round(time.time() - start, 1),
-                                  "versions": {"torch": torch.__version__, "numpy": np.__version__}})
-    for name, row in {"overall": result, **result["splits"]}.items():
-        print(f"{name:<8} FD (classifier, {row['num']:,} images) {row['fd']:8.3f}   accuracy {row['accuracy']:.1%}")
+    if args.save_stats:
+        save_stats(args.save_stats, real, reference_labels, class_names, reference_words, extractor)
+    classes = {n: c for c, n in enumerate(class_names)} if class_names and (args.per_class or not groups) else {}
+    result = measure_all((*fake, labels), (*real, reference_labels), groups, classes, num, extractor.inception, args.k, rt.device,
+                         args.floor)
+    runtime.write_json(out_json, {**result, "settings": record,
+                                  "seconds": {"sampling": round(sampled, 1), "features": round(extracted, 1),
+                                              "metrics": round(time.time() - clock, 1)},
+                                  "versions": {"torch": torch.__version__, "numpy": np.__version__, "scipy": scipy.__version__}})
+    print_result(result)
     print(f"wrote {out_json}")
+
+
+def save_stats(path, real, labels, class_names, words, extractor):
+    """What --reference FILE reads: all that the metrics need of the reference."""
+    about = runtime.json.dumps({"what": words, "features": extractor.name, "features_sha256": extractor.sha256, "class_names": class_names})
+    arrays = {"features": real[0], "logits": real[1], "about": np.array(about), **({} if labels is None else {"labels": labels})}
+
+    def write(temporary):
+        with open(temporary, "wb") as f:
+            np.savez(f, **arrays)
+    runtime.write_atomic(path, write, "--save-stats")
+    print(f"wrote {path}: name it with --reference")
 
 
 if __name__ == "__main__":

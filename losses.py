@@ -22,7 +22,7 @@ from runtime import generator
 
 
 class Batch(NamedTuple):
-    """One rank's slice (B of G images) of a step's global batch, and everything random about it."""
+    """One part (B of G images) of a step's global batch, and everything random about it."""
     x_0: torch.Tensor           # (B, C, H, W) float32 in [-1, 1]
     y: torch.Tensor             # (B,) int64, the true class: what Eq. (3) and OC's gate look at
     y_in: torch.Tensor          # (B,) int64, the label the network is given: y, or -1 (Null) where it is dropped
@@ -38,11 +38,12 @@ class Batch(NamedTuple):
 
 
 @torch.no_grad()
-def draw(x_0, y, o, seed, step, rank=0, world=1, flip=False):
-    """The Batch of one step: a pure function of the global batch (x_0 (G, C, H, W), y (G,)) and (seed, step).
+def draw(x_0, y, o, seed, step, part=0, parts=1, flip=False):
+    """The Batch of one part of a step: a pure function of the global batch (x_0 (G, C, H, W), y (G,)) and (seed, step).
 
-    Every rank draws for the whole global batch and keeps its slice, so the number of processes changes nothing;
-    only dropout masks are drawn for the slice alone, from (seed, step, rank). flip: mirror each image with chance 1/2.
+    Noise, timesteps and the rest are drawn for the whole global batch and sliced, so that cutting it into parts (one
+    for each process, and for each pass of --accumulate) changes nothing; only dropout masks are drawn for the part
+    alone, from (seed, step, part). flip: mirror each image with chance 1/2.
     """
     G, device = len(x_0), x_0.device
     g = generator(device, seed, "step", step)
@@ -55,10 +56,10 @@ def draw(x_0, y, o, seed, step, rank=0, world=1, flip=False):
     if flip:
         x_0 = torch.where(mirrored[:, None, None, None], x_0.flip(3), x_0)
 
-    own = slice(rank * G // world, (rank + 1) * G // world)
-    masks = generator(device, seed, "masks", step, rank)
-    encode, decode = o.net.draw_masks(G // world, x_0.shape[-1], masks)
-    general = o.net.draw_masks(G // world, x_0.shape[-1], masks)[1] if o.independent_dropout else decode
+    own = slice(part * G // parts, (part + 1) * G // parts)
+    masks = generator(device, seed, "masks", step, part)
+    encode, decode = o.net.draw_masks(G // parts, x_0.shape[-1], masks)
+    general = o.net.draw_masks(G // parts, x_0.shape[-1], masks)[1] if o.independent_dropout else decode
     return Batch(x_0[own], y[own], torch.where(dropped, -1, y)[own], t[own], eps[own], y_prime[own],
                  x_0, y, gumbel[own], encode, decode, general)
 

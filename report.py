@@ -25,8 +25,8 @@ def read_row(text):
     """("NAME", the JSON of evaluate.py) from "NAME=FILE"; raises UserError."""
     name, equals, path = text.partition("=")
     result = runtime.read_json(path) if equals else None
-    if result is None or "settings" not in result:
-        raise UserError(f"--row {text}: give NAME=FILE, with a JSON file that evaluate.py wrote")
+    if result is None or "fd" not in result or "floor" not in result:
+        raise UserError(f"--row {text}: give NAME=FILE, with a JSON file that evaluate.py wrote with a classifier and --floor")
     return name, result
 
 
@@ -34,9 +34,9 @@ def table(rows):
     """Markdown: one line a row, FD and accuracy overall and per split; first the floor, real against real."""
     groups = list(rows[0][1]["splits"])
     head = ["", "guidance", "FD"] + [f"FD {g}" for g in groups] + ["accuracy"] + [f"acc. {g}" for g in groups]
-    floor = rows[0][1]["floor"]
+    floors = [part["floor"] for part in (rows[0][1], *rows[0][1]["splits"].values())]
     lines = [head, ["---"] + ["---:"] * (len(head) - 1),
-             ["real against real", ""] + [f"{v:.2f}" for v in [floor["fd"], *floor["splits"].values()]] + [""] * (len(groups) + 1)]
+             ["real against real", ""] + [f"{v:.2f}" for v in floors] + [""] * (len(groups) + 1)]
     for name, r in rows:
         parts = [r, *r["splits"].values()]
         lines.append([name, f"{r['settings']['guidance']:g}"] + [f"{p['fd']:.2f}" for p in parts]
@@ -55,8 +55,8 @@ def figure(rows, path):
         for k, (name, r) in enumerate(methods):
             bars = ax.bar(x + (k - (len(methods) - 1) / 2) * width, [r["splits"][g]["fd"] for g in groups], width, label=name)
             ax.bar_label(bars, fmt="%.3g", fontsize=7)
-        for g, value in enumerate(rows[0][1]["floor"]["splits"].values()):
-            ax.hlines(value, g - 0.45, g + 0.45, "black", "dashed", label=None if g else "real against real")
+        for g, part in enumerate(rows[0][1]["splits"].values()):
+            ax.hlines(part["floor"], g - 0.45, g + 0.45, "black", "dashed", label=None if g else "real against real")
         ax.set(yscale="log", title=f"guidance {strength:g}")
         ax.set_xticks(x, groups)
         ax.spines[["top", "right"]].set_visible(False)
@@ -89,7 +89,7 @@ def conditions(rows):
     s = rows[0][1]["settings"]
     return (f"{s['dataset']}, checkpoints at step {s['step']:,}; {s['sampler']} with {s['steps']} steps, "
             f"{s['weights']} weights, seed {s['seed']}; {rows[0][1]['num']:,} class-balanced samples "
-            f"against {rows[0][1]['num_real']:,} real images (balanced {s['reference_split']} set).")
+            f"against {rows[0][1]['num_real']:,} real images ({s['reference']}).")
 
 
 def main():

@@ -29,7 +29,7 @@ for OMEGA in 0 1.5; do
   while read -r RUN BRANCH NAME; do
     DIR=$OUT/$RUN/$BRANCH-$OMEGA
     python sample.py --ckpt $OUT/$RUN/ckpt.pt --branch $BRANCH --guidance $OMEGA --num $NUM --steps $DDIM --out $DIR --if-needed
-    python evaluate.py --samples $DIR/samples.npz --features $OUT/classifier/ckpt.pt --if-needed
+    python evaluate.py --samples $DIR/samples.npz --features $OUT/classifier/ckpt.pt --floor 10 --if-needed
     ROWS+=(--row "$NAME=$DIR/eval.json")
   done <<< "ddpm full DDPM
 oc full OC

@@ -11,10 +11,11 @@ import pickle
 import signal
 import sys
 import zipfile
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
@@ -124,6 +125,14 @@ class Runtime:
         if self.world > 1 and self.rank == 0:
             dist.barrier()
 
+    def gather(self, arrays):
+        """Every rank's list of arrays, concatenated in the order of ranks, on rank 0; None elsewhere."""
+        if self.world == 1:
+            return np.concatenate(arrays)
+        shares = [None] * self.world if self.rank == 0 else None
+        dist.gather_object(arrays, shares)
+        return np.concatenate([a for share in shares for a in share]) if self.rank == 0 else None
+
     def maximum(self, value):
         """The largest of every rank's `value` (an int): how ranks agree, without waiting for the device."""
         if self.world == 1:
@@ -196,12 +205,22 @@ def write_atomic(path, write, flag="--out"):
     """Call write(temporary path), then rename it to `path`; on failure the old file stands. Raises UserError."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with writing(path, flag):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write(temporary)
+            os.replace(temporary, path)
+        finally:
+            with suppress(OSError):
+                temporary.unlink()              # what is left where writing failed or was interrupted
+
+
+@contextmanager
+def writing(path, flag="--out"):
+    """Within, a failure to write becomes a UserError that names the file and the flag."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary)
-        os.replace(temporary, path)
+        yield
     except (OSError, RuntimeError) as e:        # torch.save reports a full disk as a RuntimeError
-        temporary.unlink(missing_ok=True)
         raise UserError(f"{flag}: cannot write {path} ({e}); free some space or choose another folder with {flag}")
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
 
 import runtime
@@ -149,10 +148,10 @@ def draw(net, y, indices, shape, rt, seed=0, sampler="ddim", steps=50, grid="uni
     return SAMPLERS[sampler](guided(net, y, guidance, rt), x_T, alphas_bar, timesteps, noise, **extra)
 
 
-def generate(net, labels, indices, shape, rt, batch_size, title="sampling", **settings):
+def generate(net, labels, indices, shape, rt, batch_size, title="sampling", gather=True, **settings):
     """Images number `indices` with these labels (lists of N ints): uint8 (N, H, W, C), on rank 0; None elsewhere.
 
-    Each process draws a contiguous share in batches; settings are `draw`'s.
+    Each process draws a contiguous share in batches, and returns that share if gather is False; settings are `draw`'s.
     """
     share = np.array_split(np.arange(len(labels)), rt.world)[rt.rank]
     parts = []
@@ -162,12 +161,7 @@ def generate(net, labels, indices, shape, rt, batch_size, title="sampling", **se
             x = draw(net, y, [indices[r] for r in rows], shape, rt, **settings)
             parts.append(to_uint8(x).cpu().numpy())
             bar.update(len(rows))
-    images = np.concatenate(parts)
-    if rt.world == 1:
-        return images
-    shares = [None] * rt.world if rt.rank == 0 else None
-    dist.gather_object(images, shares)
-    return np.concatenate(shares) if rt.rank == 0 else None
+    return rt.gather(parts) if gather else np.concatenate(parts)
 
 
 def to_rgb(images):

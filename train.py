@@ -13,6 +13,7 @@ import os
 import sys
 import time
 from argparse import BooleanOptionalAction
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 
@@ -38,8 +39,10 @@ PRESETS = {     # the defaults of flags that depend on the data set; "paper" hol
                   warmup=5000, ema=0.9999, save_every=5000, sample_every=20_000, log_every=100, dtype="auto"),
     "digits": dict(ir=20.0, ch=32, ch_mult=[1, 2], num_res_blocks=1, steps=2000, lr=1e-3, warmup=100, ema=0.999,
                    save_every=500, sample_every=500, log_every=50, dtype="float32"),
+    "folder": dict(ir=1.0),
 }
-FREE = {"steps", "save_every", "keep_every", "sample_every", "log_every", "compile", "device", "out", "data_dir"}
+FREE = {"steps", "save_every", "keep_every", "sample_every", "log_every", "compile", "device", "out", "data_dir", "pack_dir",
+        "accumulate"}
 MAX_BASE = 10.0     # a base loss above this has diverged: predicting zero costs 1
 MAX_D = 100.0       # so has a distance between the two predictions: both estimate noise of variance 1
 
@@ -48,6 +51,8 @@ def make_parser():
     """All flags; those in PRESETS have their default filled in by `resolve`."""
     parser = Parser(__doc__)
     g = add_data_flags(parser)
+    g.add_argument("--flip", action=BooleanOptionalAction, default=None, help="mirror images at random (default: on, but never "
+                   "for digits)")
     g = parser.add_argument_group("method")
     g.add_argument("--base", choices=BASES, default="oc", help="L_base of Eq. (4) (default: oc, the paper's choice)")
     g.add_argument("--cm", action=BooleanOptionalAction, default=True, help="reserve capacity and add L_CM (default: on)")
@@ -71,6 +76,8 @@ def make_parser():
     g = parser.add_argument_group("optimisation")
     g.add_argument("--steps", type=integer(1), help="training steps; may be raised to train longer")
     g.add_argument("--batch-size", type=integer(1), default=64, help="images a step, over all processes (default: 64)")
+    g.add_argument("--accumulate", type=integer(1), default=1, metavar="K", help="passes a step, each over a K-th of the batch "
+                   "and of its memory; the same step but for dropout masks (default: 1)")
     g.add_argument("--lr", type=number(above=0), help="Adam's learning rate after the warm-up")
     g.add_argument("--warmup", type=integer(0), help="steps in which the learning rate rises linearly")
     g.add_argument("--grad-clip", type=number(above=0), default=1.0, help="largest gradient norm (default: 1)")
@@ -99,8 +106,9 @@ def resolve(args):
         if getattr(args, key) is None:
             setattr(args, key, value)
     world = int(os.environ.get("WORLD_SIZE", 1))
-    if args.batch_size % world:
-        raise UserError(f"--batch-size {args.batch_size}: not divisible by the {world} processes; it counts all of them")
+    if args.batch_size % (world * args.accumulate):
+        parts = f"{world} processes" + (f" x --accumulate {args.accumulate}" if args.accumulate > 1 else "")
+        raise UserError(f"--batch-size {args.batch_size}: not divisible by the {parts}; it counts the images of all of them")
     if bad := [level for level in args.attn if level >= len(args.ch_mult)]:
         raise UserError(f"--attn {bad[0]}: --ch-mult has levels 0 to {len(args.ch_mult) - 1} only")
     if args.out is None:
@@ -108,7 +116,8 @@ def resolve(args):
         changed += [k for k, v in vars(args).items() if k not in preset and v != plain[k] and k not in FREE]
         extra = [f"{k}{'_'.join(map(str, v)) if isinstance(v, list) else v}" for k in sorted(set(changed))
                  if k not in ("dataset", "ir", "base", "cm", "seed") for v in [getattr(args, k)]]
-        words = [args.dataset, f"ir{args.ir:g}", args.base] + ["cm"] * args.cm + [f"seed{args.seed}"] + extra
+        dataset = Path(args.data_dir).resolve().name if args.dataset == "folder" else args.dataset
+        words = [dataset, f"ir{args.ir:g}", args.base] + ["cm"] * args.cm + [f"seed{args.seed}"] + extra
         args.out = "out/" + "-".join(words).replace("/", "_")
     return args
 
@@ -140,11 +149,13 @@ class Window:
         self.steps, self.sums = 0, {}
         self.D = torch.zeros(2, len(self.groups), device=self.group_of.device)      # sums of D, numbers of images
 
-    def add(self, scalars, D, y):
-        """Add one step: {name: 0-d tensor}, and per-image distances D (B,) with their classes y (B,)."""
-        self.steps += 1
+    def add(self, scalars, share=1.0):
+        """Add {name: 0-d tensor} of one part of a step, which is this share of it on this rank."""
         for name, value in scalars.items():
-            self.sums[name] = self.sums[name] + value if name in self.sums else value.clone()
+            self.sums[name] = self.sums.get(name, 0) + share * value
+
+    def add_D(self, D, y):
+        """Add per-image distances D (B,) with their classes y (B,)."""
         self.D.index_add_(1, self.group_of[y], torch.stack([D, torch.ones_like(D)]))
 
     def means(self, rt):
@@ -191,26 +202,28 @@ class Log:
 
     def __init__(self, out, step):
         self.path = Path(out) / "log.jsonl"
-        if self.path.exists():
-            kept = [line for line in self.path.read_text().splitlines(True) if self.is_whole(line, step)]
-            runtime.write_atomic(self.path, lambda p: p.write_text("".join(kept)))
-        self.board = SummaryWriter(out, purge_step=step + 1)
+        with runtime.writing(self.path):
+            if self.path.exists():
+                kept = [line for line in self.path.read_text(errors="replace").splitlines(True) if self.is_whole(line, step)]
+                runtime.write_atomic(self.path, lambda p: p.write_text("".join(kept)))
+            self.board = SummaryWriter(out, purge_step=step + 1)
 
     @staticmethod
     def is_whole(line, step):
         """Whether a line is a complete record of a step up to `step`."""
         try:
             return line.endswith("\n") and json.loads(line)["step"] <= step
-        except (ValueError, KeyError):
+        except (ValueError, KeyError, TypeError):
             return False
 
     def write(self, step, record):
         """Append one record and mirror its numbers to TensorBoard."""
-        with open(self.path, "a") as f:
-            f.write(json.dumps({"step": step, **record}) + "\n")
-        for name, value in record.items():
-            self.board.add_scalar(name, value, step)
-        self.board.flush()
+        with runtime.writing(self.path):
+            with open(self.path, "a") as f:
+                f.write(json.dumps({"step": step, **record}) + "\n")
+            for name, value in record.items():
+                self.board.add_scalar(name, value, step)
+            self.board.flush()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -219,6 +232,17 @@ class Log:
 def learning_rate(step, args):
     """Linear warm-up from lr / warmup at step 0, then constant."""
     return args.lr * min(1.0, (step + 1) / max(1, args.warmup))
+
+
+def update(params, ema, optimizer, step, args):
+    """Everything after backward at step `step`: clip, Adam, the averaged weights; returns the gradient norm, 0-d."""
+    norm = clip_grad_norm_(params, args.grad_clip)
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(step, args)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    get_ema_multi_avg_fn(min(args.ema, (1 + step) / (10 + step)))(ema, params, None)
+    return norm
 
 
 def compile_or_not(objective, b, rt):
@@ -268,9 +292,15 @@ def main():
     # Data
     with rt.rank_0_first():
         images = load_long_tailed(args)
+    data_record = {"dataset": args.dataset, "class_names": images.class_names, "class_counts": images.counts.tolist(),
+                   "resolution": images.images.shape[1], "provenance": images.provenance}
+    if old and old["data"] != data_record:
+        raise UserError(f"--data-dir {args.data_dir}: not the images that the run in {out} was started with; "
+                        f"choose another folder with --out")
     groups = splits(images.counts)
     rt.print(images.summary() + "".join(f"; {k} {images.counts[v].sum():,}" for k, v in groups.items()))
     batches = Batches(images, args.batch_size, args.seed, rt.device)
+    flip = images.flip if args.flip is None else args.flip
 
     # Network and objective
     resolution, channels = images.images.shape[1], images.images.shape[3]
@@ -301,12 +331,12 @@ def main():
         optimizer.load_state_dict(old["optimizer"])
         window.restore(old["window"])
 
-    def batch(s):
+    def batch(s, k):
         x_0, y = batches.at(s)
-        return draw(x_0, y, objective, args.seed, s, rt.rank, rt.world, images.flip)
+        return draw(x_0, y, objective, args.seed, s, rt.rank * args.accumulate + k, rt.world * args.accumulate, flip)
 
     use_compile = rt.device.type == "cuda" if args.compile is None else args.compile
-    module = compile_or_not(objective, batch(step), rt) if use_compile else objective
+    module = compile_or_not(objective, batch(step, 0), rt) if use_compile else objective
     if rt.world > 1:
         devices = [rt.device] if rt.device.type == "cuda" else None
         module = DistributedDataParallel(module, devices, broadcast_buffers=False, gradient_as_bucket_view=True)
@@ -318,8 +348,6 @@ def main():
              + f"; {rt.device}, {args.dtype}, {rt.world} process{'es' * (rt.world > 1)}{', compiled' * use_compile}")
     rt.print("config: " + " ".join(f"{k}={v}" for k, v in config.items()))
     rt.print(f"{'resuming' if old else 'starting'} {out} at step {step} of {args.steps}")
-    data_record = {"dataset": args.dataset, "class_names": images.class_names, "class_counts": images.counts.tolist(),
-                   "resolution": resolution, "provenance": images.provenance}
     if rt.rank == 0:
         runtime.write_json(out / "config.json", {"config": config, "network": network, "rank_ratio": rank_ratio,
                                                  "data": data_record, "torch": torch.__version__})
@@ -333,17 +361,16 @@ def main():
     # The loop
     stop, warned, clock, clock_step = runtime.StopSignal(), False, time.time(), step
     while step < args.steps:
-        b, lr = batch(step), learning_rate(step, args)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        with rt.autocast():
-            total, terms, D = module(b)
-        total.backward()
-        norm = clip_grad_norm_(params, args.grad_clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        get_ema_multi_avg_fn(min(args.ema, (1 + step) / (10 + step)))(ema, params, None)
-        window.add({**terms, "grad_norm": norm}, D, b.y)
+        for k in range(args.accumulate):
+            b = batch(step, k)
+            with module.no_sync() if rt.world > 1 and k < args.accumulate - 1 else nullcontext():
+                with rt.autocast():
+                    total, terms, D = module(b)
+                (total / args.accumulate).backward()
+            window.add(terms, 1 / args.accumulate)
+            window.add_D(D, b.y)
+        window.add({"grad_norm": update(params, ema, optimizer, step, args)})
+        window.steps += 1
         step += 1
 
         signal = rt.maximum(stop.number)
@@ -356,6 +383,7 @@ def main():
                 rt.print("warning: the two predictions differ by more than the noise itself (D > 1): the divergence runs away")
             now = time.time()
             speed = (step - clock_step) * args.batch_size / max(now - clock, 1e-9)
+            lr = learning_rate(step - 1, args)
             rt.print(format_line(step, args, means, lr, speed, (args.steps - step) * args.batch_size / speed))
             if rt.rank == 0:
                 log.write(step, {**means, "lr": lr, "images_per_s": round(speed, 1)})

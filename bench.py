@@ -1,0 +1,153 @@
+"""Measure the speed of training steps and of sampling at the paper's network size, on this machine.
+
+    python bench.py                             # CPU: batch 16, float32 and bfloat16, a few minutes on two cores
+    python bench.py --compile                   # also compiled; on a GPU this is the default, with batch 64 and 512
+
+Every method's step is the one that train.py takes: the draw, forward, backward, clip, Adam and the averaged weights.
+Methods take turns, step by step, and the median counts, so that a machine whose speed drifts still gives fair ratios.
+"""
+import resource
+import statistics
+import time
+from argparse import BooleanOptionalAction
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import runtime
+import train
+from data import Batches, ImageSet, long_tail_counts
+from losses import Objective, draw
+from model import UNetConfig, make_alphas_bar
+from runtime import Parser, integer, run
+from sample import build_network, guided
+
+METHODS = {"DDPM": ("ddpm", False), "OC": ("oc", False), "CBDM": ("cbdm", False), "CM on DDPM": ("ddpm", True), "CM on OC": ("oc", True)}
+
+
+def synchronize(rt):
+    """Wait until the device has done all its work."""
+    if rt.device.type == "cuda":
+        torch.cuda.synchronize(rt.device)
+
+
+def seconds(f, rt):
+    """Wall time of one call, the device's work included."""
+    synchronize(rt)
+    start = time.perf_counter()
+    f()
+    synchronize(rt)
+    return time.perf_counter() - start
+
+
+def matmul_peak(rt, n):
+    """Floating-point operations a second of an n x n matrix product in rt.dtype: the best of ten."""
+    a, b = (torch.randn(n, n, device=rt.device, dtype=rt.dtype) for _ in range(2))
+    return 2 * n ** 3 / min(seconds(lambda: a @ b, rt) for _ in range(10))
+
+
+def make_step(method, images, batch_size, rt, compiled, args):
+    """(step(), its network, its floating-point operations): one training step of a method on CIFAR-100's shapes."""
+    base, cm = METHODS[method]
+    torch.manual_seed(0)
+    net = build_network(UNetConfig(num_classes=100).to_dict(), 0.1 if cm else None)
+    net.to(rt.device, memory_format=torch.channels_last)
+    params = list(net.parameters())
+    ema = [p.detach().clone(memory_format=torch.preserve_format) for p in params]
+    optimizer = torch.optim.Adam(params, lr=2e-4, fused=True)
+    objective = Objective(net, base, images.counts, make_alphas_bar()).to(rt.device)
+    batches, at = Batches(images, batch_size, 0, rt.device), iter(range(10 ** 9))
+
+    def batch():
+        step = next(at)
+        return draw(*batches.at(step), objective, 0, step, flip=True)
+    module = train.compile_or_not(objective, batch(), rt) if compiled else objective
+
+    def step():
+        b = batch()
+        with rt.autocast():
+            total, _, _ = module(b)
+        total.backward()
+        train.update(params, ema, optimizer, 0, args)
+    with FlopCounterMode(display=False) as counter, rt.autocast():
+        objective(batch())[0].backward()
+    optimizer.zero_grad(set_to_none=True)
+    return step, net, counter.get_total_flops()
+
+
+def bench(batch_size, compiled, methods, rounds, rt, args):
+    """One row a method: images/s of training, milliseconds, ratio to DDPM, share of the matmul peak, memory; sampling."""
+    rng = np.random.RandomState(0)
+    labels = np.repeat(np.arange(100), long_tail_counts([500] * 100, 100))
+    images = ImageSet("noise", rng.randint(0, 256, (len(labels), 32, 32, 3), np.uint8), labels, [str(c) for c in range(100)])
+    peak = matmul_peak(rt, 8192 if rt.device.type == "cuda" else 2048)
+    steps, rows = {}, []
+    for method in methods:
+        steps[method] = make_step(method, images, batch_size, rt, compiled, args)
+    times, memory = {m: [] for m in methods}, {}
+    for r in runtime.progress(range(rounds + 1), desc=f"{rt.dtype} batch {batch_size}{' compiled' * compiled}", unit="round"):
+        for method in methods:
+            if rt.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(rt.device)
+            t = seconds(steps[method][0], rt)
+            if r:                                           # the first round warms up
+                times[method].append(t)
+            if rt.device.type == "cuda":
+                memory[method] = torch.cuda.max_memory_allocated(rt.device)
+    for method in methods:
+        t, (_, net, flops) = statistics.median(times[method]), steps[method]
+        rows.append({"method": method, "dtype": str(rt.dtype).removeprefix("torch."), "compiled": compiled, "batch": batch_size,
+                     "step_ms": 1e3 * t, "images_per_s": batch_size / t, "ratio": t / statistics.median(times[methods[0]]),
+                     "peak_share": flops / t / peak, "peak_gflops": peak / 1e9,
+                     "memory_gib": memory[method] / 2 ** 30 if memory else None})
+    net = steps[methods[0]][1]
+    x = torch.randn(batch_size, 3, 32, 32, device=rt.device).contiguous(memory_format=torch.channels_last)
+    predict = guided(net, torch.zeros(batch_size, dtype=torch.int64, device=rt.device), 1.5, rt)
+    with torch.no_grad():
+        t = statistics.median(seconds(lambda: predict(x, 500), rt) for _ in range(max(3, rounds // 2)))
+    return rows, {"dtype": rows[0]["dtype"], "batch": batch_size, "images_per_s": batch_size / (50 * t)}
+
+
+def main():
+    parser = Parser(__doc__)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME", help="of " + ", ".join(METHODS)
+                        + "; ratios are to the first (default: all)")
+    parser.add_argument("--batch-size", type=integer(1), nargs="+", metavar="B", help="default: 16; on CUDA 64 and 512")
+    parser.add_argument("--compile", action=BooleanOptionalAction, default=None, help="also measure compiled (default: on CUDA only)")
+    parser.add_argument("--rounds", type=integer(1), default=5, help="timed steps of each method; the median counts (default: 5)")
+    parser.add_common("folder of bench.json (default: out/bench)")
+    args = parser.parse_args()
+    first = runtime.setup(args.device, args.dtype)
+    cuda, out = first.device.type == "cuda", Path(args.out or "out/bench")
+    dtypes = [torch.float32, torch.bfloat16] if args.dtype == "auto" else [first.dtype]
+    knobs = train.resolve(train.make_parser().parse_args([]))
+    rows, sampling = [], []
+    for batch_size in args.batch_size or ([64, 512] if cuda else [16]):
+        for dtype in dtypes:
+            for compiled in (False, True) if (cuda if args.compile is None else args.compile) else (False,):
+                rt = runtime.Runtime(first.device, dtype)
+                try:
+                    new, speed = bench(batch_size, compiled, args.methods, args.rounds, rt, knobs)
+                except torch.OutOfMemoryError:
+                    print(f"batch {batch_size} in {dtype}: out of memory, left out")
+                    continue
+                rows, sampling = rows + new, sampling + ([speed] if not compiled else [])
+                torch._dynamo.reset()
+    name = torch.cuda.get_device_name(first.device) if cuda else f"CPU, {torch.get_num_threads()} threads"
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
+    print(f"{name}, torch {torch.__version__}" + ("" if cuda else f"; peak memory of the process {memory:.1f} GiB") + "\n\n"
+          "| method | batch | dtype | compiled | ms a step | images/s | x the first | of matmul peak | GiB |\n"
+          "| --- | ---: | --- | --- | ---: | ---: | ---: | ---: | ---: |")
+    for r in rows:
+        gib = f"{r['memory_gib']:.1f}" if r["memory_gib"] else ""
+        print(f"| {r['method']} | {r['batch']} | {r['dtype']} | {'yes' if r['compiled'] else 'no'} | {r['step_ms']:.1f} | "
+              f"{r['images_per_s']:.1f} | {r['ratio']:.2f} | {r['peak_share']:.0%} | {gib} |")
+    for s in sampling:
+        print(f"\nsampling, DDIM-50 with guidance, {s['dtype']}, batch {s['batch']}: {s['images_per_s']:.2f} images/s")
+    runtime.write_json(out / "bench.json", {"device": name, "torch": torch.__version__, "rows": rows, "sampling": sampling})
+
+
+if __name__ == "__main__":
+    run(main)
