@@ -4,7 +4,8 @@
     python bench.py --compile                   # also compiled; on a GPU this is the default, with batch 64 and 512
 
 Every method's step is the one that train.py takes: the draw, forward, backward, clip, Adam and the averaged weights.
-Methods take turns, step by step, and the median counts, so that a machine whose speed drifts still gives fair ratios.
+All cells take turns, step by step, and the median counts, so that a machine whose speed drifts still gives fair ratios:
+of a method to the first one, and (speed-up) of a dtype or a compilation to float32 as it is.
 """
 import resource
 import statistics
@@ -21,7 +22,7 @@ import train
 from data import Batches, ImageSet, long_tail_counts
 from losses import Objective, draw
 from model import UNetConfig, make_alphas_bar
-from runtime import Parser, integer, run
+from runtime import Parser, UserError, integer, run
 from sample import build_network, guided
 
 METHODS = {"DDPM": ("ddpm", False), "OC": ("oc", False), "CBDM": ("cbdm", False), "CM on DDPM": ("ddpm", True), "CM on OC": ("oc", True)}
@@ -62,7 +63,7 @@ def make_step(method, images, batch_size, rt, compiled, args):
 
     def batch():
         step = next(at)
-        return draw(*batches.at(step), objective, 0, step, flip=True)
+        return draw(*batches.at(step), objective, 0, step, flip=True, dtype=rt.dtype)
     module = train.compile_or_not(objective, batch(), rt) if compiled else objective
 
     def step():
@@ -77,37 +78,45 @@ def make_step(method, images, batch_size, rt, compiled, args):
     return step, net, counter.get_total_flops()
 
 
-def bench(batch_size, compiled, methods, rounds, rt, args):
-    """One row a method: images/s of training, milliseconds, ratio to DDPM, share of the matmul peak, memory; sampling."""
+def bench(batch_size, cells, rounds, device, args):
+    """One row a cell (method, dtype, compiled): speed of training, ratios, share of the matmul peak, memory; sampling."""
     rng = np.random.RandomState(0)
     labels = np.repeat(np.arange(100), long_tail_counts([500] * 100, 100))
     images = ImageSet("noise", rng.randint(0, 256, (len(labels), 32, 32, 3), np.uint8), labels, [str(c) for c in range(100)])
-    peak = matmul_peak(rt, 8192 if rt.device.type == "cuda" else 2048)
-    steps, rows = {}, []
-    for method in methods:
-        steps[method] = make_step(method, images, batch_size, rt, compiled, args)
-    times, memory = {m: [] for m in methods}, {}
-    for r in runtime.progress(range(rounds + 1), desc=f"{rt.dtype} batch {batch_size}{' compiled' * compiled}", unit="round"):
-        for method in methods:
-            if rt.device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(rt.device)
-            t = seconds(steps[method][0], rt)
+    runtimes = {dtype: runtime.Runtime(device, dtype) for _, dtype, _ in cells}
+    peaks = {dtype: matmul_peak(rt, 8192 if device.type == "cuda" else 2048) for dtype, rt in runtimes.items()}
+    steps = {}
+    for cell in runtime.progress(cells, desc=f"batch {batch_size}: preparing", unit="cell"):
+        method, dtype, compiled = cell
+        steps[cell] = make_step(method, images, batch_size, runtimes[dtype], compiled, args)
+    times, memory = {cell: [] for cell in cells}, {}
+    for r in runtime.progress(range(rounds + 1), desc=f"batch {batch_size}: measuring", unit="round"):
+        for cell in cells:
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(device)
+            before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+            t = seconds(steps[cell][0], runtimes[cell[1]])
             if r:                                           # the first round warms up
-                times[method].append(t)
-            if rt.device.type == "cuda":
-                memory[method] = torch.cuda.max_memory_allocated(rt.device)
-    for method in methods:
-        t, (_, net, flops) = statistics.median(times[method]), steps[method]
-        rows.append({"method": method, "dtype": str(rt.dtype).removeprefix("torch."), "compiled": compiled, "batch": batch_size,
-                     "step_ms": 1e3 * t, "images_per_s": batch_size / t, "ratio": t / statistics.median(times[methods[0]]),
-                     "peak_share": flops / t / peak, "peak_gflops": peak / 1e9,
-                     "memory_gib": memory[method] / 2 ** 30 if memory else None})
-    net = steps[methods[0]][1]
-    x = torch.randn(batch_size, 3, 32, 32, device=rt.device).contiguous(memory_format=torch.channels_last)
-    predict = guided(net, torch.zeros(batch_size, dtype=torch.int64, device=rt.device), 1.5, rt)
-    with torch.no_grad():
-        t = statistics.median(seconds(lambda: predict(x, 500), rt) for _ in range(max(3, rounds // 2)))
-    return rows, {"dtype": rows[0]["dtype"], "batch": batch_size, "images_per_s": batch_size / (50 * t)}
+                times[cell].append(t)
+            if device.type == "cuda":                       # of the step alone: the other cells' weights wait beside it
+                memory[cell] = torch.cuda.max_memory_allocated(device) - before
+    median = {cell: statistics.median(ts) for cell, ts in times.items()}
+    rows, sampling = [], []
+    for cell in cells:
+        method, dtype, compiled = cell
+        t = median[cell]
+        rows.append({"method": method, "dtype": str(dtype).removeprefix("torch."), "compiled": compiled, "batch": batch_size,
+                     "step_ms": 1e3 * t, "images_per_s": batch_size / t, "ratio": t / median[(cells[0][0], dtype, compiled)],
+                     "faster": median[(method, *cells[0][1:])] / t, "peak_share": steps[cell][2] / t / peaks[dtype],
+                     "memory_gib": memory[cell] / 2 ** 30 if memory else None})
+    for dtype, rt in runtimes.items():
+        net = next(steps[cell][1] for cell in cells if cell[1] == dtype)
+        x = torch.randn(batch_size, 3, 32, 32, device=device).contiguous(memory_format=torch.channels_last)
+        predict = guided(net, torch.zeros(batch_size, dtype=torch.int64, device=device), 1.5, rt)
+        with torch.no_grad():
+            t = statistics.median(seconds(lambda: predict(x, 500), rt) for _ in range(max(3, rounds // 2)))
+        sampling.append({"dtype": str(dtype).removeprefix("torch."), "batch": batch_size, "images_per_s": batch_size / (50 * t)})
+    return rows, sampling
 
 
 def main():
@@ -123,27 +132,25 @@ def main():
     cuda, out = first.device.type == "cuda", Path(args.out or "out/bench")
     dtypes = [torch.float32, torch.bfloat16] if args.dtype == "auto" else [first.dtype]
     knobs = train.resolve(train.make_parser().parse_args([]))
+    compiles = (False, True) if (cuda if args.compile is None else args.compile) else (False,)
     rows, sampling = [], []
     for batch_size in args.batch_size or ([64, 512] if cuda else [16]):
-        for dtype in dtypes:
-            for compiled in (False, True) if (cuda if args.compile is None else args.compile) else (False,):
-                rt = runtime.Runtime(first.device, dtype)
-                try:
-                    new, speed = bench(batch_size, compiled, args.methods, args.rounds, rt, knobs)
-                except torch.OutOfMemoryError:
-                    print(f"batch {batch_size} in {dtype}: out of memory, left out")
-                    continue
-                rows, sampling = rows + new, sampling + ([speed] if not compiled else [])
-                torch._dynamo.reset()
+        cells = [(method, dtype, compiled) for dtype in dtypes for compiled in compiles for method in args.methods]
+        try:
+            new = bench(batch_size, cells, args.rounds, first.device, knobs)
+        except torch.OutOfMemoryError:
+            raise UserError(f"--batch-size {batch_size}: out of memory; take fewer --methods or a smaller batch")
+        rows, sampling = rows + new[0], sampling + new[1]
+        torch._dynamo.reset()
     name = torch.cuda.get_device_name(first.device) if cuda else f"CPU, {torch.get_num_threads()} threads"
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
     print(f"{name}, torch {torch.__version__}" + ("" if cuda else f"; peak memory of the process {memory:.1f} GiB") + "\n\n"
-          "| method | batch | dtype | compiled | ms a step | images/s | x the first | of matmul peak | GiB |\n"
-          "| --- | ---: | --- | --- | ---: | ---: | ---: | ---: | ---: |")
+          f"| method | batch | dtype | compiled | ms a step | images/s | time / {args.methods[0]} | speed-up | of matmul peak | GiB |\n"
+          "| --- | ---: | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |")
     for r in rows:
         gib = f"{r['memory_gib']:.1f}" if r["memory_gib"] else ""
         print(f"| {r['method']} | {r['batch']} | {r['dtype']} | {'yes' if r['compiled'] else 'no'} | {r['step_ms']:.1f} | "
-              f"{r['images_per_s']:.1f} | {r['ratio']:.2f} | {r['peak_share']:.0%} | {gib} |")
+              f"{r['images_per_s']:.1f} | {r['ratio']:.2f} | {r['faster']:.2f} | {r['peak_share']:.0%} | {gib} |")
     for s in sampling:
         print(f"\nsampling, DDIM-50 with guidance, {s['dtype']}, batch {s['batch']}: {s['images_per_s']:.2f} images/s")
     runtime.write_json(out / "bench.json", {"device": name, "torch": torch.__version__, "rows": rows, "sampling": sampling})

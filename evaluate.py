@@ -99,7 +99,7 @@ def precision_recall(fake, real, k=3, block=1024, device="cpu"):
         d = squared_distances(part, real)
         inside.append((d <= real_radii).any(1))
         covered |= (d <= part_radii[:, None]).any(0)
-    return float(torch.cat(inside).float().mean()), float(covered.float().mean())
+    return float(torch.cat(inside).double().mean()), float(covered.double().mean())
 
 
 def inception_score(logits, count=IS_SPLITS, seed=METRIC_SEED):

@@ -38,12 +38,13 @@ class Batch(NamedTuple):
 
 
 @torch.no_grad()
-def draw(x_0, y, o, seed, step, part=0, parts=1, flip=False):
+def draw(x_0, y, o, seed, step, part=0, parts=1, flip=False, dtype=torch.float32):
     """The Batch of one part of a step: a pure function of the global batch (x_0 (G, C, H, W), y (G,)) and (seed, step).
 
     Noise, timesteps and the rest are drawn for the whole global batch and sliced, so that cutting it into parts (one
     for each process, and for each pass of --accumulate) changes nothing; only dropout masks are drawn for the part
-    alone, from (seed, step, part). flip: mirror each image with chance 1/2.
+    alone, from (seed, step, part). flip: mirror each image with chance 1/2. dtype: of the masks, the one that the
+    network computes in.
     """
     G, device = len(x_0), x_0.device
     g = generator(device, seed, "step", step)
@@ -58,8 +59,8 @@ def draw(x_0, y, o, seed, step, part=0, parts=1, flip=False):
 
     own = slice(part * G // parts, (part + 1) * G // parts)
     masks = generator(device, seed, "masks", step, part)
-    encode, decode = o.net.draw_masks(G // parts, x_0.shape[-1], masks)
-    general = o.net.draw_masks(G // parts, x_0.shape[-1], masks)[1] if o.independent_dropout else decode
+    encode, decode = o.net.draw_masks(G // parts, x_0.shape[-1], masks, dtype)
+    general = o.net.draw_masks(G // parts, x_0.shape[-1], masks, dtype)[1] if o.independent_dropout else decode
     return Batch(x_0[own], y[own], torch.where(dropped, -1, y)[own], t[own], eps[own], y_prime[own],
                  x_0, y, gumbel[own], encode, decode, general)
 

@@ -246,18 +246,26 @@ class UNet(nn.Module):
     def forward(self, x_t, t, y):
         return self.decode(*self.encode(x_t, t, y))
 
-    def draw_masks(self, n, size, generator):
+    def draw_masks(self, n, size, generator, dtype=torch.float32):
         """Dropout masks for n images of `size` pixels a side: (for encode, for decode), lists of one tensor a block.
 
-        A mask is 0 with probability cfg.dropout, else 1 / (1 - dropout); it lives on the generator's device.
-        With dropout 0 the lists are empty.
+        A mask is 0 with probability cfg.dropout, else 1 / (1 - dropout); it lives on the generator's device, in the
+        dtype in which the network computes, channels last. With dropout 0 the lists are empty.
         """
-        return self.draw(self.encoder, n, size, generator), self.draw(self.decoder, n, size, generator)
+        return self.draw(self.encoder, n, size, generator, dtype), self.draw(self.decoder, n, size, generator, dtype)
 
-    def draw(self, half, n, size, generator):
+    def draw(self, half, n, size, generator, dtype):
         """The masks of one half, in the order in which its blocks run."""
-        keep = 1 - self.cfg.dropout
-        if keep == 1:
+        if not self.cfg.dropout:
             return []
-        shapes = [(n, m.out_ch, size >> m.level, size >> m.level) for m in half.modules() if isinstance(m, ResBlock)]
-        return [torch.empty(s, device=generator.device).bernoulli_(keep, generator=generator).div_(keep) for s in shapes]
+        scale = torch.tensor(1 / (1 - self.cfg.dropout), dtype=dtype).item()    # what the dtype makes of it: a mask's
+        threshold = min(round(65536 / scale) - 32768, 32767)                    # mean stays 1, to 16 bits
+        shapes = [(n, size >> m.level, size >> m.level, m.out_ch) for m in half.modules() if isinstance(m, ResBlock)]
+        masks = []
+        for shape in shapes:
+            count = math.prod(shape)
+            bits = torch.empty(-(-count // 4), dtype=torch.int64, device=generator.device)
+            bits.random_(-2 ** 63, None, generator=generator)                   # one draw makes four 16-bit numbers
+            kept = bits.view(torch.int16)[:count].view(shape) < threshold
+            masks.append((kept.to(dtype) * scale).permute(0, 3, 1, 2))
+        return masks

@@ -184,8 +184,8 @@ def check(means, step, args):
     for name, value in means.items():
         if not abs(value) <= limits.get(name, float("inf")):        # also true of NaN
             fix = "bound the divergence with --div-bound 0.01" if args.cm and not args.div_bound else "lower --lr"
-            raise UserError(f"stopped at step {step}: {name} is {value:.4g}, the run has diverged; {fix}. "
-                            f"The last good checkpoint is kept in {args.out}")
+            kept = ("; the last good checkpoint is kept in " + args.out) if (Path(args.out) / "ckpt.pt").exists() else ""
+            raise UserError(f"stopped at step {step}: {name} is {value:.4g}, the run has diverged; {fix}{kept}")
 
 
 def format_line(step, args, means, lr, speed, seconds_left):
@@ -333,7 +333,8 @@ def main():
 
     def batch(s, k):
         x_0, y = batches.at(s)
-        return draw(x_0, y, objective, args.seed, s, rt.rank * args.accumulate + k, rt.world * args.accumulate, flip)
+        part, parts = rt.rank * args.accumulate + k, rt.world * args.accumulate
+        return draw(x_0, y, objective, args.seed, s, part, parts, flip, rt.dtype)
 
     use_compile = rt.device.type == "cuda" if args.compile is None else args.compile
     module = compile_or_not(objective, batch(step, 0), rt) if use_compile else objective

@@ -9,6 +9,7 @@ import time
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from conftest import ROOT, TINY_FLAGS, call
 
 import runtime
@@ -104,6 +105,36 @@ def test_default_names_and_paper_defaults():
     assert paper.out == "out/cifar100-ir100-oc-cm-seed0"
     assert parse("--lam", "0.5").out != paper.out and parse("--seed", "2").out.endswith("seed2")
     assert parse("--ch", "64").out != paper.out and parse("--steps", "9").out == paper.out
+
+
+def test_a_compiler_that_is_missing(tmp_path, data_dir, monkeypatch, capsys):
+    """--compile where nothing compiles: one line, and the same training."""
+    def broken(module):
+        def call(*_):
+            raise RuntimeError("no C++ compiler found")
+        return call
+    flags = (*TINY_FLAGS, "--steps", 3, "--data-dir", data_dir, "--out")
+    call(train.main, *flags, tmp_path / "eager")
+    monkeypatch.setattr(torch, "compile", broken)
+    call(train.main, *flags, tmp_path / "broken", "--compile")
+    assert "--compile: cannot compile here (RuntimeError), going on without" in capsys.readouterr().out
+    assert read_log(tmp_path / "eager") == read_log(tmp_path / "broken")
+
+
+def test_snapshots_and_grids(tmp_path, data_dir):
+    call(train.main, *TINY_FLAGS, "--steps", 4, "--keep-every", 2, "--data-dir", data_dir, "--out", tmp_path, "--sample-every", 4)
+    assert [runtime.load(p, "diffusion")["step"] for p in sorted(tmp_path.glob("ckpt-*.pt"))] == [2, 4]
+    board = EventAccumulator(str(tmp_path)).Reload()
+    assert board.Images("samples")[0].step == 4 and {"base", "div", "D_Few", "lr"} <= set(board.Tags()["scalars"])
+    assert (tmp_path / "grid-0000004.png").read_bytes()[:4] == board.Images("samples")[0].encoded_image_string[:4]
+
+
+def test_the_unbounded_divergence_runs_away(tmp_path, data_dir, capsys):
+    """Eq. (2) as printed, at a large learning rate: first a warning, then the run stops and names the bound."""
+    with pytest.raises(UserError, match="diverged; bound the divergence with --div-bound"):
+        call(train.main, *TINY_FLAGS, "--steps", 60, "--div-bound", 0, "--lr", 0.02, "--warmup", 0, "--w-con", 0, "--base", "ddpm",
+             "--data-dir", data_dir, "--out", tmp_path)
+    assert "warning: the two predictions differ by more than the noise itself" in capsys.readouterr().out
 
 
 def test_help_names_every_flag_with_a_text():
