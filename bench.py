@@ -2,11 +2,13 @@
 
     python bench.py                             # CPU: batch 16, float32 and bfloat16, a few minutes on two cores
     python bench.py --compile                   # also compiled; on a GPU this is the default, with batch 64 and 512
+    python bench.py --metrics                   # evaluate.py's metrics beside torch-fidelity's, on the same features
 
 Every method's step is the one that train.py takes: the draw, forward, backward, clip, Adam and the averaged weights.
 All cells take turns, step by step, and the median counts, so that a machine whose speed drifts still gives fair ratios:
 of a method to the first one, and (speed-up) of a dtype or a compilation to float32 as it is.
 """
+import multiprocessing
 import resource
 import statistics
 import time
@@ -17,6 +19,7 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+import evaluate
 import runtime
 import train
 from data import Batches, ImageSet, long_tail_counts
@@ -119,8 +122,70 @@ def bench(batch_size, cells, rounds, device, args):
     return rows, sampling
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Metrics, ours and torch-fidelity's
+
+def compute_metric(metric, whose, n, D):
+    """One metric of n generated against n real features of D dimensions: the numbers that it gives."""
+    rng = np.random.RandomState(0)
+    mixing = (rng.standard_normal((64, D)) / 8).astype(np.float32)         # 64 directions matter, as with real features
+    fake, real = (np.maximum(rng.standard_normal((n, 64)).astype(np.float32) @ mixing + shift, 0) for shift in (0.55, 0.5))
+    yield                                                       # the clock starts when the arrays are there
+    if whose == "ours":
+        result = {"fid": lambda: [evaluate.distance_of(fake, real)], "kid": lambda: evaluate.kernel_distance(fake, real)[:2],
+                  "is": lambda: evaluate.inception_score(fake), "prc": lambda: evaluate.precision_recall(fake, real)}[metric]()
+    else:
+        from torch_fidelity import metric_fid, metric_isc, metric_kid, metric_prc
+        a, b = torch.from_numpy(fake), torch.from_numpy(real)
+        result = {
+            "fid": lambda: metric_fid.fid_statistics_to_metric(*map(metric_fid.fid_features_to_statistics, (a, b)), False),
+            "kid": lambda: metric_kid.kid_features_to_metric(a, b, verbose=False),
+            "is": lambda: metric_isc.isc_features_to_metric(a),
+            "prc": lambda: metric_prc.prc_features_to_metric(a, b, save_cpu_ram=True, verbose=False)}[metric]()
+        result = list(result.values())[:2]
+    yield list(result)
+
+
+def measure_in_child(metric, whose, n, D, pipe):
+    """Send {"seconds", "gib": peak memory over that of the arrays, "values"} of compute_metric."""
+    work = compute_metric(metric, whose, n, D)
+    next(work)
+    peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
+    start, before = time.perf_counter(), peak()
+    values = next(work)
+    pipe.send({"seconds": time.perf_counter() - start, "gib": peak() - before, "values": values})
+
+
+def bench_metrics(n, D):
+    """Print a table: each metric, ours and torch-fidelity's, each in a process of its own."""
+    try:
+        import torch_fidelity       # noqa: F401, only whether it is there
+    except ImportError:
+        raise UserError("--metrics: torch-fidelity is not installed; pip install -r requirements-dev.txt")
+    print(f"features {n:,} x {D:,} against as many, {torch.get_num_threads()} threads; peak memory beyond the features\n\n"
+          "| metric | ours | torch-fidelity | speed-up | GiB ours | GiB theirs | values ours | theirs |\n"
+          "| --- | ---: | ---: | ---: | ---: | ---: | --- | --- |")
+    for metric in ("fid", "kid", "is", "prc"):
+        both = {}
+        for whose in ("ours", "theirs"):
+            mine, theirs = multiprocessing.Pipe()
+            child = multiprocessing.get_context("spawn").Process(target=measure_in_child, args=(metric, whose, n, D, theirs))
+            child.start()
+            theirs.close()              # so that a child that dies ends the wait
+            both[whose] = mine.recv()
+            child.join()
+        a, b = both["ours"], both["theirs"]
+        show = lambda r: ", ".join(f"{v:.6g}" for v in r["values"])
+        print(f"| {metric} | {a['seconds']:.1f} s | {b['seconds']:.1f} s | {b['seconds'] / a['seconds']:.1f} | {a['gib']:.2f} | "
+              f"{b['gib']:.2f} | {show(a)} | {show(b)} |", flush=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
 def main():
     parser = Parser(__doc__)
+    parser.add_argument("--metrics", type=integer(1000), nargs="?", const=10_000, metavar="N", help="time the metrics on N features "
+                        "of 2,048 dimensions instead (default N: 10,000)")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME", help="of " + ", ".join(METHODS)
                         + "; ratios are to the first (default: all)")
     parser.add_argument("--batch-size", type=integer(1), nargs="+", metavar="B", help="default: 16; on CUDA 64 and 512")
@@ -128,6 +193,8 @@ def main():
     parser.add_argument("--rounds", type=integer(1), default=5, help="timed steps of each method; the median counts (default: 5)")
     parser.add_common("folder of bench.json (default: out/bench)")
     args = parser.parse_args()
+    if args.metrics:
+        return bench_metrics(args.metrics, 2048)
     first = runtime.setup(args.device, args.dtype)
     cuda, out = first.device.type == "cuda", Path(args.out or "out/bench")
     dtypes = [torch.float32, torch.bfloat16] if args.dtype == "auto" else [first.dtype]

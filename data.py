@@ -20,7 +20,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from runtime import Parser, UserError, integer, number, progress, run, seed_of, write_atomic, write_json
+from runtime import (Parser, UserError, integer, number, progress, read_json, run, seed_of, write_atomic, write_json,
+                     writing)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -74,7 +75,7 @@ def read_folder(data_dir, split):
     folders = [f for f in sorted(root.iterdir()) if f.is_dir() and not f.name.startswith(".")]
     paths, labels, names = [], [], []
     for folder in folders:
-        files = [Path(top) / f for top, _, files in sorted(os.walk(folder, followlinks=True)) for f in sorted(files)
+        files = [os.path.join(top, f) for top, _, files in sorted(os.walk(folder, followlinks=True)) for f in sorted(files)
                  if Path(f).suffix.lower() in IMAGE_FILES and not f.startswith(".")]
         if files:
             labels += [len(names)] * len(files)
@@ -86,21 +87,116 @@ def read_folder(data_dir, split):
     return paths, np.array(labels), names
 
 
+def find(data_dir, name):
+    """The file or folder `name` in data_dir, or in a folder of data_dir. Raises UserError."""
+    for path in (Path(data_dir) / name, *sorted(Path(data_dir).glob(f"*/{name}"))):
+        if path.exists():
+            return path
+    raise UserError(f"--data-dir {data_dir}: {name} is not there; put the data set, as it is released, into this folder")
+
+
+def all_there(paths, data_dir):
+    """The paths, once every file exists; raises UserError with the number of missing ones and the first."""
+    missing = [p for p in paths if not os.path.exists(p)]
+    if missing:
+        raise UserError(f"--data-dir {data_dir}: {len(missing):,} of {len(paths):,} listed images are missing, the first is {missing[0]}")
+    return paths
+
+
+def read_celebahq(data_dir, split):
+    """CelebA-HQ by its attribute Male: CelebA-HQ-img/ and CelebAMask-HQ-attribute-anno.txt. Female is class 0."""
+    if split != "train":
+        raise NoSuchSplit(f"--reference-split {split}: CelebA-HQ has no such split here; its reference is drawn from all of it")
+    lines = find(data_dir, "CelebAMask-HQ-attribute-anno.txt").read_text().splitlines()
+    column, folder = lines[1].split().index("Male") + 1, find(data_dir, "CelebA-HQ-img")
+    rows = [line.split() for line in lines[2:] if line.strip()]
+    paths = all_there([os.path.join(folder, row[0]) for row in rows], data_dir)
+    return paths, np.array([int(row[column] == "1") for row in rows]), ["Female", "Male"]
+
+
+def read_imagenet_lt(data_dir, split):
+    """ImageNet-LT: the lines "train/n01440764/NAME.JPEG 0" of ImageNet_LT_train.txt; test: ImageNet's val/, one folder a class."""
+    lines = [line.rsplit(" ", 1) for line in find(data_dir, "ImageNet_LT_train.txt").read_text().splitlines() if line.strip()]
+    wnids = {int(label): name.split("/")[-2] for name, label in lines}
+    names = [wnids[c] for c in range(len(wnids))]
+    root = find(data_dir, "train" if split == "train" else "val")
+    if split == "train":
+        paths = all_there([os.path.join(root.parent, name) for name, _ in lines], data_dir)
+        return paths, np.array([int(label) for _, label in lines]), names
+    files = [sorted(os.listdir(root / n)) if (root / n).is_dir() else None for n in names]
+    if None in files:
+        raise UserError(f"--data-dir {data_dir}: {root} has no folder {names[files.index(None)]}; sort ImageNet's validation images into "
+                        f"one folder a class")
+    return ([os.path.join(root, n, f) for n, fs in zip(names, files) for f in fs],
+            np.repeat(np.arange(len(names)), [len(fs) for fs in files]), names)
+
+
+def read_inat2018(data_dir, split):
+    """iNaturalist 2018: train2018.json or val2018.json (test here), and the trees that they name."""
+    def slim(record):       # of 437,513 images with a dozen fields each, keep what is needed while parsing
+        if "file_name" in record:
+            return record["id"], record["file_name"]
+        if "image_id" in record:
+            return record["image_id"], record["category_id"]
+        return record
+    path = find(data_dir, "train2018.json" if split == "train" else "val2018.json")
+    with open(path, encoding="utf-8") as f:
+        content = json.load(f, object_hook=slim)
+    categories = sorted(content["categories"], key=lambda c: c["id"])
+    number = {c["id"]: k for k, c in enumerate(categories)}
+    names = [c["name"] for c in categories]
+    names = names if len(set(names)) == len(names) else [str(c["id"]) for c in categories]
+    category = dict(content["annotations"])
+    paths = all_there([os.path.join(path.parent, name) for _, name in content["images"]], data_dir)
+    return paths, np.array([number[category[i]] for i, _ in content["images"]]), names
+
+
+def read_cub200(data_dir, split):
+    """CUB-200-2011: images.txt, image_class_labels.txt, train_test_split.txt, classes.txt and images/, joined by number."""
+    def table(name):
+        return dict(line.split(" ", 1) for line in (root / name).read_text().splitlines() if line.strip())
+    root = find(data_dir, "image_class_labels.txt").parent
+    images, labels, in_train, classes = (table(n) for n in ("images.txt", "image_class_labels.txt", "train_test_split.txt", "classes.txt"))
+    chosen = [i for i in images if (in_train[i] == "1") == (split == "train")]
+    paths = all_there([os.path.join(root, "images", images[i]) for i in chosen], data_dir)
+    names = [classes[str(c + 1)] for c in range(len(classes))]
+    return paths, np.array([int(labels[i]) - 1 for i in chosen]), names
+
+
+def read_flowers102(data_dir, split):
+    """Oxford-102: jpg/image_00001.jpg ..., imagelabels.mat, setid.mat. Test: the official validation set (ten a class);
+    train: all others, since the official training set has ten a class as well."""
+    from scipy.io import loadmat
+    labels = loadmat(find(data_dir, "imagelabels.mat"))["labels"].ravel().astype(int) - 1
+    held_out = loadmat(find(data_dir, "setid.mat"))["valid"].ravel() - 1
+    test = np.isin(np.arange(len(labels)), held_out)
+    rows, folder = np.flatnonzero(test if split == "test" else ~test), find(data_dir, "jpg")
+    paths = all_there([os.path.join(folder, f"image_{r + 1:05d}.jpg") for r in rows], data_dir)
+    return paths, labels[rows], [str(c + 1) for c in range(labels.max() + 1)]
+
+
 @dataclass(frozen=True)
 class Source:
     """How a data set is read and what is natural for it."""
     read: callable
     resolution: int     # the set's own; a default where it consists of files of any size
     flip: bool          # whether a mirrored image is as good: never for digits
+    files: bool = False         # whether `read` gives paths: any --resolution
+    reference: str = "train"    # which split samples are measured against
 
 
 READERS = {
     "digits": Source(read_digits, 8, False),
     "cifar10": Source(lambda data_dir, split: read_cifar(data_dir, split, 10), 32, True),
     "cifar100": Source(lambda data_dir, split: read_cifar(data_dir, split, 100), 32, True),
-    "folder": Source(read_folder, 64, True),
+    "celebahq": Source(read_celebahq, 64, True, files=True),
+    "imagenet-lt": Source(read_imagenet_lt, 64, True, files=True, reference="test"),
+    "inat2018": Source(read_inat2018, 64, True, files=True, reference="test"),
+    "artbench10": Source(read_folder, 256, True, files=True),       # the ImageFolder release; mind --class-order
+    "cub200": Source(read_cub200, 64, True, files=True),
+    "flowers102": Source(read_flowers102, 64, True, files=True),
+    "folder": Source(read_folder, 64, True, files=True, reference="test"),
 }
-FROM_FILES = {"folder"}     # sets of image files: any --resolution, and looked at again in case they have changed
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -143,8 +239,8 @@ def load(name, data_dir="data", split="train", resolution=None, class_order=None
     """
     if name not in READERS:
         raise UserError(f"--dataset {name}: unknown; choose one of {', '.join(READERS)}")
-    source, from_files = READERS[name], name in FROM_FILES
-    if resolution not in (None, source.resolution) and not from_files:
+    source = READERS[name]
+    if resolution not in (None, source.resolution) and not source.files:
         raise UserError(f"--resolution {resolution}: {name} is {source.resolution} x {source.resolution}")
     resolution, provenance = resolution or source.resolution, {"dataset": name, "split": split}
     if name == "folder":
@@ -152,16 +248,13 @@ def load(name, data_dir="data", split="train", resolution=None, class_order=None
         base = Path(pack_dir or "data/packed") / f"{Path(data_dir).resolve().name}-{where}-{split}-{resolution}"
     else:
         base = Path(pack_dir or Path(data_dir) / "packed") / f"{name}-{split}-{resolution}"
-    if from_files:
+    contents = None
+    if name == "folder":        # a released set does not change; a user's folder does
         contents = source.read(data_dir, split)
         provenance["files_sha256"] = fingerprint(contents[0], data_dir)
-        packed = read_pack(base, provenance)
-        if packed is None:
-            write_pack(base, *contents, provenance, resolution)
-    else:
-        packed = read_pack(base, provenance)
-        if packed is None:
-            write_pack(base, *source.read(data_dir, split), provenance)
+    packed = read_pack(base, provenance)
+    if packed is None:
+        write_pack(base, *(contents or source.read(data_dir, split)), provenance, resolution if source.files else None)
     images, meta = packed or read_pack(base, provenance)
     labels, names = np.array(meta["labels"]), meta["class_names"]
     if class_order is not None:
@@ -212,30 +305,52 @@ def fingerprint(paths, data_dir):
 def write_pack(base, images, labels, class_names, provenance, resolution=None):
     """Write base.npy (the images) and base.json (labels, class names, provenance): the JSON last, as the seal.
 
-    images: an array, or paths of image files, which are read on all cores, each straight into its place.
+    images: an array, or paths of image files, which are read on all cores, each straight into its place; stopped and
+    started again, it goes on with the block of images that it was at.
     """
-    shape = [len(images), resolution, resolution, 3] if resolution else list(images.shape)
+    path = base.with_name(base.name + ".npy")
+    if resolution:
+        shape = [len(images), resolution, resolution, 3]
+        pack_files(path, images, shape, provenance)
+    else:
+        shape = list(images.shape)
 
-    def write_images(path):
-        packed = np.lib.format.open_memmap(path, "w+", np.uint8, tuple(shape))
-        if not resolution:
-            packed[:] = images
-        else:
-            def pack(i):
-                packed[i] = read_image(images[i], resolution)
-            with ThreadPoolExecutor(os.cpu_count()) as pool:        # Pillow decodes and resizes outside the GIL
-                try:
-                    for _ in progress(pool.map(pack, range(len(images))), total=len(images), desc="packing", unit="img"):
-                        pass
-                except BaseException:
-                    pool.shutdown(wait=True, cancel_futures=True)
-                    raise
-        packed.flush()
-    write_atomic(base.with_name(base.name + ".npy"), write_images, "--data-dir")
+        def write_images(temporary):
+            with open(temporary, "wb") as f:
+                np.save(f, np.ascontiguousarray(images, dtype=np.uint8))
+        write_atomic(path, write_images, "--data-dir")
     counts = np.bincount(labels, minlength=len(class_names)).tolist()
     write_json(base.with_name(base.name + ".json"), {
         "shape": shape, "class_names": list(class_names), "class_counts": counts,
         "provenance": provenance, "labels": np.asarray(labels).tolist()}, "--data-dir")
+
+
+def pack_files(path, files, shape, provenance, block=4096):
+    """Read and resize image files into the .npy `path`, by blocks, through path.partial and a mark of how far it has come."""
+    partial, mark = path.with_name(path.name + ".partial"), path.with_name(path.name + ".mark")
+    with writing(path, "--pack-dir"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        done = read_json(mark) or {}
+        try:
+            going_on = done["shape"] == shape and done["provenance"] == provenance
+            packed = np.lib.format.open_memmap(partial, "r+") if going_on else None
+        except (OSError, ValueError, KeyError):
+            packed = None
+        first = done["done"] if packed is not None else 0
+        if packed is None:
+            packed = np.lib.format.open_memmap(partial, "w+", np.uint8, tuple(shape))
+
+        def pack(i):
+            packed[i] = read_image(files[i], shape[1])
+        with ThreadPoolExecutor(os.cpu_count()) as pool, progress(total=shape[0], initial=first, desc="packing", unit="img") as bar:
+            for start in range(first, shape[0], block):
+                rows = range(start, min(start + block, shape[0]))
+                for _ in pool.map(pack, rows):              # Pillow decodes and resizes outside the GIL
+                    bar.update()
+                packed.flush()
+                write_json(mark, {"shape": shape, "provenance": provenance, "done": rows.stop}, "--pack-dir")
+        os.replace(partial, path)
+        mark.unlink(missing_ok=True)
 
 
 def read_pack(base, provenance):
@@ -268,20 +383,25 @@ def resolve_classes(text, class_names, flag="--classes"):
 def load_reference(name, data_dir="data", split=None, resolution=None, pack_dir=None):
     """The class-balanced real images that samples are measured against, as (ImageSet, a few words that say what it is).
 
-    split "train" or "test" takes that split whole. None: the full training set, which is balanced for our named sets;
-    for "folder" its test images, or where there are none, equally many of each class (as many as the smallest has).
+    split "train" or "test" takes that split whole. None: the set's own choice, the full training set or (ImageNet-LT,
+    iNaturalist, a folder that has one) the test set; if its largest class has more than 1.5 times the images of its
+    smallest, equally many of each class, as many as the smallest has.
     """
     if split:
         return load(name, data_dir, split, resolution, None, pack_dir), f"{split} set"
-    if name != "folder":
-        return load(name, data_dir, "train", resolution, None, pack_dir), "full training set"
+    split = READERS[name].reference if name in READERS else "train"
     try:
-        return load(name, data_dir, "test", resolution, None, pack_dir), "test set"
+        images = load(name, data_dir, split, resolution, None, pack_dir)
     except NoSuchSplit:
-        images, rng = load(name, data_dir, "train", resolution, None, pack_dir), np.random.RandomState(0)
-        n = images.counts.min()
-        rows = [rng.permutation(np.flatnonzero(images.labels == c))[:n] for c in range(len(images.class_names))]
-        return images.take(np.concatenate(rows)), f"training set, {n} images of each class"
+        split, images = "train", load(name, data_dir, "train", resolution, None, pack_dir)
+    words, n = {"train": "training set", "test": "test set"}[split], images.counts.min()
+    if images.counts.max() <= 1.5 * n:
+        return images, "full " + words
+    order = np.random.RandomState(0).permutation(len(images.labels))
+    by_class = order[np.argsort(images.labels[order], kind="stable")]           # shuffled within each class
+    starts = np.cumsum(images.counts) - images.counts
+    rows = by_class[(starts[:, None] + np.arange(n)).ravel()]
+    return images.take(rows), f"{words}, {n} images of each class"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -352,21 +472,27 @@ class Batches:
 
     Step s takes positions s B ... (s + 1) B - 1 of an endless sequence of epochs, each a permutation of all images
     seeded by (seed, epoch). The images live on `device` if they take at most `limit` bytes, else where they are.
+    resample Q (+RS): class c is drawn with probability proportional to N_c^Q instead, with replacement: 0 balances
+    the classes, 0.5 takes square roots, 1 changes nothing.
     """
 
-    def __init__(self, images, batch_size, seed, device, limit=4 << 30):
+    def __init__(self, images, batch_size, seed, device, limit=4 << 30, resample=1.0):
         self.images, self.batch_size, self.seed, self.device = images, batch_size, seed, device
         self.on_device = images.images.nbytes <= limit
         self.pixels = torch.from_numpy(np.array(images.images)).to(device) if self.on_device else images.images
         self.labels = torch.from_numpy(images.labels).to(device)
-        self.orders = {}
+        self.orders, self.weights = {}, None
+        if resample != 1:
+            weights = images.counts[images.labels].astype(float) ** (resample - 1)      # of an image: N_c^Q / N_c
+            self.weights = weights / weights.sum()
 
     def order(self, epoch):
-        """The permutation of one epoch, (N,) int64 on the CPU; the last two are kept."""
+        """The rows of one epoch, (N,) int64 on the CPU: a permutation, or draws by weight; the last two are kept."""
         if epoch not in self.orders:
             self.orders = {e: o for e, o in self.orders.items() if e == epoch - 1}
             rng = np.random.default_rng(seed_of(self.seed, "epoch", epoch))
-            self.orders[epoch] = rng.permutation(len(self.labels))
+            N = len(self.labels)
+            self.orders[epoch] = rng.permutation(N) if self.weights is None else rng.choice(N, N, p=self.weights)
         return self.orders[epoch]
 
     def rows(self, step):
@@ -391,7 +517,7 @@ def add_data_flags(parser):
     g.add_argument("--data-dir", default="data", help="where data sets are, or are downloaded to; for folder: the images, one "
                    "sub-folder a class (default: data)")
     g.add_argument("--pack-dir", help="where packed arrays go (default: packed in --data-dir; folder: data/packed)")
-    g.add_argument("--resolution", type=integer(1), help="pixels a side (default: the set's own; folder: 64)")
+    g.add_argument("--resolution", type=integer(1), help="pixels a side, of sets of image files (default: the set's own; folder: 64)")
     g.add_argument("--ir", type=number(low=1), help="imbalance ratio N_max / N_min of the draw; 1: every image, as it is")
     g.add_argument("--split-seed", type=integer(0), default=0, help="seed of the long-tail draw (default: 0, Cao et al.)")
     g.add_argument("--class-order", help="classes, the most populous first: names or numbers with commas (default: as is)")

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from augment import augment
 from cm_layers import general_only, reserved
 from model import per_image, q_sample
 from runtime import generator
@@ -35,6 +36,7 @@ class Batch(NamedTuple):
     masks_encode: list          # dropout masks of model.draw_masks, for encode,
     masks_decode: list          # for decode with theta,
     masks_general: list         # and for decode with theta^g: the same tensors unless they are independent
+    a: torch.Tensor             # (B, augment.DIM), what was done to the images; None without augmentation
 
 
 @torch.no_grad()
@@ -56,13 +58,16 @@ def draw(x_0, y, o, seed, step, part=0, parts=1, flip=False, dtype=torch.float32
     gumbel = -torch.empty(G, G, device=device).exponential_(generator=g).log()
     if flip:
         x_0 = torch.where(mirrored[:, None, None, None], x_0.flip(3), x_0)
+    a = None
+    if o.ada:
+        x_0, a = augment(x_0, o.ada, generator(device, seed, "augment", step))
 
     own = slice(part * G // parts, (part + 1) * G // parts)
     masks = generator(device, seed, "masks", step, part)
     encode, decode = o.net.draw_masks(G // parts, x_0.shape[-1], masks, dtype)
     general = o.net.draw_masks(G // parts, x_0.shape[-1], masks, dtype)[1] if o.independent_dropout else decode
     return Batch(x_0[own], y[own], torch.where(dropped, -1, y)[own], t[own], eps[own], y_prime[own],
-                 x_0, y, gumbel[own], encode, decode, general)
+                 x_0, y, gumbel[own], encode, decode, general, None if a is None else a[own])
 
 
 class Predictions:
@@ -70,7 +75,7 @@ class Predictions:
 
     def __init__(self, net, b, x_t):
         self.net, self.b, self.x_t = net, b, x_t
-        self.encoded = net.encode(x_t, b.t, b.y_in, b.masks_encode)
+        self.encoded = net.encode(x_t, b.t, b.y_in, b.masks_encode, b.a)
         self.eps = net.decode(*self.encoded, b.masks_decode).float()
 
     def general(self):
@@ -80,7 +85,7 @@ class Predictions:
 
     def under(self, y):
         """eps_theta(x_t, t, y) for other labels y (B,), under the same dropout masks: (B, C, H, W) float32."""
-        encoded = self.net.encode(self.x_t, self.b.t, y, self.b.masks_encode)
+        encoded = self.net.encode(self.x_t, self.b.t, y, self.b.masks_encode, self.b.a)
         return self.net.decode(*encoded, self.b.masks_decode).float()
 
 
@@ -157,15 +162,18 @@ class Objective(nn.Module):
 
     forward(Batch) -> (total, a scalar; {name: detached scalar} of unweighted terms; D (B,) detached, 0 without CM).
     counts (C,): images a class in the training set. tau, gamma, y_prime ("uniform": the mean over Y of Eq. (D.1), or
-    "train": by class frequency, CBDM's code) belong to cbdm. lam = 0, or a net with nothing reserved: no second pass.
+    "train": by class frequency, CBDM's code) belong to cbdm; ada is augment.py's probability; the rest belongs to
+    baselines.py. lam = 0, or a net with nothing reserved: no second pass.
     """
 
     def __init__(self, net, base, counts, alphas_bar, lam=1.0, w_con=1.0, w_div=1.0, div_bound=0.01, label_drop=0.1,
-                 independent_dropout=False, tau=1e-3, gamma=0.25, y_prime="uniform"):
+                 independent_dropout=False, tau=1e-3, gamma=0.25, y_prime="uniform", ada=0.0, focal_gamma=2.0,
+                 rop_weight=0.1, rop_margin=0.1):
         super().__init__()
         self.net, self.base, self.gamma = net, BASES[base], gamma
         self.div_bound, self.label_drop, self.independent_dropout = div_bound, label_drop, independent_dropout
-        self.weights = {"base": 1.0, "cb": tau, "con": lam * w_con, "div": lam * w_div}
+        self.ada, self.focal_gamma, self.rop_margin = ada, focal_gamma, rop_margin
+        self.weights = {"base": 1.0, "cb": tau, "overlap": rop_weight, "con": lam * w_con, "div": lam * w_div}
         self.two_passes = lam != 0 and any(True for _ in reserved(net.decoder))
         counts = torch.as_tensor(counts)
         w_con_y, w_div_y = class_weights(counts)

@@ -79,10 +79,14 @@ class Embedding(nn.Module):
         self.linear1 = init_layer(nn.Linear(cfg.ch, 4 * cfg.ch))
         self.linear2 = init_layer(nn.Linear(4 * cfg.ch, 4 * cfg.ch))
         self.label = nn.Embedding(cfg.num_classes, 4 * cfg.ch)
+        if cfg.augment_dim:
+            self.augment = nn.Linear(cfg.augment_dim, 4 * cfg.ch, bias=False)
+            nn.init.zeros_(self.augment.weight)
 
-    def forward(self, t, y):
+    def forward(self, t, y, a=None):
         emb = self.linear2(F.silu(self.linear1(sinusoid(t, self.ch))))    # (N, 4 ch)
-        return emb + self.label(y.clamp(min=0)) * (y >= 0)[:, None]       # (N, 4 ch)
+        emb = emb + self.label(y.clamp(min=0)) * (y >= 0)[:, None]        # (N, 4 ch)
+        return emb if a is None else emb + self.augment(a)
 
 
 class Attention(nn.Module):
@@ -161,6 +165,7 @@ class UNetConfig:
     attn: tuple = (1,)              # levels with attention: level l works at resolution / 2^l
     num_res_blocks: int = 2
     dropout: float = 0.1
+    augment_dim: int = 0            # length of augment.py's vector, where the network is told of augmentations
 
     def to_dict(self):
         """The same as plain lists and numbers, for JSON and checkpoints."""
@@ -186,8 +191,8 @@ class Encoder(nn.Module):
                 self.skip_chs.append(ch)
         self.middle = nn.ModuleList([ResBlock(ch, ch, emb_ch, last, attention=True), ResBlock(ch, ch, emb_ch, last)])
 
-    def forward(self, x_t, t, y, masks):
-        emb, masks = self.embedding(t, y), iter(masks)
+    def forward(self, x_t, t, y, masks, a=None):
+        emb, masks = self.embedding(t, y, a), iter(masks)
         h = self.head(x_t)                                      # (N, ch, H, W)
         skips = [h]
         for layer in self.down:
@@ -233,11 +238,14 @@ class UNet(nn.Module):
         self.encoder = Encoder(self.cfg)
         self.decoder = Decoder(self.cfg, self.encoder.skip_chs)
 
-    def encode(self, x_t, t, y, masks=()):
-        """x_t, t, y -> (h, skips, emb), what decode takes; masks: the first list of draw_masks, or () for none."""
+    def encode(self, x_t, t, y, masks=(), a=None):
+        """x_t, t, y -> (h, skips, emb), what decode takes; masks: the first list of draw_masks, or () for none.
+
+        a: what augmentation did to the images, (N, augment_dim); None for nothing.
+        """
         factor = 2 ** (len(self.cfg.ch_mult) - 1)
         assert x_t.shape[-1] % factor == 0 and x_t.shape[-2] % factor == 0, f"{tuple(x_t.shape)} not divisible by {factor}"
-        return self.encoder(x_t, t, y, masks)
+        return self.encoder(x_t, t, y, masks, a)
 
     def decode(self, h, skips, emb, masks=()):
         """encode's result -> eps (N, channels, H, W); masks: the second list of draw_masks, or () for none."""

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Every experiment as plain commands. Finished work is skipped and stopped work goes on, so it can be started again.
 #
-#   bash run_all.sh          the demo: DDPM, OC and CM on long-tailed digits, about 7 minutes on two CPU cores
+#   bash run_all.sh          the demo: DDPM, OC and CM on long-tailed digits, about 10 minutes on two CPU cores
 #   bash run_all.sh smoke    the demo's whole path with a few steps of everything, about a minute
 #
 # Results: out/demo/report.md (out/smoke/report.md).

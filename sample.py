@@ -8,6 +8,7 @@ Image i is a pure function of (checkpoint, --seed, i): its label is the i-th of 
 drawn from (seed, i), so the batch size and the number of processes change nothing. samples.npz is the layout of the
 ADM evaluator: arr_0 N x H x W x 3 uint8 (grey images repeated), arr_1 N labels.
 """
+import math
 import time
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 import runtime
+from baselines import add_group_experts
 from cm_layers import merge, reserve
 from data import resolve_classes, to_uint8
 from model import UNet, UNetConfig, make_alphas_bar
@@ -77,7 +79,24 @@ def ddpm(predict, x, alphas_bar, timesteps, noise):
     return x
 
 
-SAMPLERS = {"ddim": ddim, "ddpm": ddpm}
+def dpmpp(predict, x, alphas_bar, timesteps, noise):
+    """DPM-Solver++ (2M) (Lu et al., 2022b): second-order multistep in log(alpha / sigma), deterministic.
+
+    The first step and the last, to alphas_bar = 1, are of first order (which is DDIM).
+    """
+    previous = None                                         # x_0 and the width of the step before
+    for t, ab, ab_next in pairs(alphas_bar, timesteps):
+        x_0 = (x - (1 - ab) ** 0.5 * predict(x, t)) / ab ** 0.5
+        if ab_next == 1:
+            return x_0
+        h = 0.5 * (math.log(ab_next / (1 - ab_next)) - math.log(ab / (1 - ab)))
+        D = x_0 if previous is None else x_0 + h / (2 * previous[1]) * (x_0 - previous[0])
+        x = ((1 - ab_next) / (1 - ab)) ** 0.5 * x - ab_next ** 0.5 * math.expm1(-h) * D
+        previous = x_0, h
+
+
+SAMPLERS = {"ddim": ddim, "ddpm": ddpm, "dpm++": dpmpp}
+STEPS = {"ddim": 50, "ddpm": 1000, "dpm++": 15}             # the paper's
 
 
 def guided(net, y, omega, rt):
@@ -97,9 +116,18 @@ def guided(net, y, omega, rt):
 # ----------------------------------------------------------------------------------------------------------------------
 # Networks from checkpoints
 
-def build_network(network, rank_ratio):
-    """A UNet from the plain dict of a UNetConfig; its decoder reserved with rank_ratio, unless that is None."""
-    net = UNet(UNetConfig(**network))
+def build_network(network, rank_ratio, experts=None):
+    """A UNet from the plain dict of a UNetConfig; its decoder reserved with rank_ratio, unless that is None.
+
+    experts: the training set's class counts where the decoder has one low-rank expert a group instead; else None.
+    """
+    return add_low_rank(UNet(UNetConfig(**network)), rank_ratio, experts)
+
+
+def add_low_rank(net, rank_ratio, experts=None):
+    """Reserve capacity in the decoder of a plain UNet, or give it group experts (see build_network); return it."""
+    if experts is not None:
+        return add_group_experts(net, experts, rank_ratio)
     if rank_ratio is not None:
         reserve(net.decoder, rank_ratio)
     return net
@@ -110,8 +138,8 @@ def load_network(ckpt, weights="ema", branch="full", device="cpu"):
 
     weights: "ema" or "raw". branch: "full" (theta) or "general" (theta^g). Raises UserError.
     """
-    net = build_network(ckpt["network"], ckpt["rank_ratio"])
-    if branch == "general" and ckpt["rank_ratio"] is None:
+    net = build_network(ckpt["network"], ckpt["rank_ratio"], ckpt["experts"])
+    if branch == "general" and (ckpt["rank_ratio"] is None or ckpt["experts"]):
         raise UserError("--branch general: this checkpoint has no reserved capacity (it was trained with --no-cm, or merged)")
     try:
         net.load_state_dict(ckpt["ema" if weights == "ema" else "model"])
@@ -123,9 +151,11 @@ def load_network(ckpt, weights="ema", branch="full", device="cpu"):
 
 def export(ckpt, net, path):
     """Write a merged network as a checkpoint of its own: every script takes it, and "model" fits a plain UNet."""
+    if ckpt["experts"]:
+        raise UserError("--export: group experts depend on the label and do not merge into one plain network")
     state = {name: p.detach().cpu().contiguous() for name, p in net.state_dict().items()}
     kept = {k: ckpt[k] for k in ("kind", "step", "config", "data", "network")}
-    runtime.save(path, {**kept, "rank_ratio": None, "model": state, "ema": state})
+    runtime.save(path, {**kept, "rank_ratio": None, "experts": None, "model": state, "ema": state})
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -203,7 +233,7 @@ def add_sampling_flags(parser):
     """The flags that choose how images are drawn, the same for evaluate.py."""
     g = parser.add_argument_group("sampling")
     g.add_argument("--sampler", choices=SAMPLERS, default="ddim", help="default: ddim")
-    g.add_argument("--steps", type=integer(1, 1000), help="network calls an image (default: ddim 50, ddpm 1000)")
+    g.add_argument("--steps", type=integer(1, 1000), help="network calls an image (default: ddim 50, ddpm 1000, dpm++ 15)")
     g.add_argument("--grid", choices=("uniform", "quad"), default="uniform", help="timesteps (default: uniform)")
     g.add_argument("--eta", type=number(0, 1), default=0.0, help="noise of DDIM (default: 0, deterministic)")
     g.add_argument("--guidance", type=number(0), default=1.5, metavar="OMEGA", help="eps + omega (eps - eps_null); 0: none, "
@@ -217,7 +247,7 @@ def add_sampling_flags(parser):
 def sampling_settings(args):
     """The settings of `draw` that these flags mean: a plain dict. Raises UserError."""
     settings = {"seed": args.seed, "sampler": args.sampler, "grid": args.grid, "eta": args.eta,
-                "guidance": args.guidance, "steps": args.steps or {"ddim": 50, "ddpm": 1000}[args.sampler]}
+                "guidance": args.guidance, "steps": args.steps or STEPS[args.sampler]}
     make_timesteps(1000, settings["steps"], settings["grid"])       # fails here, before any work
     return settings
 

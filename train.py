@@ -23,13 +23,14 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.tensorboard import SummaryWriter
 
+import augment
+import baselines
 import runtime
-from cm_layers import count
 from data import Batches, add_data_flags, load_long_tailed, splits
 from losses import BASES, Objective, draw
 from model import make_alphas_bar
 from runtime import Parser, UserError, integer, number, run
-from sample import build_network, generate, grid_image, load_network
+from sample import add_low_rank, build_network, generate, grid_image, load_network
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Settings
@@ -39,7 +40,7 @@ PRESETS = {     # the defaults of flags that depend on the data set; "paper" hol
                   warmup=5000, ema=0.9999, save_every=5000, sample_every=20_000, log_every=100, dtype="auto"),
     "digits": dict(ir=20.0, ch=32, ch_mult=[1, 2], num_res_blocks=1, steps=2000, lr=1e-3, warmup=100, ema=0.999,
                    save_every=500, sample_every=500, log_every=50, dtype="float32"),
-    "folder": dict(ir=1.0),
+    "folder": dict(ir=1.0), "imagenet-lt": dict(ir=1.0), "inat2018": dict(ir=1.0),      # long-tailed as they are
 }
 FREE = {"steps", "save_every", "keep_every", "sample_every", "log_every", "compile", "device", "out", "data_dir", "pack_dir",
         "accumulate"}
@@ -53,6 +54,10 @@ def make_parser():
     g = add_data_flags(parser)
     g.add_argument("--flip", action=BooleanOptionalAction, default=None, help="mirror images at random (default: on, but never "
                    "for digits)")
+    g.add_argument("--resample", type=number(0), default=1.0, metavar="Q", help="+RS: draw class c with probability proportional "
+                   "to N_c^Q; 0 balanced, 0.5 square root, 1 as is (default: 1)")
+    g.add_argument("--ada", type=number(0, 1), default=0.0, metavar="P", help="+ADA: probability of each augmentation of augment.py; "
+                   "0.12 is usual (default: 0, none)")
     g = parser.add_argument_group("method")
     g.add_argument("--base", choices=BASES, default="oc", help="L_base of Eq. (4) (default: oc, the paper's choice)")
     g.add_argument("--cm", action=BooleanOptionalAction, default=True, help="reserve capacity and add L_CM (default: on)")
@@ -67,6 +72,13 @@ def make_parser():
     g.add_argument("--cbdm-gamma", type=number(0), default=0.25, help="gamma of Eq. (D.1) (default: 0.25)")
     g.add_argument("--cbdm-y", choices=("uniform", "train"), default="uniform", help="law of y': Eq. (D.1)'s uniform, or "
                    "class frequency as in CBDM's code (default: uniform)")
+    g.add_argument("--focal-gamma", type=number(0), default=2.0, help="gamma of --base focal (default: 2)")
+    g.add_argument("--rop-weight", type=number(0), default=0.1, help="weight of --base rop's overlap term (default: 0.1)")
+    g.add_argument("--rop-margin", type=number(above=0), default=0.1, help="margin of --base rop (default: 0.1)")
+    g.add_argument("--experts", choices=("group",), help="one low-rank expert for each of Many, Medium and Few, in place of CM's "
+                   "one (default: none)")
+    g.add_argument("--init-from", metavar="CKPT", help="start from the EMA weights of a trained checkpoint")
+    g.add_argument("--lora", action="store_true", help="with --init-from: freeze its weights and train low-rank parts only, without L_CM")
     g = parser.add_argument_group("network")
     g.add_argument("--ch", type=integer(1), help="base width")
     g.add_argument("--ch-mult", type=integer(1), nargs="+", metavar="M", help="width of each level, as a multiple of --ch")
@@ -111,6 +123,12 @@ def resolve(args):
         raise UserError(f"--batch-size {args.batch_size}: not divisible by the {parts}; it counts the images of all of them")
     if bad := [level for level in args.attn if level >= len(args.ch_mult)]:
         raise UserError(f"--attn {bad[0]}: --ch-mult has levels 0 to {len(args.ch_mult) - 1} only")
+    if args.lora and not args.init_from:
+        raise UserError("--lora: name the trained network that it starts from with --init-from CKPT")
+    if args.lora:
+        args.cm, args.lam = True, 0.0
+    if args.experts:
+        args.cm = False
     if args.out is None:
         plain = vars(make_parser().parse_args([]))
         changed += [k for k, v in vars(args).items() if k not in preset and v != plain[k] and k not in FREE]
@@ -245,6 +263,16 @@ def update(params, ema, optimizer, step, args):
     return norm
 
 
+def start_from(net, path):
+    """Copy the merged EMA weights of a checkpoint into a plain UNet. Raises UserError where they do not fit."""
+    source = load_network(runtime.load(path, "diffusion", "--init-from"))
+    try:
+        net.load_state_dict(source.state_dict())
+    except RuntimeError as e:
+        raise UserError(f"--init-from {path}: its network is another one ({str(e).splitlines()[-1].strip()}); repeat its --ch, "
+                        f"--ch-mult, --attn, --num-res-blocks and data set")
+
+
 def compile_or_not(objective, b, rt):
     """torch.compile(objective) once it has run forwards and backwards on a batch, or the objective as it is."""
     compiled = torch.compile(objective)
@@ -299,7 +327,7 @@ def main():
                         f"choose another folder with --out")
     groups = splits(images.counts)
     rt.print(images.summary() + "".join(f"; {k} {images.counts[v].sum():,}" for k, v in groups.items()))
-    batches = Batches(images, args.batch_size, args.seed, rt.device)
+    batches = Batches(images, args.batch_size, args.seed, rt.device, resample=args.resample)
     flip = images.flip if args.flip is None else args.flip
 
     # Network and objective
@@ -308,22 +336,32 @@ def main():
         raise UserError(f"--ch-mult: {len(args.ch_mult)} levels halve the image {len(args.ch_mult) - 1} times, and "
                         f"{resolution} pixels cannot be; take fewer levels or another --resolution")
     network = {"channels": channels, "num_classes": len(images.class_names), "ch": args.ch, "ch_mult": args.ch_mult,
-               "attn": args.attn, "num_res_blocks": args.num_res_blocks, "dropout": args.dropout}
-    rank_ratio = args.rank_ratio if args.cm else None
+               "attn": args.attn, "num_res_blocks": args.num_res_blocks, "dropout": args.dropout,
+               "augment_dim": augment.DIM if args.ada else 0}
+    rank_ratio = args.rank_ratio if args.cm or args.experts else None
+    experts = images.counts.tolist() if args.experts else None
+    if experts and not groups:
+        raise UserError("--experts group: fewer than three classes have no Many, Medium and Few")
     torch.manual_seed(runtime.seed_of(args.seed, "init"))
     try:
-        net = build_network(network, rank_ratio)
+        net = build_network(network, None)
     except ValueError as e:
         raise UserError(f"--ch {args.ch} with --ch-mult {args.ch_mult}: {e}; take a multiple of 32")
+    if args.init_from and not old:
+        start_from(net, args.init_from)
+    add_low_rank(net, rank_ratio, experts)
+    if args.lora:
+        baselines.freeze_all_but_low_rank(net)
     if old:
         net.load_state_dict(old["model"])
     net.to(rt.device, memory_format=torch.channels_last)
-    names, params = zip(*net.named_parameters())
+    names, params = zip(*[(n, p) for n, p in net.named_parameters() if p.requires_grad])
     ema = [(old["ema"][n].to(rt.device) if old else p.detach()).clone(memory_format=torch.preserve_format)
            for n, p in zip(names, params)]
     optimizer = torch.optim.Adam(params, lr=args.lr, betas=(0.9, 0.999), fused=True)
     objective = Objective(net, args.base, images.counts, make_alphas_bar(), args.lam, args.w_con, args.w_div, args.div_bound,
-                          args.label_drop, args.independent_dropout, args.cbdm_tau, args.cbdm_gamma, args.cbdm_y)
+                          args.label_drop, args.independent_dropout, args.cbdm_tau, args.cbdm_gamma, args.cbdm_y, args.ada,
+                          args.focal_gamma, args.rop_weight, args.rop_margin)
     objective.to(rt.device)
     step, window = 0, Window(images.counts, images.class_names, rt.device)
     if old:
@@ -343,20 +381,22 @@ def main():
         module = DistributedDataParallel(module, devices, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     # Announce
-    numbers = count(net.decoder) if args.cm else {"general": 0, "expert": 0}
-    total = sum(p.numel() for p in params)
-    rt.print(f"network: {total - numbers['expert']:,} parameters" + (f" + {numbers['expert']:,} reserved (A, B)" if args.cm else "")
+    low_rank = sum(p.numel() for n, p in net.named_parameters() if n.rsplit(".", 1)[-1] in ("A", "B"))
+    plain = sum(p.numel() for p in net.parameters()) - low_rank
+    rt.print(f"network: {plain:,} parameters{', frozen' * args.lora}"
+             + (f" + {low_rank:,} {'of experts' if experts else 'reserved'} (A, B)" if low_rank else "")
              + f"; {rt.device}, {args.dtype}, {rt.world} process{'es' * (rt.world > 1)}{', compiled' * use_compile}")
     rt.print("config: " + " ".join(f"{k}={v}" for k, v in config.items()))
     rt.print(f"{'resuming' if old else 'starting'} {out} at step {step} of {args.steps}")
     if rt.rank == 0:
         runtime.write_json(out / "config.json", {"config": config, "network": network, "rank_ratio": rank_ratio,
-                                                 "data": data_record, "torch": torch.__version__})
+                                                 "experts": experts, "data": data_record, "torch": torch.__version__})
         log = Log(out, step)
 
     def state():
         return {"kind": "diffusion", "step": step, "config": config, "data": data_record, "network": network,
-                "rank_ratio": rank_ratio, "model": net.state_dict(), "ema": dict(zip(names, ema)),
+                "rank_ratio": rank_ratio, "experts": experts, "model": net.state_dict(),
+                "ema": {**dict(net.named_parameters()), **dict(zip(names, ema))},
                 "optimizer": optimizer.state_dict(), "window": window.state()}
 
     # The loop

@@ -213,7 +213,7 @@ def test_balanced_reference(tmp_path, data_dir):
     make_folder(split / "train", [30, 20, 12]), make_folder(split / "test", [5, 5, 5])
     assert load("folder", split, resolution=8, pack_dir=tmp_path / "packed").counts.tolist() == [30, 20, 12]
     images, words = load_reference("folder", split, None, 8, tmp_path / "packed")
-    assert images.counts.tolist() == [5, 5, 5] and words == "test set"
+    assert images.counts.tolist() == [5, 5, 5] and words == "full test set"
     images, words = load_reference("digits", data_dir)
     assert len(images.labels) == 1497 and words == "full training set"
 

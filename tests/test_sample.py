@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import call
 from PIL import Image
+from torch.testing import assert_close
 
 import runtime
 import sample
@@ -105,3 +106,79 @@ def test_export_is_a_plain_network_that_draws_the_same_images(cm_run, cpu, tmp_p
     assert torch.equal(images[1], sample.draw(sample.load_network(exported), y, range(8), (1, 8, 8), cpu, steps=5))
     with pytest.raises(UserError, match="--branch general"):
         sample.load_network(exported, branch="general")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Against diffusers' schedulers, on one fixed function as the network
+
+def bumpy(x, t):
+    """A smooth, non-linear stand-in for a network."""
+    return torch.tanh(0.8 * x + math.sin(t / 150)) + 0.1 * x.flip(-1)
+
+
+def by_diffusers(scheduler, timesteps, x, generator=None):
+    for t in timesteps:
+        step = scheduler.step(bumpy(x, int(t)), int(t), x, **({"generator": generator} if generator else {}))
+        x = step.prev_sample
+    return x
+
+
+def start():
+    return torch.randn(2, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+def test_ddim_is_diffusers():
+    from diffusers import DDIMScheduler
+    theirs = DDIMScheduler(clip_sample=False, set_alpha_to_one=True)            # its defaults: the linear schedule
+    theirs.set_timesteps(50)
+    assert theirs.timesteps.tolist() == sample.make_timesteps(1000, 50)
+    got = sample.ddim(bumpy, start(), AB, sample.make_timesteps(1000, 50), None)
+    assert_close(got, by_diffusers(theirs, theirs.timesteps, start()), atol=1e-3, rtol=1e-3)
+
+
+def test_ddpm_is_diffusers():
+    from diffusers import DDPMScheduler
+    theirs = DDPMScheduler(clip_sample=False, variance_type="fixed_large")
+    theirs.set_timesteps(1000)
+    g1, g2 = (torch.Generator().manual_seed(1) for _ in range(2))
+    got = sample.ddpm(bumpy, start(), AB, sample.make_timesteps(1000, 1000),
+                      lambda: torch.randn(2, 3, 8, 8, dtype=torch.float64, generator=g1))
+    assert_close(got, by_diffusers(theirs, theirs.timesteps, start(), g2), atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("steps", [10, 15, 20])
+def test_dpmpp_is_diffusers(steps):
+    from diffusers import DPMSolverMultistepScheduler
+    theirs = DPMSolverMultistepScheduler(algorithm_type="dpmsolver++", solver_order=2, final_sigmas_type="zero",
+                                         timestep_spacing="leading")
+    theirs.set_timesteps(steps)
+    ours = [int(t) for t in theirs.timesteps]
+    got = sample.dpmpp(bumpy, start(), AB, ours, None)
+    assert_close(got, by_diffusers(theirs, theirs.timesteps, start()), atol=1e-3, rtol=1e-3)
+
+
+def test_dpmpp_is_of_second_order():
+    """On a Gaussian, along whose flow (x_t - sqrt(ab) mean) / spread(t) is constant: halving the steps, a quarter of the error."""
+    mean, std, N = 0.3, 0.5, 1280
+    ab = torch.sigmoid(2 * torch.linspace(3, -3, N + 1, dtype=torch.float64))      # uniform in log(alpha / sigma)
+    x_T = torch.tensor([1.3, -0.4], dtype=torch.float64)
+
+    def spread(t):
+        return torch.sqrt(ab[t] * std ** 2 + 1 - ab[t])
+
+    def predict(x, t):
+        return torch.sqrt(1 - ab[t]) * (x - torch.sqrt(ab[t]) * mean) / spread(t) ** 2
+
+    def error(sampler, steps):
+        seen = {}
+
+        def watch(x, t):
+            seen[t] = x
+            return predict(x, t)
+        sampler(watch, x_T, ab, [N * i // steps for i in range(steps, -1, -1)], None)
+        exact = torch.sqrt(ab[0]) * mean + spread(0) * (x_T - torch.sqrt(ab[N]) * mean) / spread(N)
+        return (seen[0] - exact).abs().max().item()
+    second, first = ([error(s, n) for n in (20, 40, 80, 160)] for s in (sample.dpmpp, sample.ddim))
+    for errors, order in ((second, 2), (first, 1)):
+        assert all(abs(math.log2(a / b) - order) < 0.3 for a, b in zip(errors, errors[1:])), errors
+    assert second[-1] < first[-1] / 10
