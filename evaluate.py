@@ -61,17 +61,20 @@ def distance_of(a, b):
 def kernel_distance(fake, real, subsets=KID_SUBSETS, size=KID_SIZE, seed=METRIC_SEED):
     """KID (Binkowski et al., 2018): (mean, standard deviation, subset size) of the unbiased MMD^2 over random subsets.
 
-    Kernel (x . y / D + 1)^3 in float64. The size is reduced to the smaller set's. One RandomState draws from the
+    Kernel (x . y / D + 1)^3, the products in float32, its sums in float64. The size is reduced to the smaller set's. One RandomState draws from the
     generated and then from the real images each time, as torch-fidelity does: the same subsets.
     """
     size, rng, values = min(size, len(fake), len(real)), np.random.RandomState(seed), []
-    fake, real = (torch.from_numpy(np.ascontiguousarray(f)) for f in (fake, real))
+
+    def kernel(a, b):
+        base = (a @ b.T).astype(np.float64) / a.shape[1] + 1
+        return base * base * base
     for _ in range(subsets):
-        x = fake[rng.choice(len(fake), size, replace=False)].double()
-        y = real[rng.choice(len(real), size, replace=False)].double()
-        xx, yy, xy = ((a @ b.T / x.shape[1] + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
+        x = fake[rng.choice(len(fake), size, replace=False)]
+        y = real[rng.choice(len(real), size, replace=False)]
+        xx, yy = kernel(x, x), kernel(y, y)
         within = (xx.sum() - xx.trace() + yy.sum() - yy.trace()) / (size * (size - 1))
-        values.append(float(within - 2 * xy.mean()))
+        values.append(within - 2 * kernel(x, y).mean())
     return float(np.mean(values)), float(np.std(values)), size
 
 
@@ -81,11 +84,23 @@ def squared_distances(a, b):
 
 
 def radii(x, k, block):
-    """Squared distance from each row of x (N, D) to its k-th nearest other row: (N,)."""
-    return torch.cat([squared_distances(part, x).topk(min(k + 1, len(x)), largest=False).values[:, -1] for part in x.split(block)])
+    """Squared distance from each row of x (N, D) to its k-th nearest other row: (N,). Each pair of blocks is looked at once."""
+    parts = x.split(block)
+    nearest = [part.new_full((len(part), 0), 0) for part in parts]         # the k + 1 smallest so far, the row itself included
+
+    def keep(i, d):
+        d = torch.cat([nearest[i], d], 1)
+        nearest[i] = d.topk(min(k + 1, d.shape[1]), largest=False).values
+    for i, part in enumerate(parts):
+        for j in range(i, len(parts)):
+            d = squared_distances(part, parts[j])
+            keep(i, d)
+            if j > i:
+                keep(j, d.T)
+    return torch.cat([n[:, -1] for n in nearest])
 
 
-def precision_recall(fake, real, k=3, block=1024, device="cpu"):
+def precision_recall(fake, real, k=3, block=2048, device="cpu"):
     """Improved precision and recall (Kynkaanniemi et al., 2019) of features (N, D) and (M, D), in [0, 1].
 
     Precision: the share of generated images that lie within the k-th neighbour's distance of some real image;
