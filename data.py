@@ -342,13 +342,17 @@ def pack_files(path, files, shape, provenance, block=4096):
 
         def pack(i):
             packed[i] = read_image(files[i], shape[1])
-        with ThreadPoolExecutor(os.cpu_count()) as pool, progress(total=shape[0], initial=first, desc="packing", unit="img") as bar:
-            for start in range(first, shape[0], block):
-                rows = range(start, min(start + block, shape[0]))
-                for _ in pool.map(pack, rows):              # Pillow decodes and resizes outside the GIL
-                    bar.update()
-                packed.flush()
-                write_json(mark, {"shape": shape, "provenance": provenance, "done": rows.stop}, "--pack-dir")
+        try:
+            with ThreadPoolExecutor(os.cpu_count()) as pool, progress(total=shape[0], initial=first, desc="packing", unit="img") as bar:
+                for start in range(first, shape[0], block):
+                    rows = range(start, min(start + block, shape[0]))
+                    for _ in pool.map(pack, rows):          # Pillow decodes and resizes outside the GIL
+                        bar.update()
+                    packed.flush()
+                    write_json(mark, {"shape": shape, "provenance": provenance, "done": rows.stop}, "--pack-dir")
+        finally:
+            if not mark.exists():                           # nothing yet that is worth keeping
+                partial.unlink(missing_ok=True)
         os.replace(partial, path)
         mark.unlink(missing_ok=True)
 

@@ -454,11 +454,11 @@ def duration(seconds):
     return f"{seconds:.0f} s" if seconds < 100 else f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def refuse_long_tailed(reference, text, class_counts):
+def refuse_long_tailed(labels, text, class_counts):
     """Raise UserError where the reference is the long-tailed set that the model was trained on (Sec. 4.1: a balanced one)."""
-    if class_counts is None or reference.labels is None:
+    if class_counts is None or labels is None:
         return
-    counts = np.bincount(reference.labels, minlength=len(class_counts)).tolist()
+    counts = np.bincount(labels, minlength=len(class_counts)).tolist()
     if counts == list(class_counts) and max(counts) > 1.5 * min(counts):
         raise UserError(f"--reference {text}: this is the long-tailed set that the model was trained on; the distance to it rewards "
                         f"the imbalance. Leave --reference out, or name balanced images")
@@ -483,7 +483,6 @@ def main():
         data = samples.about.get("data", {})
         dataset = data.get("dataset", args.samples if args.samples in READERS else None)
         made = {"samples": args.samples, **samples.about.get("settings", samples.about)}
-        args.pack_dir = args.pack_dir
     reference_name = args.reference or dataset
     if reference_name is None:
         raise UserError("--reference: name what the samples are measured against: a data set, an .npz, a folder, or a file of --save-stats")
@@ -499,7 +498,7 @@ def main():
         reference = read_set(reference_name, "--reference", args, args.reference_split, data.get("resolution"))
     class_names = class_names or reference.class_names
     reference_labels = to_classes(reference.labels, reference.class_names, class_names, "--reference")
-    refuse_long_tailed(Images(None, 0, reference_labels), reference_name, class_counts)
+    refuse_long_tailed(reference_labels, reference_name, class_counts)
     if isinstance(reference, Stats) and reference.about["features_sha256"] != extractor.sha256:
         raise UserError(f"--reference {reference_name}: its features were made by {reference.about['features']}, not by {extractor.name}")
     C = len(class_names) if class_names else None

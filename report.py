@@ -2,9 +2,13 @@
 
     python report.py --out out/demo/report.md --row DDPM=out/demo/ddpm/samples/eval.json --row CM=... \\
                      --pair out/demo/cm/samples-general/samples.npz out/demo/cm/samples/samples.npz
+    python report.py --paper table2 --setting cifar100-ir100 --row "CM=out/paper/cm-seed*/eval.json" --row ...
 
---pair sets the same noise drawn by theta^g and by theta side by side (Fig. G.4).
+--pair sets the same noise drawn by theta^g and by theta side by side (Fig. G.4). --paper makes one of the paper's
+tables: mean +- standard deviation over the files of a row (one a seed), the paper's number beside it
+(paper_results.json), the best in bold and the second best in italics, and the command behind each row.
 """
+import glob
 import shutil
 from pathlib import Path
 
@@ -22,12 +26,117 @@ from matplotlib import pyplot as plt        # noqa: E402, after the backend is c
 
 
 def read_row(text):
-    """("NAME", the JSON of evaluate.py) from "NAME=FILE"; raises UserError."""
-    name, equals, path = text.partition("=")
-    result = runtime.read_json(path) if equals else None
-    if result is None or "fd" not in result or "floor" not in result:
-        raise UserError(f"--row {text}: give NAME=FILE, with a JSON file that evaluate.py wrote with a classifier and --floor")
-    return name, result
+    """("NAME", [the JSON of evaluate.py, one a file]) from "NAME=FILE", where FILE may have wildcards; raises UserError."""
+    name, _, pattern = text.rpartition("=")
+    results = [runtime.read_json(path) for path in sorted(glob.glob(pattern))]
+    if not name or not results or any(r is None or "num_real" not in r for r in results):
+        raise UserError(f"--row {text}: give NAME=FILE, with a JSON file that evaluate.py wrote")
+    return name, results
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# One of the paper's tables
+
+PAPER = Path(__file__).with_name("paper_results.json")
+HIGHER = {"recall", "precision", "is", "accuracy"}          # metrics of which more is better
+CLASSIFIERS = {"fid": "fd", "kid": "kd"}                    # what they are called in a classifier's features
+
+
+def cell_value(result, column):
+    """(the name of a metric, its value) of a column such as "fid", "Few fid" or "Male fid"; (name, None) if not measured."""
+    *group, metric = column.split()
+    part = result if not group else {**result["splits"], **result["classes"]}.get(group[0], {})
+    name = metric if "fid" in result else CLASSIFIERS.get(metric, metric)
+    return " ".join([*group, name.upper() if name in ("fid", "kid", "fd", "kd", "is") else name]), part.get(name)
+
+
+def show(mean, std, column):
+    """A number with the digits that the paper gives such a metric: KID four, FID three, the rest two."""
+    digits = {"fid": 3, "kid": 4}.get(column.split()[-1], 2)
+    return f"{mean:.{digits}f}" + (f" +- {std:.{digits}f}" if std is not None else "")
+
+
+def summarise(rows, columns):
+    """Per row and column (mean, standard deviation over seeds or None), or None where nothing was measured."""
+    cells = []
+    for _, results in rows:
+        values = [[cell_value(r, column)[1] for r in results] for column in columns]
+        cells.append([None if None in v else (float(np.mean(v)), float(np.std(v, ddof=1)) if len(v) > 1 else None) for v in values])
+    return cells
+
+
+def paper_table(rows, columns, paper):
+    """Markdown: a row's numbers, each with the paper's beside it where the paper has it; best bold, second best italic."""
+    cells = summarise(rows, columns)
+    head, lines = ["", "seeds"], []
+    for column in columns:
+        head += [cell_value(rows[0][1][0], column)[0]] + ["paper"] * bool(paper)
+    for (name, results), row in zip(rows, cells):
+        line = [name, str(len(results))]
+        for k, (column, cell) in enumerate(zip(columns, row)):
+            means = sorted({c[k][0] for c in cells if c[k]}, reverse=column.split()[-1] in HIGHER)
+            text = show(*cell, column) if cell else "-"
+            mark = "" if not cell or len(means) < 3 else "**" if cell[0] == means[0] else "*" if cell[0] == means[1] else ""
+            line.append(mark + text + mark)
+            if paper:
+                theirs = paper["rows"].get(name)
+                theirs = theirs[paper["columns"].index(column)] if theirs and column in paper["columns"] else None
+                line.append("-" if theirs is None else show(*(theirs if isinstance(theirs, list) else (theirs, None)), column))
+        lines.append(line)
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *lines]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def paper_figure(rows, columns, paper, title, path):
+    """Bars of each row's Frechet columns with deviations over seeds, the paper's numbers as diamonds: PNG and PDF."""
+    columns = [c for c in columns if c.endswith("fid")]
+    cells, width, x = summarise(rows, columns), 0.8 / len(rows), np.arange(len(columns))
+    fig, ax = plt.subplots(figsize=(max(5.0, 1.2 * len(rows) * len(columns) ** 0.5 + 2), 3.8), constrained_layout=True)
+    for k, ((name, _), row) in enumerate(zip(rows, cells)):
+        at = x + (k - (len(rows) - 1) / 2) * width
+        bars = ax.bar(at, [c[0] if c else 0 for c in row], width, yerr=[c[1] or 0 if c else 0 for c in row], label=name, capsize=2)
+        ax.bar_label(bars, fmt="%.3g", fontsize=6, padding=1)
+        for a, column in zip(at, columns):
+            theirs = paper["rows"].get(name) if paper else None
+            if theirs and column in paper["columns"]:
+                value = theirs[paper["columns"].index(column)]
+                ax.plot(a, value[0] if isinstance(value, list) else value, "kD", markersize=4, markerfacecolor="white")
+    ax.set_xticks(x, [cell_value(rows[0][1][0], c)[0] for c in columns])
+    ax.set(title=title, ylabel="lower is better")
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(fontsize=7, ncols=2)
+    for suffix in ("png", "pdf"):
+        runtime.write_atomic(path.with_suffix("." + suffix), lambda p: fig.savefig(p, dpi=120, format=suffix))
+    plt.close(fig)
+
+
+def paper_page(args, rows):
+    """Write the page of one of the paper's tables; returns its table."""
+    tables = runtime.read_json(PAPER)["tables"]
+    if args.paper not in tables:
+        raise UserError(f"--paper {args.paper}: choose one of {', '.join(tables)}")
+    table, setting = tables[args.paper], args.setting or "demo"
+    paper = table["settings"].get(setting)
+    columns = paper["columns"] if paper else next((s["columns"] for s in table["settings"].values()), None)
+    if columns is None or (paper is None and any(c.split()[0] in ("Female", "Male") for c in columns)):
+        columns = ["Many fid", "Medium fid", "Few fid", "fid"]          # a figure, or a table on another set than the paper's
+    page, first = Path(args.out), rows[0][1][0]
+    text = paper_table(rows, columns, paper)
+    paper_figure(rows, columns, paper, f"{table['title']}, {setting}", page.with_name("figure.png"))
+    commands = "\n".join(f"{r['settings'].get('command', '?')}    # {name}" for name, results in rows for r in results[:1])
+    notes = [f"{conditions(first)}", "Mean +- standard deviation over seeds; best in bold, second best in italics."]
+    if paper:
+        notes.append("Beside each number the paper's own; diamonds in the figure.")
+    if "fid" not in first:
+        notes.append("FD and KD are distances in the features of a small classifier, not FID and KID: nothing here compares with the paper.")
+    body = [f"# {table['title']}: {setting}\n", " ".join(notes) + "\n", text + "\n", "![the table as bars](figure.png)\n",
+            "## The first seed's commands\n", f"```bash\n{commands}\n```\n"]
+    runtime.write_atomic(page, lambda p: p.write_text("\n".join(body)))
+    return text
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The demo's page
 
 
 def table(rows):
@@ -84,23 +193,29 @@ def side_by_side(general, full, path, columns=6):
     runtime.write_atomic(path, lambda p: page.save(p, format="png"))
 
 
-def conditions(rows):
+def conditions(result):
     """One line on how the numbers came about, from the first row's settings."""
-    s = rows[0][1]["settings"]
-    return (f"{s['dataset']}, checkpoints at step {s['step']:,}; {s['sampler']} with {s['steps']} steps, "
-            f"{s['weights']} weights, seed {s['seed']}; {rows[0][1]['num']:,} class-balanced samples "
-            f"against {rows[0][1]['num_real']:,} real images ({s['reference']}).")
+    s = result["settings"]
+    return (f"{s['dataset']}, checkpoints at step {s['step']:,}; {s['sampler']} with {s['steps']} steps, guidance {s['guidance']:g}, "
+            f"{s['weights']} weights; {result['num']:,} class-balanced samples against {result['num_real']:,} real images "
+            f"({s['reference']}).")
 
 
 def main():
     parser = Parser(__doc__)
     parser.add_argument("--row", action="append", required=True, metavar="NAME=FILE", help="a row of the table; repeatable")
     parser.add_argument("--pair", nargs=2, metavar=("GENERAL", "FULL"), help="samples.npz of theta^g and of theta")
+    parser.add_argument("--paper", metavar="TABLE", help="make this table of the paper: table2, fig4b, ... (see paper_results.json)")
+    parser.add_argument("--setting", help="the data set and ratio, as cifar100-ir100: whose numbers of the paper stand beside")
     parser.add_argument("--out", default="out/report.md", help="the page; its pictures go beside it (default: out/report.md)")
     args = parser.parse_args()
     rows, page = [read_row(text) for text in args.row], Path(args.out)
-    folder = page.parent
-    text = ["# Samples per split\n", conditions(rows) + "\n", table(rows) + "\n",
+    if args.paper:
+        return print(paper_page(args, rows) + f"\nwrote {page}")
+    rows, folder = [(name, results[0]) for name, results in rows], page.parent
+    if any("floor" not in r or "fd" not in r for _, r in rows):
+        raise UserError("--row: a page without --paper needs numbers that evaluate.py made with a classifier and --floor")
+    text = ["# Samples per split\n", conditions(rows[0][1]) + "\n", table(rows) + "\n",
             "FD is a Frechet distance in the features of a small classifier, not FID. Real against real compares the "
             "halves of the reference; having fewer images on either side, it lies above the true floor. Accuracy is the share of "
             "samples that the classifier takes for the class asked for.\n"]

@@ -1,40 +1,138 @@
 #!/usr/bin/env bash
 # Every experiment as plain commands. Finished work is skipped and stopped work goes on, so it can be started again.
 #
-#   bash run_all.sh          the demo: DDPM, OC and CM on long-tailed digits, about 10 minutes on two CPU cores
-#   bash run_all.sh smoke    the demo's whole path with a few steps of everything, about a minute
+#   bash run_all.sh          the demo: DDPM, OC and CM on long-tailed digits, 10 minutes on two CPU cores
+#   bash run_all.sh smoke    the demo's whole path with a few steps of everything, half a minute
+#   bash run_all.sh table2   one of the paper's tables; out/table2/SETTING/report.md has its numbers beside the paper's
 #
-# Results: out/demo/report.md (out/smoke/report.md).
+# Tables: table1 table2 table3 table4 table5 table7 tableE2 tableG10 tableG12; figures: fig4a fig4b fig4c fig4d. They share
+# their runs (out/paper). From the environment, with the defaults:
+#   DATASET=cifar100 IR=100 SEEDS=0,1,2 NGPU=1 DATA_DIR=data RESOLUTION=   SCALE=paper, or SCALE=demo: on digits, in minutes
 set -euo pipefail
 cd "$(dirname "$0")"
 export PYTHONUNBUFFERED=1
+TARGET=${1:-demo}
 
-case "${1:-demo}" in
-  demo)  OUT=out/demo;  STEPS=2000; NUM=2000; EPOCHS=30; DDIM=50 ;;
-  smoke) OUT=out/smoke; STEPS=8;    NUM=100;  EPOCHS=1;  DDIM=3; rm -rf out/smoke ;;
-  *) echo "error: unknown target '$1'; choose demo or smoke" >&2; exit 2 ;;
-esac
+# ----------------------------------------------------------------------------------------------------------------------
+if [[ $TARGET == demo || $TARGET == smoke ]]; then
+  case $TARGET in
+    demo)  OUT=out/demo;  STEPS=2000; NUM=2000; EPOCHS=30; DDIM=50 ;;
+    smoke) OUT=out/smoke; STEPS=8;    NUM=100;  EPOCHS=1;  DDIM=3; rm -rf out/smoke ;;
+  esac
 
-# The feature classifier, on the balanced training set
-python classify.py --dataset digits --epochs $EPOCHS --out $OUT/classifier --if-needed
+  # The feature classifier, on the balanced training set
+  python classify.py --dataset digits --epochs $EPOCHS --out $OUT/classifier --if-needed
 
-# DDPM, OC, and CM on OC (the paper's default); a run whose step equals its steps is finished
-python train.py --dataset digits --steps $STEPS --base ddpm --no-cm --out $OUT/ddpm
-python train.py --dataset digits --steps $STEPS --base oc --no-cm --out $OUT/oc
-python train.py --dataset digits --steps $STEPS --base oc --cm --out $OUT/cm
+  # DDPM, OC, and CM on OC (the paper's default); a run whose step equals its steps is finished
+  python train.py --dataset digits --steps $STEPS --base ddpm --no-cm --out $OUT/ddpm
+  python train.py --dataset digits --steps $STEPS --base oc --no-cm --out $OUT/oc
+  python train.py --dataset digits --steps $STEPS --base oc --cm --out $OUT/cm
 
-# Samples of each, and of theta_g alone from the same noise, without and with guidance; then the numbers
-ROWS=()
-for OMEGA in 0 1.5; do
-  while read -r RUN BRANCH NAME; do
-    DIR=$OUT/$RUN/$BRANCH-$OMEGA
-    python sample.py --ckpt $OUT/$RUN/ckpt.pt --branch $BRANCH --guidance $OMEGA --num $NUM --steps $DDIM --out $DIR --if-needed
-    python evaluate.py --samples $DIR/samples.npz --features $OUT/classifier/ckpt.pt --floor 10 --if-needed
-    ROWS+=(--row "$NAME=$DIR/eval.json")
-  done <<< "ddpm full DDPM
+  # Samples of each, and of theta_g alone from the same noise, without and with guidance; then the numbers
+  ROWS=()
+  for OMEGA in 0 1.5; do
+    while read -r RUN BRANCH NAME; do
+      DIR=$OUT/$RUN/$BRANCH-$OMEGA
+      python sample.py --ckpt $OUT/$RUN/ckpt.pt --branch $BRANCH --guidance $OMEGA --num $NUM --steps $DDIM --out $DIR --if-needed
+      python evaluate.py --samples $DIR/samples.npz --features $OUT/classifier/ckpt.pt --floor 10 --if-needed
+      ROWS+=(--row "$NAME=$DIR/eval.json")
+    done <<< "ddpm full DDPM
 oc full OC
 cm full CM
 cm general CM, theta_g alone"
-done
+  done
 
-python report.py --out $OUT/report.md "${ROWS[@]}" --pair $OUT/cm/general-1.5/samples.npz $OUT/cm/full-1.5/samples.npz
+  python report.py --out $OUT/report.md "${ROWS[@]}" --pair $OUT/cm/general-1.5/samples.npz $OUT/cm/full-1.5/samples.npz
+  exit
+fi
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The paper's tables
+
+SCALE=${SCALE:-paper}
+if [[ $SCALE == demo ]]; then
+  DATASET=digits; IR=${IR:-20}; SEEDS=${SEEDS:-0}; ROOT=out/paper-demo
+  TRAIN="--steps ${STEPS:-300} --sample-every 0"; EVALUATE="--num ${NUM:-500} --features $ROOT/classifier/ckpt.pt"
+  python classify.py --dataset digits --epochs 10 --out $ROOT/classifier --if-needed
+else
+  DATASET=${DATASET:-cifar100}; IR=${IR:-100}; SEEDS=${SEEDS:-0,1,2}; ROOT=out/paper; TRAIN=""; EVALUATE=""
+fi
+SETTING=$DATASET-ir$IR
+if [[ $DATASET == imagenet-lt || $DATASET == inat2018 ]]; then IR=1; SETTING=$DATASET-${RESOLUTION:-64}; fi
+DATA="--dataset $DATASET --ir $IR --data-dir ${DATA_DIR:-data}${RESOLUTION:+ --resolution $RESOLUTION}"
+PYTHON=python; if (( ${NGPU:-1} > 1 )); then PYTHON="torchrun --nproc_per_node=$NGPU --"; fi
+ROWS=()
+
+# row NAME RUN [train flags] [-- evaluate flags]: train and evaluate each seed of a run, and make it a row of the table
+row() {
+  local name=$1 run=$2 train=() extra=() seed out json; shift 2
+  while (( $# )) && [[ $1 != -- ]]; do train+=("${1}"); shift; done
+  if (( $# )); then shift; extra=("$@"); fi
+  json=eval-$(echo "${extra[*]:-plain}" | tr -c 'a-z0-9.\n' _).json
+  for seed in ${SEEDS//,/ }; do
+    out=$ROOT/$SETTING/$run-seed$seed
+    $PYTHON train.py $DATA $TRAIN ${train[@]+"${train[@]//SEED/$seed}"} --seed $seed --out $out
+    $PYTHON evaluate.py --ckpt $out/ckpt.pt $EVALUATE ${extra[@]+"${extra[@]}"} --out-json $out/$json --if-needed
+  done
+  ROWS+=(--row "$name=$ROOT/$SETTING/$run-seed*/$json")
+}
+
+# page TABLE: the table's page from the rows so far
+page() {
+  python report.py --paper $1 --setting $SETTING "${ROWS[@]}" --out out/$TARGET/$SETTING/${2:-report}.md
+  ROWS=()
+}
+
+ddpm() { row DDPM ddpm --base ddpm --no-cm "$@"; }
+cbdm() { row CBDM cbdm --base cbdm --no-cm "$@"; }
+oc()   { row OC oc --base oc --no-cm "$@"; }
+cm()   { row CM cm --base oc --cm "$@"; }
+
+case $TARGET in
+  table1)       # low-rank variants of CBDM
+    ddpm; cbdm
+    row "CBDM (theta_g + theta_e)" cbdm-low-rank --base cbdm --cm --lam 0
+    row "CBDM (LoRA)" cbdm-lora --base cbdm --lora --init-from $ROOT/$SETTING/cbdm-seedSEED/ckpt.pt
+    cm; page table1 ;;
+  table2)       # and G.1: all baselines
+    ddpm
+    row +ADA ada --base ddpm --no-cm --ada 0.12
+    row +RS rs --base ddpm --no-cm --resample 0.5
+    row +Focal focal --base focal --no-cm
+    cbdm; oc; cm; page table2 ;;
+  table3)       # and G.4, Figure 2(c): per split
+    ddpm; cbdm; oc; cm; page table3 ;;
+  table4)       # and G.2: CelebA-HQ, per class (DATASET=celebahq)
+    ddpm -- --per-class; cbdm -- --per-class; oc -- --per-class; cm -- --per-class; page table4 ;;
+  table5)       # thousands of classes (DATASET=imagenet-lt or inat2018, RESOLUTION=32 or 64)
+    ddpm; cbdm; oc; cm; page table5 ;;
+  table7)       # and G.5, G.6: theta_g alone; without either term
+    ddpm; row "CM (theta_g)" cm --base oc --cm -- --branch general; cm; page table7-left theta_g
+    ddpm; oc; cm
+    row "CM w/o L_Con" cm-no-con --base oc --cm --w-con 0
+    row "CM w/o L_Div" cm-no-div --base oc --cm --w-div 0
+    page table7-right ;;
+  tableE2)      # one low-rank expert a group
+    ddpm; row "Group-Expert LoRA" experts --base ddpm --no-cm --experts group; cm; page tableE2 ;;
+  tableG10)     # DPM-Solver, 15 steps
+    ddpm -- --sampler dpm++; cm -- --sampler dpm++; page tableG10 ;;
+  tableG12)     # overlap optimisation
+    ddpm; row "Overlap Opt." rop --base rop --no-cm; cm; page tableG12 ;;
+  fig4a)        # CM on each baseline
+    ddpm; row "CM on DDPM" cm-ddpm --base ddpm --cm
+    row +ADA ada --base ddpm --no-cm --ada 0.12; row "CM on +ADA" cm-ada --base ddpm --cm --ada 0.12
+    row +RS rs --base ddpm --no-cm --resample 0.5; row "CM on +RS" cm-rs --base ddpm --cm --resample 0.5
+    row +Focal focal --base focal --no-cm; row "CM on +Focal" cm-focal --base focal --cm
+    cbdm; row "CM on CBDM" cm-cbdm --base cbdm --cm
+    oc; cm; page fig4a ;;
+  fig4b)        # and G.3: lambda, which is 1 in CM
+    oc; for L in 0 0.5 0.8 1.2 1.5; do row "lambda $L" cm-lam$L --base oc --cm --lam $L; done; cm; page fig4b ;;
+  fig4c)        # rank ratio, which is 0.1 in CM
+    oc; for R in 0.05 0.2 0.3 0.5; do row "rank $R" cm-rank$R --base oc --cm --rank-ratio $R; done; cm; page fig4c ;;
+  fig4d)        # network widths
+    for M in "1 2 2" "1 2 2 2" "1 2 3 4"; do
+      row "OC, $M" "oc-mult${M// /}" --base oc --no-cm --ch-mult $M
+      row "CM, $M" "cm-mult${M// /}" --base oc --cm --ch-mult $M
+    done; page fig4d ;;
+  *) echo "error: unknown target '$TARGET'; see the head of run_all.sh" >&2; exit 2 ;;
+esac

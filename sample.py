@@ -154,7 +154,7 @@ def export(ckpt, net, path):
     if ckpt["experts"]:
         raise UserError("--export: group experts depend on the label and do not merge into one plain network")
     state = {name: p.detach().cpu().contiguous() for name, p in net.state_dict().items()}
-    kept = {k: ckpt[k] for k in ("kind", "step", "config", "data", "network")}
+    kept = {k: ckpt[k] for k in ("kind", "step", "command", "config", "data", "network")}
     runtime.save(path, {**kept, "rank_ratio": None, "experts": None, "model": state, "ema": state})
 
 
@@ -254,7 +254,7 @@ def sampling_settings(args):
 
 def describe(args, ckpt, settings):
     """What made these images, for the JSON beside them: everything that moves a number measured on them."""
-    return {"ckpt": str(args.ckpt), "ckpt_sha256": runtime.sha256(args.ckpt), "step": ckpt["step"],
+    return {"ckpt": str(args.ckpt), "ckpt_sha256": runtime.sha256(args.ckpt), "step": ckpt["step"], "command": ckpt["command"],
             "dataset": ckpt["config"]["dataset"], "weights": args.weights, "branch": args.branch, **settings}
 
 

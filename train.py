@@ -10,6 +10,7 @@ config.json, log.jsonl, TensorBoard events and grids of samples. The same comman
 """
 import json
 import os
+import shlex
 import sys
 import time
 from argparse import BooleanOptionalAction
@@ -312,6 +313,7 @@ def main():
     rt = runtime.setup(args.device, old["config"]["dtype"] if old and args.dtype == "auto" else args.dtype)
     args.dtype = str(rt.dtype).removeprefix("torch.")       # what auto came to: a run keeps it on any device
     config = {k: v for k, v in vars(args).items() if k not in ("device", "out")}
+    command = shlex.join(["python", "train.py", *sys.argv[1:]])
     if old:
         refuse_changes(old["config"], config, out)
         if old["step"] >= args.steps:
@@ -389,12 +391,12 @@ def main():
     rt.print("config: " + " ".join(f"{k}={v}" for k, v in config.items()))
     rt.print(f"{'resuming' if old else 'starting'} {out} at step {step} of {args.steps}")
     if rt.rank == 0:
-        runtime.write_json(out / "config.json", {"config": config, "network": network, "rank_ratio": rank_ratio,
+        runtime.write_json(out / "config.json", {"command": command, "config": config, "network": network, "rank_ratio": rank_ratio,
                                                  "experts": experts, "data": data_record, "torch": torch.__version__})
         log = Log(out, step)
 
     def state():
-        return {"kind": "diffusion", "step": step, "config": config, "data": data_record, "network": network,
+        return {"kind": "diffusion", "step": step, "command": command, "config": config, "data": data_record, "network": network,
                 "rank_ratio": rank_ratio, "experts": experts, "model": net.state_dict(),
                 "ema": {**dict(net.named_parameters()), **dict(zip(names, ema))},
                 "optimizer": optimizer.state_dict(), "window": window.state()}

@@ -1,0 +1,76 @@
+"""report.py's paper tables, the paper's numbers, and run_all.sh end to end at demo scale."""
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, call
+from test_mistakes import refuses
+
+import report
+import runtime
+
+PAPER = runtime.read_json(ROOT / "paper_results.json")["tables"]
+
+
+def test_the_papers_numbers():
+    """The number of tables and a handful of cells, read off the paper by hand; every row as long as its columns."""
+    assert len(PAPER) == 19 and sum(bool(t["settings"]) for t in PAPER.values()) == 15
+    cell = lambda t, s, row, column: PAPER[t]["settings"][s]["rows"][row][PAPER[t]["settings"][s]["columns"].index(column)]
+    assert cell("table1", "cifar100-ir100", "CBDM (LoRA)", "fid") == 11.424
+    assert cell("table2", "cifar10-ir50", "+ADA", "is") == [9.28, 0.21]
+    assert cell("table3", "cifar100-ir100", "CM", "Few fid") == [18.729, 0.141]
+    assert cell("table4", "celebahq-ir100", "OC", "Male fid") == [13.962, 0.221]
+    assert cell("table5", "inat2018-64", "CM", "kid") == 0.0020
+    assert cell("table7-left", "cifar100-ir100", "CM (theta_g)", "Few fid") == [29.357, 0.318]
+    assert cell("table7-right", "cifar100-ir100", "CM w/o L_Con", "recall") == [0.50, 0.01]
+    assert cell("tableG10", "cifar100-ir100", "CM", "fid") == 8.033
+    for table in PAPER.values():
+        for setting in table["settings"].values():
+            assert all(len(row) == len(setting["columns"]) for row in setting["rows"].values())
+
+
+def fake_result(fid, seed, dtype="fid"):
+    part = lambda v: {dtype: v, "kid": v / 1000, "recall": 0.5, "is": 9.0, "num": 20, "num_real": 30}
+    return {**part(fid), "splits": {n: part(fid + k) for k, n in enumerate(("Many", "Medium", "Few"), 3)}, "classes": {},
+            "settings": {"dataset": "cifar100", "step": 9, "sampler": "ddim", "steps": 50, "guidance": 1.5, "weights": "ema",
+                         "reference": "r", "command": f"python train.py --seed {seed}"}}
+
+
+def test_table_has_means_deviations_the_paper_and_marks(tmp_path, capsys):
+    for name, values in {"ddpm": [10, 11, 12], "oc": [9, 9, 9], "cm": [8, 8.5, 9]}.items():
+        for seed, v in enumerate(values):
+            runtime.write_json(tmp_path / f"{name}-{seed}.json", fake_result(v, seed))
+    rows = [f for n, slug in (("DDPM", "ddpm"), ("OC", "oc"), ("CM", "cm")) for f in ("--row", f"{n}={tmp_path}/{slug}-*.json")]
+    call(report.main, "--paper", "table3", "--setting", "cifar100-ir100", *rows, "--out", tmp_path / "page/report.md")
+    page = (tmp_path / "page/report.md").read_text()
+    lines = {line.split(" | ")[0][2:]: line for line in page.splitlines() if line.startswith("| ")}
+    assert "| CM | 3 | **11.500 +- 0.500** | 11.713 +- 0.247 |" in lines["CM"] and "**8.500 +- 0.500** | 7.519 +- 0.132" in lines["CM"]
+    assert "*9.000 +- 0.000* | 8.309 +- 0.233" in lines["OC"] and "| 11.000 +- 1.000 | 10.163" in lines["DDPM"]
+    assert "python train.py --seed 0    # CM" in page and (tmp_path / "page/figure.pdf").exists() and (tmp_path / "page/figure.png").exists()
+    call(report.main, "--paper", "table2", "--setting", "cifar10-ir7", *rows, "--out", tmp_path / "other.md")
+    assert "paper" not in (tmp_path / "other.md").read_text().split("##")[0].split("\n")[4]      # no such setting in the paper
+    refuses(capsys, report.main, "--paper", "table99", *rows, "--out", tmp_path / "x.md", says=["--paper table99", "table2"])
+
+
+@pytest.mark.parametrize("target, rows", [
+    ("table1", ["DDPM", "CBDM", "CBDM (theta_g + theta_e)", "CBDM (LoRA)", "CM"]), ("tableG10", ["DDPM", "CM"])])
+def test_run_all_makes_a_table(tmp_path, target, rows):
+    """One of the paper's tables on digits, from nothing, and the smaller one again: then everything is skipped."""
+    for f in [*ROOT.glob("*.py"), ROOT / "run_all.sh", ROOT / "paper_results.json"]:
+        (tmp_path / f.name).symlink_to(f)
+    (tmp_path / "run_all.sh").unlink()
+    (tmp_path / "run_all.sh").write_text((ROOT / "run_all.sh").read_text())
+    env = {**os.environ, "SCALE": "demo", "STEPS": "4", "NUM": "30", "CUDA_VISIBLE_DEVICES": "",
+           "PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"}
+    command = ["bash", tmp_path / "run_all.sh", target]
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / f"out/{target}/digits-ir20/report.md").read_text()
+    for row in rows:
+        assert f"\n| {row} | 1 | " in page
+    assert "nothing here compares with the paper" in page
+    if len(rows) > 2:
+        return
+    again = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert again.returncode == 0 and again.stdout.count("finished, step 4 of 4") == len(rows) and "img/s" not in again.stdout
