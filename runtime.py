@@ -32,15 +32,25 @@ class UserError(Exception):
 
 def run(main):
     """Call main(); a UserError becomes one line (from rank 0) and exit code 2."""
+    code, distributed = 0, False
     try:
         main()
     except UserError as e:
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"error: {e}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        code = 2
+    except SystemExit as e:
+        code = e.code
     finally:
-        if dist.is_initialized():
+        distributed = dist.is_initialized()
+        if distributed:
             dist.destroy_process_group()
+    if distributed:         # without taking the interpreter down: a thread of gloo's that still wants it then aborts
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    if code:
+        sys.exit(code)
 
 
 class Parser(argparse.ArgumentParser):

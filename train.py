@@ -13,6 +13,7 @@ import os
 import shlex
 import sys
 import time
+import warnings
 from argparse import BooleanOptionalAction
 from contextlib import nullcontext
 from datetime import timedelta
@@ -380,7 +381,9 @@ def main():
     module = compile_or_not(objective, batch(step, 0), rt) if use_compile else objective
     if rt.world > 1:
         devices = [rt.device] if rt.device.type == "cuda" else None
-        module = DistributedDataParallel(module, devices, broadcast_buffers=False, gradient_as_bucket_view=True)
+        with warnings.catch_warnings():         # torch 2.14 renames broadcast_buffers; earlier ones know no other name
+            warnings.simplefilter("ignore", FutureWarning)
+            module = DistributedDataParallel(module, devices, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     # Announce
     low_rank = sum(p.numel() for n, p in net.named_parameters() if n.rsplit(".", 1)[-1] in ("A", "B"))
@@ -402,7 +405,7 @@ def main():
                 "optimizer": optimizer.state_dict(), "window": window.state()}
 
     # The loop
-    stop, warned, clock, clock_step = runtime.StopSignal(), False, time.time(), step
+    stop, signal, warned, clock, clock_step = runtime.StopSignal(), 0, False, time.time(), step
     while step < args.steps:
         for k in range(args.accumulate):
             b = batch(step, k)
@@ -441,7 +444,11 @@ def main():
                 save_grid(state(), step, args, rt, log.board)
         if signal:
             rt.print(f"stopped by signal {signal} at step {step}; saved {path}; the same command goes on from there")
-            sys.exit(128 + signal)
+            break
+    if rt.rank == 0:
+        log.board.close()
+    if signal:
+        sys.exit(128 + signal)
     rt.print(f"finished: {path}")
 
 
