@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torchvision.models.resnet import BasicBlock, ResNet
 
 import runtime
-from data import Batches, add_data_flags, load, load_long_tailed, to_float
+from data import Batches, NoSuchSplit, add_data_flags, load, load_long_tailed, to_float
 from runtime import Parser, integer, number, run
 
 WIDTHS = {"digits": 16}         # channels of the first stage; every other set: 64, which is ResNet-18
@@ -70,8 +70,7 @@ def accuracy(net, images, rt, batch_size=500):
 
 def main():
     parser = Parser(__doc__)
-    add_data_flags(parser)
-    parser.set_defaults(ir=1, dataset="digits")
+    add_data_flags(parser, dataset="digits", ir=1)
     g = parser.add_argument_group("training")
     g.add_argument("--epochs", type=integer(1), default=30, help="default: 30")
     g.add_argument("--batch-size", type=integer(1), default=128, help="default: 128")
@@ -81,7 +80,11 @@ def main():
     parser.add_common("folder of the result (default: out/classifier-DATASET)")
     args = parser.parse_args()
     rt = runtime.setup(args.device, args.dtype)
-    images, test = load_long_tailed(args), load(args.dataset, args.data_dir, "test", args.resolution, args.class_order)
+    images = load_long_tailed(args)
+    try:
+        test = load(args.dataset, args.data_dir, "test", args.resolution, args.class_order, args.pack_dir)
+    except NoSuchSplit:
+        test = None
     width = args.width or WIDTHS.get(args.dataset, 64)
     out = Path(args.out or f"out/classifier-{args.dataset}")
     network = {"channels": images.images.shape[3], "num_classes": len(images.class_names), "width": width}
@@ -112,12 +115,12 @@ def main():
         if step % 20 == 0:
             bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
     net.eval()
-    result = {"train": accuracy(net, images, rt), "test": accuracy(net, test, rt)}
+    result = {"train": accuracy(net, images, rt), "test": accuracy(net, test, rt) if test else None}
     runtime.save(out / "ckpt.pt", {"kind": "classifier", "network": network, "model": net.state_dict(), "accuracy": result,
                                    "config": settings, "data": {"dataset": args.dataset, "class_names": images.class_names}})
     runtime.write_json(out / "result.json", {"settings": settings, "accuracy": result, "seconds": round(time.time() - start, 1)})
-    print(f"wrote {out / 'ckpt.pt'}: accuracy {result['train']:.1%} on {len(images.labels):,} training images, "
-          f"{result['test']:.1%} on {len(test.labels):,} test images")
+    print(f"wrote {out / 'ckpt.pt'}: accuracy {result['train']:.1%} on {len(images.labels):,} training images"
+          + (f", {result['test']:.1%} on {len(test.labels):,} test images" if test else "; the set has no test images"))
 
 
 if __name__ == "__main__":

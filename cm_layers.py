@@ -114,6 +114,10 @@ def merge(module, branch="full"):
     if branch not in ("full", "general"):
         raise ValueError(f"branch must be 'full' or 'general', not {branch!r}")
     for owner, name, _ in list(reserved(module)):
+        # Deep copies share the class that carries the parametrized property, and removing one would break the others
+        shared = type(owner)
+        own = {k: v for k, v in vars(shared).items() if k not in ("__dict__", "__weakref__")}
+        owner.__class__ = type(shared.__name__, shared.__bases__, own)
         parametrize.remove_parametrizations(owner, name, leave_parametrized=branch == "full")
     return module
 

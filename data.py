@@ -376,6 +376,8 @@ def resolve_classes(text, class_names, flag="--classes"):
         if word in class_names and not word.isdigit():
             result.append(class_names.index(word))
         elif first.isdigit() and (last.isdigit() if dash else True):
+            if int(last or first) < int(first):
+                raise UserError(f"{flag} {text}: write the range {word} from low to high")
             result.extend(range(int(first), int(last or first) + 1))
         else:
             raise UserError(f"{flag} {text}: {word!r} is neither a class number, nor a range like 6-9, nor a class name")
@@ -514,15 +516,16 @@ class Batches:
         return to_float(pixels), self.labels[index]
 
 
-def add_data_flags(parser):
-    """The flags that choose the data, the same in every script that reads a data set."""
+def add_data_flags(parser, dataset="cifar100", ir=None):
+    """The flags that choose the data, the same in every script that reads a data set; the defaults of two of them."""
     g = parser.add_argument_group("data")
-    g.add_argument("--dataset", default="cifar100", help=f"one of {', '.join(READERS)} (default: cifar100)")
+    g.add_argument("--dataset", default=dataset, help=f"one of {', '.join(READERS)} (default: {dataset})")
     g.add_argument("--data-dir", default="data", help="where data sets are, or are downloaded to; for folder: the images, one "
                    "sub-folder a class (default: data)")
     g.add_argument("--pack-dir", help="where packed arrays go (default: packed in --data-dir; folder: data/packed)")
     g.add_argument("--resolution", type=integer(1), help="pixels a side, of sets of image files (default: the set's own; folder: 64)")
-    g.add_argument("--ir", type=number(low=1), help="imbalance ratio N_max / N_min of the draw; 1: every image, as it is")
+    g.add_argument("--ir", type=number(low=1), default=ir, help="imbalance ratio N_max / N_min of the draw; 1: every image, as it is"
+                   + (f" (default: {ir:g})" if ir else ""))
     g.add_argument("--split-seed", type=integer(0), default=0, help="seed of the long-tail draw (default: 0, Cao et al.)")
     g.add_argument("--class-order", help="classes, the most populous first: names or numbers with commas (default: as is)")
     return g
@@ -536,7 +539,7 @@ def load_long_tailed(args):
 
 def main():
     parser = Parser(__doc__)
-    add_data_flags(parser).set_defaults(ir=1)
+    add_data_flags(parser, ir=1)
     args = parser.parse_args()
     images = load_long_tailed(args)
     print(images.summary())

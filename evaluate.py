@@ -22,7 +22,7 @@ from classify import features_and_logits, load_classifier
 from data import IMAGE_FILES, READERS, load, load_reference, splits, to_float
 from inception import load_inception
 from runtime import Parser, UserError, integer, run
-from sample import add_sampling_flags, describe, draw, generate, load_network, sampling_settings
+from sample import add_sampling_flags, describe, draw, dtype_of, generate, load_network, sampling_settings
 
 PROTOCOL = {"paper": {"num": 50_000, "num_split": 20_000, "features": "inception"},
             "digits": {"num": 2000, "num_split": 0, "features": "out/classifier-digits/ckpt.pt"}}
@@ -223,6 +223,8 @@ def read_set(text, flag, args, split=None, resolution=None):
         images, words = load_reference(text, args.data_dir, split, resolution, args.pack_dir)
         return Images(lambda rows: rgb(images.images[rows]), len(images.labels), images.labels, images.class_names, what=f"{text}, {words}")
     path = Path(text)
+    if (path / "samples.npz").is_file():        # the folder of sample.py
+        path = path / "samples.npz"
     if path.is_dir():
         return read_files(path, flag)
     if not path.exists():
@@ -270,7 +272,7 @@ class Extractor:
             self.name, self.channels = "inception-2015-12-05", 3
         else:
             if not Path(features).is_file():
-                raise UserError(f"--features {features}: there is no such file; make it with: python classify.py --dataset digits")
+                raise UserError(f"--features {features}: there is no such file; make one with: python classify.py --dataset NAME")
             self.net, ckpt = load_classifier(features, rt.device)
             self.name, self.sha256, self.channels = str(features), runtime.sha256(features), ckpt["network"]["channels"]
             self.class_names = ckpt["data"]["class_names"]
@@ -341,6 +343,8 @@ def measure_all(fake, real, groups, classes, num, inception, k, device, rounds):
         mine = np.isin(real[2], fake[2]) if real[2] is not None else slice(None)
     else:
         everything, mine = slice(0, num), slice(None)
+    if num == len(fake[0]):
+        everything = slice(None)
     jobs = [("overall", None, everything, mine)]
     if real[2] is not None and fake[2] is not None:
         for kind, sets in (("splits", groups), ("classes", {n: [c] for n, c in classes.items()})):
@@ -358,17 +362,17 @@ def measure_all(fake, real, groups, classes, num, inception, k, device, rounds):
 
 
 def thousands(n):
-    """50000 -> "50k", 16500 -> "16.5k", 800 -> "800"."""
-    return f"{n / 1000:.3g}k" if n >= 1000 else str(n)
+    """50000 -> "50k", 16500 -> "16.5k", 1488 -> "1,488"."""
+    return f"{n / 1000:g}k" if n >= 1000 and n % 100 == 0 else f"{n:,}"
 
 
 def print_result(result):
     """One line a group; every metric names the number of images it was measured on."""
     rows = {"overall": result, **result["splits"], **result["classes"]}
-    width = max(map(len, rows))
+    width, count = max(map(len, rows)), max(len(thousands(r["num"])) for r in rows.values())
     for name, r in rows.items():
         frechet, kernel = ("fid", "kid") if "fid" in r else ("fd", "kd")
-        n = thousands(r["num"])
+        n = thousands(r["num"]).rjust(count)
         words = [f"{frechet.upper()} ({n}) {r[frechet]:8.3f}", f"{kernel.upper()} ({n}) {r[kernel]:.5f} +- {r[kernel + '_std']:.5f}",
                  f"precision ({n}) {r['precision']:.3f}", f"recall ({n}) {r['recall']:.3f}"]
         words += [f"IS ({n}) {r['is']:.3f} +- {r['is_std']:.3f}"] if "is" in r else []
@@ -404,7 +408,8 @@ def make_parser():
     g.add_argument("--trust-weights", action="store_true", help="take Inception weights with another hash")
     g.add_argument("--features-batch-size", type=integer(1), default=64, help="images at a time in the extractor (default: 64)")
     g.add_argument("--num", type=integer(2), help="class-balanced images overall (default: 50,000; digits: 2,000; or all there are)")
-    g.add_argument("--num-split", type=integer(0), help="images a split, at least (default: 20,000; digits: what --num gives)")
+    g.add_argument("--num-split", type=integer(0), help="images a split, at least (default: 20,000; with --num, and on digits: what "
+                   "--num gives)")
     g.add_argument("--per-class", action="store_true", help="also each class by itself")
     g.add_argument("--floor", type=integer(0), default=0, metavar="R", help="also the Frechet distance between random halves of the "
                    "reference, the mean of R halvings (default: 0, none)")
@@ -466,13 +471,14 @@ def refuse_long_tailed(labels, text, class_counts):
 
 def main():
     args = make_parser().parse_args()
-    rt = runtime.setup(args.device, args.dtype)
+    ckpt = runtime.load(args.ckpt, "diffusion") if args.ckpt else None
+    rt = runtime.setup(args.device, dtype_of(args, ckpt) if ckpt else args.dtype)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False     # numbers that others can repeat
 
     # What is measured
-    ckpt, net, settings, samples = None, None, None, None
+    net, settings, samples = None, None, None
     if args.ckpt:
-        ckpt, settings = runtime.load(args.ckpt, "diffusion"), sampling_settings(args)
+        settings = sampling_settings(args)
         net = load_network(ckpt, args.weights, args.branch, rt.device)
         data, made = ckpt["data"], describe(args, ckpt, settings)
         dataset, config = data["dataset"], ckpt["config"]
@@ -490,12 +496,13 @@ def main():
     if args.samples and class_names is None:
         class_names = samples.class_names
     protocol = PROTOCOL.get(dataset or reference_name, PROTOCOL["paper"])
-    num_split = protocol["num_split"] if args.num_split is None else args.num_split
-    extractor = Extractor(args.features or protocol["features"], args, rt)
+    num_split = args.num_split if args.num_split is not None else 0 if args.num else protocol["num_split"]
 
-    # Against what
+    # Against what, in which features
     with rt.rank_0_first():
         reference = read_set(reference_name, "--reference", args, args.reference_split, data.get("resolution"))
+    theirs = reference.about["features"] if isinstance(reference, Stats) else protocol["features"]
+    extractor = Extractor(args.features or ("inception" if theirs.startswith("inception") else theirs), args, rt)
     class_names = class_names or reference.class_names
     reference_labels = to_classes(reference.labels, reference.class_names, class_names, "--reference")
     refuse_long_tailed(reference_labels, reference_name, class_counts)
@@ -512,6 +519,8 @@ def main():
         labels = to_classes(samples.labels, samples.class_names, class_names, "--samples")
         n_fake = len(samples.features) if isinstance(samples, Stats) else len(samples)
         num = min(args.num or n_fake, n_fake)
+        if n_fake < 2:
+            raise UserError(f"--samples {args.samples}: one image only; a distance needs many")
     reference_words = reference.about.get("what", reference_name)
     n_real = len(reference.features) if isinstance(reference, Stats) else len(reference)
     record = {**made, "reference": reference_words, "num": num, "num_split": num_split, "per_class": args.per_class, "k": args.k,
@@ -527,10 +536,10 @@ def main():
     seconds = estimate(extractor, n_fake if samples is None or isinstance(samples, Images) else 0,
                        n_real if isinstance(reference, Images) else 0, net, ckpt, settings, args, rt)
     rt.print(f"{n_fake:,} images of {what}: overall on {num:,}{', per split' * bool(groups)}{' and class' * args.per_class}, "
-             f"against {reference_words} ({n_real:,} images), in features of {extractor.name}; about {duration(seconds)} on {rt.device}"
+             f"against {reference_words} ({n_real:,} images), in features of {extractor.name}, {record['dtype'].removeprefix('torch.')}; about {duration(seconds)} on {rt.device}"
              + (f" x {rt.world}" if rt.world > 1 else ""))
     if class_counts is None and groups and labels is not None:
-        rt.print("the samples' file names no class sizes: Many / Medium / Few are thirds of the classes in the order of their numbers")
+        rt.print("the samples come without class sizes: Many / Medium / Few are thirds of the classes in the order of their numbers")
     clock = time.time()
     if ckpt:
         shape = (ckpt["network"]["channels"],) + (data["resolution"],) * 2

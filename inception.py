@@ -174,7 +174,8 @@ def find_weights(path=None):
             torch.hub.download_url_to_file(URL, str(cached), hash_prefix=SHA256)
         except (OSError, RuntimeError) as e:
             raise UserError(f"--inception-weights: {FILE} is not there and cannot be downloaded ({e}); put it, from {URL}, "
-                            f"into {cached.parent}, or name it with --inception-weights")
+                            f"into {cached.parent}, or name it with --inception-weights; or measure in a classifier's features with --features FILE, which "
+                            f"classify.py makes")
     return cached
 
 

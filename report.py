@@ -4,6 +4,7 @@
                      --pair out/demo/cm/samples-general/samples.npz out/demo/cm/samples/samples.npz
     python report.py --paper table2 --setting cifar100-ir100 --row "CM=out/paper/cm-seed*/eval.json" --row ...
 
+Without --paper the rows must have been measured with a classifier and --floor, as in the demo.
 --pair sets the same noise drawn by theta^g and by theta side by side (Fig. G.4). --paper makes one of the paper's
 tables: mean +- standard deviation over the files of a row (one a seed), the paper's number beside it
 (paper_results.json), the best in bold and the second best in italics, and the command behind each row.
@@ -193,10 +194,11 @@ def side_by_side(general, full, path, columns=6):
     runtime.write_atomic(path, lambda p: page.save(p, format="png"))
 
 
-def conditions(result):
-    """One line on how the numbers came about, from the first row's settings."""
+def conditions(result, one_guidance=True):
+    """One line on how the numbers came about, from a row's settings; one_guidance: whether it is that of every row."""
     s = result["settings"]
-    return (f"{s['dataset']}, checkpoints at step {s['step']:,}; {s['sampler']} with {s['steps']} steps, guidance {s['guidance']:g}, "
+    guidance = f", guidance {s['guidance']:g}" if one_guidance else ""
+    return (f"{s['dataset']}, checkpoints at step {s['step']:,}; {s['sampler']} with {s['steps']} steps{guidance}, "
             f"{s['weights']} weights; {result['num']:,} class-balanced samples against {result['num_real']:,} real images "
             f"({s['reference']}).")
 
@@ -215,7 +217,7 @@ def main():
     rows, folder = [(name, results[0]) for name, results in rows], page.parent
     if any("floor" not in r or "fd" not in r for _, r in rows):
         raise UserError("--row: a page without --paper needs numbers that evaluate.py made with a classifier and --floor")
-    text = ["# Samples per split\n", conditions(rows[0][1]) + "\n", table(rows) + "\n",
+    text = ["# Samples per split\n", conditions(rows[0][1], len({r["settings"]["guidance"] for _, r in rows}) == 1) + "\n", table(rows) + "\n",
             "FD is a Frechet distance in the features of a small classifier, not FID. Real against real compares the "
             "halves of the reference; having fewer images on either side, it lies above the true floor. Accuracy is the share of "
             "samples that the classifier takes for the class asked for.\n"]

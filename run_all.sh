@@ -2,11 +2,11 @@
 # Every experiment as plain commands. Finished work is skipped and stopped work goes on, so it can be started again.
 #
 #   bash run_all.sh          the demo: DDPM, OC and CM on long-tailed digits, 10 minutes on two CPU cores
-#   bash run_all.sh smoke    the demo's whole path with a few steps of everything, half a minute
+#   bash run_all.sh smoke    the demo's whole path with a few steps of everything, a minute
 #   bash run_all.sh table2   one of the paper's tables; out/table2/SETTING/report.md has its numbers beside the paper's
 #
-# Tables: table1 table2 table3 table4 table5 table7 tableE2 tableG10 tableG12; figures: fig4a fig4b fig4c fig4d. They share
-# their runs (out/paper). From the environment, with the defaults:
+# Tables: table1 table2 table3 table4 table5 table7 tableE2 tableG10 tableG12; figures: fig1b fig4a fig4b fig4c fig4d; and
+# theory, allocation, dominance. They share their runs (out/paper). From the environment, with the defaults:
 #   DATASET=cifar100 IR=100 SEEDS=0,1,2 NGPU=1 DATA_DIR=data RESOLUTION=   SCALE=paper, or SCALE=demo: on digits, in minutes
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -38,11 +38,16 @@ if [[ $TARGET == demo || $TARGET == smoke ]]; then
       ROWS+=(--row "$NAME=$DIR/eval.json")
     done <<< "ddpm full DDPM
 oc full OC
-cm full CM
+cm full CM (on OC)
 cm general CM, theta_g alone"
   done
 
   python report.py --out $OUT/report.md "${ROWS[@]}" --pair $OUT/cm/general-1.5/samples.npz $OUT/cm/full-1.5/samples.npz
+
+  # Why: the pruning probe of Fig. 1(b), where CM's reserved part works, and the theorems against simulation
+  python prune_probe.py --ckpt $OUT/ddpm/ckpt.pt $OUT/cm/ckpt.pt --fractions 0.1,0.2,0.3 --out $OUT/prune
+  python capacity_probe.py allocation --ckpt $OUT/cm/ckpt.pt --quality $OUT/cm/full-1.5/eval.json $OUT/cm/general-1.5/eval.json
+  python theory_sim.py --out $OUT/theory
   exit
 fi
 
@@ -55,7 +60,8 @@ if [[ $SCALE == demo ]]; then
   TRAIN="--steps ${STEPS:-300} --sample-every 0"; EVALUATE="--num ${NUM:-500} --features $ROOT/classifier/ckpt.pt"
   python classify.py --dataset digits --epochs 10 --out $ROOT/classifier --if-needed
 else
-  DATASET=${DATASET:-cifar100}; IR=${IR:-100}; SEEDS=${SEEDS:-0,1,2}; ROOT=out/paper; TRAIN=""; EVALUATE=""
+  case $TARGET in table4) DATASET=${DATASET:-celebahq} ;; table5) DATASET=${DATASET:-imagenet-lt} ;; *) DATASET=${DATASET:-cifar100} ;; esac
+  IR=${IR:-100}; SEEDS=${SEEDS:-0,1,2}; ROOT=out/paper; TRAIN=""; EVALUATE=""
 fi
 SETTING=$DATASET-ir$IR
 if [[ $DATASET == imagenet-lt || $DATASET == inat2018 ]]; then IR=1; SETTING=$DATASET-${RESOLUTION:-64}; fi
@@ -89,6 +95,18 @@ oc()   { row OC oc --base oc --no-cm "$@"; }
 cm()   { row CM cm --base oc --cm "$@"; }
 
 case $TARGET in
+  fig1b)        # and G.1, G.2: what pruning does to each class
+    ddpm; cm
+    python prune_probe.py --ckpt $ROOT/$SETTING/{ddpm,cm}-seed${SEEDS%%,*}/ckpt.pt --fractions 0.05,0.1,0.2,0.3 --out out/fig1b/$SETTING ;;
+  theory)       # Theorems 2.1, 3.1, F.1, F.2 against simulation
+    python theory_sim.py ;;
+  dominance)    # Theorem 2.1's question on a trained network's gradients
+    ddpm; cm
+    for R in ddpm cm; do python capacity_probe.py dominance --ckpt $ROOT/$SETTING/$R-seed${SEEDS%%,*}/ckpt.pt; done ;;
+  allocation)   # what the reserved part is and does
+    row "CM (theta_g)" cm --base oc --cm -- --branch general; cm
+    CM=$ROOT/$SETTING/cm-seed${SEEDS%%,*}
+    python capacity_probe.py allocation --ckpt $CM/ckpt.pt --quality $CM/eval-plain.json $CM/eval-__branch_general.json ;;
   table1)       # low-rank variants of CBDM
     ddpm; cbdm
     row "CBDM (theta_g + theta_e)" cbdm-low-rank --base cbdm --cm --lam 0

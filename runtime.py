@@ -39,6 +39,9 @@ def run(main):
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"error: {e}", file=sys.stderr, flush=True)
         code = 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        code = 130
     except SystemExit as e:
         code = e.code
     finally:
@@ -66,8 +69,8 @@ class Parser(argparse.ArgumentParser):
         """--device --dtype --seed --out; `out` is the help text of --out."""
         g = self.add_argument_group("every script")
         g.add_argument("--device", default="auto", help="auto (cuda where there is one, else cpu), or a torch device")
-        g.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="what the network "
-                       "computes in; weights stay float32. auto: bfloat16 where the device has it (default: auto)")
+        g.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="what the network computes in; "
+                       "weights stay float32. auto: what the checkpoint was trained in, else bfloat16 where the device has it")
         g.add_argument("--seed", type=integer(0), default=0, help="everything random follows from it (default: 0)")
         g.add_argument("--out", help=out)
 
@@ -258,7 +261,7 @@ def load(path, kind, flag="--ckpt"):
     kind: the value under "kind" that the file must have ("diffusion" or "classifier").
     """
     if not Path(path).is_file():
-        raise UserError(f"{flag} {path}: there is no such file")
+        raise UserError(f"{flag} {path}: " + ("a folder; name the ckpt.pt in it" if Path(path).is_dir() else "there is no such file"))
     try:
         value = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile):

@@ -4,11 +4,12 @@
     python sample.py --ckpt out/NAME/ckpt.pt --branch general             # what theta^g draws without its BA
     python sample.py --ckpt out/NAME/ckpt.pt --export merged.pt           # theta = theta^g + theta^e, a plain U-Net
 
-Image i is a pure function of (checkpoint, --seed, i): its label is the i-th of the classes in turn, its noise is
+Image i is a pure function of (checkpoint, --seed, --dtype, i): its label is the i-th of the classes in turn, its noise is
 drawn from (seed, i), so the batch size and the number of processes change nothing. samples.npz is the layout of the
 ADM evaluator: arr_0 N x H x W x 3 uint8 (grey images repeated), arr_1 N labels.
 """
 import math
+import shutil
 import time
 from pathlib import Path
 
@@ -249,7 +250,14 @@ def sampling_settings(args):
     settings = {"seed": args.seed, "sampler": args.sampler, "grid": args.grid, "eta": args.eta,
                 "guidance": args.guidance, "steps": args.steps or STEPS[args.sampler]}
     make_timesteps(1000, settings["steps"], settings["grid"])       # fails here, before any work
+    if args.eta and args.sampler != "ddim":
+        raise UserError(f"--eta {args.eta:g}: belongs to --sampler ddim, and {args.sampler} has none; leave it out")
     return settings
+
+
+def dtype_of(args, ckpt):
+    """--dtype, where it is auto the one that the checkpoint was trained in: it moves the last digits of every image."""
+    return ckpt["config"]["dtype"] if args.dtype == "auto" else args.dtype
 
 
 def describe(args, ckpt, settings):
@@ -269,8 +277,8 @@ def main():
     parser.add_argument("--if-needed", action="store_true", help="do nothing where --out was made with these settings already")
     parser.add_common("folder of the results (default: samples beside the checkpoint)")
     args = parser.parse_args()
-    rt = runtime.setup(args.device, args.dtype)
     ckpt = runtime.load(args.ckpt, "diffusion")
+    rt = runtime.setup(args.device, dtype_of(args, ckpt))
     net = load_network(ckpt, args.weights, args.branch, rt.device)
     if args.export:
         if rt.rank == 0:
@@ -297,10 +305,11 @@ def main():
     runtime.write_atomic(out / "samples.npz", write_npz)
     picture = grid_image(images, labels, names, None if len(set(classes)) > 10 else list(dict.fromkeys(classes)))
     runtime.write_atomic(out / "grid.png", lambda p: picture.save(p, format="png"))
+    shutil.rmtree(out / "png", ignore_errors=True)          # of an earlier call: a metric must not find two calls' images
     if args.png:
         write_pngs(images, labels, names, out / "png")
     runtime.write_json(out / "samples.json", {"settings": record, "data": ckpt["data"], "seconds": round(time.time() - start, 2)})
-    print(f"wrote {args.num} images to {out}: samples.npz, grid.png" + (", png/" if args.png else ""))
+    print(f"wrote {args.num} images, drawn in {record['dtype'].removeprefix('torch.')}, to {out}: samples.npz, grid.png" + (", png/" if args.png else ""))
 
 
 if __name__ == "__main__":

@@ -101,7 +101,7 @@ def make_parser():
     g = parser.add_argument_group("output")
     g.add_argument("--save-every", type=integer(1), help="steps between writes of ckpt.pt")
     g.add_argument("--keep-every", type=integer(1), help="also keep a snapshot ckpt-STEP.pt every so many steps (default: none)")
-    g.add_argument("--sample-every", type=integer(0), help="steps between grids of samples; 0: none")
+    g.add_argument("--sample-every", type=integer(0), help="steps between grids of samples, the last step included; 0: none")
     g.add_argument("--log-every", type=integer(1), help="steps between log lines")
     parser.add_common("folder of the run (default: out/ and a name made of the settings)")
     for action in parser._actions:
@@ -121,8 +121,8 @@ def resolve(args):
             setattr(args, key, value)
     world = int(os.environ.get("WORLD_SIZE", 1))
     if args.batch_size % (world * args.accumulate):
-        parts = f"{world} processes" + (f" x --accumulate {args.accumulate}" if args.accumulate > 1 else "")
-        raise UserError(f"--batch-size {args.batch_size}: not divisible by the {parts}; it counts the images of all of them")
+        parts = [f"{world} processes"] * (world > 1) + [f"--accumulate {args.accumulate}"] * (args.accumulate > 1)
+        raise UserError(f"--batch-size {args.batch_size}: not divisible by {' x '.join(parts)}; it counts the images of all of them")
     if bad := [level for level in args.attn if level >= len(args.ch_mult)]:
         raise UserError(f"--attn {bad[0]}: --ch-mult has levels 0 to {len(args.ch_mult) - 1} only")
     if args.lora and not args.init_from:
@@ -131,9 +131,13 @@ def resolve(args):
         args.cm, args.lam = True, 0.0
     if args.experts:
         args.cm = False
+    plain = make_parser().parse_args([])
+    if not args.cm:
+        unused = ["lam", "w_con", "w_div", "div_bound", "independent_dropout"] + ["rank_ratio"] * (not args.experts)
+        for key in [k for k in unused if getattr(args, k) != getattr(plain, k)]:
+            raise UserError(f"--{key.replace('_', '-')}: means something with --cm only; leave it out, or leave out --no-cm")
     if args.out is None:
-        plain = vars(make_parser().parse_args([]))
-        changed += [k for k, v in vars(args).items() if k not in preset and v != plain[k] and k not in FREE]
+        changed += [k for k, v in vars(args).items() if k not in preset and v != getattr(plain, k) and k not in FREE]
         extra = [f"{k}{'_'.join(map(str, v)) if isinstance(v, list) else v}" for k in sorted(set(changed))
                  if k not in ("dataset", "ir", "base", "cm", "seed") for v in [getattr(args, k)]]
         dataset = Path(args.data_dir).resolve().name if args.dataset == "folder" else args.dataset
@@ -440,7 +444,7 @@ def main():
                 runtime.save(path, state())
             if args.keep_every and step % args.keep_every == 0:
                 runtime.save(out / f"ckpt-{step:07d}.pt", state())
-            if args.sample_every and step % args.sample_every == 0:
+            if args.sample_every and (step % args.sample_every == 0 or step == args.steps):
                 save_grid(state(), step, args, rt, log.board)
         if signal:
             rt.print(f"stopped by signal {signal} at step {step}; saved {path}; the same command goes on from there")

@@ -1,4 +1,6 @@
 """cm_layers.py: Eq. (1) on our network and on others' layers; theta^g; merging."""
+import copy
+
 import pytest
 import torch
 import torchvision
@@ -125,6 +127,18 @@ def test_where_picks_layers():
     module, _ = unet()
     reserve(module, where=lambda name, layer: isinstance(layer, nn.Conv2d) and "up.0" in name)
     assert {tuple(owner.weight.shape) for owner, _, _ in reserved(module)} <= {(32, 64, 3, 3), (32, 32, 3, 3), (32, 64, 1, 1), (32, 32, 1, 1)}
+
+
+def test_merging_a_deep_copy_leaves_the_original_alone():
+    module, run = unet()
+    reserve(module)
+    for _, _, part in reserved(module):
+        nn.init.normal_(part.B, std=0.3)
+    before, twin = run(), copy.deepcopy(module)
+    merge(twin)
+    assert torch.equal(run(), before) and len(list(reserved(module))) > 0 and not list(reserved(twin))
+    merge(module)
+    assert_close(run(), before, atol=1e-5, rtol=1e-5)
 
 
 def test_errors():
