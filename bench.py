@@ -67,7 +67,7 @@ def make_step(method, images, batch_size, rt, compiled, args):
     def batch():
         step = next(at)
         return draw(*batches.at(step), objective, 0, step, flip=True, dtype=rt.dtype)
-    module = train.compile_or_not(objective, batch(), rt) if compiled else objective
+    module = runtime.compile_or_not(objective, lambda m: m(batch())[0], rt) if compiled else objective
 
     def step():
         b = batch()

@@ -90,7 +90,7 @@ def paper_table(rows, columns, paper):
 
 def paper_figure(rows, columns, paper, title, path):
     """Bars of each row's Frechet columns with deviations over seeds, the paper's numbers as diamonds: PNG and PDF."""
-    columns = [c for c in columns if c.endswith("fid")]
+    columns = [c for c in columns if c.endswith("fid")] or columns
     cells, width, x = summarise(rows, columns), 0.8 / len(rows), np.arange(len(columns))
     fig, ax = plt.subplots(figsize=(max(5.0, 1.2 * len(rows) * len(columns) ** 0.5 + 2), 3.8), constrained_layout=True)
     for k, ((name, _), row) in enumerate(zip(rows, cells)):
@@ -103,7 +103,7 @@ def paper_figure(rows, columns, paper, title, path):
                 value = theirs[paper["columns"].index(column)]
                 ax.plot(a, value[0] if isinstance(value, list) else value, "kD", markersize=4, markerfacecolor="white")
     ax.set_xticks(x, [cell_value(rows[0][1][0], c)[0] for c in columns])
-    ax.set(title=title, ylabel="lower is better")
+    ax.set(title=title, ylabel="lower is better" if columns[0].endswith("fid") else "per cent, higher is better")
     ax.spines[["top", "right"]].set_visible(False)
     ax.legend(fontsize=7, ncols=2)
     for suffix in ("png", "pdf"):
@@ -119,16 +119,16 @@ def paper_page(args, rows):
     table, setting = tables[args.paper], args.setting or "demo"
     paper = table["settings"].get(setting)
     columns = paper["columns"] if paper else next((s["columns"] for s in table["settings"].values()), None)
-    if columns is None or (paper is None and any(c.split()[0] in ("Female", "Male") for c in columns)):
+    if columns is None or ("fd" in first or "fid" in first) and (paper is None and any(c.split()[0] in ("Female", "Male") for c in columns)):
         columns = ["Many fid", "Medium fid", "Few fid", "fid"]          # a figure, or a table on another set than the paper's
     page, first = Path(args.out), rows[0][1][0]
     text = paper_table(rows, columns, paper)
     paper_figure(rows, columns, paper, f"{table['title']}, {setting}", page.with_name("figure.png"))
-    commands = "\n".join(f"{r['settings'].get('command', '?')}    # {name}" for name, results in rows for r in results[:1])
+    commands = "\n".join(f"{r['settings'].get('command', r.get('command', '?'))}    # {name}" for name, results in rows for r in results[:1])
     notes = [f"{conditions(first)}", "Mean +- standard deviation over seeds; best in bold, second best in italics."]
     if paper:
         notes.append("Beside each number the paper's own; diamonds in the figure.")
-    if "fid" not in first:
+    if "fd" in first:
         notes.append("FD and KD are distances in the features of a small classifier, not FID and KID: nothing here compares with the paper.")
     body = [f"# {table['title']}: {setting}\n", " ".join(notes) + "\n", text + "\n", "![the table as bars](figure.png)\n",
             "## The first seed's commands\n", f"```bash\n{commands}\n```\n"]
@@ -197,6 +197,9 @@ def side_by_side(general, full, path, columns=6):
 def conditions(result, one_guidance=True):
     """One line on how the numbers came about, from a row's settings; one_guidance: whether it is that of every row."""
     s = result["settings"]
+    if "sampler" not in s:
+        return (f"{s['dataset']}, IR {s['ir']:g}, {s['epochs']} epochs, per cent on {result['num_real']:,} test images; Many / Medium / Few "
+                f"by {s['split_rule']}.")
     guidance = f", guidance {s['guidance']:g}" if one_guidance else ""
     return (f"{s['dataset']}, checkpoints at step {s['step']:,}; {s['sampler']} with {s['steps']} steps{guidance}, "
             f"{s['weights']} weights; {result['num']:,} class-balanced samples against {result['num_real']:,} real images "

@@ -5,7 +5,7 @@
 #   bash run_all.sh smoke    the demo's whole path with a few steps of everything, a minute
 #   bash run_all.sh table2   one of the paper's tables; out/table2/SETTING/report.md has its numbers beside the paper's
 #
-# Tables: table1 table2 table3 table4 table5 table7 tableE2 tableG10 tableG12; figures: fig1b fig4a fig4b fig4c fig4d; and
+# Tables: table1 table2 table3 table4 table5 table7 tableE2 tableG8 tableG10 tableG12 tableG13; figures: fig1b fig4a fig4b fig4c fig4d; and
 # theory, allocation, dominance. They share their runs (out/paper). From the environment, with the defaults:
 #   DATASET=cifar100 IR=100 SEEDS=0,1,2 NGPU=1 DATA_DIR=data RESOLUTION=   SCALE=paper, or SCALE=demo: on digits, in minutes
 set -euo pipefail
@@ -58,6 +58,7 @@ SCALE=${SCALE:-paper}
 if [[ $SCALE == demo ]]; then
   DATASET=digits; IR=${IR:-20}; SEEDS=${SEEDS:-0}; ROOT=out/paper-demo
   TRAIN="--steps ${STEPS:-300} --sample-every 0"; EVALUATE="--num ${NUM:-500} --features $ROOT/classifier/ckpt.pt"
+  CLASSIFY="--epochs ${EPOCHS:-60}"; EXTRA=${EXTRA:-500}
   python classify.py --dataset digits --epochs 10 --out $ROOT/classifier --if-needed
 else
   case $TARGET in table4) DATASET=${DATASET:-celebahq} ;; table5) DATASET=${DATASET:-imagenet-lt} ;; *) DATASET=${DATASET:-cifar100} ;; esac
@@ -94,7 +95,38 @@ cbdm() { row CBDM cbdm --base cbdm --no-cm "$@"; }
 oc()   { row OC oc --base oc --no-cm "$@"; }
 cm()   { row CM cm --base oc --cm "$@"; }
 
+# classes NAME SLUG [flags]: classify.py for each seed, and a row of the table
+classes() {
+  local name=$1 slug=$2 seed; shift 2
+  for seed in ${SEEDS//,/ }; do
+    python classify.py --dataset $DATASET --ir $IR --data-dir ${DATA_DIR:-data} ${CLASSIFY:-} "${@//SEED/$seed}" --seed $seed \
+      --out $ROOT/$SETTING/classify-$slug-seed$seed --if-needed
+  done
+  ROWS+=(--row "$name=$ROOT/$SETTING/classify-$slug-seed*/result.json")
+}
+
 case $TARGET in
+  tableG8)      # downstream classification with 50,000 generated images
+    classes "No augmentation" plain
+    for R in ddpm cm; do
+      $R
+      for S in ${SEEDS//,/ }; do
+        RUN=$ROOT/$SETTING/$R-seed$S
+        $PYTHON sample.py --ckpt $RUN/ckpt.pt --num ${EXTRA:-50000} --seed $S --out $RUN/extra --if-needed
+      done
+    done
+    ROWS=("${ROWS[@]:0:2}")
+    classes DDPM ddpm --extra $ROOT/$SETTING/ddpm-seedSEED/extra/samples.npz
+    classes CM cm --extra $ROOT/$SETTING/cm-seedSEED/extra/samples.npz
+    page tableG8 ;;
+  tableG13)     # long-tailed recognition (also IR=200)
+    classes CE ce --loss ce
+    classes "CE + CM" ce-cm --loss ce --cm
+    classes LDAM ldam --loss ldam --drw
+    classes "LDAM + CM" ldam-cm --loss ldam --drw --cm
+    classes LA la --loss la
+    classes "LA + CM" la-cm --loss la --cm
+    page tableG13 ;;
   fig1b)        # and G.1, G.2: what pruning does to each class
     ddpm; cm
     python prune_probe.py --ckpt $ROOT/$SETTING/{ddpm,cm}-seed${SEEDS%%,*}/ckpt.pt --fractions 0.05,0.1,0.2,0.3 --out out/fig1b/$SETTING ;;

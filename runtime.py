@@ -183,6 +183,21 @@ def computes_bfloat16(device):
     return False
 
 
+def compile_or_not(module, loss_of, rt):
+    """torch.compile(module) once loss_of(compiled) has run forwards and backwards, or the module as it is, with a line."""
+    compiled = torch.compile(module)
+    try:
+        with rt.autocast():
+            loss = loss_of(compiled)
+        loss.backward()
+        return compiled
+    except Exception as e:          # whatever a missing or broken compiler raises; training goes on without it
+        rt.print(f"--compile: cannot compile here ({type(e).__name__}), going on without")
+        return module
+    finally:
+        module.zero_grad(set_to_none=True)
+
+
 class StopSignal:
     """Turns SIGTERM and SIGINT into a number to look at: 0, or the signal; a second signal ends the process at once."""
 

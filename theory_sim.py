@@ -21,6 +21,7 @@ from runtime import Parser, integer, run
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt        # noqa: E402, after the backend is chosen
+from matplotlib.ticker import NullFormatter, ScalarFormatter        # noqa: E402
 
 DIMENSION = 32          # of a weight matrix; only the span of the means matters
 
@@ -197,6 +198,8 @@ def figure(points, path):
         ax.set(title=theorem, xlabel=SWEEPS.get(name, (name,))[0], ylim=(-0.03, 1.03))
         if name in ("ratio", "N"):
             ax.set_xscale("log")
+            ax.xaxis.set_minor_formatter(NullFormatter())
+            ax.xaxis.set_major_formatter(ScalarFormatter())
         ax.legend(fontsize=7, loc="lower left")
         ax.spines[["top", "right"]].set_visible(False)
     for ax in axes.flat[len(sweeps):]:

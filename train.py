@@ -279,21 +279,6 @@ def start_from(net, path):
                         f"--ch-mult, --attn, --num-res-blocks and data set")
 
 
-def compile_or_not(objective, b, rt):
-    """torch.compile(objective) once it has run forwards and backwards on a batch, or the objective as it is."""
-    compiled = torch.compile(objective)
-    try:
-        with rt.autocast():
-            total = compiled(b)[0]
-        total.backward()
-        return compiled
-    except Exception as e:          # whatever a missing or broken compiler raises; training goes on without it
-        rt.print(f"--compile: cannot compile here ({type(e).__name__}), going on without")
-        return objective
-    finally:
-        objective.zero_grad(set_to_none=True)
-
-
 def save_grid(state, step, args, rt, board):
     """Draw EMA samples of up to ten classes on fixed noise, as grid-STEP.png and in TensorBoard."""
     net = load_network(state, device=rt.device)
@@ -382,7 +367,7 @@ def main():
         return draw(x_0, y, objective, args.seed, s, part, parts, flip, rt.dtype)
 
     use_compile = rt.device.type == "cuda" if args.compile is None else args.compile
-    module = compile_or_not(objective, batch(step, 0), rt) if use_compile else objective
+    module = runtime.compile_or_not(objective, lambda m: m(batch(step, 0))[0], rt) if use_compile else objective
     if rt.world > 1:
         devices = [rt.device] if rt.device.type == "cuda" else None
         with warnings.catch_warnings():         # torch 2.14 renames broadcast_buffers; earlier ones know no other name
