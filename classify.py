@@ -341,6 +341,9 @@ def resolve(args):
         words = [f"ir{args.ir:g}"] * (args.ir != 1) + [args.loss] * (args.loss != "ce") + ["drw"] * args.drw + ["cm"] * args.cm
         words += ["extra"] * bool(args.extra) + [f"seed{args.seed}"] * (args.seed != 0)
         args.out = "-".join([f"out/classifier-{args.dataset}", *words])
+    for flag, belongs in (("tau", args.loss == "la"), *((k, args.cm) for k in ("lam", "w_con", "w_div", "div_bound", "distance", "rank_ratio"))):
+        if not belongs and getattr(args, flag) != make_parser().get_default(flag):
+            raise UserError(f"--{flag.replace('_', '-')}: belongs to {'--loss la, which adds the prior' if flag == 'tau' else '--cm'}; leave it out")
     return args
 
 

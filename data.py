@@ -59,32 +59,44 @@ class NoSuchSplit(UserError):
 IMAGE_FILES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
 
 
+def files_by_class(root):
+    """{sub-folder: its image files, however deep}, both in alphabetical order; hidden ones and empty classes left out."""
+    result = {}
+    for folder in sorted(f for f in root.iterdir() if f.is_dir() and not f.name.startswith(".")):
+        files = [os.path.join(top, f) for top, _, files in sorted(os.walk(folder, followlinks=True)) for f in sorted(files)
+                 if Path(f).suffix.lower() in IMAGE_FILES and not f.startswith(".")]
+        if files:
+            result[folder.name] = files
+    return result
+
+
 def read_folder(data_dir, split):
     """Anyone's images, one sub-folder a class (images may lie deeper), in alphabetical order.
 
-    Where data_dir holds `train` and beside it `test` or `val`, those are the splits; otherwise all of it is "train".
+    Where data_dir holds `train` and beside it `test` or `val`, those are the splits, with the classes of `train`;
+    otherwise all of it is "train".
     """
     root = Path(data_dir)
     if not root.is_dir():
         raise UserError(f"--data-dir {root}: there is no such folder; it must hold one sub-folder of images a class")
     held_out = next((root / name for name in ("test", "val") if (root / name).is_dir()), None)
-    if (root / "train").is_dir() and held_out:
-        root = root / "train" if split == "train" else held_out
-    elif split != "train":
+    divided = (root / "train").is_dir() and held_out is not None
+    if split != "train" and not divided:
         raise NoSuchSplit(f"--data-dir {root}: no test images; put the classes into train/ and others like them into test/")
-    folders = [f for f in sorted(root.iterdir()) if f.is_dir() and not f.name.startswith(".")]
-    paths, labels, names = [], [], []
-    for folder in folders:
-        files = [os.path.join(top, f) for top, _, files in sorted(os.walk(folder, followlinks=True)) for f in sorted(files)
-                 if Path(f).suffix.lower() in IMAGE_FILES and not f.startswith(".")]
-        if files:
-            labels += [len(names)] * len(files)
-            names.append(folder.name)
-            paths += files
+    root = root / "train" if divided else root
+    classes = files_by_class(root)
+    names = list(classes)
     if len(names) < 2:
         found = f"only one class with images, {names[0]}" if names else "no sub-folder with images"
         raise UserError(f"--data-dir {root}: {found}; it must hold one sub-folder of images a class, at least two")
-    return paths, np.array(labels), names
+    if split != "train":
+        classes = files_by_class(held_out)
+        if unknown := [n for n in classes if n not in names]:
+            raise UserError(f"--data-dir {held_out}: class {unknown[0]} is not one of those in {root}")
+        if not classes:
+            raise NoSuchSplit(f"--data-dir {held_out}: it holds no images")
+    paths = [p for files in classes.values() for p in files]
+    return paths, np.repeat([names.index(n) for n in classes], [len(f) for f in classes.values()]), names
 
 
 def find(data_dir, name):

@@ -16,6 +16,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from scipy.stats import t
 
 import runtime
 from evaluate import read_samples
@@ -88,6 +89,28 @@ def paper_table(rows, columns, paper):
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def paired_differences(rows, columns):
+    """Markdown: for each pair of rows "X" and "X + CM" with two seeds or more, the mean difference and its 95 % t interval.
+
+    Seeds are paired: those of the two rows in the order of their files. Empty where there is no such pair.
+    """
+    by_name, lines = dict(rows), []
+    for name, results in rows:
+        other = by_name.get(f"{name} + CM", [])
+        if len(results) != len(other) or len(results) < 2:
+            continue
+        line = [f"{name} + CM against {name}"]
+        for column in columns:
+            d = np.array([cell_value(b, column)[1] - cell_value(a, column)[1] for a, b in zip(results, other)])
+            half = float(t.ppf(0.975, len(d) - 1) * d.std(ddof=1) / len(d) ** 0.5)
+            line.append(f"{d.mean():+.2f} ({d.mean() - half:+.2f} to {d.mean() + half:+.2f})")
+        lines.append(line)
+    if not lines:
+        return ""
+    head = ["difference (95 % interval)"] + [cell_value(rows[0][1][0], c)[0] for c in columns]
+    return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] + ["---:"] * len(columns), *lines])
+
+
 def paper_figure(rows, columns, paper, title, path):
     """Bars of each row's Frechet columns with deviations over seeds, the paper's numbers as diamonds: PNG and PDF."""
     columns = [c for c in columns if c.endswith("fid")] or columns
@@ -130,6 +153,8 @@ def paper_page(args, rows):
         notes.append("Beside each number the paper's own; diamonds in the figure.")
     if "fd" in first:
         notes.append("FD and KD are distances in the features of a small classifier, not FID and KID: nothing here compares with the paper.")
+    if pairs := paired_differences(rows, columns):
+        text += "\n\n" + pairs
     body = [f"# {table['title']}: {setting}\n", " ".join(notes) + "\n", text + "\n", "![the table as bars](figure.png)\n",
             "## The first seed's commands\n", f"```bash\n{commands}\n```\n"]
     runtime.write_atomic(page, lambda p: p.write_text("\n".join(body)))

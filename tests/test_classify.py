@@ -204,8 +204,23 @@ def test_extra_images(tmp_path, data_dir, digits, capsys):
     for name, words in (("size", "of shape [300, 4, 8, 3]"), ("label", "labels run from 5 to 14"), ("none", "not an .npz")):
         refuses(capsys, classify.main, *FAST, "--extra", tmp_path / f"{name}.npz", "--data-dir", data_dir, "--out", tmp_path / "y",
                 says=["--extra", words])
+    refuses(capsys, classify.main, "--loss", "ce", "--tau", 2, says=["--tau", "--loss la"])
+    refuses(capsys, classify.main, "--lam", 2, says=["--lam", "--cm"])
     refuses(capsys, classify.main, "--extra-per-class", "some", says=["--extra-per-class"])
     refuses(capsys, classify.main, "--loss", "hinge", says=["--loss", "ldam"])
+
+
+def test_a_class_without_test_images(tmp_path, capsys):
+    from PIL import Image
+    for name in ("train/a/1", "train/b/1", "train/c/1", "test/a/1", "test/c/1"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        Image.new("RGB", (9, 9)).save(tmp_path / f"{name}.png")
+    flags = ("--dataset", "folder", "--data-dir", tmp_path, "--pack-dir", tmp_path / "p", "--resolution", 8, "--out", tmp_path / "o", "--device", "cpu")
+    refuses(capsys, classify.main, *flags, says=["class b has no test image"])
+    assert load("folder", tmp_path, "test", 8, pack_dir=tmp_path / "p").counts.tolist() == [1, 0, 1]       # the classes of train/
+    (tmp_path / "test/d").mkdir()
+    Image.new("RGB", (9, 9)).save(tmp_path / "test/d/1.png")
+    refuses(capsys, classify.main, *flags, says=["--data-dir", "class d is not one of those"])
 
 
 def test_two_processes_train(tmp_path, data_dir):

@@ -53,6 +53,14 @@ def test_table_has_means_deviations_the_paper_and_marks(tmp_path, capsys):
     refuses(capsys, report.main, "--paper", "table99", *rows, "--out", tmp_path / "x.md", says=["--paper table99", "table2"])
 
 
+def test_paired_differences():
+    results = lambda values: [{"fid": 0, "accuracy": v} for v in values]
+    rows = [("CE", results([10, 20, 30])), ("CE + CM", results([12, 21, 33])), ("LA", results([1]))]
+    text = report.paired_differences(rows, ["accuracy"])
+    half = 4.302653 * 1.0 / 3 ** 0.5                        # t quantile of two degrees of freedom; deviation of 2, 1, 3 is 1
+    assert f"| CE + CM against CE | +2.00 ({2 - half:+.2f} to {2 + half:+.2f}) |" in text and "LA" not in text
+
+
 @pytest.mark.parametrize("target, rows", [
     ("table1", ["DDPM", "CBDM", "CBDM (theta_g + theta_e)", "CBDM (LoRA)", "CM"]), ("tableG10", ["DDPM", "CM"])])
 def test_run_all_makes_a_table(tmp_path, target, rows):
