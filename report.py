@@ -140,11 +140,11 @@ def paper_page(args, rows):
     if args.paper not in tables:
         raise UserError(f"--paper {args.paper}: choose one of {', '.join(tables)}")
     table, setting = tables[args.paper], args.setting or "demo"
+    page, first = Path(args.out), rows[0][1][0]
     paper = table["settings"].get(setting)
     columns = paper["columns"] if paper else next((s["columns"] for s in table["settings"].values()), None)
     if columns is None or ("fd" in first or "fid" in first) and (paper is None and any(c.split()[0] in ("Female", "Male") for c in columns)):
         columns = ["Many fid", "Medium fid", "Few fid", "fid"]          # a figure, or a table on another set than the paper's
-    page, first = Path(args.out), rows[0][1][0]
     text = paper_table(rows, columns, paper)
     paper_figure(rows, columns, paper, f"{table['title']}, {setting}", page.with_name("figure.png"))
     commands = "\n".join(f"{r['settings'].get('command', r.get('command', '?'))}    # {name}" for name, results in rows for r in results[:1])

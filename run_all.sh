@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Every experiment as plain commands. Finished work is skipped and stopped work goes on, so it can be started again.
 #
-#   bash run_all.sh          the demo: DDPM, OC and CM on long-tailed digits, 10 minutes on two CPU cores
+#   bash run_all.sh          the demo: DDPM, OC and CM on long-tailed digits, 9 minutes on two CPU cores
 #   bash run_all.sh smoke    the demo's whole path with a few steps of everything, a minute
 #   bash run_all.sh table2   one of the paper's tables; out/table2/SETTING/report.md has its numbers beside the paper's
 #
