@@ -22,15 +22,14 @@ from losses import BASES, ddpm, distance
 
 
 def focal(p, b, o):
-    """Focal loss (Lin et al., 2017, -(1 - p)^gamma log p) for regression: E sg[(1 - e^-l)^gamma] l / E sg[(1 - e^-l)^gamma].
+    """Focal loss (Lin et al., 2017, -(1 - p)^gamma log p) for regression: E (1 - e^-l)^gamma l, the weight not differentiated.
 
-    l is an image's squared error, a negative log-likelihood up to constants, so e^-l stands for p. The weight is not
-    differentiated, and divided by its mean over the batch: gamma chooses between images and leaves the learning rate
-    alone. gamma = 0 is the DDPM loss. (Not differentiating and normalising are choices; the paper states neither.)
+    l is an image's squared error, a negative log-likelihood up to constants, so e^-l stands for p. gamma = 0 is the DDPM
+    loss. As in the original nothing is normalised over the batch, so that cutting it into parts changes nothing; Adam
+    does not mind the scale, but beside L_CM the base loss weighs less, and --lam may want to be smaller.
     """
     error = distance(p.eps, b.eps)
-    weight = (1 - (-error.detach()).exp()) ** o.focal_gamma
-    return {"base": (weight * error).mean() / weight.mean()}
+    return {"base": ((1 - (-error.detach()).exp()) ** o.focal_gamma * error).mean()}
 
 
 def rop_time_weights(alphas_bar):

@@ -15,7 +15,7 @@ import runtime
 import sample
 import train
 
-RUNS = [(base, cm) for base in ("ddpm", "cbdm", "oc") for cm in ("--cm", "--no-cm")]
+RUNS = [(base, cm) for base in ("ddpm", "cbdm", "oc", "focal", "rop") for cm in ("--cm", "--no-cm")]
 
 
 def torchrun(*argv, processes=2):
