@@ -35,4 +35,4 @@ def test_both_sides_of_the_metrics_table_agree(metric):
         work = bench.compute_metric(metric, whose, 1000, 64)
         next(work)
         values.append(next(work))
-    assert values[0] == pytest.approx(values[1], rel=1e-3, abs=2e-3 if metric == "prc" else 1e-9)
+    assert values[0] == pytest.approx(values[1], rel=1e-3, abs=2e-3 if metric == "prc" else 1e-6)       # of 1,000 features all of KID's subsets are one: deviation 0
