@@ -16,17 +16,17 @@ TARGET=${1:-demo}
 # ----------------------------------------------------------------------------------------------------------------------
 if [[ $TARGET == demo || $TARGET == smoke ]]; then
   case $TARGET in
-    demo)  OUT=out/demo;  STEPS=2000; NUM=2000; EPOCHS=30; DDIM=50 ;;
-    smoke) OUT=out/smoke; STEPS=8;    NUM=100;  EPOCHS=1;  DDIM=3; rm -rf out/smoke ;;
+    demo)  OUT=out/demo;  STEPS=2000; NUM=2000; EPOCHS=30; DDIM=50; REPEATS=10; TRIALS=20000; GRIDS=500 ;;
+    smoke) OUT=out/smoke; STEPS=8;    NUM=100;  EPOCHS=1;  DDIM=3;  REPEATS=1;  TRIALS=500;   GRIDS=0; rm -rf out/smoke ;;
   esac
 
   # The feature classifier, on the balanced training set
   python classify.py --dataset digits --epochs $EPOCHS --out $OUT/classifier --if-needed
 
   # DDPM, OC, and CM on OC (the paper's default); a run whose step equals its steps is finished
-  python train.py --dataset digits --steps $STEPS --base ddpm --no-cm --out $OUT/ddpm
-  python train.py --dataset digits --steps $STEPS --base oc --no-cm --out $OUT/oc
-  python train.py --dataset digits --steps $STEPS --base oc --cm --out $OUT/cm
+  python train.py --dataset digits --steps $STEPS --base ddpm --no-cm --sample-every $GRIDS --out $OUT/ddpm
+  python train.py --dataset digits --steps $STEPS --base oc --no-cm --sample-every $GRIDS --out $OUT/oc
+  python train.py --dataset digits --steps $STEPS --base oc --cm --sample-every $GRIDS --out $OUT/cm
 
   # Samples of each, and of theta_g alone from the same noise, without and with guidance; then the numbers
   ROWS=()
@@ -45,9 +45,9 @@ cm general CM, theta_g alone"
   python report.py --out $OUT/report.md "${ROWS[@]}" --pair $OUT/cm/general-1.5/samples.npz $OUT/cm/full-1.5/samples.npz
 
   # Why: the pruning probe of Fig. 1(b), where CM's reserved part works, and the theorems against simulation
-  python prune_probe.py --ckpt $OUT/ddpm/ckpt.pt $OUT/cm/ckpt.pt --fractions 0.1,0.2,0.3 --out $OUT/prune
+  python prune_probe.py --ckpt $OUT/ddpm/ckpt.pt $OUT/cm/ckpt.pt --fractions 0.1,0.2,0.3 --repeats $REPEATS --out $OUT/prune
   python capacity_probe.py allocation --ckpt $OUT/cm/ckpt.pt --quality $OUT/cm/full-1.5/eval.json $OUT/cm/general-1.5/eval.json
-  python theory_sim.py --out $OUT/theory
+  python theory_sim.py --trials $TRIALS --out $OUT/theory
   exit
 fi
 
