@@ -2,7 +2,7 @@
 
     python bench.py                             # CPU: batch 16, float32 and bfloat16, a few minutes on two cores
     python bench.py --compile                   # also compiled; on a GPU this is the default, with batch 64 and 512
-    python bench.py --metrics                   # evaluate.py's metrics beside torch-fidelity's, on the same features
+    python bench.py --metrics                   # metrics.py beside torch-fidelity's, on the same features
 
 Every method's step is the one that train.py takes: the draw, forward, backward, clip, Adam and the averaged weights.
 All cells take turns, step by step, and the median counts, so that a machine whose speed drifts still gives fair ratios:
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-import evaluate
+import metrics
 import runtime
 import train
 from data import Batches, ImageSet, long_tail_counts
@@ -132,8 +132,8 @@ def compute_metric(metric, whose, n, D):
     fake, real = (np.maximum(rng.standard_normal((n, 64)).astype(np.float32) @ mixing + shift, 0) for shift in (0.55, 0.5))
     yield                                                       # the clock starts when the arrays are there
     if whose == "ours":
-        result = {"fid": lambda: [evaluate.distance_of(fake, real)], "kid": lambda: evaluate.kernel_distance(fake, real)[:2],
-                  "is": lambda: evaluate.inception_score(fake), "prc": lambda: evaluate.precision_recall(fake, real)}[metric]()
+        result = {"fid": lambda: [metrics.distance_of(fake, real)], "kid": lambda: metrics.kernel_distance(fake, real)[:2],
+                  "is": lambda: metrics.inception_score(fake), "prc": lambda: metrics.precision_recall(fake, real)}[metric]()
     else:
         from torch_fidelity import metric_fid, metric_isc, metric_kid, metric_prc
         a, b = torch.from_numpy(fake), torch.from_numpy(real)
@@ -183,6 +183,7 @@ def bench_metrics(n, D):
 # ----------------------------------------------------------------------------------------------------------------------
 
 def main():
+    """Measure what the flags ask for, print the tables and write bench.json."""
     parser = Parser(__doc__)
     parser.add_argument("--metrics", type=integer(1000), nargs="?", const=10_000, metavar="N", help="time the metrics on N features "
                         "of 2,048 dimensions instead (default N: 10,000)")

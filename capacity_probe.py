@@ -223,6 +223,7 @@ def allocation(args, rt, ckpt, net):
 
 
 def main():
+    """Run one of the two probes and write its JSON."""
     parser = Parser(__doc__)
     parser.add_argument("what", choices=("dominance", "allocation"), help="what to measure")
     parser.add_argument("--ckpt", required=True, help="a checkpoint of train.py")

@@ -27,8 +27,9 @@ from torchvision.models.resnet import BasicBlock, ResNet
 
 import runtime
 from cm_layers import general_only, merge, reserve
-from data import Batches, ImageSet, NoSuchSplit, add_data_flags, load, load_long_tailed, splits, to_float
+from data import Batches, ImageSet, add_data_flags, load, load_long_tailed, splits, to_float
 from losses import class_weights, cm
+from readers import NoSuchSplit
 from runtime import Parser, UserError, integer, number, run
 
 PRESETS = {     # the field's recipe, and what digits get instead
@@ -50,6 +51,7 @@ class NormedLinear(nn.Linear):
         self.scale = scale
 
     def forward(self, x):
+        """x (B, features) -> (B, classes) in [-scale, scale]."""
         return self.scale * F.linear(F.normalize(x), F.normalize(self.weight))
 
 
@@ -155,6 +157,7 @@ class Objective(nn.Module):
         return layers[:first], layers[first:]
 
     def forward(self, x, y, reweigh=False):
+        """x (B, C, H, W) in [-1, 1], y (B,) int64; reweigh: by effective number (DRW) -> (scalar, {name: detached scalar})."""
         trunk, rest = self.split()
         for layer in trunk:
             x = layer(x) if layer is not self.net.fc else layer(x.flatten(1))
@@ -297,6 +300,7 @@ def confusion_picture(matrix, counts, names, path):
 # ----------------------------------------------------------------------------------------------------------------------
 
 def make_parser():
+    """All flags; those in PRESETS have their default filled in by `resolve`."""
     parser = Parser(__doc__)
     g = add_data_flags(parser, dataset="digits", ir=1)
     g.add_argument("--extra", metavar="FILE", help="an .npz of generated images, added to the training set")
@@ -348,6 +352,7 @@ def resolve(args):
 
 
 def main():
+    """Train, resuming where a run was stopped; then measure the merged network on the test set."""
     args = resolve(make_parser().parse_args())
     rt, start, out = runtime.setup(args.device, args.dtype), time.time(), Path(args.out)
     if args.batch_size % rt.world:

@@ -2,7 +2,7 @@
 
     python evaluate.py --ckpt out/NAME/ckpt.pt                              # the paper's protocol: draws, then measures
     python evaluate.py --samples A --reference B                            # anyone's images: .npz, folders, data sets
-    python evaluate.py --samples cifar10 --reference cifar10 --save-stats cifar10.stats.npz     # the reference, once
+    python evaluate.py --samples cifar10:test --reference cifar10 --save-stats cifar10.npz      # the reference, once
 
 Protocol (Sec. 4.1): 50,000 class-balanced images against the balanced full training set; per split, 20,000 images of
 its classes against its real images. Features are those of Inception (inception.py), so numbers are FID, KID and IS as
@@ -19,145 +19,32 @@ from PIL import Image
 
 import runtime
 from classify import features_and_logits, load_classifier
-from data import IMAGE_FILES, READERS, load, load_reference, splits, to_float
+from data import load_reference, splits, to_float
 from inception import load_inception
+from metrics import (IS_SPLITS, KID_SIZE, KID_SUBSETS, METRIC_SEED, distance_of, floor_of, inception_score, kernel_distance,
+                     precision_recall)
+from readers import IMAGE_FILES, READERS
 from runtime import Parser, UserError, integer, run
 from sample import add_sampling_flags, describe, draw, dtype_of, generate, load_network, sampling_settings
 
 PROTOCOL = {"paper": {"num": 50_000, "num_split": 20_000, "features": "inception"},
             "digits": {"num": 2000, "num_split": 0, "features": "out/classifier-digits/ckpt.pt"}}
-KID_SUBSETS, KID_SIZE, IS_SPLITS, METRIC_SEED = 100, 1000, 10, 2020      # torch-fidelity's
 FEW = 2048                  # below so many images a Frechet distance says more about their number than about them
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Metrics: features (N, D) float32 of generated and of real images -> numbers
-
-def statistics(features):
-    """Mean (D,) and covariance (D, D), with N - 1, of features (N, D): float64."""
-    features = np.asarray(features, np.float64)
-    mean = features.mean(0)
-    features = features - mean
-    return mean, features.T @ features / (len(features) - 1)
-
-
-def frechet_distance(mu_1, sigma_1, mu_2, sigma_2):
-    """||mu_1 - mu_2||^2 + tr(S_1 + S_2 - 2 (S_1 S_2)^{1/2}) between two Gaussians (Heusel et al., 2017).
-
-    tr (S_1 S_2)^{1/2} is the sum of the roots of the eigenvalues of S_1^{1/2} S_2 S_1^{1/2}, which is symmetric and
-    non-negative: no imaginary part can appear, also with fewer samples than dimensions.
-    """
-    values, vectors = np.linalg.eigh(sigma_1)
-    root = vectors * np.sqrt(values.clip(0)) @ vectors.T
-    cross = np.sqrt(np.linalg.eigvalsh(root @ sigma_2 @ root).clip(0)).sum()
-    return float(((mu_1 - mu_2) ** 2).sum() + np.trace(sigma_1) + np.trace(sigma_2) - 2 * cross)
-
-
-def distance_of(a, b):
-    """Frechet distance between two sets of features (N, D) and (M, D)."""
-    return frechet_distance(*statistics(a), *statistics(b))
-
-
-def kernel_distance(fake, real, subsets=KID_SUBSETS, size=KID_SIZE, seed=METRIC_SEED):
-    """KID (Binkowski et al., 2018): (mean, standard deviation, subset size) of the unbiased MMD^2 over random subsets.
-
-    Kernel (x . y / D + 1)^3, the products in float32, its sums in float64. The size is reduced to the smaller set's. One RandomState draws from the
-    generated and then from the real images each time, as torch-fidelity does: the same subsets.
-    """
-    size, rng, values = min(size, len(fake), len(real)), np.random.RandomState(seed), []
-
-    def kernel(a, b):
-        base = (a @ b.T).astype(np.float64) / a.shape[1] + 1
-        return base * base * base
-    for _ in range(subsets):
-        x = fake[rng.choice(len(fake), size, replace=False)]
-        y = real[rng.choice(len(real), size, replace=False)]
-        xx, yy = kernel(x, x), kernel(y, y)
-        within = (xx.sum() - xx.trace() + yy.sum() - yy.trace()) / (size * (size - 1))
-        values.append(within - 2 * kernel(x, y).mean())
-    return float(np.mean(values)), float(np.std(values)), size
-
-
-def squared_distances(a, b):
-    """Squared Euclidean distances (N, M) between rows of a (N, D) and b (M, D)."""
-    return torch.addmm(b.square().sum(1)[None], a, b.T, alpha=-2).add_(a.square().sum(1)[:, None])
-
-
-def radii(x, k, block):
-    """Squared distance from each row of x (N, D) to its k-th nearest other row: (N,). Each pair of blocks is looked at once."""
-    parts = x.split(block)
-    nearest = [part.new_full((len(part), 0), 0) for part in parts]         # the k + 1 smallest so far, the row itself included
-
-    def keep(i, d):
-        d = torch.cat([nearest[i], d], 1)
-        nearest[i] = d.topk(min(k + 1, d.shape[1]), largest=False).values
-    for i, part in enumerate(parts):
-        for j in range(i, len(parts)):
-            d = squared_distances(part, parts[j])
-            keep(i, d)
-            if j > i:
-                keep(j, d.T)
-    return torch.cat([n[:, -1] for n in nearest])
-
-
-def precision_recall(fake, real, k=3, block=2048, device="cpu"):
-    """Improved precision and recall (Kynkaanniemi et al., 2019) of features (N, D) and (M, D), in [0, 1].
-
-    Precision: the share of generated images that lie within the k-th neighbour's distance of some real image;
-    recall: the reverse. Blocks of rows keep memory at block x max(N, M) numbers.
-    """
-    center = real.mean(0)       # distances are the same, and float32 keeps more of their digits
-    fake, real = (torch.from_numpy(np.ascontiguousarray(f - center)).to(device) for f in (fake, real))
-    fake_radii, real_radii = radii(fake, k, block), radii(real, k, block)
-    inside, covered = [], torch.zeros(len(real), dtype=torch.bool, device=device)
-    for part, part_radii in zip(fake.split(block), fake_radii.split(block)):
-        d = squared_distances(part, real)
-        inside.append((d <= real_radii).any(1))
-        covered |= (d <= part_radii[:, None]).any(0)
-    return float(torch.cat(inside).double().mean()), float(covered.double().mean())
-
-
-def inception_score(logits, count=IS_SPLITS, seed=METRIC_SEED):
-    """IS (Salimans et al., 2016) of logits (N, K): mean and standard deviation of exp E KL(p(y|x) || p(y)) over ten splits.
-
-    The images are shuffled first, as torch-fidelity does: samples come sorted by class.
-    """
-    logits, N, scores = logits[np.random.RandomState(seed).permutation(len(logits))], len(logits), []
-    for i in range(count):
-        log_p = torch.from_numpy(logits[i * N // count:(i + 1) * N // count]).double().log_softmax(1)
-        p = log_p.exp()
-        scores.append(float((p * (log_p - p.mean(0).log())).sum(1).mean().exp()))
-    return float(np.mean(scores)), float(np.std(scores))
-
-
-def floor_of(features, rounds=10):
-    """Mean distance between the halves of real features, over `rounds` random halvings: how near real is to real."""
-    rng, total = np.random.RandomState(0), 0.0
-    for _ in range(rounds):
-        order = rng.permutation(len(features))
-        total += distance_of(features[order[::2]], features[order[1::2]])
-    return total / rounds
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Images to measure
 
 class Images:
-    """A set of images: `at(rows)` gives uint8 (n, H, W, 3); len; labels (N,) or None; class_names or None; about, a dict."""
+    """A set of images to measure: `at(rows)` gives uint8 (n, H, W, 3), n of them in all; labels (n,) and class_names, or None.
 
-    def __init__(self, at, n, labels=None, class_names=None, **about):
-        self.at, self.n, self.class_names, self.about = at, n, class_names, about
+    features: (features (n, D), logits (n, K)) where --save-stats kept them, and then there is no `at`. about: plain facts
+    that go into the result's settings.
+    """
+
+    def __init__(self, at, n, labels=None, class_names=None, features=None, **about):
+        self.at, self.n, self.class_names, self.features, self.about = at, n, class_names, features, about
         self.labels = None if labels is None else np.asarray(labels)
-
-    def __len__(self):
-        return self.n
-
-
-class Stats:
-    """What --save-stats keeps of a set of images: features (N, D), logits, labels or None, and what they came from."""
-
-    def __init__(self, features, logits, labels, class_names, about):
-        self.features, self.logits, self.labels, self.class_names, self.about = features, logits, labels, class_names, about
 
 
 def rgb(images):
@@ -175,7 +62,8 @@ def read_npz(path, flag):
     if "features" in content:
         about = runtime.json.loads(str(content["about"]))
         names = about.pop("class_names")
-        return Stats(content["features"], content["logits"], content.get("labels"), names, about)
+        kept = content["features"], content["logits"]
+        return Images(None, len(kept[0]), content.get("labels"), names, kept, **about)
     if "arr_0" not in content:
         raise UserError(f"{flag} {path}: has no arr_0; it must hold images N x H x W x 3 uint8, and perhaps labels in arr_1")
     images, labels = content["arr_0"], content.get("arr_1")
@@ -219,9 +107,12 @@ def read_files(root, flag):
 
 def read_set(text, flag, args, split=None, resolution=None):
     """What --samples or --reference names: an .npz, a folder, a data set (its balanced reference, or `split`)."""
-    if text in READERS:
-        images, words = load_reference(text, args.data_dir, split, resolution, args.pack_dir)
-        return Images(lambda rows: rgb(images.images[rows]), len(images.labels), images.labels, images.class_names, what=f"{text}, {words}")
+    name, _, own_split = text.partition(":")
+    if name in READERS:
+        if own_split not in ("", "train", "test"):
+            raise UserError(f"{flag} {text}: a data set's split is train or test, as in {name}:test")
+        images, words = load_reference(name, args.data_dir, own_split or split, resolution, args.pack_dir)
+        return Images(lambda rows: rgb(images.images[rows]), len(images.labels), images.labels, images.class_names, what=f"{name}, {words}")
     path = Path(text)
     if (path / "samples.npz").is_file():        # the folder of sample.py
         path = path / "samples.npz"
@@ -275,7 +166,7 @@ class Extractor:
                 raise UserError(f"--features {features}: there is no such file; make one with: python classify.py --dataset NAME")
             self.net, ckpt = load_classifier(features, rt.device)
             self.name, self.sha256, self.channels = str(features), runtime.sha256(features), ckpt["network"]["channels"]
-            self.class_names = ckpt["data"]["class_names"]
+        self.class_names = None if self.inception else ckpt["data"]["class_names"]
 
     @torch.no_grad()
     def batch(self, images):
@@ -288,6 +179,10 @@ class Extractor:
         features, logits = self.net(x.permute(0, 3, 1, 2)) if self.inception else features_and_logits(self.net, to_float(x))
         return features.float().cpu().numpy(), logits.float().cpu().numpy()
 
+    def of(self, images, title):
+        """Features and logits of an Images: those that it came with, or extracted."""
+        return images.features or self(images.at, images.n, title)
+
     def __call__(self, at, n, title, shared=True):
         """Features and logits of images at(rows), rows 0 ... n - 1, each process a share; gathered on rank 0.
 
@@ -299,7 +194,8 @@ class Extractor:
             for part in np.array_split(rows, max(1, -(-len(rows) // self.batch_size))):
                 if len(part):
                     f, z = self.batch(at(part))
-                    features, logits = features + [f], logits + [z]
+                    features.append(f)
+                    logits.append(z)
                     bar.update(len(part))
         return self.rt.gather(features), self.rt.gather(logits)
 
@@ -315,22 +211,26 @@ def rank_in_class(labels):
     return ranks
 
 
-def measure(fake, real, names, k, device, score=False):
-    """The numbers of one group of images; fake and real are (features, logits, labels or None)."""
+def measure(fake, real, names, k, device, score=False, named=None):
+    """The numbers of one group of images; fake and real are (features, logits, labels or None).
+
+    score: also the IS. named: for each of a classifier's outputs the class that it stands for, for the accuracy; or None.
+    """
     result = {names["fid"]: distance_of(fake[0], real[0])}
     result[names["kid"]], result[names["kid"] + "_std"], result["kid_subset_size"] = kernel_distance(fake[0], real[0])
     result["precision"], result["recall"] = precision_recall(fake[0], real[0], k, device=device)
     if score:
         result["is"], result["is_std"] = inception_score(fake[1])
-    if names["fid"] == "fd" and fake[2] is not None:        # a classifier of these very classes
-        result["accuracy"] = float((fake[1].argmax(1) == fake[2]).mean())
+    if named is not None and fake[2] is not None:
+        result["accuracy"] = float((named[fake[1].argmax(1)] == fake[2]).mean())
     return {**result, "num": len(fake[0]), "num_real": len(real[0])}
 
 
-def measure_all(fake, real, groups, classes, num, inception, k, device, rounds):
+def measure_all(fake, real, groups, classes, num, inception, k, device, rounds, named=None):
     """All numbers: overall on the first num / C images of a class, per split and class on all there are, and floors.
 
-    fake, real: (features, logits, labels). groups: {split: classes}; classes: {name: class}; rounds: of floor_of.
+    fake, real: (features, logits, labels). groups: {split: classes}; classes: {name: class}; rounds: of floor_of; named:
+    as in `measure`. A group of fewer than two images on either side has no distance and is left out.
     """
     names = {"fid": "fid", "kid": "kid"} if inception else {"fid": "fd", "kid": "kd"}
 
@@ -349,9 +249,10 @@ def measure_all(fake, real, groups, classes, num, inception, k, device, rounds):
     if real[2] is not None and fake[2] is not None:
         for kind, sets in (("splits", groups), ("classes", {n: [c] for n, c in classes.items()})):
             jobs += [(kind, n, np.isin(fake[2], c), np.isin(real[2], c)) for n, c in sets.items() if np.isin(c, fake[2]).all()]
+    jobs = jobs[:1] + [job for job in jobs[1:] if min(job[2].sum(), job[3].sum()) > 1]
     result = {"splits": {}, "classes": {}}
     for kind, name, rows, reals in runtime.progress(jobs, desc="metrics", unit="group"):
-        numbers = measure(part(fake, rows), part(real, reals), names, k, device, inception and kind == "overall")
+        numbers = measure(part(fake, rows), part(real, reals), names, k, device, inception and kind == "overall", named)
         if rounds:
             numbers["floor"] = floor_of(real[0][reals], rounds)
         if kind == "overall":
@@ -390,15 +291,16 @@ def print_result(result):
 # ----------------------------------------------------------------------------------------------------------------------
 
 def make_parser():
+    """All flags."""
     parser = Parser(__doc__)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--ckpt", help="a checkpoint: draw the images that the protocol needs")
     source.add_argument("--samples", help="an .npz (arr_0 N x H x W x 3 uint8, perhaps labels in arr_1), a folder of images "
-                        "(flat, or one folder a class), a data set's name, or a file of --save-stats")
+                        "(flat, or one folder a class), a data set's name (also NAME:test), or a file of --save-stats")
     g = parser.add_argument_group("protocol")
     g.add_argument("--reference", help="the same kinds of things (default: the balanced images of the set that was trained on)")
-    g.add_argument("--reference-split", choices=("train", "test"), help="of a data set (default: full training set; folder: "
-                   "test images, else equally many of each class)")
+    g.add_argument("--reference-split", choices=("train", "test"), help="of a data set as --reference; the same as writing NAME:test "
+                   "(default: full training set; folder: test images, else equally many of each class)")
     g.add_argument("--data-dir", help="where data sets are (default: the checkpoint's, or data)")
     g.add_argument("--pack-dir", help="where packed arrays are (default: the checkpoint's, or packed in --data-dir)")
     g.add_argument("--features", help='"inception", or a checkpoint of classify.py (default: inception; digits: '
@@ -470,6 +372,7 @@ def refuse_long_tailed(labels, text, class_counts):
 
 
 def main():
+    """What is measured, against what; say so; draw and extract; measure and write."""
     args = make_parser().parse_args()
     ckpt = runtime.load(args.ckpt, "diffusion") if args.ckpt else None
     rt = runtime.setup(args.device, dtype_of(args, ckpt) if ckpt else args.dtype)
@@ -485,9 +388,10 @@ def main():
         args.data_dir, args.pack_dir = args.data_dir or config["data_dir"], args.pack_dir or config["pack_dir"]
     args.data_dir = args.data_dir or "data"
     if args.samples:
-        samples = read_set(args.samples, "--samples", args, args.reference_split)
+        with rt.rank_0_first():
+            samples = read_set(args.samples, "--samples", args)
         data = samples.about.get("data", {})
-        dataset = data.get("dataset", args.samples if args.samples in READERS else None)
+        dataset = data.get("dataset", args.samples.partition(":")[0] if args.samples.partition(":")[0] in READERS else None)
         made = {"samples": args.samples, **samples.about.get("settings", samples.about)}
     reference_name = args.reference or dataset
     if reference_name is None:
@@ -501,13 +405,14 @@ def main():
     # Against what, in which features
     with rt.rank_0_first():
         reference = read_set(reference_name, "--reference", args, args.reference_split, data.get("resolution"))
-    theirs = reference.about["features"] if isinstance(reference, Stats) else protocol["features"]
+    theirs = reference.about["made_by"] if reference.features else protocol["features"]
     extractor = Extractor(args.features or ("inception" if theirs.startswith("inception") else theirs), args, rt)
     class_names = class_names or reference.class_names
     reference_labels = to_classes(reference.labels, reference.class_names, class_names, "--reference")
     refuse_long_tailed(reference_labels, reference_name, class_counts)
-    if isinstance(reference, Stats) and reference.about["features_sha256"] != extractor.sha256:
-        raise UserError(f"--reference {reference_name}: its features were made by {reference.about['features']}, not by {extractor.name}")
+    for flag, kept in (("--reference", reference), ("--samples", samples)):
+        if kept is not None and kept.features and kept.about["features_sha256"] != extractor.sha256:
+            raise UserError(f"{flag}: its features were made by {kept.about['made_by']}, not by {extractor.name}")
     C = len(class_names) if class_names else None
     groups = splits(class_counts if class_counts else np.arange(C, 0, -1)) if C else {}
 
@@ -517,27 +422,26 @@ def main():
         n_fake, labels = len(labels), np.array(labels)
     else:
         labels = to_classes(samples.labels, samples.class_names, class_names, "--samples")
-        n_fake = len(samples.features) if isinstance(samples, Stats) else len(samples)
+        n_fake = samples.n
         num = min(args.num or n_fake, n_fake)
         if n_fake < 2:
             raise UserError(f"--samples {args.samples}: one image only; a distance needs many")
     reference_words = reference.about.get("what", reference_name)
-    n_real = len(reference.features) if isinstance(reference, Stats) else len(reference)
     record = {**made, "reference": reference_words, "num": num, "num_split": num_split, "per_class": args.per_class, "k": args.k,
               "features": extractor.name, "features_sha256": extractor.sha256, "dtype": str(rt.dtype), "floor": args.floor,
               "kid_subsets": KID_SUBSETS, "kid_subset_size": KID_SIZE, "is_splits": IS_SPLITS, "metric_seed": METRIC_SEED}
     out_json = Path(args.out_json or Path(args.out or Path(args.ckpt or args.samples).parent) / "eval.json")
-    if args.if_needed and runtime.up_to_date(out_json, record):
+    if args.if_needed and runtime.up_to_date(out_json, record) and (not args.save_stats or Path(args.save_stats).exists()):
         return rt.print(f"{out_json}: up to date")
 
     # Say what will happen, then do it
     what = (f"{args.ckpt} (step {ckpt['step']:,}, {args.weights} weights, {args.branch} branch; {settings['sampler']}, "
             f"{settings['steps']} steps, guidance {settings['guidance']:g})" if ckpt else args.samples)
-    seconds = estimate(extractor, n_fake if samples is None or isinstance(samples, Images) else 0,
-                       n_real if isinstance(reference, Images) else 0, net, ckpt, settings, args, rt)
+    seconds = estimate(extractor, 0 if samples and samples.features else n_fake, 0 if reference.features else reference.n, net, ckpt,
+                       settings, args, rt)
     rt.print(f"{n_fake:,} images of {what}: overall on {num:,}{', per split' * bool(groups)}{' and class' * args.per_class}, "
-             f"against {reference_words} ({n_real:,} images), in features of {extractor.name}, {record['dtype'].removeprefix('torch.')}; about {duration(seconds)} on {rt.device}"
-             + (f" x {rt.world}" if rt.world > 1 else ""))
+             f"against {reference_words} ({reference.n:,} images), in features of {extractor.name}, "
+             f"{record['dtype'].removeprefix('torch.')}; about {duration(seconds)} on {rt.device}" + (f" x {rt.world}" if rt.world > 1 else ""))
     if class_counts is None and groups and labels is not None:
         rt.print("the samples come without class sizes: Many / Medium / Few are thirds of the classes in the order of their numbers")
     clock = time.time()
@@ -546,20 +450,20 @@ def main():
         images = generate(net, labels, indices, shape, rt, args.batch_size, gather=False, **settings)
         sampled, clock = time.time() - clock, time.time()
         fake = extractor(lambda rows: rgb(images[rows]), len(images), "features of the samples", shared=False)
-    elif isinstance(samples, Stats):
-        sampled, fake = 0.0, (samples.features, samples.logits)
     else:
-        sampled, fake = 0.0, extractor(samples.at, len(samples), "features of the samples")
-    real = ((reference.features, reference.logits) if isinstance(reference, Stats) else
-            extractor(reference.at, len(reference), "features of the reference"))
+        sampled, fake = 0.0, extractor.of(samples, "features of the samples")
+    real = extractor.of(reference, "features of the reference")
     extracted, clock = time.time() - clock, time.time()
     if rt.rank > 0:
         return
     if args.save_stats:
         save_stats(args.save_stats, real, reference_labels, class_names, reference_words, extractor)
     classes = {n: c for c, n in enumerate(class_names)} if class_names and (args.per_class or not groups) else {}
+    named = None        # a classifier of these very classes, in whatever order, also gives the accuracy
+    if extractor.class_names and class_names and sorted(extractor.class_names) == sorted(class_names):
+        named = np.array([class_names.index(n) for n in extractor.class_names])
     result = measure_all((*fake, labels), (*real, reference_labels), groups, classes, num, extractor.inception, args.k, rt.device,
-                         args.floor)
+                         args.floor, named)
     runtime.write_json(out_json, {**result, "settings": record,
                                   "seconds": {"sampling": round(sampled, 1), "features": round(extracted, 1),
                                               "metrics": round(time.time() - clock, 1)},
@@ -570,7 +474,7 @@ def main():
 
 def save_stats(path, real, labels, class_names, words, extractor):
     """What --reference FILE reads: all that the metrics need of the reference."""
-    about = runtime.json.dumps({"what": words, "features": extractor.name, "features_sha256": extractor.sha256, "class_names": class_names})
+    about = runtime.json.dumps({"what": words, "made_by": extractor.name, "features_sha256": extractor.sha256, "class_names": class_names})
     arrays = {"features": real[0], "logits": real[1], "about": np.array(about), **({} if labels is None else {"labels": labels})}
 
     def write(temporary):

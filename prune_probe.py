@@ -148,11 +148,11 @@ def curve(results, out):
     fig, axes = plt.subplots(1, len(results), figsize=(4.2 * len(results), 3.4), constrained_layout=True, squeeze=False, sharey=True)
     for ax, (name, by_fraction) in zip(axes[0], results.items()):
         for split in next(iter(by_fraction.values()))["splits"]:
-            ax.plot([float(f) for f in by_fraction], [r["splits"][split]["relative"] for r in by_fraction.values()], "o-", label=split)
-        ax.set(title=name, xlabel="fraction of weights set to zero", yscale="symlog")
+            ax.plot([float(f) for f in by_fraction], [100 * r["splits"][split]["relative"] for r in by_fraction.values()], "o-", label=split)
+        ax.set(title=name, xlabel="fraction of weights set to zero")
         ax.legend(fontsize=8)
         ax.spines[["top", "right"]].set_visible(False)
-    axes[0, 0].set_ylabel("relative loss change, mean over classes")
+    axes[0, 0].set_ylabel("relative loss change (%), mean over classes")
     runtime.write_atomic(out / "curve.png", lambda p: fig.savefig(p, dpi=120, format="png"))
     plt.close(fig)
 
@@ -163,6 +163,7 @@ def fractions_of(text):
 
 
 def main():
+    """Measure every checkpoint at every fraction; write the numbers and the figures."""
     parser = Parser(__doc__)
     parser.add_argument("--ckpt", nargs="+", required=True, help="checkpoints of one data set, side by side in the figures")
     parser.add_argument("--names", nargs="+", help="what to call them (default: their folders' names)")

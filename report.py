@@ -28,9 +28,9 @@ from matplotlib import pyplot as plt        # noqa: E402, after the backend is c
 
 
 def read_row(text):
-    """("NAME", [the JSON of evaluate.py, one a file]) from "NAME=FILE", where FILE may have wildcards; raises UserError."""
-    name, _, pattern = text.rpartition("=")
-    results = [runtime.read_json(path) for path in sorted(glob.glob(pattern))]
+    """("NAME", [the JSON of evaluate.py or classify.py, one a file]) from "NAME=FILE,FILE", with wildcards; raises UserError."""
+    name, _, patterns = text.rpartition("=")
+    results = [runtime.read_json(path) for pattern in patterns.split(",") for path in sorted(glob.glob(pattern))]
     if not name or not results or any(r is None or "num_real" not in r for r in results):
         raise UserError(f"--row {text}: give NAME=FILE, with a JSON file that evaluate.py wrote")
     return name, results
@@ -146,7 +146,7 @@ def paper_page(args, rows):
     if columns is None or ("fd" in first or "fid" in first) and (paper is None and any(c.split()[0] in ("Female", "Male") for c in columns)):
         columns = ["Many fid", "Medium fid", "Few fid", "fid"]          # a figure, or a table on another set than the paper's
     text = paper_table(rows, columns, paper)
-    paper_figure(rows, columns, paper, f"{table['title']}, {setting}", page.with_name("figure.png"))
+    paper_figure(rows, columns, paper, f"{table['title']}, {setting}", page)
     commands = "\n".join(f"{r['settings'].get('command', r.get('command', '?'))}    # {name}" for name, results in rows for r in results[:1])
     notes = [f"{conditions(first)}", "Mean +- standard deviation over seeds; best in bold, second best in italics."]
     if paper:
@@ -155,7 +155,7 @@ def paper_page(args, rows):
         notes.append("FD and KD are distances in the features of a small classifier, not FID and KID: nothing here compares with the paper.")
     if pairs := paired_differences(rows, columns):
         text += "\n\n" + pairs
-    body = [f"# {table['title']}: {setting}\n", " ".join(notes) + "\n", text + "\n", "![the table as bars](figure.png)\n",
+    body = [f"# {table['title']}: {setting}\n", " ".join(notes) + "\n", text + "\n", f"![the table as bars]({page.stem}.png)\n",
             "## The first seed's commands\n", f"```bash\n{commands}\n```\n"]
     runtime.write_atomic(page, lambda p: p.write_text("\n".join(body)))
     return text
@@ -222,6 +222,8 @@ def side_by_side(general, full, path, columns=6):
 def conditions(result, one_guidance=True):
     """One line on how the numbers came about, from a row's settings; one_guidance: whether it is that of every row."""
     s = result["settings"]
+    if "sampler" not in s and "epochs" not in s:
+        return f"{result['num']:,} samples against {result['num_real']:,} real images ({s['reference']})."
     if "sampler" not in s:
         return (f"{s['dataset']}, IR {s['ir']:g}, {s['epochs']} epochs, per cent on {result['num_real']:,} test images; Many / Medium / Few "
                 f"by {s['split_rule']}.")
@@ -232,6 +234,7 @@ def conditions(result, one_guidance=True):
 
 
 def main():
+    """Make the page that the flags ask for."""
     parser = Parser(__doc__)
     parser.add_argument("--row", action="append", required=True, metavar="NAME=FILE", help="a row of the table; repeatable")
     parser.add_argument("--pair", nargs=2, metavar=("GENERAL", "FULL"), help="samples.npz of theta^g and of theta")

@@ -81,7 +81,7 @@ row() {
     $PYTHON train.py $DATA $TRAIN ${train[@]+"${train[@]//SEED/$seed}"} --seed $seed --out $out
     $PYTHON evaluate.py --ckpt $out/ckpt.pt $EVALUATE ${extra[@]+"${extra[@]}"} --out-json $out/$json --if-needed
   done
-  ROWS+=(--row "$name=$ROOT/$SETTING/$run-seed*/$json")
+  ROWS+=(--row "$name=$(printf "$ROOT/$SETTING/$run-seed%s/$json," ${SEEDS//,/ })")
 }
 
 # page TABLE: the table's page from the rows so far
@@ -102,20 +102,19 @@ classes() {
     python classify.py --dataset $DATASET --ir $IR --data-dir ${DATA_DIR:-data} ${CLASSIFY:-} "${@//SEED/$seed}" --seed $seed \
       --out $ROOT/$SETTING/classify-$slug-seed$seed --if-needed
   done
-  ROWS+=(--row "$name=$ROOT/$SETTING/classify-$slug-seed*/result.json")
+  ROWS+=(--row "$name=$(printf "$ROOT/$SETTING/classify-$slug-seed%s/result.json," ${SEEDS//,/ })")
 }
 
 case $TARGET in
   tableG8)      # downstream classification with 50,000 generated images
     classes "No augmentation" plain
-    for R in ddpm cm; do
-      $R
-      for S in ${SEEDS//,/ }; do
-        RUN=$ROOT/$SETTING/$R-seed$S
+    for S in ${SEEDS//,/ }; do
+      for R in "ddpm --base ddpm --no-cm" "cm --base oc --cm"; do
+        RUN=$ROOT/$SETTING/${R%% *}-seed$S
+        $PYTHON train.py $DATA $TRAIN ${R#* } --seed $S --out $RUN
         $PYTHON sample.py --ckpt $RUN/ckpt.pt --num ${EXTRA:-50000} --seed $S --out $RUN/extra --if-needed
       done
     done
-    ROWS=("${ROWS[@]:0:2}")
     classes DDPM ddpm --extra $ROOT/$SETTING/ddpm-seedSEED/extra/samples.npz
     classes CM cm --extra $ROOT/$SETTING/cm-seedSEED/extra/samples.npz
     page tableG8 ;;

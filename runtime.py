@@ -43,7 +43,7 @@ def run(main):
         print("interrupted", file=sys.stderr, flush=True)
         code = 130
     except SystemExit as e:
-        code = e.code
+        code = e.code or 0
     finally:
         distributed = dist.is_initialized()
         if distributed:

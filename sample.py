@@ -188,10 +188,13 @@ def generate(net, labels, indices, shape, rt, batch_size, title="sampling", gath
     parts = []
     with runtime.progress(total=len(share), desc=title, unit="img", disable=rt.rank > 0 or not title) as bar:
         for rows in np.array_split(share, max(1, -(-len(share) // batch_size))):
+            if not len(rows):
+                continue                # more processes than images
             y = torch.tensor([labels[r] for r in rows], device=rt.device, dtype=torch.int64)
             x = draw(net, y, [indices[r] for r in rows], shape, rt, **settings)
             parts.append(to_uint8(x).cpu().numpy())
             bar.update(len(rows))
+    parts = parts or [np.empty((0, *shape[1:], shape[0]), np.uint8)]
     return rt.gather(parts) if gather else np.concatenate(parts)
 
 
@@ -267,6 +270,7 @@ def describe(args, ckpt, settings):
 
 
 def main():
+    """Draw the images that the flags ask for, or export the network."""
     parser = Parser(__doc__)
     parser.add_argument("--ckpt", required=True, help="a checkpoint of train.py, or a file that --export wrote")
     parser.add_argument("--classes", help="numbers, ranges or names: 6-9 or 0,3,cat (default: all)")

@@ -211,6 +211,7 @@ def figure(points, path):
 
 
 def main():
+    """Simulate every point; write the table, the figure and the JSON."""
     parser = Parser(__doc__)
     parser.add_argument("--trials", type=integer(100), default=20_000, help="weight matrices a point (default: 20,000)")
     parser.add_argument("--seed", type=integer(0), default=0, help="everything random follows from it (default: 0)")

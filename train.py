@@ -295,6 +295,7 @@ def save_grid(state, step, args, rt, board):
 
 
 def main():
+    """Resume or start, build everything, announce it, and run the loop."""
     args = resolve(make_parser().parse_args())
     out, path = Path(args.out), Path(args.out) / "ckpt.pt"
 

@@ -1,4 +1,4 @@
-"""evaluate.py and inception.py against torch-fidelity and closed forms; the pool; the whole path to JSON and report."""
+"""evaluate.py, metrics.py and inception.py against torch-fidelity and closed forms; the pool; the whole path to JSON and report."""
 import numpy as np
 import pytest
 import torch
@@ -10,6 +10,7 @@ from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d
 
 import evaluate
 import inception
+import metrics
 import report
 import runtime
 import sample
@@ -27,7 +28,7 @@ def gaussian_features(n, m, D=32, shift=0.2, scale=1.3):
 
 
 def test_frechet_closed_form():
-    d = evaluate.frechet_distance(np.array([1.0, 2.0]), np.diag([4.0, 9.0]), np.array([0.0, 0.0]), np.diag([1.0, 16.0]))
+    d = metrics.frechet_distance(np.array([1.0, 2.0]), np.diag([4.0, 9.0]), np.array([0.0, 0.0]), np.diag([1.0, 16.0]))
     assert d == pytest.approx(5 + (2 - 1) ** 2 + (3 - 4) ** 2)
 
 
@@ -35,17 +36,17 @@ def test_frechet_closed_form():
 def test_frechet_equals_torch_fidelitys(n, D):
     a, b = gaussian_features(n, n + 5, D)
     theirs = metric_fid.fid_statistics_to_metric(*(metric_fid.fid_features_to_statistics(torch.from_numpy(x)) for x in (a, b)), False)
-    assert evaluate.distance_of(a, b) == pytest.approx(theirs["frechet_inception_distance"], rel=1e-4)
-    assert abs(evaluate.distance_of(a, a)) < 1e-3
+    assert metrics.distance_of(a, b) == pytest.approx(theirs["frechet_inception_distance"], rel=1e-4)
+    assert abs(metrics.distance_of(a, a)) < 1e-3
 
 
 def test_kernel_distance_equals_torch_fidelitys():
     a, b = gaussian_features(1500, 1300)
     theirs = metric_kid.kid_features_to_metric(torch.from_numpy(a), torch.from_numpy(b), kid_subsets=20, kid_subset_size=500, verbose=False)
-    mean, std, size = evaluate.kernel_distance(a, b, 20, 500)
+    mean, std, size = metrics.kernel_distance(a, b, 20, 500)
     assert size == 500
     assert (mean, std) == pytest.approx((theirs["kernel_inception_distance_mean"], theirs["kernel_inception_distance_std"]), rel=1e-3)
-    assert evaluate.kernel_distance(a[:300], b, 3)[2] == 300
+    assert metrics.kernel_distance(a[:300], b, 3)[2] == 300
 
 
 def literal_precision_recall(fake, real, k):
@@ -60,30 +61,30 @@ def literal_precision_recall(fake, real, k):
 @pytest.mark.parametrize("k", [3, 5])
 def test_precision_and_recall(k):
     a, b = gaussian_features(400, 350, D=6, shift=0.5)
-    got = evaluate.precision_recall(a, b, k, block=64)
+    got = metrics.precision_recall(a, b, k, block=64)
     assert got == pytest.approx(literal_precision_recall(a, b, k), abs=1e-12)
     theirs = metric_prc.prc_features_to_metric(torch.from_numpy(a), torch.from_numpy(b), prc_neighborhood=k, verbose=False)
     assert got == pytest.approx((theirs["precision"], theirs["recall"]), abs=2 / 350)
     assert 0.2 < got[0] < 1 and 0.2 < got[1] < 1
-    assert evaluate.precision_recall(a, a, k) == (1, 1)
+    assert metrics.precision_recall(a, a, k) == (1, 1)
 
 
 def test_a_collapsed_generator_is_precise_and_recalls_nothing():
     real = gaussian_features(500, 500, D=8)[1]
     collapsed = np.repeat(real[:1], 500, 0) + np.random.RandomState(1).randn(500, 8).astype(np.float32) * 1e-3
-    precision, recall = evaluate.precision_recall(collapsed, real)
+    precision, recall = metrics.precision_recall(collapsed, real)
     assert precision == 1 and recall < 0.02
 
 
 def test_inception_score():
     logits = np.random.RandomState(0).randn(1000, 20).astype(np.float32) * 3
     theirs = metric_isc.isc_features_to_metric(torch.from_numpy(logits))
-    got = evaluate.inception_score(logits)
+    got = metrics.inception_score(logits)
     assert got == pytest.approx((theirs["inception_score_mean"], theirs["inception_score_std"]), rel=1e-4)
     by_class = logits[np.argsort(logits.argmax(1), kind="stable")]
-    assert evaluate.inception_score(by_class)[0] == pytest.approx(got[0], rel=0.02)
+    assert metrics.inception_score(by_class)[0] == pytest.approx(got[0], rel=0.02)
     sure = np.eye(10, dtype=np.float32)[np.arange(1000) % 10] * 100             # ten classes, certain and equally frequent
-    assert evaluate.inception_score(sure, count=1)[0] == pytest.approx(10)
+    assert metrics.inception_score(sure, count=1)[0] == pytest.approx(10)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -151,6 +152,7 @@ def test_whole_metrics_equal_torch_fidelitys(weights, tmp_path, capsys):
     for key in ("precision", "recall"):
         assert ours[key] == pytest.approx(theirs[key], abs=2 / 60)
     text = capsys.readouterr().out
+    assert not (torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32)
     assert "FID (60)" in text and "warning: overall: fewer than 2,048" in text and "subsets are of 60" in text and "about" in text
     settings = ours["settings"]
     assert settings["features_sha256"] == runtime.sha256(weights) and settings["k"] == 3 and settings["kid_subsets"] == 100
@@ -203,11 +205,11 @@ def test_groups_are_measured_on_their_own_images():
     fake, logits = (features, features, labels), rng.randn(120, 4).astype(np.float32)
     result = evaluate.measure_all(fake, (real, logits, real_labels), {"Many": [0, 1], "Few": [4, 5]}, {"c3": 3}, 120, True, 3, "cpu", 0)
     first = np.concatenate([np.flatnonzero(labels == c)[:20] for c in range(6)])
-    assert result["num"] == 120 and result["fid"] == pytest.approx(evaluate.distance_of(features[first], real))
+    assert result["num"] == 120 and result["fid"] == pytest.approx(metrics.distance_of(features[first], real))
     many = result["splits"]["Many"]
     assert many["num"] == 60 and many["num_real"] == 40 and "is" not in many and "is" in result
-    assert many["fid"] == pytest.approx(evaluate.distance_of(features[labels < 2], real[real_labels < 2]))
-    assert result["classes"]["c3"]["recall"] == evaluate.precision_recall(features[labels == 3], real[real_labels == 3])[1]
+    assert many["fid"] == pytest.approx(metrics.distance_of(features[labels < 2], real[real_labels < 2]))
+    assert result["classes"]["c3"]["recall"] == metrics.precision_recall(features[labels == 3], real[real_labels == 3])[1]
 
 
 def test_checkpoint_samples_and_report_agree(cm_run, classifier, data_dir, tmp_path, capsys):
@@ -237,10 +239,34 @@ def test_checkpoint_samples_and_report_agree(cm_run, classifier, data_dir, tmp_p
 
 def test_real_images_score_well(classifier, data_dir, tmp_path, cm_run):
     """The held-out digits as samples, by the data set's name: nearly all of their own class, and near the training set."""
-    call(evaluate.main, "--samples", "digits", "--reference", "digits", "--reference-split", "test", "--features", classifier,
+    call(evaluate.main, "--samples", "digits:test", "--reference", "digits", "--reference-split", "test", "--features", classifier,
          "--data-dir", data_dir, "--device", "cpu", "--out-json", tmp_path / "test.json")
     result = runtime.read_json(tmp_path / "test.json")
     assert abs(result["fd"]) < 1e-3 and (result["num"], result["recall"], result["precision"]) == (300, 1, 1) and result["accuracy"] > 0.9
+    call(evaluate.main, "--samples", "digits:test", "--reference", "digits", "--features", classifier, "--data-dir", data_dir,
+         "--device", "cpu", "--out-json", tmp_path / "train.json")
+    against_train = runtime.read_json(tmp_path / "train.json")
+    assert (against_train["num"], against_train["num_real"]) == (300, 1497) and against_train["fd"] > 0.1
+
+
+def test_accuracy_knows_the_classifiers_own_order_of_classes(classifier, data_dir, tmp_path):
+    """Samples whose class 0 is "9" and so on, judged by a classifier whose class 0 is "0"."""
+    test = load("digits", data_dir, "test", class_order="9,8,7,6,5,4,3,2,1,0")
+    np.savez(tmp_path / "samples.npz", np.repeat(test.images, 3, 3), test.labels)
+    runtime.write_json(tmp_path / "samples.json", {"settings": {}, "data": {"dataset": "digits", "class_names": test.class_names}})
+    call(evaluate.main, "--samples", tmp_path / "samples.npz", "--features", classifier, "--data-dir", data_dir, "--device", "cpu", "--per-class")
+    result = runtime.read_json(tmp_path / "eval.json")
+    assert result["accuracy"] > 0.9 and result["classes"]["9"]["accuracy"] > 0.7 and result["classes"]["9"]["num_real"] == 150
+
+
+def test_a_group_of_one_image_is_left_out(classifier, data_dir, tmp_path):
+    test = load("digits", data_dir, "test")
+    rows = np.flatnonzero((test.labels != 3) | (np.arange(300) == np.flatnonzero(test.labels == 3)[0]))
+    np.savez(tmp_path / "x.npz", np.repeat(test.images[rows], 3, 3), test.labels[rows])
+    call(evaluate.main, "--samples", tmp_path / "x.npz", "--reference", "digits", "--features", classifier, "--data-dir", data_dir,
+         "--device", "cpu", "--per-class", "--out-json", tmp_path / "x.json")
+    result = runtime.read_json(tmp_path / "x.json")
+    assert len(result["classes"]) == 9 and "3" not in result["classes"] and result["num"] == 271
 
 
 def test_folder_data_set_gets_a_balanced_reference(tmp_path, classifier, cm_run):

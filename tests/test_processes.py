@@ -49,7 +49,7 @@ def two(tmp_path_factory, data_dir, cm_run, classifier):
     work = [["train", *train_flags(base, cm, 20, data_dir, out / (base + cm))] for base, cm in RUNS]
     work += [["train", *train_flags("oc", "--cm", 10, data_dir, out / "resumed")]]
     pair = ["--ckpt", str(cm_run / "ckpt.pt"), "--num", "23", "--steps", "5", "--device", "cpu"]
-    work += [["sample", *pair, "--out", str(out / "sample")],
+    work += [["sample", *pair, "--out", str(out / "sample")], ["sample", *pair, "--num", "1", "--out", str(out / "one")],
              ["evaluate", *pair, "--num", "50", "--features", str(classifier), "--data-dir", str(data_dir), "--out-json", str(out / "eval.json")]]
     (out / "work.json").write_text(json.dumps(work))
     p = torchrun("tests/two_processes.py", out / "work.json")
@@ -91,6 +91,8 @@ def test_samples_and_numbers_are_one_processes(two, cm_run, classifier, data_dir
     with np.load(tmp_path / "samples.npz") as a, np.load(two / "sample/samples.npz") as b:
         assert np.abs(a["arr_0"].astype(int) - b["arr_0"]).max() <= 1 and np.array_equal(a["arr_1"], b["arr_1"])
         assert a["arr_0"].shape == (23, 8, 8, 3)
+    with np.load(two / "one/samples.npz") as f:             # fewer images than processes
+        assert np.abs(f["arr_0"].astype(int) - np.load(tmp_path / "samples.npz")["arr_0"][:1]).max() <= 1
     call(evaluate.main, *pair, "--num", 50, "--features", classifier, "--data-dir", data_dir, "--out-json", tmp_path / "eval.json")
     a, b = (runtime.read_json(f / "eval.json") for f in (tmp_path, two))
     assert a["fd"] == pytest.approx(b["fd"], rel=1e-3) and a["num"] == b["num"] == 50

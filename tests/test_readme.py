@@ -5,8 +5,8 @@ import pytest
 import torch
 from conftest import ROOT, TINY_FLAGS, call
 
-import data
 import losses
+import readers
 import runtime
 import train
 
@@ -30,8 +30,8 @@ def test_a_loss_of_your_own(tmp_path, data_dir, monkeypatch, cm):
 
 
 def test_a_data_set_of_your_own(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "READERS", data.READERS.copy())
     exec(BLOCKS[1], {})
+    monkeypatch.setitem(readers.READERS, "stripes", readers.READERS.pop("stripes"))         # gone again afterwards
     flags = [*TINY_FLAGS, "--dataset", "stripes", "--ir", 10, "--ch-mult", 1, 2, "--num-res-blocks", 1, "--steps", 2]
     call(train.main, *flags, "--data-dir", tmp_path, "--out", tmp_path / "run")
     record = runtime.load(tmp_path / "run/ckpt.pt", "diffusion")["data"]

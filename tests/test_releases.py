@@ -8,6 +8,7 @@ from conftest import call
 from PIL import Image
 
 import data
+import readers
 from data import load, load_reference, read_image
 from runtime import UserError
 
@@ -138,7 +139,7 @@ def test_what_is_not_there(tmp_path):
 def test_packing_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
     """Stopped in the third block, it reads only what was missing; the result is that of one run."""
     artbench10(tmp_path)
-    files, labels, names = data.read_folder(tmp_path, "train")
+    files, labels, names = readers.read_folder(tmp_path, "train")
     whole = [read_image(f, 8) for f in files]
     read, shape, provenance = [], [12, 8, 8, 3], {"dataset": "x"}
 

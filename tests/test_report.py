@@ -41,16 +41,24 @@ def test_table_has_means_deviations_the_paper_and_marks(tmp_path, capsys):
     for name, values in {"ddpm": [10, 11, 12], "oc": [9, 9, 9], "cm": [8, 8.5, 9]}.items():
         for seed, v in enumerate(values):
             runtime.write_json(tmp_path / f"{name}-{seed}.json", fake_result(v, seed))
-    rows = [f for n, slug in (("DDPM", "ddpm"), ("OC", "oc"), ("CM", "cm")) for f in ("--row", f"{n}={tmp_path}/{slug}-*.json")]
+    files = {"DDPM": f"{tmp_path}/ddpm-*.json", "OC": f"{tmp_path}/oc-0.json,{tmp_path}/oc-[12].json,", "CM": f"{tmp_path}/cm-*.json"}
+    rows = [f for name, pattern in files.items() for f in ("--row", f"{name}={pattern}")]
     call(report.main, "--paper", "table3", "--setting", "cifar100-ir100", *rows, "--out", tmp_path / "page/report.md")
     page = (tmp_path / "page/report.md").read_text()
     lines = {line.split(" | ")[0][2:]: line for line in page.splitlines() if line.startswith("| ")}
     assert "| CM | 3 | **11.500 +- 0.500** | 11.713 +- 0.247 |" in lines["CM"] and "**8.500 +- 0.500** | 7.519 +- 0.132" in lines["CM"]
     assert "*9.000 +- 0.000* | 8.309 +- 0.233" in lines["OC"] and "| 11.000 +- 1.000 | 10.163" in lines["DDPM"]
-    assert "python train.py --seed 0    # CM" in page and (tmp_path / "page/figure.pdf").exists() and (tmp_path / "page/figure.png").exists()
+    assert "python train.py --seed 0    # CM" in page and (tmp_path / "page/report.pdf").exists() and (tmp_path / "page/report.png").exists()
     call(report.main, "--paper", "table2", "--setting", "cifar10-ir7", *rows, "--out", tmp_path / "other.md")
     assert "paper" not in (tmp_path / "other.md").read_text().split("##")[0].split("\n")[4]      # no such setting in the paper
     refuses(capsys, report.main, "--paper", "table99", *rows, "--out", tmp_path / "x.md", says=["--paper table99", "table2"])
+
+
+def test_a_row_of_someone_elses_images(tmp_path):
+    """What evaluate.py measured on images that sample.py did not draw: no sampler, no step."""
+    runtime.write_json(tmp_path / "peer.json", {**fake_result(7.5, 0), "settings": {"samples": "peer.npz", "reference": "cifar100, full training set"}})
+    call(report.main, "--paper", "table3", "--setting", "cifar100-ir100", "--row", f"Peer={tmp_path / 'peer.json'}", "--out", tmp_path / "p.md")
+    assert "20 samples against 30 real images (cifar100" in (tmp_path / "p.md").read_text()
 
 
 def test_paired_differences():
