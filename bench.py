@@ -53,7 +53,7 @@ def matmul_peak(rt, n):
 
 
 def make_step(method, images, batch_size, rt, compiled, args):
-    """(step(), its network, its floating-point operations): one training step of a method on CIFAR-100's shapes."""
+    """(step(), its network, its floating-point operations, whether it is compiled): one step of a method on CIFAR-100's shapes."""
     base, cm = METHODS[method]
     torch.manual_seed(0)
     net = build_network(UNetConfig(num_classes=100).to_dict(), 0.1 if cm else None)
@@ -78,7 +78,7 @@ def make_step(method, images, batch_size, rt, compiled, args):
     with FlopCounterMode(display=False) as counter, rt.autocast():
         objective(batch())[0].backward()
     optimizer.zero_grad(set_to_none=True)
-    return step, net, counter.get_total_flops()
+    return step, net, counter.get_total_flops(), module is not objective
 
 
 def bench(batch_size, cells, rounds, device, args):
@@ -92,6 +92,7 @@ def bench(batch_size, cells, rounds, device, args):
     for cell in runtime.progress(cells, desc=f"batch {batch_size}: preparing", unit="cell"):
         method, dtype, compiled = cell
         steps[cell] = make_step(method, images, batch_size, runtimes[dtype], compiled, args)
+    cells = [cell for cell in cells if steps[cell][3] == cell[2]]          # none where it could not be compiled
     times, memory = {cell: [] for cell in cells}, {}
     for r in runtime.progress(range(rounds + 1), desc=f"batch {batch_size}: measuring", unit="round"):
         for cell in cells:

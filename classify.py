@@ -157,7 +157,7 @@ class Objective(nn.Module):
         return layers[:first], layers[first:]
 
     def forward(self, x, y, reweigh=False):
-        """x (B, C, H, W) in [-1, 1], y (B,) int64; reweigh: by effective number (DRW) -> (scalar, {name: detached scalar})."""
+        """x (B, C, H, W) in [-1, 1], y (B,) int64; reweigh: by effective number (DRW) -> (scalar, {name: scalar})."""
         trunk, rest = self.split()
         for layer in trunk:
             x = layer(x) if layer is not self.net.fc else layer(x.flatten(1))
@@ -174,7 +174,7 @@ class Objective(nn.Module):
                 D = (logits - general).square().mean(1)
             terms.update(cm(D, SimpleNamespace(y=y), self))
             total = total + self.lam * (self.w_con * terms["con"] + self.w_div * terms["div"])
-        return total, {name: value.detach() for name, value in terms.items()}
+        return total, terms         # not detached: see losses.Objective
 
     def run(self, layers, x):
         """x through the last layers of the network, to float32 logits."""

@@ -160,7 +160,7 @@ def cm(D, b, o):
 class Objective(nn.Module):
     """L_Total = L_base + lam (w_con L_Con + w_div L_Div), Eq. (4), for a UNet whose decoder may be reserved.
 
-    forward(Batch) -> (total, a scalar; {name: detached scalar} of unweighted terms; D (B,) detached, 0 without CM).
+    forward(Batch) -> (total, a scalar; {name: scalar} of unweighted terms; D (B,) detached, 0 without CM).
     counts (C,): images a class in the training set. tau, gamma, y_prime ("uniform": the mean over Y of Eq. (D.1), or
     "train": by class frequency, CBDM's code) belong to cbdm; ada is augment.py's probability; the rest belongs to
     baselines.py. lam = 0, or a net with nothing reserved: no second pass.
@@ -190,4 +190,6 @@ class Objective(nn.Module):
             D = distance(p.eps, p.general())
             terms.update(cm(D, b, self))
         total = sum(self.weights[name] * value for name, value in terms.items())
-        return total, {name: value.detach() for name, value in terms.items()}, D.detach()
+        # The terms keep their graph: where total is one term, a compiled forward returns the two as one tensor, and
+        # detaching the one would detach the other
+        return total, terms, D.detach()

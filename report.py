@@ -41,6 +41,7 @@ def read_row(text):
 
 PAPER = Path(__file__).with_name("paper_results.json")
 HIGHER = {"recall", "precision", "is", "accuracy"}          # metrics of which more is better
+DIGITS = {"fid": 3, "kid": 4}                               # after the point, as the paper gives them; two for the rest
 CLASSIFIERS = {"fid": "fd", "kid": "kd"}                    # what they are called in a classifier's features
 
 
@@ -53,8 +54,8 @@ def cell_value(result, column):
 
 
 def show(mean, std, column):
-    """A number with the digits that the paper gives such a metric: KID four, FID three, the rest two."""
-    digits = {"fid": 3, "kid": 4}.get(column.split()[-1], 2)
+    """A number with the digits that the paper gives such a metric."""
+    digits = DIGITS.get(column.split()[-1], 2)
     return f"{mean:.{digits}f}" + (f" +- {std:.{digits}f}" if std is not None else "")
 
 
@@ -89,21 +90,35 @@ def paper_table(rows, columns, paper):
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def without_cm(name):
+    """The name of the row that lacks nothing but CM: X of "X + CM" and "CM on X", OC of "CM"; None for other rows."""
+    if name.endswith(" + CM"):
+        return name.removesuffix(" + CM")
+    if name.startswith("CM on "):
+        return name.removeprefix("CM on ")
+    return "OC" + name.removeprefix("CM") if name == "CM" or name.startswith("CM, ") else None
+
+
 def paired_differences(rows, columns):
-    """Markdown: for each pair of rows "X" and "X + CM" with two seeds or more, the mean difference and its 95 % t interval.
+    """Markdown: for each row with CM and its row without, of two seeds or more, the mean difference and its 95 % t interval.
 
     Seeds are paired: those of the two rows in the order of their files. Empty where there is no such pair.
     """
     by_name, lines = dict(rows), []
     for name, results in rows:
-        other = by_name.get(f"{name} + CM", [])
+        other = by_name.get(without_cm(name), [])
         if len(results) != len(other) or len(results) < 2:
             continue
-        line = [f"{name} + CM against {name}"]
+        line = [f"{name} against {without_cm(name)}"]
         for column in columns:
-            d = np.array([cell_value(b, column)[1] - cell_value(a, column)[1] for a, b in zip(results, other)])
+            pairs = [(cell_value(a, column)[1], cell_value(b, column)[1]) for a, b in zip(results, other)]
+            if any(None in pair for pair in pairs):
+                line.append("-")
+                continue
+            d = np.array([a - b for a, b in pairs])
             half = float(t.ppf(0.975, len(d) - 1) * d.std(ddof=1) / len(d) ** 0.5)
-            line.append(f"{d.mean():+.2f} ({d.mean() - half:+.2f} to {d.mean() + half:+.2f})")
+            digits = DIGITS.get(column.split()[-1], 2)
+            line.append(f"{d.mean():+.{digits}f} ({d.mean() - half:+.{digits}f} to {d.mean() + half:+.{digits}f})")
         lines.append(line)
     if not lines:
         return ""

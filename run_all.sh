@@ -6,7 +6,7 @@
 #   bash run_all.sh table2   one of the paper's tables; out/table2/SETTING/report.md has its numbers beside the paper's
 #
 # Tables: table1 table2 table3 table4 table5 table7 tableE2 tableG8 tableG10 tableG12 tableG13; figures: fig1b fig4a fig4b fig4c fig4d; and
-# theory, allocation, dominance. They share their runs (out/paper). From the environment, with the defaults:
+# theory, allocation, dominance, gain. They share their runs (out/paper). From the environment, with the defaults:
 #   DATASET=cifar100 IR=100 SEEDS=0,1,2 NGPU=1 DATA_DIR=data RESOLUTION=   SCALE=paper, or SCALE=demo: on digits, in minutes
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -178,6 +178,11 @@ case $TARGET in
     oc; for L in 0 0.5 0.8 1.2 1.5; do row "lambda $L" cm-lam$L --base oc --cm --lam $L; done; cm; page fig4b ;;
   fig4c)        # rank ratio, which is 0.1 in CM
     oc; for R in 0.05 0.2 0.3 0.5; do row "rank $R" cm-rank$R --base oc --cm --rank-ratio $R; done; cm; page fig4c ;;
+  gain)         # not in the paper: what CM adds to DDPM and to OC, seed by seed, without and with guidance
+    for OMEGA in 0 1.5; do
+      ddpm -- --guidance $OMEGA; row "CM on DDPM" cm-ddpm --base ddpm --cm -- --guidance $OMEGA
+      oc -- --guidance $OMEGA; cm -- --guidance $OMEGA; page table3 guidance-$OMEGA
+    done ;;
   fig4d)        # network widths
     for M in "1 2 2" "1 2 2 2" "1 2 3 4"; do
       row "OC, $M" "oc-mult${M// /}" --base oc --no-cm --ch-mult $M

@@ -192,7 +192,8 @@ def compile_or_not(module, loss_of, rt):
         loss.backward()
         return compiled
     except Exception as e:          # whatever a missing or broken compiler raises; training goes on without it
-        rt.print(f"--compile: cannot compile here ({type(e).__name__}), going on without")
+        why = next(iter(str(e).strip().splitlines()), "")[:160]
+        rt.print(f"--compile: cannot compile here ({type(e).__name__}: {why}), going on without")
         return module
     finally:
         module.zero_grad(set_to_none=True)

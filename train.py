@@ -173,6 +173,7 @@ class Window:
         self.steps, self.sums = 0, {}
         self.D = torch.zeros(2, len(self.groups), device=self.group_of.device)      # sums of D, numbers of images
 
+    @torch.no_grad()
     def add(self, scalars, share=1.0):
         """Add {name: 0-d tensor} of one part of a step, which is this share of it on this rank."""
         for name, value in scalars.items():
@@ -369,6 +370,7 @@ def main():
 
     use_compile = rt.device.type == "cuda" if args.compile is None else args.compile
     module = runtime.compile_or_not(objective, lambda m: m(batch(step, 0))[0], rt) if use_compile else objective
+    compiled = module is not objective
     if rt.world > 1:
         devices = [rt.device] if rt.device.type == "cuda" else None
         with warnings.catch_warnings():         # torch 2.14 renames broadcast_buffers; earlier ones know no other name
@@ -380,7 +382,7 @@ def main():
     plain = sum(p.numel() for p in net.parameters()) - low_rank
     rt.print(f"network: {plain:,} parameters{', frozen' * args.lora}"
              + (f" + {low_rank:,} {'of experts' if experts else 'reserved'} (A, B)" if low_rank else "")
-             + f"; {rt.device}, {args.dtype}, {rt.world} process{'es' * (rt.world > 1)}{', compiled' * use_compile}")
+             + f"; {rt.device}, {args.dtype}, {rt.world} process{'es' * (rt.world > 1)}{', compiled' * compiled}")
     rt.print("config: " + " ".join(f"{k}={v}" for k, v in config.items()))
     rt.print(f"{'resuming' if old else 'starting'} {out} at step {step} of {args.steps}")
     if rt.rank == 0:

@@ -67,6 +67,7 @@ def test_paired_differences():
     text = report.paired_differences(rows, ["accuracy"])
     half = 4.302653 * 1.0 / 3 ** 0.5                        # t quantile of two degrees of freedom; deviation of 2, 1, 3 is 1
     assert f"| CE + CM against CE | +2.00 ({2 - half:+.2f} to {2 + half:+.2f}) |" in text and "LA" not in text
+    assert [report.without_cm(n) for n in ("CM on +ADA", "CM", "CM, 1 2 2", "CM (theta_g)", "CM w/o L_Div", "OC")] == ["+ADA", "OC", "OC, 1 2 2"] + [None] * 3
 
 
 @pytest.mark.parametrize("target, rows", [

@@ -117,7 +117,7 @@ def test_a_compiler_that_is_missing(tmp_path, data_dir, monkeypatch, capsys):
     call(train.main, *flags, tmp_path / "eager")
     monkeypatch.setattr(torch, "compile", broken)
     call(train.main, *flags, tmp_path / "broken", "--compile")
-    assert "--compile: cannot compile here (RuntimeError), going on without" in capsys.readouterr().out
+    assert "--compile: cannot compile here (RuntimeError: no C++ compiler found), going on without" in capsys.readouterr().out
     assert read_log(tmp_path / "eager") == read_log(tmp_path / "broken")
 
 
