@@ -134,6 +134,11 @@ case $TARGET in
   dominance)    # Theorem 2.1's question on a trained network's gradients
     ddpm; cm
     for R in ddpm cm; do python capacity_probe.py dominance --ckpt $ROOT/$SETTING/$R-seed${SEEDS%%,*}/ckpt.pt; done ;;
+  gain)         # not in the paper: what CM adds to DDPM and to OC, seed by seed, without and with guidance
+    for OMEGA in 0 1.5; do
+      ddpm -- --guidance $OMEGA; row "CM on DDPM" cm-ddpm --base ddpm --cm -- --guidance $OMEGA
+      oc -- --guidance $OMEGA; cm -- --guidance $OMEGA; page table3 guidance-$OMEGA
+    done ;;
   allocation)   # what the reserved part is and does
     row "CM (theta_g)" cm --base oc --cm -- --branch general; cm
     CM=$ROOT/$SETTING/cm-seed${SEEDS%%,*}
@@ -178,11 +183,6 @@ case $TARGET in
     oc; for L in 0 0.5 0.8 1.2 1.5; do row "lambda $L" cm-lam$L --base oc --cm --lam $L; done; cm; page fig4b ;;
   fig4c)        # rank ratio, which is 0.1 in CM
     oc; for R in 0.05 0.2 0.3 0.5; do row "rank $R" cm-rank$R --base oc --cm --rank-ratio $R; done; cm; page fig4c ;;
-  gain)         # not in the paper: what CM adds to DDPM and to OC, seed by seed, without and with guidance
-    for OMEGA in 0 1.5; do
-      ddpm -- --guidance $OMEGA; row "CM on DDPM" cm-ddpm --base ddpm --cm -- --guidance $OMEGA
-      oc -- --guidance $OMEGA; cm -- --guidance $OMEGA; page table3 guidance-$OMEGA
-    done ;;
   fig4d)        # network widths
     for M in "1 2 2" "1 2 2 2" "1 2 3 4"; do
       row "OC, $M" "oc-mult${M// /}" --base oc --no-cm --ch-mult $M
