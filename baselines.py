@@ -48,8 +48,8 @@ def rop(p, b, o):
 
     overlap = E w_t max(0, m - ||eps(y) - eps(y')||^2) at one x_t, with another label y', the KL divergence's time
     weights and a margin m, beyond which nothing is pushed; images whose label is dropped, or with y' = y, have none.
-    y' is stop-gradient: a tail class moves away from a head class, and not the reverse. Their page gives the KL,
-    the hinge and "time-dependent weighting"; the KL's own weights and the one-sided gradient are choices.
+    eps(y') is held fixed: each image's own class moves away from a uniformly drawn one. Their paper (arXiv 2402.10821)
+    has the KL, the hinge and a time-dependent weighting; the KL's own weights and the one-sided gradient are choices.
     """
     with torch.no_grad():
         other = p.under(b.y_prime)

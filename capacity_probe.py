@@ -24,7 +24,7 @@ from losses import Objective, draw
 from model import make_alphas_bar, q_sample
 from prune_probe import timesteps_of
 from runtime import Parser, UserError, integer, run
-from sample import build_network
+from sample import build_network, dtype_of
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt        # noqa: E402, after the backend is chosen
@@ -234,9 +234,9 @@ def main():
     parser.add_argument("--quality", nargs=2, metavar=("FULL", "GENERAL"), help="allocation: evaluate.py's JSON of either branch (Table 7)")
     parser.add_common("folder of dominance.json or allocation.json (default: probe beside the checkpoint)")
     args = parser.parse_args()
-    rt, start = runtime.setup(args.device, args.dtype), time.time()
+    start, ckpt = time.time(), runtime.load(args.ckpt, "diffusion")
+    rt = runtime.setup(args.device, dtype_of(args, ckpt))
     args.out = args.out or str(Path(args.ckpt).parent / "probe")
-    ckpt = runtime.load(args.ckpt, "diffusion")
     net = unmerged(ckpt, args.weights, rt.device)
     result = {"dominance": dominance, "allocation": allocation}[args.what](args, rt, ckpt, net)
     path = Path(args.out) / f"{args.what}.json"

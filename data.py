@@ -14,13 +14,14 @@ import os
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import repeat
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from readers import READERS, NoSuchSplit
+from readers import READERS, NoSuchSplit, read_artbench10, read_folder
 from runtime import (Parser, UserError, integer, number, progress, read_json, run, seed_of, write_atomic, write_json,
                      writing)
 
@@ -75,7 +76,7 @@ def load(name, data_dir="data", split="train", resolution=None, class_order=None
     else:
         base = Path(pack_dir or Path(data_dir) / "packed") / f"{name}-{split}-{resolution}"
     contents = None
-    if name == "folder":        # a released set does not change; a user's folder does
+    if source.read in (read_folder, read_artbench10):       # without a list of its files: another set of them is packed anew
         contents = source.read(data_dir, split)
         provenance["files_sha256"] = fingerprint(contents[0], data_dir)
     packed = read_pack(base, provenance)
@@ -159,22 +160,24 @@ def pack_files(path, files, shape, provenance, block=4096):
         done = read_json(mark) or {}
         try:
             going_on = done["shape"] == shape and done["provenance"] == provenance
-            packed = np.lib.format.open_memmap(partial, "r+") if going_on else None
+            going_on = going_on and list(np.load(partial, mmap_mode="r").shape) == shape
         except (OSError, ValueError, KeyError):
-            packed = None
-        first = done["done"] if packed is not None else 0
-        if packed is None:
-            packed = np.lib.format.open_memmap(partial, "w+", np.uint8, tuple(shape))
+            going_on = False
+        first = done["done"] if going_on else 0
+        if not going_on:
+            np.lib.format.open_memmap(partial, "w+", np.uint8, tuple(shape))
 
-        def pack(i):
+        def pack(packed, i):
             packed[i] = read_image(files[i], shape[1])
         try:
             with ThreadPoolExecutor(os.cpu_count()) as pool, progress(total=shape[0], initial=first, desc="packing", unit="img") as bar:
                 for start in range(first, shape[0], block):
                     rows = range(start, min(start + block, shape[0]))
-                    for _ in pool.map(pack, rows):          # Pillow decodes and resizes outside the GIL
+                    packed = np.lib.format.open_memmap(partial, "r+")       # mapped anew, so that no more than a block stays in memory
+                    for _ in pool.map(pack, repeat(packed), rows):      # Pillow decodes and resizes outside the GIL
                         bar.update()
                     packed.flush()
+                    del packed
                     write_json(mark, {"shape": shape, "provenance": provenance, "done": rows.stop}, "--pack-dir")
         finally:
             if not mark.exists():                           # nothing yet that is worth keeping
@@ -255,7 +258,7 @@ def long_tail_counts(available, ir):
         n_max -= 1
     counts = (n_max * decay).astype(int)
     if counts.min() < 1:
-        raise UserError(f"--ir {ir:g}: the smallest of {C} classes would have no image; at most --ir {n_max} is possible")
+        raise UserError(f"--ir {ir:g}: the smallest of {C} classes would have no image; take an --ir below {n_max}")
     return counts
 
 

@@ -9,6 +9,8 @@ its classes against its real images. Features are those of Inception (inception.
 torch-fidelity computes them; on digits, or with --features FILE, those of a classifier, and the Frechet distance and
 the kernel distance are then named FD and KD: never FID.
 """
+import shlex
+import sys
 import time
 from pathlib import Path
 
@@ -227,7 +229,7 @@ def measure(fake, real, names, k, device, score=False, named=None):
 
 
 def measure_all(fake, real, groups, classes, num, inception, k, device, rounds, named=None):
-    """All numbers: overall on the first num / C images of a class, per split and class on all there are, and floors.
+    """All numbers: overall on num images, the first ones of each class, per split and class on all there are, and floors.
 
     fake, real: (features, logits, labels). groups: {split: classes}; classes: {name: class}; rounds: of floor_of; named:
     as in `measure`. A group of fewer than two images on either side has no distance and is left out.
@@ -238,8 +240,7 @@ def measure_all(fake, real, groups, classes, num, inception, k, device, rounds, 
         return tuple(None if x is None else x[rows] for x in data)
     everything = slice(None)
     if fake[2] is not None:
-        C = len(np.unique(fake[2]))
-        everything = rank_in_class(fake[2]) < -(-num // C)
+        everything = np.sort(np.argsort(rank_in_class(fake[2]), kind="stable")[:num])       # no class more than one ahead
         mine = np.isin(real[2], fake[2]) if real[2] is not None else slice(None)
     else:
         everything, mine = slice(0, num), slice(None)
@@ -464,7 +465,7 @@ def main():
         named = np.array([class_names.index(n) for n in extractor.class_names])
     result = measure_all((*fake, labels), (*real, reference_labels), groups, classes, num, extractor.inception, args.k, rt.device,
                          args.floor, named)
-    runtime.write_json(out_json, {**result, "settings": record,
+    runtime.write_json(out_json, {**result, "settings": record, "command": shlex.join(["python", "evaluate.py", *sys.argv[1:]]),
                                   "seconds": {"sampling": round(sampled, 1), "features": round(extracted, 1),
                                               "metrics": round(time.time() - clock, 1)},
                                   "versions": {"torch": torch.__version__, "numpy": np.__version__, "scipy": scipy.__version__}})

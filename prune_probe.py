@@ -21,7 +21,7 @@ import runtime
 from data import load_reference, splits, to_float
 from model import make_alphas_bar, q_sample
 from runtime import Parser, UserError, integer, number, run
-from sample import load_network
+from sample import dtype_of, load_network
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt        # noqa: E402, after the backend is chosen
@@ -169,7 +169,8 @@ def main():
     parser.add_argument("--names", nargs="+", help="what to call them (default: their folders' names)")
     g = parser.add_argument_group("pruning")
     g.add_argument("--fraction", type=number(above=0, high=0.999), default=0.1, help="share of weights set to zero (default: 0.1)")
-    g.add_argument("--fractions", type=fractions_of, metavar="F,F", help="several shares: also the curve")
+    g.add_argument("--fractions", type=fractions_of, metavar="F,F", help="several shares: also the curve; the bars show --fraction, "
+                   "or the first where it is not among them")
     g.add_argument("--scope", choices=("global", "layer"), default="global", help="one threshold for all tensors, or one each")
     g.add_argument("--tensors", choices=("weights", "all"), default="weights", help="which take part: weights of convolutions and "
                    "linear layers, or also biases, norms and label embeddings (default: weights)")
@@ -181,8 +182,8 @@ def main():
     g.add_argument("--batch-size", type=integer(1), default=256, help="images at a time; changes nothing (default: 256)")
     parser.add_common("folder of probe.json and the figures (default: prune beside the first checkpoint)")
     args = parser.parse_args()
-    rt, start = runtime.setup(args.device, args.dtype), time.time()
-    ckpts = [runtime.load(path, "diffusion") for path in args.ckpt]
+    start, ckpts = time.time(), [runtime.load(path, "diffusion") for path in args.ckpt]
+    rt = runtime.setup(args.device, dtype_of(args, ckpts[0]))
     names = args.names or [Path(path).parent.name for path in args.ckpt]
     if len(names) != len(ckpts) or len(set(names)) < len(names):
         names = [str(path) for path in args.ckpt] if args.names is None else names
@@ -207,8 +208,8 @@ def main():
             zeros[f"{fraction:g}"] = sum(shares.values()) / len(shares)
             pruned = losses(pruned_net, pixels, labels, args.repeats, rt, args.seed, args.batch_size, f"{name}: {fraction:g} pruned")
             results[name][f"{fraction:g}"] = changes(raw, pruned, labels, class_names, counts)
-    first = f"{fractions[0]:g}"
-    figures({name: r[first] for name, r in results.items()}, fractions[0], out)
+    shown = args.fraction if args.fraction in fractions else fractions[0]
+    figures({name: r[f"{shown:g}"] for name, r in results.items()}, shown, out)
     if len(fractions) > 1:
         curve(results, out)
     numel = sum(p.numel() for p in prunable(net, args.tensors).values())

@@ -122,7 +122,8 @@ def read_imagenet_lt(data_dir, split):
     if split == "train":
         paths = all_there([os.path.join(root.parent, name) for name, _ in lines], data_dir)
         return paths, np.array([int(label) for _, label in lines]), names
-    files = [sorted(os.listdir(root / n)) if (root / n).is_dir() else None for n in names]
+    files = [sorted(f for f in os.listdir(root / n) if Path(f).suffix.lower() in IMAGE_FILES and not f.startswith("."))
+             if (root / n).is_dir() else None for n in names]
     if None in files:
         raise UserError(f"--data-dir {data_dir}: {root} has no folder {names[files.index(None)]}; sort ImageNet's validation images into "
                         f"one folder a class")
@@ -174,6 +175,15 @@ def read_flowers102(data_dir, split):
     return paths, labels[rows], [str(c + 1) for c in range(labels.max() + 1)]
 
 
+def read_artbench10(data_dir, split):
+    """ArtBench-10's ImageFolder releases: one folder a style in artbench-10-imagefolder/, or in train/ and test/ of
+    artbench-10-imagefolder-split/; data_dir is either, or holds either (the divided one first)."""
+    for folder in (Path(data_dir) / "artbench-10-imagefolder-split", Path(data_dir) / "artbench-10-imagefolder", Path(data_dir)):
+        if folder.is_dir():
+            return read_folder(folder, split)
+    return read_folder(data_dir, split)         # says what is missing
+
+
 @dataclass(frozen=True)
 class Source:
     """How a data set is read and what is natural for it."""
@@ -191,7 +201,7 @@ READERS = {
     "celebahq": Source(read_celebahq, 64, True, files=True),
     "imagenet-lt": Source(read_imagenet_lt, 64, True, files=True, reference="test"),
     "inat2018": Source(read_inat2018, 64, True, files=True, reference="test"),
-    "artbench10": Source(read_folder, 256, True, files=True),       # the ImageFolder release; mind --class-order
+    "artbench10": Source(read_artbench10, 256, True, files=True),   # mind --class-order
     "cub200": Source(read_cub200, 64, True, files=True),
     "flowers102": Source(read_flowers102, 64, True, files=True),
     "folder": Source(read_folder, 64, True, files=True, reference="test"),

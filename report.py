@@ -79,7 +79,7 @@ def paper_table(rows, columns, paper):
         for k, (column, cell) in enumerate(zip(columns, row)):
             means = sorted({c[k][0] for c in cells if c[k]}, reverse=column.split()[-1] in HIGHER)
             text = show(*cell, column) if cell else "-"
-            mark = "" if not cell or len(means) < 3 else "**" if cell[0] == means[0] else "*" if cell[0] == means[1] else ""
+            mark = "" if not cell or len(means) < 2 else "**" if cell[0] == means[0] else "*" if cell[0] == means[1] and len(means) > 2 else ""
             line.append(mark + text + mark)
             if paper:
                 theirs = paper["rows"].get(name)
@@ -162,7 +162,9 @@ def paper_page(args, rows):
         columns = ["Many fid", "Medium fid", "Few fid", "fid"]          # a figure, or a table on another set than the paper's
     text = paper_table(rows, columns, paper)
     paper_figure(rows, columns, paper, f"{table['title']}, {setting}", page)
-    commands = "\n".join(f"{r['settings'].get('command', r.get('command', '?'))}    # {name}" for name, results in rows for r in results[:1])
+    commands = [f"{command}    # {name}" for name, results in rows for command in (results[0]["settings"].get("command"), results[0].get("command"))
+                if command]
+    commands = "\n".join(dict.fromkeys(commands))
     notes = [f"{conditions(first)}", "Mean +- standard deviation over seeds; best in bold, second best in italics."]
     if paper:
         notes.append("Beside each number the paper's own; diamonds in the figure.")

@@ -64,9 +64,10 @@ else
   case $TARGET in table4) DATASET=${DATASET:-celebahq} ;; table5) DATASET=${DATASET:-imagenet-lt} ;; *) DATASET=${DATASET:-cifar100} ;; esac
   IR=${IR:-100}; SEEDS=${SEEDS:-0,1,2}; ROOT=out/paper; TRAIN=""; EVALUATE=""
 fi
-SETTING=$DATASET-ir$IR
-if [[ $DATASET == imagenet-lt || $DATASET == inat2018 ]]; then IR=1; SETTING=$DATASET-${RESOLUTION:-64}; fi
-DATA="--dataset $DATASET --ir $IR --data-dir ${DATA_DIR:-data}${RESOLUTION:+ --resolution $RESOLUTION}"
+SETTING=$DATASET-ir$IR${RESOLUTION:+-$RESOLUTION}
+if [[ $DATASET == imagenet-lt || $DATASET == inat2018 ]]; then IR=1; RESOLUTION=${RESOLUTION:-64}; SETTING=$DATASET-$RESOLUTION; fi
+case $TARGET in fig1b | dominance) SEEDS=${SEEDS%%,*} ;; esac        # which look at one network each
+DATA=(--dataset $DATASET --ir $IR --data-dir "${DATA_DIR:-data}" ${RESOLUTION:+--resolution $RESOLUTION})
 PYTHON=python; if (( ${NGPU:-1} > 1 )); then PYTHON="torchrun --nproc_per_node=$NGPU --"; fi
 ROWS=()
 
@@ -78,7 +79,8 @@ row() {
   json=eval-$(echo "${extra[*]:-plain}" | tr -c 'a-z0-9.\n' _).json
   for seed in ${SEEDS//,/ }; do
     out=$ROOT/$SETTING/$run-seed$seed
-    $PYTHON train.py $DATA $TRAIN ${train[@]+"${train[@]//SEED/$seed}"} --seed $seed --out $out
+    $PYTHON train.py "${DATA[@]}" $TRAIN ${train[@]+"${train[@]//SEED/$seed}"} --seed $seed --out $out
+    case $TARGET in fig1b | dominance) continue ;; esac               # which need no samples
     $PYTHON evaluate.py --ckpt $out/ckpt.pt $EVALUATE ${extra[@]+"${extra[@]}"} --out-json $out/$json --if-needed
   done
   ROWS+=(--row "$name=$(printf "$ROOT/$SETTING/$run-seed%s/$json," ${SEEDS//,/ })")
@@ -99,7 +101,7 @@ cm()   { row CM cm --base oc --cm "$@"; }
 classes() {
   local name=$1 slug=$2 seed; shift 2
   for seed in ${SEEDS//,/ }; do
-    python classify.py --dataset $DATASET --ir $IR --data-dir ${DATA_DIR:-data} ${CLASSIFY:-} "${@//SEED/$seed}" --seed $seed \
+    python classify.py "${DATA[@]}" ${CLASSIFY:-} "${@//SEED/$seed}" --seed $seed \
       --out $ROOT/$SETTING/classify-$slug-seed$seed --if-needed
   done
   ROWS+=(--row "$name=$(printf "$ROOT/$SETTING/classify-$slug-seed%s/result.json," ${SEEDS//,/ })")
@@ -111,7 +113,7 @@ case $TARGET in
     for S in ${SEEDS//,/ }; do
       for R in "ddpm --base ddpm --no-cm" "cm --base oc --cm"; do
         RUN=$ROOT/$SETTING/${R%% *}-seed$S
-        $PYTHON train.py $DATA $TRAIN ${R#* } --seed $S --out $RUN
+        $PYTHON train.py "${DATA[@]}" $TRAIN ${R#* } --seed $S --out $RUN
         $PYTHON sample.py --ckpt $RUN/ckpt.pt --num ${EXTRA:-50000} --seed $S --out $RUN/extra --if-needed
       done
     done
@@ -185,8 +187,9 @@ case $TARGET in
     oc; for R in 0.05 0.2 0.3 0.5; do row "rank $R" cm-rank$R --base oc --cm --rank-ratio $R; done; cm; page fig4c ;;
   fig4d)        # network widths
     for M in "1 2 2" "1 2 2 2" "1 2 3 4"; do
-      row "OC, $M" "oc-mult${M// /}" --base oc --no-cm --ch-mult $M
-      row "CM, $M" "cm-mult${M// /}" --base oc --cm --ch-mult $M
+      WIDTH=-mult${M// /}; if [[ $SCALE$M == "paper1 2 2 2" ]]; then WIDTH=; fi      # the paper's own: the runs of table2
+      row "OC, $M" oc$WIDTH --base oc --no-cm --ch-mult $M
+      row "CM, $M" cm$WIDTH --base oc --cm --ch-mult $M
     done; page fig4d ;;
   *) echo "error: unknown target '$TARGET'; see the head of run_all.sh" >&2; exit 2 ;;
 esac

@@ -42,6 +42,7 @@ PRESETS = {     # the defaults of flags that depend on the data set; "paper" hol
                   warmup=5000, ema=0.9999, save_every=5000, sample_every=20_000, log_every=100, dtype="auto"),
     "digits": dict(ir=20.0, ch=32, ch_mult=[1, 2], num_res_blocks=1, steps=2000, lr=1e-3, warmup=100, ema=0.999,
                    save_every=500, sample_every=500, log_every=50, dtype="float32"),
+    "cub200": dict(ir=10.0), "flowers102": dict(ir=10.0),                                # too small for 100
     "folder": dict(ir=1.0), "imagenet-lt": dict(ir=1.0), "inat2018": dict(ir=1.0),      # long-tailed as they are
 }
 FREE = {"steps", "save_every", "keep_every", "sample_every", "log_every", "compile", "device", "out", "data_dir", "pack_dir",

@@ -197,7 +197,7 @@ def test_pool_is_the_papers():
 
 
 def test_groups_are_measured_on_their_own_images():
-    """Overall: the first num / C of each class; a split and a class: all that there are, against their own real images."""
+    """Overall: num images, the first of each class; a split and a class: all that there are, against their own real images."""
     rng, labels = np.random.RandomState(0), np.repeat(np.arange(6), [30, 30, 20, 20, 20, 20])
     features, real = rng.randn(140, 4).astype(np.float32), rng.randn(120, 4).astype(np.float32)
     order, real_labels = rng.permutation(140), np.arange(120) % 6
@@ -206,6 +206,10 @@ def test_groups_are_measured_on_their_own_images():
     result = evaluate.measure_all(fake, (real, logits, real_labels), {"Many": [0, 1], "Few": [4, 5]}, {"c3": 3}, 120, True, 3, "cpu", 0)
     first = np.concatenate([np.flatnonzero(labels == c)[:20] for c in range(6)])
     assert result["num"] == 120 and result["fid"] == pytest.approx(metrics.distance_of(features[first], real))
+    uneven = evaluate.measure_all(fake, (real, logits, real_labels), {}, {}, 117, True, 3, "cpu", 0)      # not divisible by the classes
+    chosen = np.concatenate([np.flatnonzero(labels == c)[:19] for c in range(6)])
+    chosen = np.concatenate([chosen, sorted(np.flatnonzero(labels == c)[19] for c in range(6))[:3]])
+    assert uneven["num"] == 117 and uneven["fid"] == pytest.approx(metrics.distance_of(features[chosen], real))
     many = result["splits"]["Many"]
     assert many["num"] == 60 and many["num_real"] == 40 and "is" not in many and "is" in result
     assert many["fid"] == pytest.approx(metrics.distance_of(features[labels < 2], real[real_labels < 2]))

@@ -1,10 +1,12 @@
 """The paper's other data sets, each from a miniature in exactly its official layout, official quirks included."""
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import scipy.io
-from conftest import call
+from conftest import ROOT, call
 from PIL import Image
 
 import data
@@ -112,10 +114,39 @@ def test_release(name, tmp_path):
     reference, said = load_reference(name, tmp_path, resolution=8)
     assert reference.counts.tolist() == reference_counts and said == words
     one.unlink()
-    assert np.array_equal(load(name, tmp_path, resolution=8).images, images.images)         # packed: no longer needed
-    if name != "artbench10":                                                                # which has no list
+    if name == "artbench10":            # which has no list: another set of files is another pack
+        assert load(name, tmp_path, resolution=8).counts.tolist() == [4, 3, 4]
+    else:
+        assert np.array_equal(load(name, tmp_path, resolution=8).images, images.images)     # packed: no longer needed
         with pytest.raises(UserError, match="--data-dir.* 1 of .* are missing, the first is .*" + one.name.replace("(", "")):
             load(name, tmp_path, resolution=16)
+
+
+def test_artbench10_in_its_two_releases(tmp_path):
+    """Beside other folders, whole and divided: the divided one has a test set."""
+    artbench10(tmp_path / "artbench-10-imagefolder")
+    picture(tmp_path / "elsewhere/other.jpg", 1)
+    assert load("artbench10", tmp_path, resolution=8).counts.tolist() == [4, 4, 4]
+    for split in ("train", "test"):
+        artbench10(tmp_path / "artbench-10-imagefolder-split" / split)
+    (tmp_path / "artbench-10-imagefolder-split/test/baroque/some-artist_título-1.jpg").unlink()
+    assert load("artbench10", tmp_path, resolution=8).class_names == ["art_nouveau", "baroque", "ukiyo_e"]
+    assert load("artbench10", tmp_path, "test", resolution=8).counts.tolist() == [4, 3, 4]
+
+
+def test_packing_needs_the_memory_of_a_block(tmp_path):
+    """Eight times the images, the same peak: the pack is mapped block by block."""
+    code = """
+import resource, sys, numpy as np, data
+from pathlib import Path
+n, image = int(sys.argv[2]), np.zeros((64, 64, 3), np.uint8)
+data.read_image = lambda path, resolution: image
+data.pack_files(Path(sys.argv[1]) / f"{n}.npy", ["x"] * n, [n, 64, 64, 3], {}, block=512)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+    peaks = [int(subprocess.run([sys.executable, "-c", code, tmp_path, str(n)], cwd=ROOT, capture_output=True, text=True, check=True).stdout)
+             for n in (1024, 8192)]
+    assert peaks[1] - peaks[0] < 30_000, peaks              # KiB; the larger pack has 98,304
 
 
 def test_class_order(tmp_path):

@@ -157,6 +157,21 @@ def test_dpmpp_is_diffusers(steps):
     assert_close(got, by_diffusers(theirs, theirs.timesteps, start()), atol=1e-3, rtol=1e-3)
 
 
+def test_dpmpp_beats_ddim_on_the_default_grid():
+    """15 steps to t = 0 on narrow modes, whose exact score is known, against a thousand steps of DDIM."""
+    g = torch.Generator().manual_seed(0)
+    modes, x_T = torch.randn(8, 2, generator=g, dtype=torch.float64), torch.randn(500, 2, generator=g, dtype=torch.float64)
+
+    def predict(x, t):
+        variance = AB[t] * 0.05 ** 2 + 1 - AB[t]
+        gap = x[:, None] - AB[t].sqrt() * modes
+        share = (-gap.square().sum(2) / (2 * variance)).softmax(1)
+        return (1 - AB[t]).sqrt() * (share[:, :, None] * gap).sum(1) / variance
+    exact = sample.ddim(predict, x_T, AB, sample.make_timesteps(1000, 1000), None)
+    second, first = ((f(predict, x_T, AB, sample.make_timesteps(1000, 15), None) - exact).square().mean().sqrt() for f in (sample.dpmpp, sample.ddim))
+    assert second < 0.8 * first, (second, first)
+
+
 def test_dpmpp_is_of_second_order():
     """On a Gaussian, along whose flow (x_t - sqrt(ab) mean) / spread(t) is constant: halving the steps, a quarter of the error."""
     mean, std, N = 0.3, 0.5, 1280
