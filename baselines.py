@@ -116,11 +116,12 @@ def add_group_experts(net, class_counts, rank_ratio):
     """
     groups = list(splits(class_counts).values())
     group_of = [next(g for g, classes in enumerate(groups) if c in classes) for c in range(len(class_counts))]
-    net.router = Router(group_of)
-    net.encoder.register_forward_pre_hook(lambda encoder, args: net.router.set(args[2]))    # encode sees the labels first
+    # encode sees the labels first. The router hangs on the encoder, so that a deep copy's hook finds the copy's own
+    net.encoder.router = Router(group_of)
+    net.encoder.register_forward_pre_hook(lambda encoder, args: encoder.router.set(args[2]))
     for name, layer, _ in matrices(net.decoder):
         full = min(layer.weight.shape[0], layer.weight[0].numel())
         rank = max(1, max(1, int(rank_ratio * full)) // len(groups))
         parent, _, child = name.rpartition(".")
-        setattr(net.decoder.get_submodule(parent), child, GroupExperts(layer, len(groups), rank, net.router))
+        setattr(net.decoder.get_submodule(parent), child, GroupExperts(layer, len(groups), rank, net.encoder.router))
     return net

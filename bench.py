@@ -8,6 +8,7 @@ Every method's step is the one that train.py takes: the draw, forward, backward,
 All cells take turns, step by step, and the median counts, so that a machine whose speed drifts still gives fair ratios:
 of a method to the first one, and (speed-up) of a dtype or a compilation to float32 as it is.
 """
+import math
 import multiprocessing
 import resource
 import statistics
@@ -110,7 +111,7 @@ def bench(batch_size, cells, rounds, device, args):
         method, dtype, compiled = cell
         t = median[cell]
         rows.append({"method": method, "dtype": str(dtype).removeprefix("torch."), "compiled": compiled, "batch": batch_size,
-                     "step_ms": 1e3 * t, "images_per_s": batch_size / t, "ratio": t / median[(cells[0][0], dtype, compiled)],
+                     "step_ms": 1e3 * t, "images_per_s": batch_size / t, "ratio": t / median.get((cells[0][0], dtype, compiled), math.nan),
                      "faster": median[(method, *cells[0][1:])] / t, "peak_share": steps[cell][2] / t / peaks[dtype],
                      "memory_gib": memory[cell] / 2 ** 30 if memory else None})
     for dtype, rt in runtimes.items():
@@ -198,6 +199,7 @@ def main():
     if args.metrics:
         return bench_metrics(args.metrics, 2048)
     first = runtime.setup(args.device, args.dtype)
+    torch._dynamo.config.recompile_limit = 64       # all cells share the code of Objective.forward
     cuda, out = first.device.type == "cuda", Path(args.out or "out/bench")
     dtypes = [torch.float32, torch.bfloat16] if args.dtype == "auto" else [first.dtype]
     knobs = train.resolve(train.make_parser().parse_args([]))

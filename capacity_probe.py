@@ -50,32 +50,33 @@ def kind_of(name):
 def group_gradients(objective, images, rows, repeats, params, seed, batch_size):
     """Of the images in `rows`: the sum of their gradients, a list of tensors, and what estimates their spread.
 
-    The spread is per matrix: the sum over batches of ||G_b||^2 / b, with G_b the sum over the b images of a batch, from
-    which `noise_of` gets sigma^2. Each image counts `repeats` times, with other noise and timesteps each time.
+    The spread is per matrix: the sum over batches of ||G_b||^2 / b, with G_b the sum over the b draws of a batch, from
+    which `noise_of` gets sigma^2. Each image counts `repeats` times, with other noise and timesteps each time, and the
+    draws are shuffled: a batch of one range of timesteps would have a mean of its own.
     """
     total, squares, batches = [torch.zeros_like(p) for p in params], torch.zeros(len(params), dtype=torch.float64), 0
-    for r in range(repeats):
-        for first in range(0, len(rows), batch_size):
-            part = rows[first:first + batch_size]
-            x_0 = to_float(torch.from_numpy(images.images[part])).to(params[0].device)
-            y = torch.from_numpy(images.labels[part]).to(params[0].device)
-            b = draw(x_0, y, objective, seed, int(part[0]) * repeats + r)
-            times = timesteps_of(len(images.labels), repeats)[part, r].to(y.device)
-            b = b._replace(t=times, y_in=y, masks_encode=[], masks_decode=[], masks_general=[])       # labels on, no dropout
-            loss, _, _ = objective(b)
-            gradients = torch.autograd.grad(loss * len(part), params, allow_unused=True)
-            for k, g in enumerate(gradients):
-                if g is not None:
-                    total[k] += g
-                    squares[k] += float(g.double().square().sum()) / len(part)
-            batches += 1
+    times = timesteps_of(len(images.labels), repeats)
+    draws = np.random.RandomState(seed).permutation(len(rows) * repeats)
+    for first in range(0, len(draws), batch_size):
+        part, r = rows[draws[first:first + batch_size] // repeats], draws[first:first + batch_size] % repeats
+        x_0 = to_float(torch.from_numpy(images.images[part])).to(params[0].device)
+        y = torch.from_numpy(images.labels[part]).to(params[0].device)
+        b = draw(x_0, y, objective, seed, int(rows[0]) * 100_003 + first)
+        b = b._replace(t=times[part, r].to(y.device), y_in=y, masks_encode=[], masks_decode=[], masks_general=[])   # labels on, no dropout
+        loss, _, _ = objective(b)
+        gradients = torch.autograd.grad(loss * len(part), params, allow_unused=True)
+        for k, g in enumerate(gradients):
+            if g is not None:
+                total[k] += g
+                squares[k] += float(g.double().square().sum()) / len(part)
+        batches += 1
     return total, squares, batches
 
 
 def noise_of(total, squares, batches, n):
     """sigma^2 summed over a matrix's entries, from B batches of n images in all: (sum ||G_b||^2 / b - ||G||^2 / n) / (B - 1)."""
     if batches < 2:
-        return torch.zeros(len(total), dtype=torch.float64)
+        raise UserError("--repeats: the largest class makes one batch only, which says nothing of the spread; take more, or a smaller --batch-size")
     whole = torch.tensor([float(g.double().square().sum()) for g in total], dtype=torch.float64) / n
     return ((squares - whole) / (batches - 1)).clamp(min=0)
 
@@ -85,7 +86,8 @@ def compare(one, last, aggregate, n_1, n_K, sigma2, repeats):
     means, and Theorem 2.1's probability from the same gradients, (M,) each.
 
     one, last: summed gradients of n_1 and n_K draws, `repeats` an image; sigma2: variance of one draw, summed over a
-    matrix. mu^2 is the mean of the two means' squared norms, less what noise adds to them (sigma2 over the draws).
+    matrix. What noise adds to the squared norms, s2 / n of each mean, is taken off mu^2 (the mean of the two norms squared)
+    and off ||m_1 - m_K||^2 = 2 mu^2 (1 - cosine): in a class of a few images it is most of them.
     """
     points, cosines, theory = [], [], []
     for g_1, g_K, g, s2 in zip(one, last, aggregate, sigma2.tolist()):
@@ -94,10 +96,12 @@ def compare(one, last, aggregate, n_1, n_K, sigma2, repeats):
         if not (norm_1 and norm_K):
             continue
         points.append(float(g @ m_1) / norm_1 > float(g @ m_K) / norm_K)
-        cosine = float(m_1 @ m_K) / (norm_1 * norm_K)
-        mu2 = max(1e-30, (norm_1 ** 2 + norm_K ** 2 - s2 / n_1 - s2 / n_K) / 2)
+        noise = s2 / n_1 + s2 / n_K
+        mu2 = max(1e-30, (norm_1 ** 2 + norm_K ** 2 - noise) / 2)
+        apart = max(0.0, float((m_1 - m_K).square().sum()) - noise)
+        cosine = max(-1.0, 1 - apart / (2 * mu2))
         a, N, entries = n_1 / (n_1 + n_K), (n_1 + n_K) / repeats, g.numel()        # the theorem counts images
-        argument = (2 * a - 1) * math.sqrt(mu2 * 2 * N * max(0.0, 1 - cosine)) / (2 * math.sqrt(s2 / entries) + 1e-30)
+        argument = (2 * a - 1) * math.sqrt(N * apart) / (2 * math.sqrt(s2 / entries) + 1e-30)
         cosines.append(cosine)
         theory.append(float(norm.cdf(argument)))
     return np.array(points), np.array(cosines), np.array(theory)

@@ -224,12 +224,13 @@ def with_extra(images, path, per_class, seed):
     try:
         with np.load(path) as f:
             extra, labels = f["arr_0"], f["arr_1"]
-    except (OSError, ValueError, KeyError) as e:
+    except (OSError, ValueError, KeyError, EOFError, runtime.zipfile.BadZipFile) as e:
         raise UserError(f"--extra {path}: not an .npz with arr_0 (images) and arr_1 (labels): {e}")
     size, C = images.images.shape[1:3], len(images.class_names)
-    if extra.ndim != 4 or extra.dtype != np.uint8 or extra.shape[1:3] != size or len(extra) != len(labels):
+    right = extra.ndim == 4 and extra.dtype == np.uint8 and extra.shape[1:3] == size and extra.shape[3] in (images.images.shape[3], 3)
+    if not right or labels.shape != (len(extra),) or not len(extra) or not np.issubdtype(labels.dtype, np.integer):
         raise UserError(f"--extra {path}: arr_0 is {extra.dtype} of shape {list(extra.shape)}; it must be uint8, N x {size[0]} x {size[1]} "
-                        f"x 3, with N labels")
+                        f"x 3, with N labels, whole numbers")
     if labels.min() < 0 or labels.max() >= C:
         raise UserError(f"--extra {path}: labels run from {labels.min()} to {labels.max()}; the classes are 0 to {C - 1}")
     wanted = {"all": np.full(C, len(labels)), "balance": images.counts.max() - images.counts}.get(per_class)
@@ -338,23 +339,34 @@ def make_parser():
 
 def resolve(args):
     """Fill in the data set's defaults and the run's folder."""
-    for key, value in {**PRESETS["paper"], **PRESETS.get(args.dataset, {})}.items():
+    preset, plain = {**PRESETS["paper"], **PRESETS.get(args.dataset, {})}, make_parser().parse_args([])
+    for key, value in preset.items():
         if getattr(args, key) is None:
             setattr(args, key, value)
     if args.out is None:
         words = [f"ir{args.ir:g}"] * (args.ir != 1) + [args.loss] * (args.loss != "ce") + ["drw"] * args.drw + ["cm"] * args.cm
-        words += ["extra"] * bool(args.extra) + [f"seed{args.seed}"] * (args.seed != 0)
+        if args.extra:
+            words.append("extra" + (runtime.sha256(args.extra)[:8] if Path(args.extra).is_file() else ""))
+        words += [f"seed{args.seed}"] * (args.seed != 0)
+        named = FREE | {"dataset", "ir", "loss", "drw", "cm", "extra", "seed", "save_every"}
+        words += [f"{k}{'_'.join(v) if isinstance(v, list) else v}".replace("/", "_") for k, v in sorted(vars(args).items())
+                  if k not in named and v != preset.get(k, getattr(plain, k))]
         args.out = "-".join([f"out/classifier-{args.dataset}", *words])
-    for flag, belongs in (("tau", args.loss == "la"), *((k, args.cm) for k in ("lam", "w_con", "w_div", "div_bound", "distance", "rank_ratio"))):
-        if not belongs and getattr(args, flag) != make_parser().get_default(flag):
-            raise UserError(f"--{flag.replace('_', '-')}: belongs to {'--loss la, which adds the prior' if flag == 'tau' else '--cm'}; leave it out")
+    for flag, belongs in (("tau", args.loss == "la"), ("extra_per_class", args.extra),
+                          *((k, args.cm) for k in ("reserve", "lam", "w_con", "w_div", "div_bound", "distance", "rank_ratio"))):
+        if not belongs and getattr(args, flag) != getattr(plain, flag):
+            whose = {"tau": "--loss la, which adds the prior", "extra_per_class": "--extra"}.get(flag, "--cm")
+            raise UserError(f"--{flag.replace('_', '-')}: belongs to {whose}; leave it out")
     return args
 
 
 def main():
     """Train, resuming where a run was stopped; then measure the merged network on the test set."""
     args = resolve(make_parser().parse_args())
-    rt, start, out = runtime.setup(args.device, args.dtype), time.time(), Path(args.out)
+    start, out, step = time.time(), Path(args.out), 0
+    old = runtime.load(out / "ckpt.pt", "classifier", "--out") if (out / "ckpt.pt").exists() else None
+    rt = runtime.setup(args.device, old["config"]["dtype"] if old and args.dtype == "auto" else args.dtype)
+    args.dtype = str(rt.dtype).removeprefix("torch.")       # what auto came to: a run keeps it on any device
     if args.batch_size % rt.world:
         raise UserError(f"--batch-size {args.batch_size}: not divisible by {rt.world} processes; it counts the images of all of them")
     with rt.rank_0_first():
@@ -383,7 +395,6 @@ def main():
             reserve(getattr(net, stage), args.rank_ratio)
     net.to(rt.device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(net.parameters(), lr=args.lr, momentum=0.9, weight_decay=args.weight_decay, nesterov=args.nesterov)
-    old, step = runtime.load(out / "ckpt.pt", "classifier", "--out") if (out / "ckpt.pt").exists() else None, 0
     if old and old["training"]:
         if changed := [k for k, v in settings.items() if old["config"].get(k) != v]:
             raise UserError(f"--{changed[0].replace('_', '-')}: the unfinished run in {out} was started with {old['config'].get(changed[0])}; "
@@ -441,15 +452,16 @@ def main():
             optimizer.zero_grad(set_to_none=True)
             step += 1
             bar.update()
-            if step % 20 == 0 or step == total:
-                if not math.isfinite(value := loss.item()):
-                    raise UserError(f"stopped at step {step}: the loss is {value}; lower --lr")
+            saves = step % (args.save_every * steps_per_epoch) == 0
+            if step % 20 == 0 or saves or step == total:
+                if rt.maximum(not math.isfinite(value := loss.item())):
+                    raise UserError(f"stopped at step {step}: the loss is not finite; lower --lr")
                 bar.set_postfix(loss=f"{value:.3f}", refresh=False)
                 if board:
                     for name, term in {**terms, "lr": torch.tensor(optimizer.param_groups[0]["lr"])}.items():
                         board.add_scalar(name, term.item(), step)
             signal = rt.maximum(stop.number)
-            if rt.rank == 0 and (signal or step % (args.save_every * steps_per_epoch) == 0) and step < total:
+            if rt.rank == 0 and (signal or saves) and step < total:
                 save({"model": net.state_dict(), "optimizer": optimizer.state_dict(), "step": step})
             if signal:
                 rt.print(f"stopped by signal {signal} at step {step}; the same command goes on from there")

@@ -230,6 +230,8 @@ def load_reference(name, data_dir="data", split=None, resolution=None, pack_dir=
     except NoSuchSplit:
         split, images = "train", load(name, data_dir, "train", resolution, None, pack_dir)
     words, n = {"train": "training set", "test": "test set"}[split], images.counts.min()
+    if not n:
+        raise UserError(f"--data-dir {data_dir}: class {images.class_names[int(np.argmin(images.counts))]} has no image in the {words}")
     if images.counts.max() <= 1.5 * n:
         return images, "full " + words
     order = np.random.RandomState(0).permutation(len(images.labels))

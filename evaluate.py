@@ -377,7 +377,6 @@ def main():
     args = make_parser().parse_args()
     ckpt = runtime.load(args.ckpt, "diffusion") if args.ckpt else None
     rt = runtime.setup(args.device, dtype_of(args, ckpt) if ckpt else args.dtype)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False     # numbers that others can repeat
 
     # What is measured
     net, settings, samples = None, None, None

@@ -190,7 +190,7 @@ def main():
     if len(set(names)) != len(ckpts):
         raise UserError(f"--names: give {len(ckpts)} different ones, one a checkpoint")
     data, config = ckpts[0]["data"], ckpts[0]["config"]
-    if bad := [p for p, c in zip(args.ckpt, ckpts) if c["data"]["class_counts"] != data["class_counts"] or c["data"]["dataset"] != data["dataset"]]:
+    if bad := [p for p, c in zip(args.ckpt, ckpts) if any(c["data"][k] != data[k] for k in ("dataset", "class_counts", "class_names", "resolution"))]:
         raise UserError(f"--ckpt {bad[0]}: trained on other data than {args.ckpt[0]}")
     where = (args.data_dir or config["data_dir"], args.split, data["resolution"], config["pack_dir"])
     images, words = load_reference(data["dataset"], *where)

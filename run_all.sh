@@ -66,7 +66,7 @@ else
 fi
 SETTING=$DATASET-ir$IR${RESOLUTION:+-$RESOLUTION}
 if [[ $DATASET == imagenet-lt || $DATASET == inat2018 ]]; then IR=1; RESOLUTION=${RESOLUTION:-64}; SETTING=$DATASET-$RESOLUTION; fi
-case $TARGET in fig1b | dominance) SEEDS=${SEEDS%%,*} ;; esac        # which look at one network each
+case $TARGET in fig1b | dominance | allocation) SEEDS=${SEEDS%%,*} ;; esac       # which look at one network each
 DATA=(--dataset $DATASET --ir $IR --data-dir "${DATA_DIR:-data}" ${RESOLUTION:+--resolution $RESOLUTION})
 PYTHON=python; if (( ${NGPU:-1} > 1 )); then PYTHON="torchrun --nproc_per_node=$NGPU --"; fi
 ROWS=()

@@ -40,6 +40,10 @@ def run(main):
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"error: {e}", file=sys.stderr, flush=True)
         code = 2
+    except torch.OutOfMemoryError as e:
+        print(f"error: out of memory on the device; take a smaller --batch-size, or in train.py a larger --accumulate ({str(e).splitlines()[0]})",
+              file=sys.stderr, flush=True)
+        code = 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         code = 130
@@ -163,11 +167,14 @@ def setup(device="auto", dtype="auto"):
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(device)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as e:
         raise UserError(f"--device {device}: this machine cannot use it ({str(e).splitlines()[0]})")
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False     # float32 is float32, in every script
     if "RANK" in os.environ and not dist.is_initialized():
         # Hours, because the others wait where rank 0 packs a data set of 437,513 images or computes the metrics
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=12))
@@ -186,19 +193,27 @@ def computes_bfloat16(device):
 
 
 def compile_or_not(module, loss_of, rt):
-    """torch.compile(module) once loss_of(compiled) has run forwards and backwards, or the module as it is, with a line."""
-    compiled = torch.compile(module)
+    """torch.compile(module) once loss_of(compiled) has run forwards and backwards, or the module as it is, with a line.
+
+    The trial leaves no trace: gradients are dropped, and buffers, such as batch norm's statistics, are what they were.
+    """
+    compiled, before = torch.compile(module), [b.clone() for b in module.buffers()]
     try:
         with rt.autocast():
             loss = loss_of(compiled)
         loss.backward()
         return compiled
+    except torch.OutOfMemoryError:
+        raise
     except Exception as e:          # whatever a missing or broken compiler raises; training goes on without it
         why = next(iter(str(e).strip().splitlines()), "")[:160]
         rt.print(f"--compile: cannot compile here ({type(e).__name__}: {why}), going on without")
         return module
     finally:
         module.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for b, value in zip(module.buffers(), before):
+                b.copy_(value)
 
 
 class StopSignal:

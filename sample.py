@@ -109,10 +109,10 @@ def guided(net, y, omega, rt):
     def predict(x, t):
         t = torch.full_like(y, t)
         with rt.autocast():
-            eps = net(x, t, y)
+            eps = net(x, t, y).float()
             if omega:
-                eps = eps + omega * (eps - net(x, t, null))
-        return eps.float()
+                eps = eps + omega * (eps - net(x, t, null).float())
+        return eps
     return predict
 
 

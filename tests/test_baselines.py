@@ -1,4 +1,5 @@
 """baselines.py, augment.py and re-sampling: each against a literal version, its limits, and one training run."""
+import copy
 import math
 
 import numpy as np
@@ -217,3 +218,11 @@ def test_augmentation_is_the_same_for_parts_of_a_batch(digits):
     whole, halves = draw(x_0, y, o, 0, 3), [draw(x_0, y, o, 0, 3, k, 2) for k in range(2)]
     assert torch.equal(whole.x_0, torch.cat([h.x_0 for h in halves])) and torch.equal(whole.a, torch.cat([h.a for h in halves]))
     assert torch.equal(whole.pool_x_0, halves[1].pool_x_0) and not torch.equal(whole.x_0, x_0)
+
+
+def test_a_copy_of_group_experts_routes_by_its_own_labels():
+    net = randomize(sample.build_network({**TINY, "dropout": 0.0}, 0.3, [9, 8, 7, 6, 5, 5, 4, 3, 2, 1]))
+    twin, x, t = copy.deepcopy(net), torch.randn(3, 1, 8, 8), torch.tensor([5, 6, 7])
+    net(x, t, torch.tensor([9, 9, 9]))
+    assert_close(twin(x, t, torch.tensor([0, 4, 9])), net(x, t, torch.tensor([0, 4, 9])))
+    assert twin(x[:1], t[:1], torch.tensor([0])).shape == (1, 1, 8, 8)

@@ -21,7 +21,7 @@ def test_a_step_trains(cpu):
     from data import ImageSet
     import numpy as np
     images = ImageSet("flat", np.full((64, 32, 32, 3), 60, np.uint8), np.zeros(64, np.int64), [str(c) for c in range(100)])
-    step, net, flops = bench.make_step("DDPM", images, 2, cpu, False, args)
+    step, net, flops, _ = bench.make_step("DDPM", images, 2, cpu, False, args)
     before = [p.detach().clone() for p in net.parameters()]
     step()
     assert sum(float((a - b).detach().abs().sum()) for a, b in zip(before, net.parameters())) > 0 and flops > 2e9

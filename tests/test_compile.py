@@ -75,3 +75,11 @@ def test_compiled_is_eager(make, loss, cm, cpu, capsys):
     assert_close((b, terms_b), (a, terms_a), rtol=1e-4, atol=1e-6)
     for (name, p), q in zip(o.named_parameters(), twin.parameters()):
         assert_close(q.grad, p.grad, rtol=1e-3, atol=1e-5, msg=lambda m: f"{name}: {m}")
+
+
+def test_the_trial_leaves_buffers_and_gradients_alone(cpu):
+    """Batch norm's statistics are those before the compilation's own pass, so that a resumed run is the same run."""
+    o, inputs = recognition("ce", False)
+    before = {n: b.clone() for n, b in o.named_buffers()}
+    runtime.compile_or_not(o, lambda m: m(*inputs)[0], cpu)
+    assert all(torch.equal(b, before[n]) for n, b in o.named_buffers()) and all(p.grad is None for p in o.parameters())

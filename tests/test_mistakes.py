@@ -35,7 +35,7 @@ def refuses(capsys, main, *flags, says):
 TRAIN = {       # flags -> what the line must say
     "unknown data set": (["--dataset", "imagenot"], ["--dataset imagenot", "cifar100"]),
     "ir below 1": (["--ir", 0.5], ["--ir", "at least 1"]),
-    "ir too large": (["--ir", 1000], ["--ir 1000", "no image", "at most"]),
+    "ir too large": (["--ir", 1000], ["--ir 1000", "no image", "below 148"]),
     "ir is not a number": (["--ir", "many"], ["--ir", "number"]),
     "rank ratio 0": (["--rank-ratio", 0], ["--rank-ratio", "greater than 0", "at most 1"]),
     "rank ratio above 1": (["--rank-ratio", 1.5], ["--rank-ratio", "at most 1"]),
