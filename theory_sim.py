@@ -150,11 +150,11 @@ def results(trials, seed):
             counts, means = np.array([100.0 - n_2, n_2]), two_means(math.pi / 2)
             points.append(point(f"Theorem 3.1: {name}", x, simulate(counts, means, 8.0, trials, rng(), alpha), trials,
                                 theory=exact_3_1(alpha, counts, means, 8.0), bound=theorem_3_1(alpha, 100, 8.0, math.pi / 2)))
-    for x in np.linspace(-45, 90, 10):
+    for x in np.linspace(-75, 75, 11):
         means = orthogonal_means(5, math.radians(x))
         points.append(point("Theorem F.1: tilt of the middle classes (degrees)", x, simulate(LONG_TAIL, means, 4.0, trials, rng()), trials,
                             theory=theorem_f1(LONG_TAIL, means, 4.0), simplified=theorem_f1_simplified(LONG_TAIL, means, 4.0)))
-    for name, tilt in (("orthogonal", 0), ("tilted by 90 degrees", 90)):
+    for name, tilt in (("orthogonal", 0), ("tilted by 75 degrees", 75)):
         means = orthogonal_means(5, math.radians(tilt))
         for x in np.linspace(0, 1, 11):
             points.append(point(f"Theorem F.2: alpha_r, middle classes {name}", x, simulate(LONG_TAIL, means, 8.0, trials, rng(), x),
