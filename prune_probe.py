@@ -112,7 +112,7 @@ def changes(raw, pruned, labels, class_names, counts):
     result = {"classes": classes, "splits": {}, "spearman": {}}
     for kind in ("absolute", "relative"):
         values = np.array([c[kind][0] for c in classes.values()])
-        rho, p = spearmanr(values, counts)
+        rho, p = spearmanr(values, counts) if np.ptp(counts) else (0.0, 1.0)       # undefined where all classes are as large
         result["spearman"][kind] = {"rho": float(rho), "p": float(p)}
         for split, members in splits(counts).items():
             result["splits"].setdefault(split, {})[kind] = float(values[members].mean())
@@ -144,11 +144,13 @@ def figures(runs, fraction, out):
 
 
 def curve(results, out):
-    """curve.png: the relative change of Many, Medium and Few against the fraction, one panel a checkpoint."""
+    """curve.png: the relative change of Many, Medium and Few (of each of two classes) against the fraction, one panel a checkpoint."""
     fig, axes = plt.subplots(1, len(results), figsize=(4.2 * len(results), 3.4), constrained_layout=True, squeeze=False, sharey=True)
     for ax, (name, by_fraction) in zip(axes[0], results.items()):
-        for split in next(iter(by_fraction.values()))["splits"]:
-            ax.plot([float(f) for f in by_fraction], [100 * r["splits"][split]["relative"] for r in by_fraction.values()], "o-", label=split)
+        first = next(iter(by_fraction.values()))
+        for group in first["splits"] or first["classes"]:
+            values = [r["splits"][group]["relative"] if r["splits"] else r["classes"][group]["relative"][0] for r in by_fraction.values()]
+            ax.plot([float(f) for f in by_fraction], [100 * v for v in values], "o-", label=group)
         ax.set(title=name, xlabel="fraction of weights set to zero")
         ax.legend(fontsize=8)
         ax.spines[["top", "right"]].set_visible(False)
@@ -196,7 +198,7 @@ def main():
     images, words = load_reference(data["dataset"], *where)
     class_names, counts, pixels = data["class_names"], np.array(data["class_counts"]), images.images
     labels = np.array([class_names.index(n) for n in images.class_names])[images.labels]
-    fractions, results, zeros = args.fractions or [args.fraction], {}, {}
+    fractions, results = args.fractions or [args.fraction], {}
     out = Path(args.out or Path(args.ckpt[0]).parent / "prune")
     for name, ckpt in zip(names, ckpts):
         net = load_network(ckpt, args.weights, "full", rt.device)
@@ -204,8 +206,7 @@ def main():
         results[name] = {}
         for fraction in fractions:
             pruned_net = copy.deepcopy(net)
-            shares = prune(pruned_net, fraction, args.scope, args.tensors)
-            zeros[f"{fraction:g}"] = sum(shares.values()) / len(shares)
+            prune(pruned_net, fraction, args.scope, args.tensors)
             pruned = losses(pruned_net, pixels, labels, args.repeats, rt, args.seed, args.batch_size, f"{name}: {fraction:g} pruned")
             results[name][f"{fraction:g}"] = changes(raw, pruned, labels, class_names, counts)
     shown = args.fraction if args.fraction in fractions else fractions[0]

@@ -174,7 +174,7 @@ def setup(device="auto", dtype="auto"):
         raise UserError(f"--device {device}: this machine cannot use it ({str(e).splitlines()[0]})")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False     # float32 is float32, in every script
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False     # float32 is float32, in every script
     if "RANK" in os.environ and not dist.is_initialized():
         # Hours, because the others wait where rank 0 packs a data set of 437,513 images or computes the metrics
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=12))
