@@ -454,7 +454,7 @@ def main():
             bar.update()
             saves = step % (args.save_every * steps_per_epoch) == 0
             if step % 20 == 0 or saves or step == total:
-                if rt.maximum(not math.isfinite(value := loss.item())):
+                if rt.maximum(int(not math.isfinite(value := loss.item()))):
                     raise UserError(f"stopped at step {step}: the loss is not finite; lower --lr")
                 bar.set_postfix(loss=f"{value:.3f}", refresh=False)
                 if board:

@@ -84,7 +84,7 @@ def dpmpp(predict, x, alphas_bar, timesteps, noise):
     """DPM-Solver++ (2M) (Lu et al., 2022b): second-order multistep in log(alpha / sigma), deterministic.
 
     The first step, the last, to alphas_bar = 1, and one to t = 0 are of first order (which is DDIM): on a grid of 15
-    the step to t = 0 is four times as wide as the one before it, and extrapolating over it triples the error.
+    the step to t = 0 is more than four times as wide as the one before it, too wide to extrapolate over.
     """
     previous = None                                         # x_0 and the width of the step before
     for t, ab, ab_next in pairs(alphas_bar, timesteps):

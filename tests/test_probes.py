@@ -16,6 +16,7 @@ from cm_layers import reserved
 from data import to_float
 from losses import Objective, draw
 from model import make_alphas_bar
+from runtime import UserError
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Pruning
@@ -84,6 +85,12 @@ def test_prune_probe_end_to_end(cm_run, data_dir, tmp_path, capsys):
     assert probe["results"]["a"] == probe["results"]["b"] and set(probe["results"]["a"]) == {"0.1", "0.4"}
     assert {p.name for p in tmp_path.iterdir()} == {"probe.json", "relative.png", "absolute.png", "raw.png", "curve.png"}
     assert "Spearman with class size" in capsys.readouterr().out
+    assert probe["settings"]["dtype"] == "torch.float32"            # the checkpoint's, whatever this machine is fast in
+    with pytest.raises(UserError, match="trained on other data"):
+        other = {**runtime.load(cm_run / "ckpt.pt", "diffusion")}
+        other["data"] = {**other["data"], "class_names": other["data"]["class_names"][::-1]}
+        runtime.save(tmp_path / "other.pt", other)
+        call(pp.main, "--ckpt", cm_run / "ckpt.pt", tmp_path / "other.pt", "--names", "a", "b", *flags)
     a = probe["results"]["a"]
     assert all(a["0.1"]["classes"][c]["raw"] == a["0.4"]["classes"][c]["raw"] for c in "0123456789")
     assert sum(abs(v["absolute"][0]) for v in a["0.4"]["classes"].values()) > sum(abs(v["absolute"][0]) for v in a["0.1"]["classes"].values())
@@ -138,6 +145,12 @@ def test_compare_is_the_theorems_question():
     mu2 = (9 + 9 - 50 / 100 - 50 / 10) / 2
     expected = cp.norm.cdf((2 * 100 / 110 - 1) * math.sqrt(mu2) * math.sqrt(2 * 110) / (2 * math.sqrt(50 / 2)))
     assert points.tolist() == [True] and cosines[0] == pytest.approx(0) and theory[0] == pytest.approx(expected)
+    # The angle as well: of two means that differ in little but noise, s2 / n_1 + s2 / n_K = 5.5 of |m_1 - m_K|^2 = 6.5
+    near = [torch.tensor([[300.0, 0.0]])], [torch.tensor([[30.0, 10 * 6.5 ** 0.5]])]
+    _, cosines, theory = cp.compare(*near, near[0], 100, 10, torch.tensor([50.0]), 1)
+    mu2 = (9 + 9 + 6.5 - 5.5) / 2
+    assert cosines[0] == pytest.approx(1 - 1 / (2 * mu2), abs=1e-6)
+    assert theory[0] == pytest.approx(cp.norm.cdf((2 * 100 / 110 - 1) * math.sqrt(110 * 1.0) / (2 * 5)), abs=1e-6)
     points, *_ = cp.compare(one, last, [torch.tensor([[1.0, 5.0]])], 100, 10, torch.tensor([50.0]), 1)
     assert points.tolist() == [False]
 

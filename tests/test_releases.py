@@ -222,3 +222,10 @@ def test_thousands_of_classes_take_no_loop_a_step_and_one_line(monkeypatch):
     assert "\n" not in line and len(line) < 200
     summary = data.ImageSet("x", np.zeros((1, 8, 8, 3)), np.repeat(np.arange(8142), counts), names).summary()
     assert "\n" not in summary and len(summary) < 200
+
+
+def test_a_class_that_the_reference_lacks(tmp_path):
+    for path in ("train/a/0.png", "train/b/0.png", "test/a/0.png"):
+        picture(tmp_path / path, 0)
+    with pytest.raises(UserError, match="--data-dir.* class b has no image in the test set"):
+        load_reference("folder", tmp_path, resolution=8, pack_dir=tmp_path / "packed")
