@@ -151,7 +151,8 @@ def curve(results, out):
         for group in first["splits"] or first["classes"]:
             values = [r["splits"][group]["relative"] if r["splits"] else r["classes"][group]["relative"][0] for r in by_fraction.values()]
             ax.plot([float(f) for f in by_fraction], [100 * v for v in values], "o-", label=group)
-        ax.set(title=name, xlabel="fraction of weights set to zero")
+        ax.set(title=name, xlabel="weights set to zero")
+        ax.set_xticks([float(f) for f in by_fraction], [f"{float(f):.0%}" for f in by_fraction])
         ax.legend(fontsize=8)
         ax.spines[["top", "right"]].set_visible(False)
     axes[0, 0].set_ylabel("relative loss change (%), mean over classes")
