@@ -395,10 +395,10 @@ def main():
             reserve(getattr(net, stage), args.rank_ratio)
     net.to(rt.device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(net.parameters(), lr=args.lr, momentum=0.9, weight_decay=args.weight_decay, nesterov=args.nesterov)
+    if old and (changed := [k for k, v in settings.items() if old["config"].get(k) != v]):
+        raise UserError(f"--{changed[0].removesuffix('_sha256').replace('_', '-')}: the run in {out} was made with {old['config'].get(changed[0])}; "
+                        f"repeat that, or choose another folder with --out")
     if old and old["training"]:
-        if changed := [k for k, v in settings.items() if old["config"].get(k) != v]:
-            raise UserError(f"--{changed[0].replace('_', '-')}: the unfinished run in {out} was started with {old['config'].get(changed[0])}; "
-                            f"repeat that to resume it, or choose another folder with --out")
         net.load_state_dict(old["training"]["model"])
         optimizer.load_state_dict(old["training"]["optimizer"])
         step = old["training"]["step"]

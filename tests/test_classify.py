@@ -209,6 +209,10 @@ def test_extra_images(tmp_path, data_dir, digits, capsys):
     call(classify.main, *FAST, "--extra", tmp_path / "x.npz", "--data-dir", data_dir, "--out", tmp_path / "run")
     result = runtime.read_json(tmp_path / "run/result.json")
     assert result["num"] == 802 and set(result["splits"]) == {"Many", "Medium", "Few"}          # by the real images' numbers
+    before = (tmp_path / "run/ckpt.pt").read_bytes()
+    refuses(capsys, classify.main, *FAST, "--lr", 0.05, "--extra", tmp_path / "x.npz", "--data-dir", data_dir, "--out", tmp_path / "run",
+            says=["--lr", "made with 0.1", "--out"])
+    assert (tmp_path / "run/ckpt.pt").read_bytes() == before            # a finished run is not written over
     np.savez(tmp_path / "size.npz", extra[:, :4], labels)
     np.savez(tmp_path / "label.npz", extra, labels + 5)
     np.savez(tmp_path / "float.npz", extra, labels + 0.5)
