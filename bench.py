@@ -6,7 +6,8 @@
 
 Every method's step is the one that train.py takes: the draw, forward, backward, clip, Adam and the averaged weights.
 All cells take turns, step by step, and the median counts, so that a machine whose speed drifts still gives fair ratios:
-of a method to the first one, and (speed-up) of a dtype or a compilation to float32 as it is.
+of a method to the first one, and (speed-up) of a dtype or a compilation to float32 as it is. "Hours a run" is what the
+paper's 300,000 steps of 64 images take at a row's images a second.
 """
 import math
 import multiprocessing
@@ -29,6 +30,7 @@ from model import UNetConfig, make_alphas_bar
 from runtime import Parser, UserError, integer, run
 from sample import build_network, guided
 
+RUN = 300_000 * 64       # images of one of the paper's runs
 METHODS = {"DDPM": ("ddpm", False), "OC": ("oc", False), "CBDM": ("cbdm", False), "CM on DDPM": ("ddpm", True), "CM on OC": ("oc", True)}
 
 
@@ -111,7 +113,8 @@ def bench(batch_size, cells, rounds, device, args):
         method, dtype, compiled = cell
         t = median[cell]
         rows.append({"method": method, "dtype": str(dtype).removeprefix("torch."), "compiled": compiled, "batch": batch_size,
-                     "step_ms": 1e3 * t, "images_per_s": batch_size / t, "ratio": t / median.get((cells[0][0], dtype, compiled), math.nan),
+                     "step_ms": 1e3 * t, "images_per_s": batch_size / t, "run_hours": RUN / batch_size * t / 3600,
+                     "ratio": t / median.get((cells[0][0], dtype, compiled), math.nan),
                      "faster": median[(method, *cells[0][1:])] / t, "peak_share": steps[cell][2] / t / peaks[dtype],
                      "memory_gib": memory[cell] / 2 ** 30 if memory else None})
     for dtype, rt in runtimes.items():
@@ -216,12 +219,12 @@ def main():
     name = torch.cuda.get_device_name(first.device) if cuda else f"CPU, {torch.get_num_threads()} threads"
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
     print(f"{name}, torch {torch.__version__}" + ("" if cuda else f"; peak memory of the process {memory:.1f} GiB") + "\n\n"
-          f"| method | batch | dtype | compiled | ms a step | images/s | time / {args.methods[0]} | speed-up | of matmul peak | GiB |\n"
-          "| --- | ---: | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |")
+          f"| method | batch | dtype | compiled | ms a step | images/s | hours a run | time / {args.methods[0]} | speed-up | of matmul peak | GiB |\n"
+          "| --- | ---: | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
     for r in rows:
         gib = f"{r['memory_gib']:.1f}" if r["memory_gib"] else ""
         print(f"| {r['method']} | {r['batch']} | {r['dtype']} | {'yes' if r['compiled'] else 'no'} | {r['step_ms']:.1f} | "
-              f"{r['images_per_s']:.1f} | {r['ratio']:.2f} | {r['faster']:.2f} | {r['peak_share']:.0%} | {gib} |")
+              f"{r['images_per_s']:.1f} | {r['run_hours']:.1f} | {r['ratio']:.2f} | {r['faster']:.2f} | {r['peak_share']:.0%} | {gib} |")
     for s in sampling:
         print(f"\nsampling, DDIM-50 with guidance, {s['dtype']}, batch {s['batch']}: {s['images_per_s']:.2f} images/s")
     runtime.write_json(out / "bench.json", {"device": name, "torch": torch.__version__, "rows": rows, "sampling": sampling})

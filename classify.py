@@ -27,7 +27,7 @@ from torchvision.models.resnet import BasicBlock, ResNet
 
 import runtime
 from cm_layers import general_only, merge, reserve
-from data import Batches, ImageSet, add_data_flags, load, load_long_tailed, splits, to_float
+from data import Batches, ImageSet, add_data_flags, load, load_long_tailed, splits, to_classes, to_float
 from losses import class_weights, cm
 from readers import NoSuchSplit
 from runtime import Parser, UserError, integer, number, run
@@ -219,6 +219,7 @@ def learning_rate(step, total, steps_per_epoch, args):
 def with_extra(images, path, per_class, seed):
     """`images` and the generated ones of an .npz (arr_0 N x H x W x 3 uint8, arr_1 labels), a number of each class.
 
+    Where sample.py left its .json beside the file, the classes are matched by their names.
     per_class: "all", a number at most, or "balance": as many as fill the class up to the largest. Raises UserError.
     """
     try:
@@ -231,8 +232,8 @@ def with_extra(images, path, per_class, seed):
     if not right or labels.shape != (len(extra),) or not len(extra) or not np.issubdtype(labels.dtype, np.integer):
         raise UserError(f"--extra {path}: arr_0 is {extra.dtype} of shape {list(extra.shape)}; it must be uint8, N x {size[0]} x {size[1]} "
                         f"x 3, with N labels, whole numbers")
-    if labels.min() < 0 or labels.max() >= C:
-        raise UserError(f"--extra {path}: labels run from {labels.min()} to {labels.max()}; the classes are 0 to {C - 1}")
+    names = (runtime.read_json(Path(path).with_suffix(".json")) or {}).get("data", {}).get("class_names")     # of sample.py
+    labels = to_classes(labels, names, images.class_names, f"--extra {path}")
     wanted = {"all": np.full(C, len(labels)), "balance": images.counts.max() - images.counts}.get(per_class)
     wanted = np.full(C, int(per_class)) if wanted is None else wanted
     rng = np.random.RandomState(seed)

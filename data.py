@@ -347,6 +347,23 @@ class Batches:
         return to_float(pixels), self.labels[index]
 
 
+def to_classes(labels, from_names, to_names, flag):
+    """Labels renumbered from one list of class names to another; None for labels or names that are not known.
+
+    Raises UserError, which names the flag, for a class that is not in the list and a label that is none.
+    """
+    if labels is None or to_names is None:
+        return labels
+    C = len(from_names or to_names)
+    if len(labels) and not 0 <= labels.min() <= labels.max() < C:
+        raise UserError(f"{flag}: labels run from {labels.min()} to {labels.max()}; the {C} classes are 0 to {C - 1}")
+    if from_names is None or from_names == to_names:
+        return labels
+    if missing := [n for n in from_names if n not in to_names]:
+        raise UserError(f"{flag}: its class {missing[0]} is not one of the {len(to_names)} to compare with ({', '.join(to_names[:5])} ...)")
+    return np.array([to_names.index(n) for n in from_names])[labels]
+
+
 def add_data_flags(parser, dataset="cifar100", ir=None):
     """The flags that choose the data, the same in every script that reads a data set; the defaults of two of them."""
     g = parser.add_argument_group("data")

@@ -21,7 +21,7 @@ from PIL import Image
 
 import runtime
 from classify import features_and_logits, load_classifier
-from data import load_reference, splits, to_float
+from data import load_reference, splits, to_classes, to_float
 from inception import load_inception
 from metrics import (IS_SPLITS, KID_SIZE, KID_SUBSETS, METRIC_SEED, distance_of, floor_of, inception_score, kernel_distance,
                      precision_recall)
@@ -323,17 +323,6 @@ def make_parser():
     parser.add_argument("--if-needed", action="store_true", help="do nothing where --out-json was made with these settings")
     parser.add_common("folder of eval.json (default: beside --ckpt or --samples)")
     return parser
-
-
-def to_classes(labels, from_names, to_names, flag):
-    """Labels renumbered from one list of class names to another; raises UserError for a class that is not in it."""
-    if labels is None or from_names is None or to_names is None or from_names == to_names:
-        if labels is not None and to_names is not None and len(labels) and not 0 <= labels.min() <= labels.max() < len(to_names):
-            raise UserError(f"{flag}: labels run from {labels.min()} to {labels.max()}, and the reference has {len(to_names)} classes")
-        return labels
-    if missing := [n for n in from_names if n not in to_names]:
-        raise UserError(f"{flag}: class {missing[0]} is not one of the {len(to_names)} classes of the samples")
-    return np.array([to_names.index(n) for n in from_names])[labels]
 
 
 def estimate(extractor, n_fake, n_real, net, ckpt, settings, args, rt):

@@ -59,6 +59,14 @@ def show(mean, std, column):
     return f"{mean:.{digits}f}" + (f" +- {std:.{digits}f}" if std is not None else "")
 
 
+def paper_value(paper, name, column):
+    """The paper's (mean, standard deviation or None) of a row in a setting, or None where it gives no such number."""
+    if not paper or name not in paper["rows"] or column not in paper["columns"]:
+        return None
+    value = paper["rows"][name][paper["columns"].index(column)]
+    return value if value is None or isinstance(value, list) else (value, None)
+
+
 def summarise(rows, columns):
     """Per row and column (mean, standard deviation over seeds or None), or None where nothing was measured."""
     cells = []
@@ -82,9 +90,8 @@ def paper_table(rows, columns, paper):
             mark = "" if not cell or len(means) < 2 else "**" if cell[0] == means[0] else "*" if cell[0] == means[1] and len(means) > 2 else ""
             line.append(mark + text + mark)
             if paper:
-                theirs = paper["rows"].get(name)
-                theirs = theirs[paper["columns"].index(column)] if theirs and column in paper["columns"] else None
-                line.append("-" if theirs is None else show(*(theirs if isinstance(theirs, list) else (theirs, None)), column))
+                theirs = paper_value(paper, name, column)
+                line.append(show(*theirs, column) if theirs else "-")
         lines.append(line)
     lines = [head, ["---"] + ["---:"] * (len(head) - 1), *lines]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -136,10 +143,9 @@ def paper_figure(rows, columns, paper, title, path):
         bars = ax.bar(at, [c[0] if c else 0 for c in row], width, yerr=[c[1] or 0 if c else 0 for c in row], label=name, capsize=2)
         ax.bar_label(bars, fmt="%.3g", fontsize=6, padding=1)
         for a, column in zip(at, columns):
-            theirs = paper["rows"].get(name) if paper else None
-            if theirs and column in paper["columns"]:
-                value = theirs[paper["columns"].index(column)]
-                ax.plot(a, value[0] if isinstance(value, list) else value, "kD", markersize=4, markerfacecolor="white")
+            value = paper_value(paper, name, column)
+            if value is not None:
+                ax.plot(a, value[0], "kD", markersize=4, markerfacecolor="white")
     ax.set_xticks(x, [cell_value(rows[0][1][0], c)[0] for c in columns])
     ax.set(title=title, ylabel="lower is better" if columns[0].endswith("fid") else "per cent, higher is better")
     ax.spines[["top", "right"]].set_visible(False)
@@ -157,9 +163,9 @@ def paper_page(args, rows):
     table, setting = tables[args.paper], args.setting or "demo"
     page, first = Path(args.out), rows[0][1][0]
     paper = table["settings"].get(setting)
-    columns = paper["columns"] if paper else next((s["columns"] for s in table["settings"].values()), None)
-    if columns is None or ("fd" in first or "fid" in first) and (paper is None and any(c.split()[0] in ("Female", "Male") for c in columns)):
-        columns = ["Many fid", "Medium fid", "Few fid", "fid"]          # a figure, or a table on another set than the paper's
+    columns = (paper or next(iter(table["settings"].values())))["columns"]
+    if paper is None and columns[0] == "Female fid":
+        columns = ["Many fid", "Medium fid", "Few fid", "fid"]          # Table 4 on another set than the paper's
     text = paper_table(rows, columns, paper)
     paper_figure(rows, columns, paper, f"{table['title']}, {setting}", page)
     commands = [f"{command}    # {name}" for name, results in rows for command in (results[0]["settings"].get("command"), results[0].get("command"))

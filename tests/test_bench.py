@@ -11,7 +11,7 @@ def test_bench_measures_the_papers_network(tmp_path, capsys):
     call(bench.main, "--batch-size", 1, "--rounds", 1, "--dtype", "float32", "--device", "cpu", "--methods", "DDPM", "CM on DDPM", "--out", tmp_path)
     ddpm, cm = runtime.read_json(tmp_path / "bench.json")["rows"]
     assert ddpm["ratio"] == 1 and cm["ratio"] == pytest.approx(cm["step_ms"] / ddpm["step_ms"]) and cm["images_per_s"] > 0
-    assert ddpm["peak_share"] > 0.02
+    assert ddpm["run_hours"] == pytest.approx(300_000 * 64 * ddpm["step_ms"] / 1000 / 3600) and ddpm["peak_share"] > 0.02
     assert "| CM on DDPM | 1 | float32 | no |" in capsys.readouterr().out
 
 

@@ -206,6 +206,16 @@ def test_extra_images(tmp_path, data_dir, digits, capsys):
         joined = classify.with_extra(digits, tmp_path / "x.npz", how, 0)
         assert joined.counts.tolist() == expected and joined.images.shape[1:] == (8, 8, 1)
         assert np.array_equal(joined.images[:502], digits.images)
+    backwards = {"data": {"class_names": [str(c) for c in range(10)][::-1]}}           # as of a run with another --class-order
+    runtime.write_json(tmp_path / "reversed.json", backwards)
+    np.savez(tmp_path / "reversed.npz", extra, 9 - labels)
+    joined = classify.with_extra(digits, tmp_path / "reversed.npz", "all", 0)
+    again = classify.with_extra(digits, tmp_path / "x.npz", "all", 0)
+    assert np.array_equal(joined.labels, again.labels) and np.array_equal(joined.images, again.images)
+    runtime.write_json(tmp_path / "others.json", {"data": {"class_names": ["cat"] * 10}})
+    np.savez(tmp_path / "others.npz", extra, labels)
+    refuses(capsys, classify.main, *FAST, "--extra", tmp_path / "others.npz", "--data-dir", data_dir, "--out", tmp_path / "y",
+            says=["--extra", "class cat", "10"])
     call(classify.main, *FAST, "--extra", tmp_path / "x.npz", "--data-dir", data_dir, "--out", tmp_path / "run")
     result = runtime.read_json(tmp_path / "run/result.json")
     assert result["num"] == 802 and set(result["splits"]) == {"Many", "Medium", "Few"}          # by the real images' numbers
