@@ -8,6 +8,8 @@
 # Tables: table1 table2 table3 table4 table5 table7 tableE2 tableG8 tableG10 tableG12 tableG13; figures: fig1b fig4a fig4b fig4c fig4d; and
 # theory, allocation, dominance, gain. They share their runs (out/paper). From the environment, with the defaults:
 #   DATASET=cifar100 IR=100 SEEDS=0,1,2 NGPU=1 DATA_DIR=data RESOLUTION=   SCALE=paper, or SCALE=demo: on digits, in minutes
+# and, for a budget of your own, runs and pages in a folder of their own: ROOT=out/mine STEPS=20000 FLAGS="--ch 64 --lr 5e-4"
+# (of train.py) NUM=10000 FEATURES=CKPT (of classify.py; without it, Inception)
 set -euo pipefail
 cd "$(dirname "$0")"
 export PYTHONUNBUFFERED=1
@@ -54,16 +56,16 @@ fi
 # ----------------------------------------------------------------------------------------------------------------------
 # The paper's tables
 
-SCALE=${SCALE:-paper}
+SCALE=${SCALE:-paper}; PAGES=${ROOT:-out}
 if [[ $SCALE == demo ]]; then
-  DATASET=digits; IR=${IR:-20}; SEEDS=${SEEDS:-0}; ROOT=out/paper-demo
-  TRAIN="--steps ${STEPS:-300} --sample-every 0"; EVALUATE="--num ${NUM:-500} --features $ROOT/classifier/ckpt.pt"
-  CLASSIFY="--epochs ${EPOCHS:-60}"; EXTRA=${EXTRA:-500}
+  DATASET=digits; IR=${IR:-20}; SEEDS=${SEEDS:-0}; ROOT=${ROOT:-out/paper-demo}; STEPS=${STEPS:-300}; NUM=${NUM:-500}
+  FLAGS="--sample-every 0 ${FLAGS:-}"; FEATURES=$ROOT/classifier/ckpt.pt; CLASSIFY="--epochs ${EPOCHS:-60}"; EXTRA=${EXTRA:-500}
   python classify.py --dataset digits --epochs 10 --out $ROOT/classifier --if-needed
 else
   case $TARGET in table4) DATASET=${DATASET:-celebahq} ;; table5) DATASET=${DATASET:-imagenet-lt} ;; *) DATASET=${DATASET:-cifar100} ;; esac
-  IR=${IR:-100}; SEEDS=${SEEDS:-0,1,2}; ROOT=out/paper; TRAIN=""; EVALUATE=""
+  IR=${IR:-100}; SEEDS=${SEEDS:-0,1,2}; ROOT=${ROOT:-out/paper}
 fi
+TRAIN="${STEPS:+--steps $STEPS} ${FLAGS:-}"; EVALUATE="${NUM:+--num $NUM} ${FEATURES:+--features $FEATURES}"
 SETTING=$DATASET-ir$IR${RESOLUTION:+-$RESOLUTION}
 if [[ $DATASET == imagenet-lt || $DATASET == inat2018 ]]; then IR=1; RESOLUTION=${RESOLUTION:-64}; SETTING=$DATASET-$RESOLUTION; fi
 case $TARGET in fig1b | dominance | allocation) SEEDS=${SEEDS%%,*} ;; esac       # which look at one network each
@@ -88,7 +90,7 @@ row() {
 
 # page TABLE: the table's page from the rows so far
 page() {
-  python report.py --paper $1 --setting $SETTING "${ROWS[@]}" --out out/$TARGET/$SETTING/${2:-report}.md
+  python report.py --paper $1 --setting $SETTING "${ROWS[@]}" --out $PAGES/$TARGET/$SETTING/${2:-report}.md
   ROWS=()
 }
 
@@ -130,7 +132,7 @@ case $TARGET in
     page tableG13 ;;
   fig1b)        # and G.1, G.2: what pruning does to each class
     ddpm; cm
-    python prune_probe.py --ckpt $ROOT/$SETTING/{ddpm,cm}-seed${SEEDS%%,*}/ckpt.pt --fractions 0.05,0.1,0.2,0.3 --out out/fig1b/$SETTING ;;
+    python prune_probe.py --ckpt $ROOT/$SETTING/{ddpm,cm}-seed${SEEDS%%,*}/ckpt.pt --fractions 0.05,0.1,0.2,0.3 --out $PAGES/fig1b/$SETTING ;;
   theory)       # Theorems 2.1, 3.1, F.1, F.2 against simulation
     python theory_sim.py ;;
   dominance)    # Theorem 2.1's question on a trained network's gradients
@@ -187,7 +189,7 @@ case $TARGET in
     oc; for R in 0.05 0.2 0.3 0.5; do row "rank $R" cm-rank$R --base oc --cm --rank-ratio $R; done; cm; page fig4c ;;
   fig4d)        # network widths
     for M in "1 2 2" "1 2 2 2" "1 2 3 4"; do
-      WIDTH=-mult${M// /}; if [[ $SCALE$M == "paper1 2 2 2" ]]; then WIDTH=; fi      # the paper's own: the runs of table2
+      WIDTH=-mult${M// /}; if [[ $SCALE$M == "paper1 2 2 2" && ${FLAGS:-} != *--ch-mult* ]]; then WIDTH=; fi      # the paper's own: the runs of table2
       row "OC, $M" oc$WIDTH --base oc --no-cm --ch-mult $M
       row "CM, $M" cm$WIDTH --base oc --cm --ch-mult $M
     done; page fig4d ;;

@@ -18,8 +18,9 @@ class Parsed(Exception):
     """The flags were understood."""
 
 
-@pytest.mark.parametrize("env", [{"SCALE": "demo"}, {"NGPU": "2", "DATA_DIR": "my data", "SEEDS": "3,5"}, {"DATASET": "inat2018", "IR": "50"}],
-                         ids=["demo", "paper", "inat2018"])
+@pytest.mark.parametrize("env", [{"SCALE": "demo"}, {"NGPU": "2", "DATA_DIR": "my data", "SEEDS": "3,5"}, {"DATASET": "inat2018", "IR": "50"},
+                                 {"ROOT": "mine", "STEPS": "7", "FLAGS": "--ch 64 --lr 5e-4", "NUM": "99", "FEATURES": "c.pt"}],
+                         ids=["demo", "paper", "inat2018", "budget"])
 def test_every_command_is_understood(tmp_path, monkeypatch, env):
     for name in ("python", "torchrun"):
         (tmp_path / name).write_text(f"#!/bin/sh\nprintf '%s\\t' {name} \"$@\" >> {tmp_path}/calls\necho >> {tmp_path}/calls\n")
@@ -27,6 +28,11 @@ def test_every_command_is_understood(tmp_path, monkeypatch, env):
     assert len(TARGETS) > 18 and {"table2", "tableG8", "fig4d", "gain"} <= set(TARGETS)
     for target in TARGETS:
         subprocess.run(["bash", ROOT / "run_all.sh", target], check=True, env={**os.environ, **env, "PATH": f"{tmp_path}:{os.environ['PATH']}"})
+    if "ROOT" in env:                       # a budget of one's own reaches every run, in a folder of its own
+        lines = (tmp_path / "calls").read_text().splitlines()
+        assert all("--steps\t7\t--ch\t64\t--lr\t5e-4" in line for line in lines if "train.py" in line)
+        assert all("--num\t99\t--features\tc.pt" in line for line in lines if "evaluate.py" in line)
+        assert all("\tmine/" in line for line in lines if "train.py" in line or "report.py" in line)
     calls = {line.rstrip("\t") for line in (tmp_path / "calls").read_text().splitlines()}
     parse, seen = runtime.Parser.parse_args, set()
 
