@@ -238,7 +238,7 @@ def main():
     parser.add_argument("--quality", nargs=2, metavar=("FULL", "GENERAL"), help="allocation: evaluate.py's JSON of either branch (Table 7)")
     parser.add_common("folder of dominance.json or allocation.json (default: probe beside the checkpoint)")
     args = parser.parse_args()
-    start, ckpt = time.time(), runtime.load(args.ckpt, "diffusion")
+    start, ckpt = time.time(), runtime.load(args.ckpt, ["diffusion"])
     rt = runtime.setup(args.device, dtype_of(args, ckpt))
     args.out = args.out or str(Path(args.ckpt).parent / "probe")
     net = unmerged(ckpt, args.weights, rt.device)

@@ -80,7 +80,7 @@ def features_and_logits(net, x):
 
 def load_classifier(path, device, flag="--features"):
     """The network of a checkpoint in eval mode and its record {"data", "config", "accuracy"}. Raises UserError."""
-    ckpt = runtime.load(path, "classifier", flag)
+    ckpt = runtime.load(path, ["classifier"], flag)
     net = make_resnet(**ckpt["network"])
     net.load_state_dict(ckpt["model"])
     return net.to(device).eval().requires_grad_(False), ckpt
@@ -365,7 +365,7 @@ def main():
     """Train, resuming where a run was stopped; then measure the merged network on the test set."""
     args = resolve(make_parser().parse_args())
     start, out, step = time.time(), Path(args.out), 0
-    old = runtime.load(out / "ckpt.pt", "classifier", "--out") if (out / "ckpt.pt").exists() else None
+    old = runtime.load(out / "ckpt.pt", ["classifier"], "--out") if (out / "ckpt.pt").exists() else None
     rt = runtime.setup(args.device, old["config"]["dtype"] if old and args.dtype == "auto" else args.dtype)
     args.dtype = str(rt.dtype).removeprefix("torch.")       # what auto came to: a run keeps it on any device
     if args.batch_size % rt.world:

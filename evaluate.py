@@ -27,7 +27,7 @@ from metrics import (IS_SPLITS, KID_SIZE, KID_SUBSETS, METRIC_SEED, distance_of,
                      precision_recall)
 from readers import IMAGE_FILES, READERS
 from runtime import Parser, UserError, integer, run
-from sample import add_sampling_flags, describe, draw, dtype_of, generate, load_network, sampling_settings
+from sample import DEFAULTS, add_sampling_flags, describe, draw, dtype_of, generate, load_network, sampling_settings
 
 PROTOCOL = {"paper": {"num": 50_000, "num_split": 20_000, "features": "inception"},
             "digits": {"num": 2000, "num_split": 0, "features": "out/classifier-digits/ckpt.pt"}}
@@ -364,13 +364,13 @@ def refuse_long_tailed(labels, text, class_counts):
 def main():
     """What is measured, against what; say so; draw and extract; measure and write."""
     args = make_parser().parse_args()
-    ckpt = runtime.load(args.ckpt, "diffusion") if args.ckpt else None
+    ckpt = runtime.load(args.ckpt, DEFAULTS) if args.ckpt else None
     rt = runtime.setup(args.device, dtype_of(args, ckpt) if ckpt else args.dtype)
 
     # What is measured
     net, settings, samples = None, None, None
     if args.ckpt:
-        settings = sampling_settings(args)
+        settings = sampling_settings(args, ckpt["kind"])
         net = load_network(ckpt, args.weights, args.branch, rt.device)
         data, made = ckpt["data"], describe(args, ckpt, settings)
         dataset, config = data["dataset"], ckpt["config"]

@@ -37,6 +37,7 @@ class Batch(NamedTuple):
     masks_decode: list          # for decode with theta,
     masks_general: list         # and for decode with theta^g: the same tensors unless they are independent
     a: torch.Tensor             # (B, augment.DIM), what was done to the images; None without augmentation
+    t_below: torch.Tensor       # (B,) int64, the timestep below t of a base that compares two; else None
 
 
 @torch.no_grad()
@@ -50,7 +51,7 @@ def draw(x_0, y, o, seed, step, part=0, parts=1, flip=False, dtype=torch.float32
     """
     G, device = len(x_0), x_0.device
     g = generator(device, seed, "step", step)
-    t = torch.randint(len(o.alphas_bar), (G,), generator=g, device=device)
+    t, t_below = o.draw_t(o, G, step, g)
     eps = torch.randn(x_0.shape, generator=g, device=device)
     dropped = torch.rand(G, generator=g, device=device) < o.label_drop
     mirrored = torch.rand(G, generator=g, device=device) < 0.5
@@ -67,7 +68,8 @@ def draw(x_0, y, o, seed, step, part=0, parts=1, flip=False, dtype=torch.float32
     encode, decode = o.net.draw_masks(G // parts, x_0.shape[-1], masks, dtype)
     general = o.net.draw_masks(G // parts, x_0.shape[-1], masks, dtype)[1] if o.independent_dropout else decode
     return Batch(x_0[own], y[own], torch.where(dropped, -1, y)[own], t[own], eps[own], y_prime[own],
-                 x_0, y, gumbel[own], encode, decode, general, None if a is None else a[own])
+                 x_0, y, gumbel[own], encode, decode, general, None if a is None else a[own],
+                 None if t_below is None else t_below[own])
 
 
 class Predictions:
@@ -135,7 +137,13 @@ def oc(p, b, o):
     return {"base": distance(p.eps, oc_target(p.x_t, b, o)).mean()}
 
 
+def uniform_t(o, G, step, g):
+    """Timesteps (t, t_below), each (G,) int64 or None, of a step: t uniform in [0, T), on the device of the generator g."""
+    return torch.randint(len(o.alphas_bar), (G,), generator=g, device=g.device), None
+
+
 BASES = {"ddpm": ddpm, "cbdm": cbdm, "oc": oc}
+TIMESTEPS = {}      # base: how it draws timesteps, where not by uniform_t
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -162,17 +170,17 @@ class Objective(nn.Module):
 
     forward(Batch) -> (total, a scalar; {name: scalar} of unweighted terms; D (B,) detached, 0 without CM).
     counts (C,): images a class in the training set. tau, gamma, y_prime ("uniform": the mean over Y of Eq. (D.1), or
-    "train": by class frequency, CBDM's code) belong to cbdm; ada is augment.py's probability; the rest belongs to
-    baselines.py. lam = 0, or a net with nothing reserved: no second pass.
+    "train": by class frequency, CBDM's code) belong to cbdm; ada is augment.py's probability; ct_double belongs to
+    consistency.py, the rest to baselines.py. lam = 0, or a net with nothing reserved: no second pass.
     """
 
     def __init__(self, net, base, counts, alphas_bar, lam=1.0, w_con=1.0, w_div=1.0, div_bound=0.01, label_drop=0.1,
                  independent_dropout=False, tau=1e-3, gamma=0.25, y_prime="uniform", ada=0.0, focal_gamma=2.0,
-                 rop_weight=0.1, rop_margin=0.1):
+                 rop_weight=0.1, rop_margin=0.1, ct_double=40_000):
         super().__init__()
-        self.net, self.base, self.gamma = net, BASES[base], gamma
+        self.net, self.base, self.draw_t, self.gamma = net, BASES[base], TIMESTEPS.get(base, uniform_t), gamma
         self.div_bound, self.label_drop, self.independent_dropout = div_bound, label_drop, independent_dropout
-        self.ada, self.focal_gamma, self.rop_margin = ada, focal_gamma, rop_margin
+        self.ada, self.focal_gamma, self.rop_margin, self.ct_double = ada, focal_gamma, rop_margin, ct_double
         self.weights = {"base": 1.0, "cb": tau, "overlap": rop_weight, "con": lam * w_con, "div": lam * w_div}
         self.two_passes = lam != 0 and any(True for _ in reserved(net.decoder))
         counts = torch.as_tensor(counts)

@@ -185,7 +185,7 @@ def main():
     g.add_argument("--batch-size", type=integer(1), default=256, help="images at a time; changes nothing (default: 256)")
     parser.add_common("folder of probe.json and the figures (default: prune beside the first checkpoint)")
     args = parser.parse_args()
-    start, ckpts = time.time(), [runtime.load(path, "diffusion") for path in args.ckpt]
+    start, ckpts = time.time(), [runtime.load(path, ["diffusion"]) for path in args.ckpt]
     rt = runtime.setup(args.device, dtype_of(args, ckpts[0]))
     names = args.names or [Path(path).parent.name for path in args.ckpt]
     if len(names) != len(ckpts) or len(set(names)) < len(names):

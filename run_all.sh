@@ -5,7 +5,7 @@
 #   bash run_all.sh smoke    the demo's whole path with a few steps of everything, a minute
 #   bash run_all.sh table2   one of the paper's tables; out/table2/SETTING/report.md has its numbers beside the paper's
 #
-# Tables: table1 table2 table3 table4 table5 table7 tableE2 tableG8 tableG10 tableG12 tableG13; figures: fig1b fig4a fig4b fig4c fig4d; and
+# Tables: table1 table2 table3 table4 table5 table7 tableE2 tableG8 tableG9 tableG10 tableG12 tableG13; figures: fig1b fig4a fig4b fig4c fig4d; and
 # theory, allocation, dominance, gain. They share their runs (out/paper). From the environment, with the defaults:
 #   DATASET=cifar100 IR=100 SEEDS=0,1,2 NGPU=1 DATA_DIR=data RESOLUTION=   SCALE=paper, or SCALE=demo: on digits, in minutes
 # and, for a budget of your own, runs and pages in a folder of their own: ROOT=out/mine STEPS=20000 FLAGS="--ch 64 --lr 5e-4"
@@ -172,6 +172,9 @@ case $TARGET in
     page table7-right ;;
   tableE2)      # one low-rank expert a group
     ddpm; row "Group-Expert LoRA" experts --base ddpm --no-cm --experts group; cm; page tableE2 ;;
+  tableG9)      # consistency models
+    row "Consistency model" consistency --base consistency --no-cm
+    row "CM on Consistency model" cm-consistency --base consistency --cm; page tableG9 ;;
   tableG10)     # DPM-Solver, 15 steps
     ddpm -- --sampler dpm++; cm -- --sampler dpm++; page tableG10 ;;
   tableG12)     # overlap optimisation

@@ -288,10 +288,10 @@ def save(path, value):
     write_atomic(path, lambda p: torch.save({"format": FORMAT, **value}, p))
 
 
-def load(path, kind, flag="--ckpt"):
+def load(path, kinds, flag="--ckpt"):
     """Read what `save` wrote, on the CPU, with weights_only=True. Raises UserError that names `flag`.
 
-    kind: the value under "kind" that the file must have ("diffusion" or "classifier").
+    kinds: what may stand under "kind" in the file, some of "diffusion", "consistency" and "classifier".
     """
     if not Path(path).is_file():
         raise UserError(f"{flag} {path}: " + ("a folder; name the ckpt.pt in it" if Path(path).is_dir() else "there is no such file"))
@@ -299,8 +299,8 @@ def load(path, kind, flag="--ckpt"):
         value = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile):
         raise UserError(f"{flag} {path}: not a whole checkpoint (cut short, damaged or of another program)")
-    if not isinstance(value, dict) or value.get("format") != FORMAT or value.get("kind") != kind:
-        raise UserError(f"{flag} {path}: not a {kind} checkpoint of this project")
+    if not isinstance(value, dict) or value.get("format") != FORMAT or value.get("kind") not in kinds:
+        raise UserError(f"{flag} {path}: not a {' or '.join(kinds)} checkpoint of this project")
     return value
 
 

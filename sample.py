@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+import consistency
 import runtime
 from baselines import add_group_experts
 from cm_layers import merge, reserve
@@ -98,8 +99,9 @@ def dpmpp(predict, x, alphas_bar, timesteps, noise):
         previous = x_0, h
 
 
-SAMPLERS = {"ddim": ddim, "ddpm": ddpm, "dpm++": dpmpp}
-STEPS = {"ddim": 50, "ddpm": 1000, "dpm++": 15}             # the paper's
+SAMPLERS = {"ddim": ddim, "ddpm": ddpm, "dpm++": dpmpp, "consistency": consistency.sample}
+STEPS = {"ddim": 50, "ddpm": 1000, "dpm++": 15, "consistency": 2}           # the paper's; it gives none for the last
+DEFAULTS = {"diffusion": {"sampler": "ddim", "guidance": 1.5}, "consistency": {"sampler": "consistency", "guidance": 0.0}}
 
 
 def guided(net, y, omega, rt):
@@ -175,7 +177,8 @@ def draw(net, y, indices, shape, rt, seed=0, sampler="ddim", steps=50, grid="uni
     def noise():
         return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(rt.device)
     alphas_bar = make_alphas_bar()
-    timesteps = make_timesteps(len(alphas_bar), steps, grid)
+    timesteps = (consistency.make_timesteps(len(alphas_bar), steps) if sampler == "consistency"
+                 else make_timesteps(len(alphas_bar), steps, grid))
     extra = {"eta": eta} if sampler == "ddim" else {}
     x_T = noise().contiguous(memory_format=torch.channels_last)
     return SAMPLERS[sampler](guided(net, y, guidance, rt), x_T, alphas_bar, timesteps, noise, **extra)
@@ -238,25 +241,33 @@ def write_pngs(images, labels, class_names, folder):
 def add_sampling_flags(parser):
     """The flags that choose how images are drawn, the same for evaluate.py."""
     g = parser.add_argument_group("sampling")
-    g.add_argument("--sampler", choices=SAMPLERS, default="ddim", help="default: ddim")
-    g.add_argument("--steps", type=integer(1, 1000), help="network calls an image (default: ddim 50, ddpm 1000, dpm++ 15)")
+    g.add_argument("--sampler", choices=SAMPLERS, help="default: ddim; for a consistency model: consistency")
+    g.add_argument("--steps", type=integer(1, 1000), help="network calls an image (default: " + ", ".join(
+        f"{name} {n}" for name, n in STEPS.items()) + ")")
     g.add_argument("--grid", choices=("uniform", "quad"), default="uniform", help="timesteps (default: uniform)")
     g.add_argument("--eta", type=number(0, 1), default=0.0, help="noise of DDIM (default: 0, deterministic)")
-    g.add_argument("--guidance", type=number(0), default=1.5, metavar="OMEGA", help="eps + omega (eps - eps_null); 0: none, "
-                   "and half the time (default: 1.5, the authors' release)")
+    g.add_argument("--guidance", type=number(0), metavar="OMEGA", help="eps + omega (eps - eps_null); 0: none, and half the time "
+                   "(default: 1.5, the authors' release; a consistency model has none)")
     g.add_argument("--branch", choices=("full", "general"), default="full", help="theta, or theta^g alone (default: full)")
     g.add_argument("--weights", choices=("ema", "raw"), default="ema", help="default: ema")
     g.add_argument("--batch-size", type=integer(1), default=250, help="images at a time a process (default: 250)")
     return g
 
 
-def sampling_settings(args):
-    """The settings of `draw` that these flags mean: a plain dict. Raises UserError."""
-    settings = {"seed": args.seed, "sampler": args.sampler, "grid": args.grid, "eta": args.eta,
-                "guidance": args.guidance, "steps": args.steps or STEPS[args.sampler]}
-    make_timesteps(1000, settings["steps"], settings["grid"])       # fails here, before any work
-    if args.eta and args.sampler != "ddim":
-        raise UserError(f"--eta {args.eta:g}: belongs to --sampler ddim, and {args.sampler} has none; leave it out")
+def sampling_settings(args, kind):
+    """The settings of `draw` that these flags mean for a checkpoint of this kind: a plain dict. Raises UserError."""
+    default = DEFAULTS[kind]
+    sampler, guidance = args.sampler or default["sampler"], default["guidance"] if args.guidance is None else args.guidance
+    settings = {"seed": args.seed, "sampler": sampler, "grid": args.grid, "eta": args.eta, "guidance": guidance,
+                "steps": args.steps or STEPS[sampler]}
+    if (sampler == "consistency") != (kind == "consistency"):
+        raise UserError(f"--sampler {sampler}: this checkpoint is a {kind} model; leave it out for {default['sampler']}")
+    if sampler == "consistency" and (guidance or args.grid != "uniform"):
+        raise UserError(f"--{'guidance' if guidance else 'grid'}: a consistency model has none; leave it out")
+    if sampler != "consistency":
+        make_timesteps(1000, settings["steps"], settings["grid"])       # fails here, before any work
+    if args.eta and sampler != "ddim":
+        raise UserError(f"--eta {args.eta:g}: belongs to --sampler ddim, and {sampler} has none; leave it out")
     return settings
 
 
@@ -283,7 +294,7 @@ def main():
     parser.add_argument("--if-needed", action="store_true", help="do nothing where --out was made with these settings already")
     parser.add_common("folder of the results (default: samples beside the checkpoint)")
     args = parser.parse_args()
-    ckpt = runtime.load(args.ckpt, "diffusion")
+    ckpt = runtime.load(args.ckpt, DEFAULTS)
     rt = runtime.setup(args.device, dtype_of(args, ckpt))
     net = load_network(ckpt, args.weights, args.branch, rt.device)
     if args.export:
@@ -293,7 +304,7 @@ def main():
 
     names = ckpt["data"]["class_names"]
     classes = resolve_classes(args.classes, names) if args.classes else list(range(len(names)))
-    settings = sampling_settings(args)
+    settings = sampling_settings(args, ckpt["kind"])
     out = Path(args.out or Path(args.ckpt).parent / ("samples" if args.branch == "full" else "samples-general"))
     record = {**describe(args, ckpt, settings), "classes": classes, "num": args.num, "dtype": str(rt.dtype)}
     if args.if_needed and runtime.up_to_date(out / "samples.json", record) and (out / "samples.npz").exists():

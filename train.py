@@ -32,16 +32,16 @@ from data import Batches, add_data_flags, load_long_tailed, splits
 from losses import BASES, Objective, draw
 from model import make_alphas_bar
 from runtime import Parser, UserError, integer, number, run
-from sample import add_low_rank, build_network, generate, grid_image, load_network
+from sample import DEFAULTS, STEPS, add_low_rank, build_network, generate, grid_image, load_network
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Settings
 
 PRESETS = {     # the defaults of flags that depend on the data set; "paper" holds for every set that has no row
     "paper": dict(ir=100.0, ch=128, ch_mult=[1, 2, 2, 2], attn=[1], num_res_blocks=2, dropout=0.1, steps=300_000, lr=2e-4,
-                  warmup=5000, ema=0.9999, save_every=5000, sample_every=20_000, log_every=100, dtype="auto"),
+                  warmup=5000, ema=0.9999, ct_double=40_000, save_every=5000, sample_every=20_000, log_every=100, dtype="auto"),
     "digits": dict(ir=20.0, ch=32, ch_mult=[1, 2], num_res_blocks=1, steps=2000, lr=1e-3, warmup=100, ema=0.999,
-                   save_every=500, sample_every=500, log_every=50, dtype="float32"),
+                   ct_double=500, save_every=500, sample_every=500, log_every=50, dtype="float32"),
     "cub200": dict(ir=10.0), "flowers102": dict(ir=10.0),                                # too small for 100
     "folder": dict(ir=1.0), "imagenet-lt": dict(ir=1.0), "inat2018": dict(ir=1.0),      # long-tailed as they are
 }
@@ -78,6 +78,7 @@ def make_parser():
     g.add_argument("--focal-gamma", type=number(0), default=2.0, help="gamma of --base focal (default: 2)")
     g.add_argument("--rop-weight", type=number(0), default=0.1, help="weight of --base rop's overlap term (default: 0.1)")
     g.add_argument("--rop-margin", type=number(above=0), default=0.1, help="margin of --base rop (default: 0.1)")
+    g.add_argument("--ct-double", type=integer(1), metavar="K", help="--base consistency: its 10 intervals double every K steps, up to 640")
     g.add_argument("--experts", choices=("group",), help="one low-rank expert for each of Many, Medium and Few, in place of CM's "
                    "one (default: none)")
     g.add_argument("--init-from", metavar="CKPT", help="start from the EMA weights of a trained checkpoint")
@@ -271,9 +272,9 @@ def update(params, ema, optimizer, step, args):
     return norm
 
 
-def start_from(net, path):
-    """Copy the merged EMA weights of a checkpoint into a plain UNet. Raises UserError where they do not fit."""
-    source = load_network(runtime.load(path, "diffusion", "--init-from"))
+def start_from(net, path, kind):
+    """Copy the merged EMA weights of a checkpoint of this kind into a plain UNet. Raises UserError where they do not fit."""
+    source = load_network(runtime.load(path, [kind], "--init-from"))
     try:
         net.load_state_dict(source.state_dict())
     except RuntimeError as e:
@@ -289,7 +290,8 @@ def save_grid(state, step, args, rt, board):
     labels = [c for _ in range(10) for c in classes]
     shape = (state["network"]["channels"],) + (state["data"]["resolution"],) * 2
     alone = runtime.Runtime(rt.device, rt.dtype)        # rank 0 draws all of it
-    images = generate(net, labels, range(len(labels)), shape, alone, len(labels), title=None, seed=args.seed)
+    settings = {**DEFAULTS[state["kind"]], "steps": STEPS[DEFAULTS[state["kind"]]["sampler"]], "seed": args.seed}
+    images = generate(net, labels, range(len(labels)), shape, alone, len(labels), title=None, **settings)
     picture = grid_image(images, labels, names, classes)
     runtime.write_atomic(Path(args.out) / f"grid-{step:07d}.png", lambda p: picture.save(p, format="png"))
     board.add_image("samples", torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(
@@ -302,7 +304,8 @@ def main():
     out, path = Path(args.out), Path(args.out) / "ckpt.pt"
 
     # Resume or start: the checkpoint's settings must be this command's
-    old = runtime.load(path, "diffusion", "--out") if path.exists() else None
+    kind = "consistency" if args.base == "consistency" else "diffusion"
+    old = runtime.load(path, DEFAULTS, "--out") if path.exists() else None
     rt = runtime.setup(args.device, old["config"]["dtype"] if old and args.dtype == "auto" else args.dtype)
     args.dtype = str(rt.dtype).removeprefix("torch.")       # what auto came to: a run keeps it on any device
     config = {k: v for k, v in vars(args).items() if k not in ("device", "out")}
@@ -343,7 +346,7 @@ def main():
     except ValueError as e:
         raise UserError(f"--ch {args.ch} with --ch-mult {args.ch_mult}: {e}; take a multiple of 32")
     if args.init_from and not old:
-        start_from(net, args.init_from)
+        start_from(net, args.init_from, kind)
     add_low_rank(net, rank_ratio, experts)
     if args.lora:
         baselines.freeze_all_but_low_rank(net)
@@ -356,7 +359,7 @@ def main():
     optimizer = torch.optim.Adam(params, lr=args.lr, betas=(0.9, 0.999), fused=True)
     objective = Objective(net, args.base, images.counts, make_alphas_bar(), args.lam, args.w_con, args.w_div, args.div_bound,
                           args.label_drop, args.independent_dropout, args.cbdm_tau, args.cbdm_gamma, args.cbdm_y, args.ada,
-                          args.focal_gamma, args.rop_weight, args.rop_margin)
+                          args.focal_gamma, args.rop_weight, args.rop_margin, args.ct_double)
     objective.to(rt.device)
     step, window = 0, Window(images.counts, images.class_names, rt.device)
     if old:
@@ -392,7 +395,7 @@ def main():
         log = Log(out, step)
 
     def state():
-        return {"kind": "diffusion", "step": step, "command": command, "config": config, "data": data_record, "network": network,
+        return {"kind": kind, "step": step, "command": command, "config": config, "data": data_record, "network": network,
                 "rank_ratio": rank_ratio, "experts": experts, "model": net.state_dict(),
                 "ema": {**dict(net.named_parameters()), **dict(zip(names, ema))},
                 "optimizer": optimizer.state_dict(), "window": window.state()}

@@ -51,7 +51,7 @@ def test_overlap(digits):
     assert o(b)[1]["overlap"].item() == pytest.approx(0, abs=1e-9)
 
 
-@pytest.mark.parametrize("base", ["ddpm", "cbdm", "oc", "focal", "rop"])
+@pytest.mark.parametrize("base", ["ddpm", "cbdm", "oc", "focal", "rop", "consistency"])
 @pytest.mark.parametrize("more", [["--cm"], ["--cm", "--resample", "0.5"], ["--cm", "--ada", "0.12"], ["--no-cm", "--experts", "group"],
                                   ["--cm", "--lam", "0"], ["--w-con", "0"], ["--w-div", "0"]], ids=" ".join)
 def test_every_pair_trains(tmp_path, data_dir, base, more):
@@ -93,7 +93,7 @@ def test_experts_resume_sample_and_do_not_merge(tmp_path, data_dir, capsys):
     flags = (*TINY_FLAGS, "--base", "ddpm", "--experts", "group", "--data-dir", data_dir, "--out", tmp_path / "run")
     call(train.main, *flags, "--steps", 3)
     call(train.main, *flags, "--steps", 5)
-    ckpt = runtime.load(tmp_path / "run/ckpt.pt", "diffusion")
+    ckpt = runtime.load(tmp_path / "run/ckpt.pt", ["diffusion"])
     assert ckpt["step"] == 5 and ckpt["experts"][:2] == [148, 106]
     call(sample.main, "--ckpt", tmp_path / "run/ckpt.pt", "--num", 10, "--steps", 2, "--device", "cpu")
     refuses(capsys, sample.main, "--ckpt", tmp_path / "run/ckpt.pt", "--export", tmp_path / "m.pt", "--device", "cpu", says=["--export"])
@@ -107,7 +107,7 @@ def test_lora_trains_low_rank_parts_only(tmp_path, data_dir, capsys):
     call(train.main, *lora, "--steps", 5)
     assert "frozen" in capsys.readouterr().out
     call(train.main, *lora, "--steps", 8)                                       # and resumes
-    before, after = (runtime.load(tmp_path / d / "ckpt.pt", "diffusion") for d in ("full", "lora"))
+    before, after = (runtime.load(tmp_path / d / "ckpt.pt", ["diffusion"]) for d in ("full", "lora"))
     plain = {k.replace("parametrizations.weight.original", "weight"): v for k, v in after["model"].items()}
     assert all(torch.equal(plain[k], v) for k, v in before["ema"].items())      # what it started from has not moved
     moved = [k for k in after["model"] if k.endswith(".B") and after["model"][k].abs().max() > 0]

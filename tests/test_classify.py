@@ -131,7 +131,7 @@ def test_merging_changes_no_logit():
 
 def test_merged_is_a_plain_resnet(tmp_path, data_dir):
     call(classify.main, *FAST, "--cm", "--loss", "la", "--data-dir", data_dir, "--out", tmp_path)
-    ckpt = runtime.load(tmp_path / "ckpt.pt", "classifier")
+    ckpt = runtime.load(tmp_path / "ckpt.pt", ["classifier"])
     plain = classify.make_resnet(1, 10, 4)
     plain.load_state_dict(ckpt["model"], strict=True)
     assert not list(reserved(plain))
@@ -169,7 +169,7 @@ def test_resume_is_exact(tmp_path, data_dir):
     p.send_signal(signal.SIGINT)
     assert p.wait() == 130
     assert start(tmp_path / "b").wait() == 0
-    a, b = (runtime.load(tmp_path / f / "ckpt.pt", "classifier")["model"] for f in "ab")
+    a, b = (runtime.load(tmp_path / f / "ckpt.pt", ["classifier"])["model"] for f in "ab")
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 

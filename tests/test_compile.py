@@ -11,6 +11,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import classify
+import consistency      # noqa: F401, which enters its loss
 import runtime
 from cm_layers import reserve, reserved
 from losses import Objective, draw
@@ -52,8 +53,8 @@ def recognition(loss, cm):
     return classify.Objective(net, loss, COUNTS, reserved=("layer4",) if cm else ()), (torch.rand(8, 1, 8, 8) * 2 - 1, torch.arange(8))
 
 
-@pytest.mark.parametrize("make, loss, cm", [(diffusion, "ddpm", False), (diffusion, "oc", True), (recognition, "ce", False),
-                                            (recognition, "la", True)], ids=["ddpm", "oc + cm", "ce", "la + cm"])
+@pytest.mark.parametrize("make, loss, cm", [(diffusion, "ddpm", False), (diffusion, "oc", True), (diffusion, "consistency", True), (recognition, "ce", False),
+                                            (recognition, "la", True)], ids=["ddpm", "oc + cm", "consistency + cm", "ce", "la + cm"])
 def test_compiled_is_eager(make, loss, cm, cpu, capsys):
     """One term or several: loss, terms and gradients are the eager module's; and it was compiled."""
     modules = []

@@ -98,7 +98,7 @@ def broken_checkpoints(folder, good):
     (folder / "empty.pt").write_bytes(b"")
     (folder / "text.pt").write_text("hello")
     torch.save({"model": {}}, folder / "foreign.pt")
-    state = runtime.load(good, "diffusion")
+    state = runtime.load(good, ["diffusion"])
     runtime.save(folder / "architecture.pt", {**state, "network": {**state["network"], "ch": 32}})
     return {"missing.pt": "no such file", "cut.pt": "not a whole checkpoint", "empty.pt": "not a whole checkpoint",
             "text.pt": "not a whole checkpoint", "foreign.pt": "not a diffusion checkpoint", "architecture.pt": "do not fit the network"}
@@ -180,7 +180,7 @@ def save(step):
     runtime.save(path, {"kind": "diffusion", "step": step, "model": {str(i): torch.full((1000,), step) for i in range(50)}})
 save(0)
 for kill in range(20):
-    first = runtime.load(path, "diffusion")["step"]
+    first = runtime.load(path, ["diffusion"])["step"]
     child = os.fork()
     if not child:
         for step in range(first + 1, 10 ** 9):
@@ -188,7 +188,7 @@ for kill in range(20):
     time.sleep(0.1 + 0.05 * moments.random())
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    state = runtime.load(path, "diffusion")
+    state = runtime.load(path, ["diffusion"])
     assert len(state["model"]) == 50 and all((v == state["step"]).all() for v in state["model"].values())
     assert state["step"] > first
     print(state["step"])

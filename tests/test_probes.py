@@ -87,7 +87,7 @@ def test_prune_probe_end_to_end(cm_run, data_dir, tmp_path, capsys):
     assert "Spearman with class size" in capsys.readouterr().out
     assert probe["settings"]["dtype"] == "torch.float32"            # the checkpoint's, whatever this machine is fast in
     with pytest.raises(UserError, match="trained on other data"):
-        other = {**runtime.load(cm_run / "ckpt.pt", "diffusion")}
+        other = {**runtime.load(cm_run / "ckpt.pt", ["diffusion"])}
         other["data"] = {**other["data"], "class_names": other["data"]["class_names"][::-1]}
         runtime.save(tmp_path / "other.pt", other)
         call(pp.main, "--ckpt", cm_run / "ckpt.pt", tmp_path / "other.pt", "--names", "a", "b", *flags)

@@ -15,7 +15,7 @@ import runtime
 import sample
 import train
 
-RUNS = [(base, cm) for base in ("ddpm", "cbdm", "oc", "focal", "rop") for cm in ("--cm", "--no-cm")]
+RUNS = [(base, cm) for base in ("ddpm", "cbdm", "oc", "focal", "rop") for cm in ("--cm", "--no-cm"), ("consistency", "--cm")]
 
 
 def torchrun(*argv, processes=2):
@@ -113,9 +113,9 @@ def test_a_killed_rank_ends_the_job_and_the_checkpoint_is_whole(tmp_path, data_d
     start = time.time()
     p.communicate(timeout=60)
     assert p.returncode != 0 and time.time() - start < 60
-    step = runtime.load(tmp_path / "ckpt.pt", "diffusion")["step"]
+    step = runtime.load(tmp_path / "ckpt.pt", ["diffusion"])["step"]
     call(train.main, *train_flags("oc", "--cm", step + 2, data_dir, tmp_path, "--save-every", "1"))
-    assert runtime.load(tmp_path / "ckpt.pt", "diffusion")["step"] == step + 2
+    assert runtime.load(tmp_path / "ckpt.pt", ["diffusion"])["step"] == step + 2
 
 
 def test_a_signal_to_torchrun_saves(tmp_path, data_dir):
@@ -126,4 +126,4 @@ def test_a_signal_to_torchrun_saves(tmp_path, data_dir):
     p.send_signal(signal.SIGTERM)
     text = p.communicate(timeout=60)[0]
     assert "stopped by signal 15" in text
-    assert runtime.load(tmp_path / "ckpt.pt", "diffusion")["step"] == losses_of(tmp_path)[-1]["step"]
+    assert runtime.load(tmp_path / "ckpt.pt", ["diffusion"])["step"] == losses_of(tmp_path)[-1]["step"]

@@ -25,7 +25,7 @@ def test_a_loss_of_your_own(tmp_path, data_dir, monkeypatch, cm):
     monkeypatch.setattr(train, "BASES", losses.BASES)
     exec(BLOCKS[0], {})
     call(train.main, *TINY_FLAGS, "--base", "huber", cm, "--steps", 2, "--data-dir", data_dir, "--out", tmp_path)
-    ckpt = runtime.load(tmp_path / "ckpt.pt", "diffusion")
+    ckpt = runtime.load(tmp_path / "ckpt.pt", ["diffusion"])
     assert (ckpt["step"], ckpt["config"]["base"], ckpt["rank_ratio"]) == (2, "huber", 0.1 if cm == "--cm" else None)
 
 
@@ -34,7 +34,7 @@ def test_a_data_set_of_your_own(tmp_path, monkeypatch):
     monkeypatch.setitem(readers.READERS, "stripes", readers.READERS.pop("stripes"))         # gone again afterwards
     flags = [*TINY_FLAGS, "--dataset", "stripes", "--ir", 10, "--ch-mult", 1, 2, "--num-res-blocks", 1, "--steps", 2]
     call(train.main, *flags, "--data-dir", tmp_path, "--out", tmp_path / "run")
-    record = runtime.load(tmp_path / "run/ckpt.pt", "diffusion")["data"]
+    record = runtime.load(tmp_path / "run/ckpt.pt", ["diffusion"])["data"]
     assert record["class_names"] == ["top", "middle", "bottom"] and record["class_counts"] == [100, 31, 10]
 
 

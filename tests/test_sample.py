@@ -52,7 +52,7 @@ def test_ddpm_is_algorithm_c1():
 
 
 def network(cm_run, **k):
-    return sample.load_network(runtime.load(cm_run / "ckpt.pt", "diffusion"), **k)
+    return sample.load_network(runtime.load(cm_run / "ckpt.pt", ["diffusion"]), **k)
 
 
 @pytest.mark.parametrize("sampler, eta", [("ddim", 0.0), ("ddim", 0.5), ("ddpm", 0.0)])
@@ -97,7 +97,7 @@ def test_files_and_branches(cm_run, tmp_path):
 
 def test_export_is_a_plain_network_that_draws_the_same_images(cm_run, cpu, tmp_path):
     call(sample.main, "--ckpt", cm_run / "ckpt.pt", "--export", tmp_path / "merged.pt", "--device", "cpu")
-    exported = runtime.load(tmp_path / "merged.pt", "diffusion")
+    exported = runtime.load(tmp_path / "merged.pt", ["diffusion"])
     plain = UNet(UNetConfig(**exported["network"]))
     plain.load_state_dict(exported["model"], strict=True)
     y = torch.arange(8)

@@ -38,12 +38,12 @@ def test_ten_steps_are_five_and_kill_and_five(tmp_path, data_dir):
         time.sleep(0.02)
     p.kill()
     p.wait()
-    step = runtime.load(killed / "ckpt.pt", "diffusion")["step"]
+    step = runtime.load(killed / "ckpt.pt", ["diffusion"])["step"]
     assert step % 5 == 0
     total = ("--steps", step + 5, "--log-every", 2, "--save-every", 5)
     assert start(killed, data_dir, *total).wait() == 0
     assert start(straight, data_dir, *total).wait() == 0
-    a, b = (runtime.load(out / "ckpt.pt", "diffusion") for out in (straight, killed))
+    a, b = (runtime.load(out / "ckpt.pt", ["diffusion"]) for out in (straight, killed))
     for part in ("model", "ema"):
         assert all(torch.equal(a[part][k], b[part][k]) for k in a[part])
     for k, state in a["optimizer"]["state"].items():
@@ -61,7 +61,7 @@ def test_signals_save_and_exit(tmp_path, data_dir, number, code):
         time.sleep(0.02)
     p.send_signal(number)
     assert p.wait(60) == code and "saved" in p.stdout.read()
-    assert runtime.load(tmp_path / "ckpt.pt", "diffusion")["step"] == read_log(tmp_path)[-1]["step"]
+    assert runtime.load(tmp_path / "ckpt.pt", ["diffusion"])["step"] == read_log(tmp_path)[-1]["step"]
 
 
 def test_changed_settings_are_refused_and_finished_runs_skipped(cm_run, data_dir, capsys):
@@ -71,7 +71,7 @@ def test_changed_settings_are_refused_and_finished_runs_skipped(cm_run, data_dir
     for flags, word in ((("--lr", 0.5), "--lr 0.5"), (("--no-cm",), "--cm False"), (("--seed", 3), "--seed 3")):
         with pytest.raises(UserError, match=word):
             call(train.main, *same, "--steps", 40, *flags)
-    assert runtime.load(cm_run / "ckpt.pt", "diffusion")["step"] == 30
+    assert runtime.load(cm_run / "ckpt.pt", ["diffusion"])["step"] == 30
 
 
 def test_it_learns(tmp_path, data_dir):
@@ -94,7 +94,7 @@ def test_divergence_stops_and_keeps_the_last_good_checkpoint(tmp_path, data_dir)
     call(train.main, *flags, "--steps", 1)
     with pytest.raises(UserError, match="base is .*diverged.*--lr"):
         call(train.main, *flags, "--steps", 50)
-    assert runtime.load(tmp_path / "ckpt.pt", "diffusion")["step"] < 50
+    assert runtime.load(tmp_path / "ckpt.pt", ["diffusion"])["step"] < 50
 
 
 def test_default_names_and_paper_defaults():
@@ -123,7 +123,7 @@ def test_a_compiler_that_is_missing(tmp_path, data_dir, monkeypatch, capsys):
 
 def test_snapshots_and_grids(tmp_path, data_dir):
     call(train.main, *TINY_FLAGS, "--steps", 4, "--keep-every", 2, "--data-dir", data_dir, "--out", tmp_path, "--sample-every", 4)
-    assert [runtime.load(p, "diffusion")["step"] for p in sorted(tmp_path.glob("ckpt-*.pt"))] == [2, 4]
+    assert [runtime.load(p, ["diffusion"])["step"] for p in sorted(tmp_path.glob("ckpt-*.pt"))] == [2, 4]
     board = EventAccumulator(str(tmp_path)).Reload()
     assert board.Images("samples")[0].step == 4 and {"base", "div", "D_Few", "lr"} <= set(board.Tags()["scalars"])
     assert (tmp_path / "grid-0000004.png").read_bytes()[:4] == board.Images("samples")[0].encoded_image_string[:4]

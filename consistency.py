@@ -1,0 +1,92 @@
+"""Consistency models (Song et al., 2023) trained from scratch, with and without CM: Table G.9.
+
+    python train.py --base consistency --no-cm          # the baseline; with --cm, capacity manipulation on top of it
+    python sample.py --ckpt out/NAME/ckpt.pt --steps 1  # one call of the network an image; --steps 2: two
+
+The network learns f_theta(x_t, t, y), which sends every point of a noise trajectory to the trajectory's beginning. The
+paper names the model and gives no details, and the original's metric needs another network's weights (LPIPS). This is the
+improved training of Song and Dhariwal (2024), iCT, on DDPM's own timesteps: a pseudo-Huber distance, a teacher without
+averaging, timesteps drawn by noise level, and a number of intervals that doubles.
+
+In place of eps the network's output is F of f = c_skip x_t / sqrt(ab_t) + c_out F. That is also what Eq. (2) compares:
+like eps it has a variance near 1 at every t, so that --div-bound means the same.
+"""
+import torch
+
+from losses import BASES, TIMESTEPS, distance
+from model import per_image, q_sample
+
+SIGMA_DATA = 0.5                    # standard deviation of the images' pixels
+HUBER = 0.00054                     # iCT's constant, for the root of a mean over elements
+FIRST, MOST = 10, 640               # intervals between t = 0 and t = T - 1
+
+
+def sigmas(alphas_bar):
+    """Noise of x_t / sqrt(ab_t), sigma_t = sqrt((1 - ab_t) / ab_t): 0.01 ... 157 for the linear schedule; (T,)."""
+    return ((1 - alphas_bar) / alphas_bar).sqrt()
+
+
+def to_x_0(F, x_t, t, alphas_bar):
+    """f_theta of the network's output F at x_t (N, C, H, W) and t (N,): c_skip x_t / sqrt(ab_t) + c_out F.
+
+    c_skip = s^2 / ((sigma_t - sigma_0)^2 + s^2), c_out = s (sigma_t - sigma_0) / sqrt(sigma_t^2 + s^2), s = 0.5 (Song et
+    al., 2023, App. C): at t = 0 f is x_0 itself, whatever F is.
+    """
+    sigma, s = sigmas(alphas_bar), SIGMA_DATA
+    c_skip = s ** 2 / ((sigma - sigma[0]) ** 2 + s ** 2) / alphas_bar.sqrt()
+    c_out = s * (sigma - sigma[0]) / (sigma ** 2 + s ** 2).sqrt()
+    return per_image(c_skip, t, x_t) * x_t + per_image(c_out, t, x_t) * F
+
+
+def intervals(step, double_every):
+    """How many intervals the timesteps are cut into at a step: 10, doubled every `double_every` steps, 640 at most."""
+    return min(FIRST * 2 ** (step // double_every), MOST)
+
+
+def draw_pairs(o, G, step, g):
+    """Neighbouring timesteps (t, t_below), (G,) int64 each: t = j (T - 1) // N for j = 0 ... N, N = `intervals`.
+
+    The interval is drawn with the probability that a log-normal sigma falls into it, of mean -1.1 and deviation 2.0 (iCT).
+    """
+    N, T = intervals(step, o.ct_double), len(o.alphas_bar)
+    grid = torch.arange(N + 1, device=g.device) * (T - 1) // N
+    law = torch.special.ndtr((sigmas(o.alphas_bar)[grid].log() + 1.1) / 2.0).diff()
+    j = torch.multinomial(law, G, replacement=True, generator=g)
+    return grid[j + 1], grid[j]
+
+
+def consistency(p, b, o):
+    """Consistency training: E d(f(x_t, t, y), sg f(x_t', t', y)) / (sigma_t - sigma_t'), t' the timestep below.
+
+    Both points carry the same image, noise, label and dropout masks; d(u, v) = sqrt(||u - v||^2 + c^2) - c.
+    """
+    x_below = q_sample(b.x_0, b.t_below, b.eps, o.alphas_bar)
+    with torch.no_grad():
+        encoded = o.net.encode(x_below, b.t_below, b.y_in, b.masks_encode, b.a)
+        target = to_x_0(o.net.decode(*encoded, b.masks_decode).float(), x_below, b.t_below, o.alphas_bar)
+    error = distance(to_x_0(p.eps, p.x_t, b.t, o.alphas_bar), target)
+    sigma = sigmas(o.alphas_bar)
+    return {"base": (((error + HUBER ** 2).sqrt() - HUBER) / (sigma[b.t] - sigma[b.t_below]).float()).mean()}
+
+
+BASES["consistency"], TIMESTEPS["consistency"] = consistency, draw_pairs
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+def make_timesteps(T, steps):
+    """Descending timesteps of the multistep sampler, (T - 1) (i / steps)^2: 999 for one step, 999 and 249 for two."""
+    return [(T - 1) * i * i // steps ** 2 for i in range(steps, 0, -1)]
+
+
+def sample(predict, x, alphas_bar, timesteps, noise):
+    """Song et al.'s Algorithm 1: x_0 = f(x_T, T), then noise it to each further timestep and call f again.
+
+    predict(x_t, t) -> F; x (N, C, H, W) standard normal; noise() gives fresh standard normal noise of x's shape.
+    """
+    for k, t in enumerate(timesteps):
+        t_all = torch.full((len(x),), t, device=x.device)
+        if k:
+            x = q_sample(x_0, t_all, noise(), alphas_bar)
+        x_0 = to_x_0(predict(x, t), x, t_all, alphas_bar)
+    return x_0
