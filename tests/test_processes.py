@@ -15,7 +15,7 @@ import runtime
 import sample
 import train
 
-RUNS = [(base, cm) for base in ("ddpm", "cbdm", "oc", "focal", "rop") for cm in ("--cm", "--no-cm"), ("consistency", "--cm")]
+RUNS = [(base, cm) for base in ("ddpm", "cbdm", "oc", "focal", "rop", "consistency") for cm in ("--cm", "--no-cm")]
 
 
 def torchrun(*argv, processes=2):
@@ -64,7 +64,7 @@ def test_losses_equal_one_processes(two, tmp_path, data_dir, base, cm):
     assert_same_losses(tmp_path, two / (base + cm))
 
 
-@pytest.mark.parametrize("base", ["cbdm", "oc"])
+@pytest.mark.parametrize("base", ["cbdm", "oc", "consistency"])
 def test_accumulate_is_the_same_step(two, tmp_path, data_dir, base):
     call(train.main, *train_flags(base, "--cm", 20, data_dir, tmp_path, "--accumulate", 4))
     assert_same_losses(tmp_path, two / (base + "--cm"))
