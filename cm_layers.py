@@ -31,12 +31,13 @@ class LowRank(nn.Module):
 
     weight:     W^g, of any shape (out, in, kernel ...).
     rank_ratio: r = max(1, floor(rank_ratio x full rank)), in (0, 1].
+    rank:       r itself, cut to the full rank, in place of the ratio.
     form:       how a convolution becomes a matrix. "flat": d = out, k = in * kh * kw, full rank min(d, k).
                 "kernel", the authors' release: B is (out kh) x (r kh), A is (r kh) x (in kw), full rank min(out, in).
                 For a Linear both are the same.
     """
 
-    def __init__(self, weight, rank_ratio, form="flat"):
+    def __init__(self, weight, rank_ratio=0.1, form="flat", rank=None):
         super().__init__()
         if not 0 < rank_ratio <= 1:
             raise ValueError(f"rank_ratio must be in (0, 1], not {rank_ratio}")
@@ -44,12 +45,11 @@ class LowRank(nn.Module):
             raise ValueError(f"form must be one of {FORMS}, not {form!r}")
         out, inner, *kernel = weight.shape
         if form == "flat" or not kernel:
-            d, k = out, inner * math.prod(kernel)
-            self.rank = r = max(1, int(rank_ratio * min(d, k)))
+            d, k, full, copies = out, inner * math.prod(kernel), min(out, inner * math.prod(kernel)), 1
         else:
-            d, k = out * kernel[0], inner * math.prod(kernel[1:])
-            self.rank = max(1, int(rank_ratio * min(out, inner)))
-            r = self.rank * kernel[0]
+            d, k, full, copies = out * kernel[0], inner * math.prod(kernel[1:]), min(out, inner), kernel[0]
+        self.rank = min(rank, full) if rank else max(1, int(rank_ratio * full))
+        r = self.rank * copies
         self.A = nn.Parameter(weight.new_empty(r, k))
         self.B = nn.Parameter(weight.new_zeros(d, r))
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
@@ -63,8 +63,9 @@ def reserved(module):
     """Yield (owner, parameter name, LowRank) for every weight in `module` that is reserved."""
     for owner in module.modules():
         for name, chain in getattr(owner, "parametrizations", {}).items():
-            if isinstance(chain[0], LowRank):
-                yield owner, name, chain[0]
+            for part in chain:
+                if isinstance(part, LowRank):
+                    yield owner, name, part
 
 
 def matrices(module):
@@ -73,11 +74,12 @@ def matrices(module):
             if isinstance(layer, kind) for p in names if getattr(layer, p) is not None]
 
 
-def reserve(module, rank_ratio=0.1, form="flat", where=lambda name, layer: True):
+def reserve(module, rank_ratio=0.1, form="flat", where=lambda name, layer: True, rank=None):
     """Split every weight matrix in `module`, itself included, by Eq. (1), in place; return `module`.
 
     `where(name, layer)` picks the layers by their dotted name and themselves; a group convolution's weight is
     (out, in / groups, ...) and is split as it is. The function that the module computes does not change (B = 0).
+    rank: that of every BA, in place of the ratio. Of a weight that is parametrized already, W^g is what it amounts to.
     Raises ValueError where nothing can be reserved, or it is reserved already, or the ratio or form is out of range.
     """
     if any(True for _ in reserved(module)):
@@ -86,7 +88,7 @@ def reserve(module, rank_ratio=0.1, form="flat", where=lambda name, layer: True)
     if not chosen:
         raise ValueError("found no Linear, convolution or attention weight to reserve")
     for layer, p in chosen:
-        parametrize.register_parametrization(layer, p, LowRank(getattr(layer, p), rank_ratio, form))
+        parametrize.register_parametrization(layer, p, LowRank(getattr(layer, p), rank_ratio, form, rank))
     return module
 
 
@@ -113,12 +115,13 @@ def merge(module, branch="full"):
     """
     if branch not in ("full", "general"):
         raise ValueError(f"branch must be 'full' or 'general', not {branch!r}")
-    for owner, name, _ in list(reserved(module)):
+    for owner, name, low_rank in list(reserved(module)):
+        low_rank.general_only = branch == "general"
         # Deep copies share the class that carries the parametrized property, and removing one would break the others
         shared = type(owner)
         own = {k: v for k, v in vars(shared).items() if k not in ("__dict__", "__weakref__")}
         owner.__class__ = type(shared.__name__, shared.__bases__, own)
-        parametrize.remove_parametrizations(owner, name, leave_parametrized=branch == "full")
+        parametrize.remove_parametrizations(owner, name)
     return module
 
 

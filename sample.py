@@ -167,16 +167,18 @@ def export(ckpt, net, path):
 # Images
 
 @torch.no_grad()
-def draw(net, y, indices, shape, rt, seed=0, sampler="ddim", steps=50, grid="uniform", guidance=1.5, eta=0.0):
+def draw(net, y, indices, shape, rt, seed=0, sampler="ddim", steps=50, grid="uniform", guidance=1.5, eta=0.0,
+         alphas_bar=None):
     """One batch of images: float (N, C, H, W), about [-1, 1]. y (N,) int64 on rt.device; indices: N image numbers.
 
     shape (C, H, W). Image i's noise comes from (seed, i), drawn on the CPU, so that every device draws the same image.
+    alphas_bar: the schedule that the network was trained with, None for make_alphas_bar's.
     """
     generators = [runtime.generator("cpu", seed, "image", int(i)) for i in indices]
 
     def noise():
         return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(rt.device)
-    alphas_bar = make_alphas_bar()
+    alphas_bar = make_alphas_bar() if alphas_bar is None else alphas_bar
     timesteps = (consistency.make_timesteps(len(alphas_bar), steps) if sampler == "consistency"
                  else make_timesteps(len(alphas_bar), steps, grid))
     extra = {"eta": eta} if sampler == "ddim" else {}
@@ -184,10 +186,11 @@ def draw(net, y, indices, shape, rt, seed=0, sampler="ddim", steps=50, grid="uni
     return SAMPLERS[sampler](guided(net, y, guidance, rt), x_T, alphas_bar, timesteps, noise, **extra)
 
 
-def generate(net, labels, indices, shape, rt, batch_size, title="sampling", gather=True, **settings):
+def generate(net, labels, indices, shape, rt, batch_size, title="sampling", gather=True, to_image=None, **settings):
     """Images number `indices` with these labels (lists of N ints): uint8 (N, H, W, C), on rank 0; None elsewhere.
 
     Each process draws a contiguous share in batches, and returns that share if gather is False; settings are `draw`'s.
+    to_image: what makes images of the network's x_0, where that is a latent.
     """
     share = np.array_split(np.arange(len(labels)), rt.world)[rt.rank]
     parts = []
@@ -197,10 +200,9 @@ def generate(net, labels, indices, shape, rt, batch_size, title="sampling", gath
                 continue                # more processes than images
             y = torch.tensor([labels[r] for r in rows], device=rt.device, dtype=torch.int64)
             x = draw(net, y, [indices[r] for r in rows], shape, rt, **settings)
-            parts.append(to_uint8(x).cpu().numpy())
+            parts.append(to_uint8(x if to_image is None else to_image(x)).cpu().numpy())
             bar.update(len(rows))
-    parts = parts or [np.empty((0, *shape[1:], shape[0]), np.uint8)]
-    return rt.gather(parts) if gather else np.concatenate(parts)
+    return rt.gather(parts) if gather else np.concatenate(parts or [np.empty((0, *shape[1:], shape[0]), np.uint8)])
 
 
 def to_rgb(images):
@@ -234,6 +236,25 @@ def write_pngs(images, labels, class_names, folder):
     for i, (image, c) in enumerate(zip(images, labels)):
         path = Path(folder) / f"{c:04d}-{class_names[c]}" / f"{i:06d}.png"
         runtime.write_atomic(path, lambda p: Image.fromarray(image.squeeze()).save(p, format="png"))
+
+
+def write_samples(out, images, labels, names, record, data, seconds, png=False):
+    """What sample.py leaves in the folder `out`: samples.npz, samples.json, grid.png and perhaps png/; say so.
+
+    images (N, H, W, C) uint8, labels a list of N, names the class names; record, data: what made them, and of which data.
+    """
+    def write_npz(path):
+        with open(path, "wb") as f:
+            np.savez(f, to_rgb(images), np.array(labels))
+    runtime.write_atomic(out / "samples.npz", write_npz)
+    classes = list(dict.fromkeys(labels))
+    picture = grid_image(images, labels, names, None if len(classes) > 10 else classes)
+    runtime.write_atomic(out / "grid.png", lambda p: picture.save(p, format="png"))
+    shutil.rmtree(out / "png", ignore_errors=True)          # of an earlier call: a metric must not find two calls' images
+    if png:
+        write_pngs(images, labels, names, out / "png")
+    runtime.write_json(out / "samples.json", {"settings": record, "data": data, "seconds": round(seconds, 2)})
+    print(f"wrote {len(labels)} images, drawn in {record['dtype'].removeprefix('torch.')}, to {out}: samples.npz, grid.png" + ", png/" * png)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -314,19 +335,8 @@ def main():
     labels = [classes[i % len(classes)] for i in range(args.num)]
     shape = (ckpt["network"]["channels"],) + (ckpt["data"]["resolution"],) * 2
     images = generate(net, labels, range(args.num), shape, rt, args.batch_size, **settings)
-    if rt.rank > 0:
-        return
-    def write_npz(path):
-        with open(path, "wb") as f:
-            np.savez(f, to_rgb(images), np.array(labels))
-    runtime.write_atomic(out / "samples.npz", write_npz)
-    picture = grid_image(images, labels, names, None if len(set(classes)) > 10 else list(dict.fromkeys(classes)))
-    runtime.write_atomic(out / "grid.png", lambda p: picture.save(p, format="png"))
-    shutil.rmtree(out / "png", ignore_errors=True)          # of an earlier call: a metric must not find two calls' images
-    if args.png:
-        write_pngs(images, labels, names, out / "png")
-    runtime.write_json(out / "samples.json", {"settings": record, "data": ckpt["data"], "seconds": round(time.time() - start, 2)})
-    print(f"wrote {args.num} images, drawn in {record['dtype'].removeprefix('torch.')}, to {out}: samples.npz, grid.png" + (", png/" if args.png else ""))
+    if rt.rank == 0:
+        write_samples(out, images, labels, names, record, ckpt["data"], time.time() - start, args.png)
 
 
 if __name__ == "__main__":

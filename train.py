@@ -148,10 +148,10 @@ def resolve(args):
     return args
 
 
-def refuse_changes(old, new, out):
-    """Raise UserError for the first setting that alters the run and differs from the checkpoint's."""
+def refuse_changes(old, new, out, free=FREE):
+    """Raise UserError for the first setting, but for the free ones, that differs from the checkpoint's."""
     for key, value in new.items():
-        if key not in FREE and old.get(key) != value:
+        if key not in free and old.get(key) != value:
             flag = "--" + key.replace("_", "-")
             raise UserError(f"{flag} {value}: the run in {out} was started with {old.get(key)}; repeat that to resume it, "
                             f"or choose another folder with --out")
