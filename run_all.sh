@@ -5,9 +5,9 @@
 #   bash run_all.sh smoke    the demo's whole path with a few steps of everything, a minute
 #   bash run_all.sh table2   one of the paper's tables; out/table2/SETTING/report.md has its numbers beside the paper's
 #
-# Tables: table1 table2 table3 table4 table5 table7 tableE2 tableG8 tableG9 tableG10 tableG12 tableG13; figures: fig1b fig4a fig4b fig4c fig4d; and
+# Tables: table1 table2 table3 table4 table5 table6 table7 tableE2 tableG8 tableG9 tableG10 tableG12 tableG13; figures: fig1b fig4a fig4b fig4c fig4d; and
 # theory, allocation, dominance, gain. They share their runs (out/paper). From the environment, with the defaults:
-#   DATASET=cifar100 IR=100 SEEDS=0,1,2 NGPU=1 DATA_DIR=data RESOLUTION=   SCALE=paper, or SCALE=demo: on digits, in minutes
+#   DATASET=cifar100 IR=100 SEEDS=0,1,2 NGPU=1 DATA_DIR=data RESOLUTION= CLASS_ORDER=   SCALE=paper, or SCALE=demo: on digits, in minutes
 # and, for a budget of your own, runs and pages in a folder of their own: ROOT=out/mine STEPS=20000 FLAGS="--ch 64 --lr 5e-4"
 # (of train.py) NUM=10000 FEATURES=CKPT (of classify.py; without it, Inception)
 set -euo pipefail
@@ -62,14 +62,15 @@ if [[ $SCALE == demo ]]; then
   FLAGS="--sample-every 0 ${FLAGS:-}"; FEATURES=$ROOT/classifier/ckpt.pt; CLASSIFY="--epochs ${EPOCHS:-60}"; EXTRA=${EXTRA:-500}
   python classify.py --dataset digits --epochs 10 --out $ROOT/classifier --if-needed
 else
-  case $TARGET in table4) DATASET=${DATASET:-celebahq} ;; table5) DATASET=${DATASET:-imagenet-lt} ;; *) DATASET=${DATASET:-cifar100} ;; esac
+  case $TARGET in table4) DATASET=${DATASET:-celebahq} ;; table6) DATASET=${DATASET:-artbench10} ;; table5) DATASET=${DATASET:-imagenet-lt} ;; *) DATASET=${DATASET:-cifar100} ;; esac
   IR=${IR:-100}; SEEDS=${SEEDS:-0,1,2}; ROOT=${ROOT:-out/paper}
 fi
 TRAIN="${STEPS:+--steps $STEPS} ${FLAGS:-}"; EVALUATE="${NUM:+--num $NUM} ${FEATURES:+--features $FEATURES}"
 SETTING=$DATASET-ir$IR${RESOLUTION:+-$RESOLUTION}
 if [[ $DATASET == imagenet-lt || $DATASET == inat2018 ]]; then IR=1; RESOLUTION=${RESOLUTION:-64}; SETTING=$DATASET-$RESOLUTION; fi
 case $TARGET in fig1b | dominance | allocation) SEEDS=${SEEDS%%,*} ;; esac       # which look at one network each
-DATA=(--dataset $DATASET --ir $IR --data-dir "${DATA_DIR:-data}" ${RESOLUTION:+--resolution $RESOLUTION})
+DATA=(--dataset $DATASET --ir $IR --data-dir "${DATA_DIR:-data}" ${RESOLUTION:+--resolution $RESOLUTION}
+      ${CLASS_ORDER:+--class-order "$CLASS_ORDER"})
 PYTHON=python; if (( ${NGPU:-1} > 1 )); then PYTHON="torchrun --nproc_per_node=$NGPU --"; fi
 ROWS=()
 
@@ -109,7 +110,23 @@ classes() {
   ROWS+=(--row "$name=$(printf "$ROOT/$SETTING/classify-$slug-seed%s/result.json," ${SEEDS//,/ })")
 }
 
+# latent NAME RUN [flags]: fine-tune Stable Diffusion, sample and evaluate for each seed, and a row of the table
+latent() {
+  local name=$1 run=$2 seed out; shift 2
+  for seed in ${SEEDS//,/ }; do
+    out=$ROOT/$SETTING/latent-$run-seed$seed
+    $PYTHON latent.py train "${DATA[@]}" ${MODEL:+--model "$MODEL"} ${EPOCHS:+--epochs $EPOCHS} "$@" --seed $seed --out $out
+    $PYTHON latent.py sample --ckpt $out/ckpt.pt --num ${NUM:-50000} --out $out/samples --if-needed
+    $PYTHON evaluate.py --samples $out/samples/samples.npz --data-dir "${DATA_DIR:-data}" $EVALUATE --if-needed
+  done
+  ROWS+=(--row "$name=$(printf "$ROOT/$SETTING/latent-$run-seed%s/samples/eval.json," ${SEEDS//,/ })")
+}
+
 case $TARGET in
+  table6)       # and G.3: Stable Diffusion on ArtBench-10 (pip install diffusers transformers; MODEL=miniSD's folder or hub name)
+    if [[ $SCALE == demo ]]; then echo "error: table6 fine-tunes Stable Diffusion; there is no demo of it" >&2; exit 2; fi
+    latent DDPM ddpm --base ddpm --no-cm; latent CBDM cbdm --base cbdm --no-cm
+    latent OC oc --base oc --no-cm; latent CM cm --base oc --cm; page table6 ;;
   tableG8)      # downstream classification with 50,000 generated images
     classes "No augmentation" plain
     for S in ${SEEDS//,/ }; do
