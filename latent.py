@@ -154,9 +154,9 @@ class Model:
             raise UserError("latent.py needs two more packages: pip install diffusers transformers")
         load = lambda kind, part: kind.from_pretrained(name, subfolder=part)
         try:
-            self.unet = load(diffusers.UNet2DConditionModel, "unet")
-            self.vae = load(diffusers.AutoencoderKL, "vae").to(device).eval().requires_grad_(False)
-            self.text, self.tokenizer = load(transformers.CLIPTextModel, "text_encoder").eval(), load(transformers.CLIPTokenizer, "tokenizer")
+            self.unet = load(diffusers.UNet2DConditionModel, "unet").float()            # which may lie there as float16
+            self.vae = load(diffusers.AutoencoderKL, "vae").float().to(device).eval().requires_grad_(False)
+            self.text, self.tokenizer = load(transformers.CLIPTextModel, "text_encoder").float().eval(), load(transformers.CLIPTokenizer, "tokenizer")
             schedule = load(diffusers.DDIMScheduler, "scheduler")
         except (OSError, ValueError, RuntimeError, TypeError) as e:
             raise UserError(f"--model {name}: cannot be loaded ({' '.join(str(e).split())[:200]}); name a folder or a hub name of a Stable "
