@@ -23,7 +23,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
 
 import runtime
@@ -32,7 +31,7 @@ from data import Batches, add_data_flags, load_long_tailed, splits, to_float
 from losses import Objective, draw
 from runtime import Parser, UserError, integer, number, run
 from sample import add_sampling_flags, describe, dtype_of, generate, sampling_settings, write_samples
-from train import Log, Window, check, format_line, learning_rate, refuse_changes, update
+from train import Log, Window, loop, refuse_changes
 
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
 FREE = {"save_every", "log_every", "device", "out", "data_dir", "pack_dir", "accumulate", "epochs", "steps"}
@@ -276,9 +275,6 @@ def main_train(argv):
         step = old["step"]
         optimizer.load_state_dict(old["optimizer"])
         window.restore(old["window"])
-    module = objective
-    if rt.world > 1:
-        module = DistributedDataParallel(objective, [rt.device] if rt.device.type == "cuda" else None, gradient_as_bucket_view=True)
 
     def batch(s, k):
         rows = torch.from_numpy(batches.rows(s))
@@ -292,43 +288,11 @@ def main_train(argv):
     rt.print(f"{'resuming' if old else 'starting'} {out} at step {step} of {args.steps}")
     if rt.rank == 0:
         runtime.write_json(out / "config.json", {"command": command, "config": config, "data": data_record, "torch": torch.__version__})
-        log = Log(out, step)
 
-    stop, signal, clock, clock_step = runtime.StopSignal(), 0, time.time(), step
-    while step < args.steps and not signal:
-        for k in range(args.accumulate):
-            b = batch(step, k)
-            with module.no_sync() if rt.world > 1 and k < args.accumulate - 1 else nullcontext():
-                with rt.autocast():
-                    total, terms, D = module(b)
-                (total / args.accumulate).backward()
-            window.add(terms, 1 / args.accumulate)
-            window.add_D(D, b.y)
-        window.add({"grad_norm": update(params, ema, optimizer, step, args)})
-        window.steps += 1
-        step += 1
-        signal = rt.maximum(stop.number)
-        logs, saves = step % args.log_every == 0 or step == args.steps, step % args.save_every == 0 or step == args.steps
-        if logs or saves or signal:
-            means = window.means(rt)
-            check(means, step, args)
-        if logs:
-            speed = (step - clock_step) * args.batch_size / max(time.time() - clock, 1e-9)
-            lr = learning_rate(step - 1, args)
-            rt.print(format_line(step, args, means, lr, speed, (args.steps - step) * args.batch_size / speed))
-            if rt.rank == 0:
-                log.write(step, {**means, "lr": lr, "images_per_s": round(speed, 1)})
-            window.reset()
-            clock, clock_step = time.time(), step
-        if rt.rank == 0 and (saves or signal):
-            runtime.save(path, {"kind": "latent", "step": step, "command": command, "config": config, "data": data_record, "adapters": trained,
-                                "ema": dict(zip(trained, ema)), "optimizer": optimizer.state_dict(), "window": window.state()})
-    if rt.rank == 0:
-        log.board.close()
-    if signal:
-        rt.print(f"stopped by signal {signal} at step {step}; saved {path}; the same command goes on from there")
-        sys.exit(128 + signal)
-    rt.print(f"finished: {path}")
+    def state(step):
+        return {"kind": "latent", "step": step, "command": command, "config": config, "data": data_record, "adapters": trained,
+                "ema": dict(zip(trained, ema)), "optimizer": optimizer.state_dict(), "window": window.state()}
+    loop(args, rt, step, rt.parallel(objective), batch, params, ema, optimizer, window, Log(out, step) if rt.rank == 0 else None, state)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import os
 import pickle
 import signal
 import sys
+import warnings
 import zipfile
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 FORMAT = "capacity-manipulation/1"      # the first thing in every file that torch.save writes here
@@ -150,6 +152,15 @@ class Runtime:
         shares = [None] * self.world if self.rank == 0 else None
         dist.gather_object(arrays, shares)
         return np.concatenate([a for share in shares for a in share]) if self.rank == 0 else None
+
+    def parallel(self, module):
+        """The module under DistributedDataParallel where there are several processes; its buffers are not sent around."""
+        if self.world == 1:
+            return module
+        devices = [self.device] if self.device.type == "cuda" else None
+        with warnings.catch_warnings():         # torch 2.14 renames broadcast_buffers; earlier ones know no other name
+            warnings.simplefilter("ignore", FutureWarning)
+            return DistributedDataParallel(module, devices, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     def maximum(self, value):
         """The largest of every rank's `value` (an int): how ranks agree, without waiting for the device."""

@@ -13,14 +13,12 @@ import os
 import shlex
 import sys
 import time
-import warnings
 from argparse import BooleanOptionalAction
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.tensorboard import SummaryWriter
@@ -272,6 +270,54 @@ def update(params, ema, optimizer, step, args):
     return norm
 
 
+def loop(args, rt, step, module, batch, params, ema, optimizer, window, log, state, after=lambda step: None):
+    """Train from `step` to args.steps, and leave the process with 128 + the signal if one came.
+
+    batch(step, k) gives pass k's Batch of a step, module the loss, and state(step) what ckpt.pt keeps. On rank 0 `log` is
+    written, and after(step) called after every step.
+    """
+    stop, signal, warned, clock, clock_step, path = runtime.StopSignal(), 0, False, time.time(), step, Path(args.out) / "ckpt.pt"
+    while step < args.steps and not signal:
+        for k in range(args.accumulate):
+            b = batch(step, k)
+            with module.no_sync() if rt.world > 1 and k < args.accumulate - 1 else nullcontext():
+                with rt.autocast():
+                    total, terms, D = module(b)
+                (total / args.accumulate).backward()
+            window.add(terms, 1 / args.accumulate)
+            window.add_D(D, b.y)
+        window.add({"grad_norm": update(params, ema, optimizer, step, args)})
+        window.steps += 1
+        step += 1
+
+        signal = rt.maximum(stop.number)
+        logs, saves = step % args.log_every == 0 or step == args.steps, step % args.save_every == 0 or step == args.steps
+        if logs or saves or signal:
+            means = window.means(rt)
+            check(means, step, args)
+        if logs:
+            if not warned and (warned := any(v > 1 for k, v in means.items() if k.startswith("D_"))):
+                rt.print("warning: the two predictions differ by more than the noise itself (D > 1): the divergence runs away")
+            now = time.time()
+            speed = (step - clock_step) * args.batch_size / max(now - clock, 1e-9)
+            lr = learning_rate(step - 1, args)
+            rt.print(format_line(step, args, means, lr, speed, (args.steps - step) * args.batch_size / speed))
+            if rt.rank == 0:
+                log.write(step, {**means, "lr": lr, "images_per_s": round(speed, 1)})
+            window.reset()
+            clock, clock_step = time.time(), step
+        if rt.rank == 0:
+            if saves or signal:
+                runtime.save(path, state(step))
+            after(step)
+    if rt.rank == 0:
+        log.board.close()
+    if signal:
+        rt.print(f"stopped by signal {signal} at step {step}; saved {path}; the same command goes on from there")
+        sys.exit(128 + signal)
+    rt.print(f"finished: {path}")
+
+
 def start_from(net, path, kind):
     """Copy the merged EMA weights of a checkpoint of this kind into a plain UNet. Raises UserError where they do not fit."""
     source = load_network(runtime.load(path, [kind], "--init-from"))
@@ -375,11 +421,7 @@ def main():
     use_compile = rt.device.type == "cuda" if args.compile is None else args.compile
     module = runtime.compile_or_not(objective, lambda m: m(batch(step, 0))[0], rt) if use_compile else objective
     compiled = module is not objective
-    if rt.world > 1:
-        devices = [rt.device] if rt.device.type == "cuda" else None
-        with warnings.catch_warnings():         # torch 2.14 renames broadcast_buffers; earlier ones know no other name
-            warnings.simplefilter("ignore", FutureWarning)
-            module = DistributedDataParallel(module, devices, broadcast_buffers=False, gradient_as_bucket_view=True)
+    module = rt.parallel(module)
 
     # Announce
     low_rank = sum(p.numel() for n, p in net.named_parameters() if n.rsplit(".", 1)[-1] in ("A", "B"))
@@ -392,60 +434,21 @@ def main():
     if rt.rank == 0:
         runtime.write_json(out / "config.json", {"command": command, "config": config, "network": network, "rank_ratio": rank_ratio,
                                                  "experts": experts, "data": data_record, "torch": torch.__version__})
-        log = Log(out, step)
+    log = Log(out, step) if rt.rank == 0 else None
 
-    def state():
+    def state(step):
         return {"kind": kind, "step": step, "command": command, "config": config, "data": data_record, "network": network,
                 "rank_ratio": rank_ratio, "experts": experts, "model": net.state_dict(),
                 "ema": {**dict(net.named_parameters()), **dict(zip(names, ema))},
                 "optimizer": optimizer.state_dict(), "window": window.state()}
 
     # The loop
-    stop, signal, warned, clock, clock_step = runtime.StopSignal(), 0, False, time.time(), step
-    while step < args.steps:
-        for k in range(args.accumulate):
-            b = batch(step, k)
-            with module.no_sync() if rt.world > 1 and k < args.accumulate - 1 else nullcontext():
-                with rt.autocast():
-                    total, terms, D = module(b)
-                (total / args.accumulate).backward()
-            window.add(terms, 1 / args.accumulate)
-            window.add_D(D, b.y)
-        window.add({"grad_norm": update(params, ema, optimizer, step, args)})
-        window.steps += 1
-        step += 1
-
-        signal = rt.maximum(stop.number)
-        logs, saves = step % args.log_every == 0 or step == args.steps, step % args.save_every == 0 or step == args.steps
-        if logs or saves or signal:
-            means = window.means(rt)
-            check(means, step, args)
-        if logs:
-            if not warned and (warned := any(v > 1 for k, v in means.items() if k.startswith("D_"))):
-                rt.print("warning: the two predictions differ by more than the noise itself (D > 1): the divergence runs away")
-            now = time.time()
-            speed = (step - clock_step) * args.batch_size / max(now - clock, 1e-9)
-            lr = learning_rate(step - 1, args)
-            rt.print(format_line(step, args, means, lr, speed, (args.steps - step) * args.batch_size / speed))
-            if rt.rank == 0:
-                log.write(step, {**means, "lr": lr, "images_per_s": round(speed, 1)})
-            window.reset()
-            clock, clock_step = time.time(), step
-        if rt.rank == 0:
-            if saves or signal:
-                runtime.save(path, state())
-            if args.keep_every and step % args.keep_every == 0:
-                runtime.save(out / f"ckpt-{step:07d}.pt", state())
-            if args.sample_every and (step % args.sample_every == 0 or step == args.steps):
-                save_grid(state(), step, args, rt, log.board)
-        if signal:
-            rt.print(f"stopped by signal {signal} at step {step}; saved {path}; the same command goes on from there")
-            break
-    if rt.rank == 0:
-        log.board.close()
-    if signal:
-        sys.exit(128 + signal)
-    rt.print(f"finished: {path}")
+    def after(step):
+        if args.keep_every and step % args.keep_every == 0:
+            runtime.save(out / f"ckpt-{step:07d}.pt", state(step))
+        if args.sample_every and (step % args.sample_every == 0 or step == args.steps):
+            save_grid(state(step), step, args, rt, log.board)
+    loop(args, rt, step, module, batch, params, ema, optimizer, window, log, state, after)
 
 
 if __name__ == "__main__":

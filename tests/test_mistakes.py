@@ -101,7 +101,7 @@ def broken_checkpoints(folder, good):
     state = runtime.load(good, ["diffusion"])
     runtime.save(folder / "architecture.pt", {**state, "network": {**state["network"], "ch": 32}})
     return {"missing.pt": "no such file", "cut.pt": "not a whole checkpoint", "empty.pt": "not a whole checkpoint",
-            "text.pt": "not a whole checkpoint", "foreign.pt": "not a diffusion checkpoint", "architecture.pt": "do not fit the network"}
+            "text.pt": "not a whole checkpoint", "foreign.pt": "not a diffusion", "architecture.pt": "do not fit the network"}
 
 
 @pytest.mark.parametrize("main", [sample.main, evaluate.main])
