@@ -435,7 +435,8 @@ def main():
         plain.load_state_dict(twin)
         merge(plain)
         runtime.save(out / "ckpt.pt", {"kind": "classifier", "network": network, "model": plain.state_dict(), "config": settings,
-                                       "training": training, "data": {"dataset": args.dataset, "class_names": images.class_names}})
+                                       "training": training, "data": {"dataset": args.dataset, "class_names": images.class_names,
+                                                                      "resolution": images.images.shape[1]}})
         return plain
 
     board = SummaryWriter(out, purge_step=step + 1) if rt.rank == 0 else None

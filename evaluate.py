@@ -169,10 +169,14 @@ class Extractor:
             self.net, ckpt = load_classifier(features, rt.device)
             self.name, self.sha256, self.channels = str(features), runtime.sha256(features), ckpt["network"]["channels"]
         self.class_names = None if self.inception else ckpt["data"]["class_names"]
+        self.size = None if self.inception else ckpt["data"].get("resolution")         # Inception brings images to its own
 
     @torch.no_grad()
     def batch(self, images):
         """uint8 (n, H, W, 3) -> features (n, D) and logits (n, K), float32 NumPy."""
+        if self.size not in (None, images.shape[1]):
+            raise UserError(f"--features {self.name}: this classifier was trained on images of {self.size} pixels a side, and these have "
+                            f"{images.shape[1]}; train one with --resolution {images.shape[1]}, or measure images of its size")
         if self.channels == 1:
             if (images != images[..., :1]).any():
                 raise UserError("--features: this classifier takes grey images, and these are in colour")
@@ -335,7 +339,7 @@ def estimate(extractor, n_fake, n_real, net, ckpt, settings, args, rt):
             start = time.time()
             draw(net, y, range(n), shape, rt, **{**settings, "steps": 1, "grid": "uniform"}).sum().item()
         total += (time.time() - start) * settings["steps"] * n_fake / n
-    size = ckpt["data"]["resolution"] if ckpt else 32
+    size = ckpt["data"]["resolution"] if ckpt else extractor.size or 32
     images, m = np.zeros((args.features_batch_size, size, size, 3), np.uint8), args.features_batch_size
     if rt.device.type == "cpu":
         images, m = images[:8], min(8, m)
@@ -392,8 +396,11 @@ def main():
     num_split = args.num_split if args.num_split is not None else 0 if args.num else protocol["num_split"]
 
     # Against what, in which features
+    resolution, source = data.get("resolution"), READERS.get(reference_name.partition(":")[0])
+    if resolution is None and source and source.files and samples is not None and samples.at:
+        resolution = samples.at(np.arange(1)).shape[1]          # images of any size are read at the samples'
     with rt.rank_0_first():
-        reference = read_set(reference_name, "--reference", args, args.reference_split, data.get("resolution"))
+        reference = read_set(reference_name, "--reference", args, args.reference_split, resolution)
     theirs = reference.about["made_by"] if reference.features else protocol["features"]
     extractor = Extractor(args.features or ("inception" if theirs.startswith("inception") else theirs), args, rt)
     class_names = class_names or reference.class_names

@@ -291,6 +291,10 @@ def test_folder_data_set_gets_a_balanced_reference(tmp_path, classifier, cm_run)
          "--steps", 2, "--device", "cpu")
     result = runtime.read_json(tmp_path / "run/eval.json")
     assert result["settings"]["reference"] == "folder, training set, 12 images of each class" and result["num_real"] == 36
+    np.savez(tmp_path / "theirs.npz", np.random.RandomState(0).randint(0, 256, (30, 8, 8, 3), np.uint8))      # no .json: 8 pixels, as they are
+    call(evaluate.main, "--samples", tmp_path / "theirs.npz", "--reference", "folder", "--data-dir", root, "--pack-dir", tmp_path / "packed",
+         "--features", tmp_path / "colour.pt", "--device", "cpu")
+    assert runtime.read_json(tmp_path / "eval.json")["num_real"] == 36
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -304,6 +308,8 @@ def test_bad_images(capsys, tmp_path, classifier, data_dir):
         np.savez(tmp_path / "x.npz", **arrays)
         refuses(capsys, evaluate.main, "--samples", tmp_path / "x.npz", *flags, says=["--samples", *says])
     check("arr_0 is float64", arr_0=good / 255)
+    np.savez(tmp_path / "large.npz", good.repeat(2, 1).repeat(2, 2))
+    refuses(capsys, evaluate.main, "--samples", tmp_path / "large.npz", *flags, says=["--features", "8 pixels", "16"])
     check("shape [300, 8, 8]", arr_0=good[..., 0])
     check("no arr_0", images=good)
     check("arr_1 must hold 300", arr_0=good, arr_1=np.arange(7))
