@@ -100,11 +100,12 @@ def hue_turn(x, hue):
 def colour(x, q):
     """The colour operations, torchvision's without its clipping: x (N, C, H, W) in [0, 1]; C = 1 has no saturation or hue."""
     x = blend(x, torch.zeros_like(x), 2 ** q["log2_brightness"])
-    luma = torch.tensor(GREY, device=x.device, dtype=x.dtype)[None, :, None, None]
-    grey = (x * luma).sum(1, keepdim=True) if x.shape[1] == 3 else x
+    def to_grey(x):             # with Python's numbers: a tensor of them would make the device wait for a copy
+        return sum(weight * part for weight, part in zip(GREY, x.split(1, 1)))
+    grey = to_grey(x) if x.shape[1] == 3 else x
     x = blend(x, grey.mean((1, 2, 3), keepdim=True), 2 ** q["log2_contrast"])
     if x.shape[1] == 3:
-        x = blend(x, (x * luma).sum(1, keepdim=True), 2 ** q["log2_saturation"])
+        x = blend(x, to_grey(x), 2 ** q["log2_saturation"])
         x = torch.where((q["hue"] == 0)[:, None, None, None], x, hue_turn(x, q["hue"]))
     return x
 

@@ -19,7 +19,7 @@ from scipy.stats import norm
 
 import runtime
 from cm_layers import LowRank, general_only, reserved
-from data import load, load_reference, long_tail, splits, to_float
+from data import load, load_reference, long_tail, splits, to_classes, to_float
 from losses import Objective, draw
 from model import make_alphas_bar, q_sample
 from prune_probe import timesteps_of
@@ -113,6 +113,8 @@ def dominance(args, rt, ckpt, net):
     images = load(data["dataset"], args.data_dir or config["data_dir"], "train", config["resolution"], config["class_order"], config["pack_dir"])
     if config["ir"] != 1:
         images = images.take(long_tail(images.labels, config["ir"], config["split_seed"]))
+    if images.counts.tolist() != data["class_counts"]:
+        raise UserError(f"--data-dir {args.data_dir or config['data_dir']}: not the images that {args.ckpt} was trained on")
     groups, order = splits(images.counts), np.argsort(-images.counts, kind="stable")
     objective = Objective(net, "ddpm", images.counts, make_alphas_bar(), config["lam"], config["w_con"], config["w_div"], config["div_bound"],
                           label_drop=0.0).to(rt.device)
@@ -193,7 +195,7 @@ def allocation(args, rt, ckpt, net):
         raise UserError(f"--ckpt {args.ckpt}: it has no reserved capacity; take one that was trained with --cm")
     config, data, out = ckpt["config"], ckpt["data"], Path(args.out)
     images, words = load_reference(data["dataset"], args.data_dir or config["data_dir"], None, data["resolution"], config["pack_dir"])
-    labels = np.array([data["class_names"].index(n) for n in images.class_names])[images.labels]
+    labels = to_classes(images.labels, images.class_names, data["class_names"], "--data-dir")
     layers, grid = layers_of(net), [int(t) for t in np.linspace(0, 999, 11)]
     D = distances(net, images.images, labels, grid, rt, args.seed, args.batch_size)
     groups = splits(data["class_counts"]) or {n: [c] for c, n in enumerate(data["class_names"])}

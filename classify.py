@@ -15,7 +15,7 @@ import sys
 import time
 from argparse import BooleanOptionalAction
 from pathlib import Path
-from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -130,6 +130,11 @@ def effective_number_weights(counts, beta=0.9999):
     return (weights / weights.mean()).float()
 
 
+class Labels(NamedTuple):
+    """What losses.cm looks at in a batch."""
+    y: torch.Tensor
+
+
 class Objective(nn.Module):
     """The training loss of a ResNet, with L_CM where stages are reserved: forward(x, y, reweigh) -> (total, {name: term}).
 
@@ -172,7 +177,7 @@ class Objective(nn.Module):
                 D = (logits.softmax(1) - general.softmax(1)).square().sum(1)
             else:
                 D = (logits - general).square().mean(1)
-            terms.update(cm(D, SimpleNamespace(y=y), self))
+            terms.update(cm(D, Labels(y), self))
             total = total + self.lam * (self.w_con * terms["con"] + self.w_div * terms["div"])
         return total, terms         # not detached: see losses.Objective
 

@@ -61,6 +61,8 @@ def read_npz(path, flag):
             content = {k: f[k] for k in f.files}
     except (OSError, ValueError, KeyError, EOFError, runtime.zipfile.BadZipFile) as e:
         raise UserError(f"{flag} {path}: cannot be read as an .npz ({e})")
+    if "features" in content and not {"about", "logits"} <= set(content):
+        raise UserError(f"{flag} {path}: features without what --save-stats keeps beside them (logits, about); make it with --save-stats")
     if "features" in content:
         about = runtime.json.loads(str(content["about"]))
         names = about.pop("class_names")
@@ -73,7 +75,8 @@ def read_npz(path, flag):
         raise UserError(f"{flag} {path}: arr_0 is {images.dtype} of shape {list(images.shape)}; it must be uint8, N x H x W x 3")
     if labels is not None and (labels.shape != (len(images),) or not np.issubdtype(labels.dtype, np.integer)):
         raise UserError(f"{flag} {path}: arr_1 must hold {len(images)} whole numbers, one label an image")
-    record = runtime.read_json(Path(path).with_suffix(".json")) or {}
+    record = runtime.read_json(Path(path).with_suffix(".json"))
+    record = {k: record[k] for k in ("settings", "data") if isinstance(record.get(k), dict)} if isinstance(record, dict) else {}
     return Images(lambda rows: rgb(images[rows]), len(images), labels, record.get("data", {}).get("class_names"),
                   sha256=runtime.sha256(path), **record)
 
@@ -460,6 +463,11 @@ def main():
         named = np.array([class_names.index(n) for n in extractor.class_names])
     result = measure_all((*fake, labels), (*real, reference_labels), groups, classes, num, extractor.inception, args.k, rt.device,
                          args.floor, named)
+    earlier = runtime.read_json(out_json)
+    if earlier and earlier.get("settings") != runtime.json.loads(runtime.json.dumps(record)):      # hours of work, perhaps
+        kept = out_json.with_name(f"{out_json.stem}-{runtime.seed_of(runtime.json.dumps(earlier.get('settings'))) % 10 ** 8:08d}.json")
+        out_json.rename(kept)
+        print(f"{out_json} had numbers of other settings; they are kept as {kept.name}")
     runtime.write_json(out_json, {**result, "settings": record, "command": shlex.join(["python", "evaluate.py", *sys.argv[1:]]),
                                   "seconds": {"sampling": round(sampled, 1), "features": round(extracted, 1),
                                               "metrics": round(time.time() - clock, 1)},

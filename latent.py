@@ -242,7 +242,8 @@ def main_train(argv):
         raise UserError(f"--batch-size {args.batch_size}: not divisible by {rt.world} processes x --accumulate {args.accumulate}")
     config, command = {k: v for k, v in vars(args).items() if k not in ("device", "out")}, shlex.join(["python", "latent.py", *sys.argv[1:]])
     if old:
-        refuse_changes(old["config"], config, out, FREE)
+        refuse_changes(old["config"], config, out, vars(make_parser().parse_args([])), FREE)
+    rt.agree(old["step"] if old else 0, out)
     with rt.rank_0_first():
         images = load_long_tailed(args)
     data_record = {"dataset": args.dataset, "class_names": images.class_names, "class_counts": images.counts.tolist(),

@@ -37,7 +37,8 @@ class Batch(NamedTuple):
     masks_decode: list          # for decode with theta,
     masks_general: list         # and for decode with theta^g: the same tensors unless they are independent
     a: torch.Tensor             # (B, augment.DIM), what was done to the images; None without augmentation
-    t_below: torch.Tensor       # (B,) int64, the timestep below t of a base that compares two; else None
+    t_below: torch.Tensor       # (B,) int64, the timestep below t of a base that compares two,
+    weight: torch.Tensor        # and (B,) the weights of such pairs; else None
 
 
 @torch.no_grad()
@@ -51,7 +52,7 @@ def draw(x_0, y, o, seed, step, part=0, parts=1, flip=False, dtype=torch.float32
     """
     G, device = len(x_0), x_0.device
     g = generator(device, seed, "step", step)
-    t, t_below = o.draw_t(o, G, step, g)
+    t, t_below, weight = o.draw_t(o, G, step, g)
     eps = torch.randn(x_0.shape, generator=g, device=device)
     dropped = torch.rand(G, generator=g, device=device) < o.label_drop
     mirrored = torch.rand(G, generator=g, device=device) < 0.5
@@ -69,7 +70,7 @@ def draw(x_0, y, o, seed, step, part=0, parts=1, flip=False, dtype=torch.float32
     general = o.net.draw_masks(G // parts, x_0.shape[-1], masks, dtype)[1] if o.independent_dropout else decode
     return Batch(x_0[own], y[own], torch.where(dropped, -1, y)[own], t[own], eps[own], y_prime[own],
                  x_0, y, gumbel[own], encode, decode, general, None if a is None else a[own],
-                 None if t_below is None else t_below[own])
+                 None if t_below is None else t_below[own], None if weight is None else weight[own])
 
 
 class Predictions:
@@ -138,8 +139,8 @@ def oc(p, b, o):
 
 
 def uniform_t(o, G, step, g):
-    """Timesteps (t, t_below), each (G,) int64 or None, of a step: t uniform in [0, T), on the device of the generator g."""
-    return torch.randint(len(o.alphas_bar), (G,), generator=g, device=g.device), None
+    """(t, t_below, weight) of a step, (G,) each or None: t uniform in [0, T), on the device of the generator g."""
+    return torch.randint(len(o.alphas_bar), (G,), generator=g, device=g.device), None, None
 
 
 BASES = {"ddpm": ddpm, "cbdm": cbdm, "oc": oc}
@@ -176,7 +177,7 @@ class Objective(nn.Module):
 
     def __init__(self, net, base, counts, alphas_bar, lam=1.0, w_con=1.0, w_div=1.0, div_bound=0.01, label_drop=0.1,
                  independent_dropout=False, tau=1e-3, gamma=0.25, y_prime="uniform", ada=0.0, focal_gamma=2.0,
-                 rop_weight=0.1, rop_margin=0.1, ct_double=40_000):
+                 rop_weight=0.1, rop_margin=0.1, ct_double=1):
         super().__init__()
         self.net, self.base, self.draw_t, self.gamma = net, BASES[base], TIMESTEPS.get(base, uniform_t), gamma
         self.div_bound, self.label_drop, self.independent_dropout = div_bound, label_drop, independent_dropout

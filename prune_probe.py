@@ -18,7 +18,7 @@ from scipy.stats import spearmanr
 from torch import nn
 
 import runtime
-from data import load_reference, splits, to_float
+from data import load_reference, splits, to_classes, to_float
 from model import make_alphas_bar, q_sample
 from runtime import Parser, UserError, integer, number, run
 from sample import dtype_of, load_network
@@ -198,7 +198,7 @@ def main():
     where = (args.data_dir or config["data_dir"], args.split, data["resolution"], config["pack_dir"])
     images, words = load_reference(data["dataset"], *where)
     class_names, counts, pixels = data["class_names"], np.array(data["class_counts"]), images.images
-    labels = np.array([class_names.index(n) for n in images.class_names])[images.labels]
+    labels = to_classes(images.labels, images.class_names, class_names, "--data-dir")
     fractions, results = args.fractions or [args.fraction], {}
     out = Path(args.out or Path(args.ckpt[0]).parent / "prune")
     for name, ckpt in zip(names, ckpts):

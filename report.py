@@ -171,7 +171,9 @@ def paper_page(args, rows):
     commands = [f"{command}    # {name}" for name, results in rows for command in (results[0]["settings"].get("command"), results[0].get("command"))
                 if command]
     commands = "\n".join(dict.fromkeys(commands))
-    notes = [f"{conditions(first)}", "Mean +- standard deviation over seeds; best in bold, second best in italics."]
+    steps = sorted({r["settings"]["step"] for _, results in rows for r in results if "step" in r["settings"]})
+    notes = [f"{conditions(first)}"] + [f"**Not one budget: the rows' checkpoints are at steps {', '.join(f'{s:,}' for s in steps)}.**"] * (len(steps) > 1)
+    notes += ["Mean +- standard deviation over seeds; best in bold, second best in italics."]
     if paper:
         notes.append("Beside each number the paper's own; diamonds in the figure.")
     if "fd" in first:
@@ -271,6 +273,8 @@ def main():
     rows, folder = [(name, results[0]) for name, results in rows], page.parent
     if any("floor" not in r or "fd" not in r for _, r in rows):
         raise UserError("--row: a page without --paper needs numbers that evaluate.py made with a classifier and --floor")
+    if bad := [name for name, r in rows if "guidance" not in r["settings"] or "accuracy" not in r]:
+        raise UserError(f"--row {bad[0]}: a page without --paper is for images of sample.py, in features of a classifier of their classes")
     text = ["# Samples per split\n", conditions(rows[0][1], len({r["settings"]["guidance"] for _, r in rows}) == 1) + "\n", table(rows) + "\n",
             "FD is a Frechet distance in the features of a small classifier, not FID. Real against real compares the "
             "halves of the reference; having fewer images on either side, it lies above the true floor. Accuracy is the share of "

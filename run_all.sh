@@ -9,7 +9,8 @@
 # theory, allocation, dominance, gain. They share their runs (out/paper). From the environment, with the defaults:
 #   DATASET=cifar100 IR=100 SEEDS=0,1,2 NGPU=1 DATA_DIR=data RESOLUTION= CLASS_ORDER=   SCALE=paper, or SCALE=demo: on digits, in minutes
 # and, for a budget of your own, runs and pages in a folder of their own: ROOT=out/mine STEPS=20000 FLAGS="--ch 64 --lr 5e-4"
-# (of train.py) NUM=10000 FEATURES=CKPT (of classify.py; without it, Inception)
+# (of train.py) CM_FLAGS="--w-div 0.2" (of its runs with --cm) NUM=10000 FEATURES=CKPT (of classify.py; without it, Inception);
+# of tableG8 and tableG13: EPOCHS=200 EXTRA=50000; of table6: EPOCHS=100 MODEL=. The demo and the smoke run take none of these.
 set -euo pipefail
 cd "$(dirname "$0")"
 export PYTHONUNBUFFERED=1
@@ -58,14 +59,16 @@ fi
 
 SCALE=${SCALE:-paper}; PAGES=${ROOT:-out}
 if [[ $SCALE == demo ]]; then
+  if [[ ${DATASET:-digits} != digits ]]; then echo "error: SCALE=demo is on digits; for DATASET=$DATASET name a budget with STEPS and NUM" >&2; exit 2; fi
   DATASET=digits; IR=${IR:-20}; SEEDS=${SEEDS:-0}; ROOT=${ROOT:-out/paper-demo}; STEPS=${STEPS:-300}; NUM=${NUM:-500}
-  FLAGS="--sample-every 0 ${FLAGS:-}"; FEATURES=$ROOT/classifier/ckpt.pt; CLASSIFY="--epochs ${EPOCHS:-60}"; EXTRA=${EXTRA:-500}
-  python classify.py --dataset digits --epochs 10 --out $ROOT/classifier --if-needed
+  FLAGS="--sample-every 0 ${FLAGS:-}"; FEATURES=$ROOT/classifier/ckpt.pt; EPOCHS=${EPOCHS:-60}; EXTRA=${EXTRA:-500}
+  python classify.py --dataset digits --epochs 10 --out "$ROOT/classifier" --if-needed
 else
   case $TARGET in table4) DATASET=${DATASET:-celebahq} ;; table6) DATASET=${DATASET:-artbench10} ;; table5) DATASET=${DATASET:-imagenet-lt} ;; *) DATASET=${DATASET:-cifar100} ;; esac
-  IR=${IR:-100}; SEEDS=${SEEDS:-0,1,2}; ROOT=${ROOT:-out/paper}
+  case $DATASET in folder) IR=${IR:-1} ;; cub200 | flowers102) IR=${IR:-10} ;; *) IR=${IR:-100} ;; esac       # as train.py's defaults
+  SEEDS=${SEEDS:-0,1,2}; ROOT=${ROOT:-out/paper}
 fi
-TRAIN="${STEPS:+--steps $STEPS} ${FLAGS:-}"; EVALUATE="${NUM:+--num $NUM} ${FEATURES:+--features $FEATURES}"
+TRAIN="${STEPS:+--steps $STEPS} ${FLAGS:-}"; EVALUATE=(${NUM:+--num $NUM} ${FEATURES:+--features "$FEATURES"})
 SETTING=$DATASET-ir$IR${RESOLUTION:+-$RESOLUTION}
 if [[ $DATASET == imagenet-lt || $DATASET == inat2018 ]]; then IR=1; RESOLUTION=${RESOLUTION:-64}; SETTING=$DATASET-$RESOLUTION; fi
 case $TARGET in fig1b | dominance | allocation) SEEDS=${SEEDS%%,*} ;; esac       # which look at one network each
@@ -76,22 +79,23 @@ ROWS=()
 
 # row NAME RUN [train flags] [-- evaluate flags]: train and evaluate each seed of a run, and make it a row of the table
 row() {
-  local name=$1 run=$2 train=() extra=() seed out json; shift 2
+  local name=$1 run=$2 train=() extra=() seed out json cm_flags; shift 2
   while (( $# )) && [[ $1 != -- ]]; do train+=("${1}"); shift; done
   if (( $# )); then shift; extra=("$@"); fi
+  case " ${train[*]-} " in *" --cm "*) cm_flags=${CM_FLAGS:-} ;; *) cm_flags= ;; esac
   json=eval-$(echo "${extra[*]:-plain}" | tr -c 'a-z0-9.\n' _).json
   for seed in ${SEEDS//,/ }; do
     out=$ROOT/$SETTING/$run-seed$seed
-    $PYTHON train.py "${DATA[@]}" $TRAIN ${train[@]+"${train[@]//SEED/$seed}"} --seed $seed --out $out
+    $PYTHON train.py "${DATA[@]}" $TRAIN ${train[@]+"${train[@]//@SEED/$seed}"} $cm_flags --seed $seed --out "$out"
     case $TARGET in fig1b | dominance) continue ;; esac               # which need no samples
-    $PYTHON evaluate.py --ckpt $out/ckpt.pt $EVALUATE ${extra[@]+"${extra[@]}"} --out-json $out/$json --if-needed
+    $PYTHON evaluate.py --ckpt "$out/ckpt.pt" ${EVALUATE[@]+"${EVALUATE[@]}"} ${extra[@]+"${extra[@]}"} --out-json "$out/$json" --if-needed
   done
   ROWS+=(--row "$name=$(printf "$ROOT/$SETTING/$run-seed%s/$json," ${SEEDS//,/ })")
 }
 
 # page TABLE: the table's page from the rows so far
 page() {
-  python report.py --paper $1 --setting $SETTING "${ROWS[@]}" --out $PAGES/$TARGET/$SETTING/${2:-report}.md
+  python report.py --paper $1 --setting $SETTING "${ROWS[@]}" --out "$PAGES/$TARGET/$SETTING/${2:-report}.md"
   ROWS=()
 }
 
@@ -104,8 +108,8 @@ cm()   { row CM cm --base oc --cm "$@"; }
 classes() {
   local name=$1 slug=$2 seed; shift 2
   for seed in ${SEEDS//,/ }; do
-    python classify.py "${DATA[@]}" ${CLASSIFY:-} "${@//SEED/$seed}" --seed $seed \
-      --out $ROOT/$SETTING/classify-$slug-seed$seed --if-needed
+    python classify.py "${DATA[@]}" ${EPOCHS:+--epochs $EPOCHS} "${@//@SEED/$seed}" --seed $seed \
+      --out "$ROOT/$SETTING/classify-$slug-seed$seed" --if-needed
   done
   ROWS+=(--row "$name=$(printf "$ROOT/$SETTING/classify-$slug-seed%s/result.json," ${SEEDS//,/ })")
 }
@@ -115,9 +119,9 @@ latent() {
   local name=$1 run=$2 seed out; shift 2
   for seed in ${SEEDS//,/ }; do
     out=$ROOT/$SETTING/latent-$run-seed$seed
-    $PYTHON latent.py train "${DATA[@]}" ${MODEL:+--model "$MODEL"} ${EPOCHS:+--epochs $EPOCHS} "$@" --seed $seed --out $out
-    $PYTHON latent.py sample --ckpt $out/ckpt.pt --num ${NUM:-50000} --out $out/samples --if-needed
-    $PYTHON evaluate.py --samples $out/samples/samples.npz --data-dir "${DATA_DIR:-data}" $EVALUATE --if-needed
+    $PYTHON latent.py train "${DATA[@]}" ${MODEL:+--model "$MODEL"} ${EPOCHS:+--epochs $EPOCHS} "$@" --seed $seed --out "$out"
+    $PYTHON latent.py sample --ckpt "$out/ckpt.pt" --num ${NUM:-50000} --out "$out/samples" --if-needed
+    $PYTHON evaluate.py --samples "$out/samples/samples.npz" --data-dir "${DATA_DIR:-data}" ${EVALUATE[@]+"${EVALUATE[@]}"} --if-needed
   done
   ROWS+=(--row "$name=$(printf "$ROOT/$SETTING/latent-$run-seed%s/samples/eval.json," ${SEEDS//,/ })")
 }
@@ -132,12 +136,13 @@ case $TARGET in
     for S in ${SEEDS//,/ }; do
       for R in "ddpm --base ddpm --no-cm" "cm --base oc --cm"; do
         RUN=$ROOT/$SETTING/${R%% *}-seed$S
-        $PYTHON train.py "${DATA[@]}" $TRAIN ${R#* } --seed $S --out $RUN
-        $PYTHON sample.py --ckpt $RUN/ckpt.pt --num ${EXTRA:-50000} --seed $S --out $RUN/extra --if-needed
+        if [[ $R == *--cm ]]; then R="$R ${CM_FLAGS:-}"; fi
+        $PYTHON train.py "${DATA[@]}" $TRAIN ${R#* } --seed $S --out "$RUN"
+        $PYTHON sample.py --ckpt "$RUN/ckpt.pt" --num ${EXTRA:-50000} --seed $S --out "$RUN/extra" --if-needed
       done
     done
-    classes DDPM ddpm --extra $ROOT/$SETTING/ddpm-seedSEED/extra/samples.npz
-    classes CM cm --extra $ROOT/$SETTING/cm-seedSEED/extra/samples.npz
+    classes DDPM ddpm --extra "$ROOT/$SETTING/ddpm-seed@SEED/extra/samples.npz"
+    classes CM cm --extra "$ROOT/$SETTING/cm-seed@SEED/extra/samples.npz"
     page tableG8 ;;
   tableG13)     # long-tailed recognition (also IR=200)
     classes CE ce --loss ce
@@ -149,12 +154,12 @@ case $TARGET in
     page tableG13 ;;
   fig1b)        # and G.1, G.2: what pruning does to each class
     ddpm; cm
-    python prune_probe.py --ckpt $ROOT/$SETTING/{ddpm,cm}-seed${SEEDS%%,*}/ckpt.pt --fractions 0.05,0.1,0.2,0.3 --out $PAGES/fig1b/$SETTING ;;
+    python prune_probe.py --ckpt "$ROOT/$SETTING"/{ddpm,cm}-seed${SEEDS%%,*}/ckpt.pt --fractions 0.05,0.1,0.2,0.3 --out "$PAGES/fig1b/$SETTING" ;;
   theory)       # Theorems 2.1, 3.1, F.1, F.2 against simulation
-    python theory_sim.py ;;
+    python theory_sim.py --out "$PAGES/theory" ;;
   dominance)    # Theorem 2.1's question on a trained network's gradients
     ddpm; cm
-    for R in ddpm cm; do python capacity_probe.py dominance --ckpt $ROOT/$SETTING/$R-seed${SEEDS%%,*}/ckpt.pt; done ;;
+    for R in ddpm cm; do python capacity_probe.py dominance --ckpt "$ROOT/$SETTING/$R-seed${SEEDS%%,*}/ckpt.pt"; done ;;
   gain)         # not in the paper: what CM adds to DDPM and to OC, seed by seed, without and with guidance
     for OMEGA in 0 1.5; do
       ddpm -- --guidance $OMEGA; row "CM on DDPM" cm-ddpm --base ddpm --cm -- --guidance $OMEGA
@@ -163,11 +168,11 @@ case $TARGET in
   allocation)   # what the reserved part is and does
     row "CM (theta_g)" cm --base oc --cm -- --branch general; cm
     CM=$ROOT/$SETTING/cm-seed${SEEDS%%,*}
-    python capacity_probe.py allocation --ckpt $CM/ckpt.pt --quality $CM/eval-plain.json $CM/eval-__branch_general.json ;;
+    python capacity_probe.py allocation --ckpt "$CM/ckpt.pt" --quality "$CM/eval-plain.json" "$CM/eval-__branch_general.json" ;;
   table1)       # low-rank variants of CBDM
     ddpm; cbdm
     row "CBDM (theta_g + theta_e)" cbdm-low-rank --base cbdm --cm --lam 0
-    row "CBDM (LoRA)" cbdm-lora --base cbdm --lora --init-from $ROOT/$SETTING/cbdm-seedSEED/ckpt.pt
+    row "CBDM (LoRA)" cbdm-lora --base cbdm --lora --init-from "$ROOT/$SETTING/cbdm-seed@SEED/ckpt.pt"
     cm; page table1 ;;
   table2)       # and G.1: all baselines
     ddpm

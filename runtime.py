@@ -162,6 +162,11 @@ class Runtime:
             warnings.simplefilter("ignore", FutureWarning)
             return DistributedDataParallel(module, devices, broadcast_buffers=False, gradient_as_bucket_view=True)
 
+    def agree(self, step, out):
+        """Raise UserError where ranks found runs at different steps in `out`, as nodes without a shared disk do."""
+        if self.maximum(step) != -self.maximum(-step):
+            raise UserError(f"--out {out}: the processes find different checkpoints there; all nodes must share this folder")
+
     def maximum(self, value):
         """The largest of every rank's `value` (an int): how ranks agree, without waiting for the device."""
         if self.world == 1:
@@ -180,8 +185,8 @@ def setup(device="auto", dtype="auto"):
         device = torch.device(device)
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as e:
+        torch.zeros(1, device=device, dtype=torch.float64)      # which the noise schedule is kept in, and not every device has
+    except (RuntimeError, AssertionError, TypeError) as e:
         raise UserError(f"--device {device}: this machine cannot use it ({str(e).splitlines()[0]})")
     if device.type == "cuda":
         torch.cuda.set_device(device)

@@ -9,7 +9,6 @@ drawn from (seed, i), so the batch size and the number of processes change nothi
 ADM evaluator: arr_0 N x H x W x 3 uint8 (grey images repeated), arr_1 N labels.
 """
 import math
-import shutil
 import time
 from pathlib import Path
 
@@ -250,7 +249,9 @@ def write_samples(out, images, labels, names, record, data, seconds, png=False):
     classes = list(dict.fromkeys(labels))
     picture = grid_image(images, labels, names, None if len(classes) > 10 else classes)
     runtime.write_atomic(out / "grid.png", lambda p: picture.save(p, format="png"))
-    shutil.rmtree(out / "png", ignore_errors=True)          # of an earlier call: a metric must not find two calls' images
+    if (out / "samples.json").exists():         # an earlier call's files go: a metric must not find two calls' images
+        for path in (out / "png").glob("[0-9][0-9][0-9][0-9]-*/[0-9][0-9][0-9][0-9][0-9][0-9].png"):
+            path.unlink()
     if png:
         write_pngs(images, labels, names, out / "png")
     runtime.write_json(out / "samples.json", {"settings": record, "data": data, "seconds": round(seconds, 2)})
@@ -285,8 +286,10 @@ def sampling_settings(args, kind):
         raise UserError(f"--sampler {sampler}: this checkpoint is a {kind} model; leave it out for {default['sampler']}")
     if sampler == "consistency" and (guidance or args.grid != "uniform"):
         raise UserError(f"--{'guidance' if guidance else 'grid'}: a consistency model has none; leave it out")
-    if sampler != "consistency":
-        make_timesteps(1000, settings["steps"], settings["grid"])       # fails here, before any work
+    if sampler == "consistency":            # either fails here, before any work
+        consistency.make_timesteps(1000, settings["steps"])
+    else:
+        make_timesteps(1000, settings["steps"], settings["grid"])
     if args.eta and sampler != "ddim":
         raise UserError(f"--eta {args.eta:g}: belongs to --sampler ddim, and {sampler} has none; leave it out")
     return settings

@@ -37,9 +37,9 @@ from sample import DEFAULTS, STEPS, add_low_rank, build_network, generate, grid_
 
 PRESETS = {     # the defaults of flags that depend on the data set; "paper" holds for every set that has no row
     "paper": dict(ir=100.0, ch=128, ch_mult=[1, 2, 2, 2], attn=[1], num_res_blocks=2, dropout=0.1, steps=300_000, lr=2e-4,
-                  warmup=5000, ema=0.9999, ct_double=40_000, save_every=5000, sample_every=20_000, log_every=100, dtype="auto"),
+                  warmup=5000, ema=0.9999, save_every=5000, sample_every=20_000, log_every=100, dtype="auto"),
     "digits": dict(ir=20.0, ch=32, ch_mult=[1, 2], num_res_blocks=1, steps=2000, lr=1e-3, warmup=100, ema=0.999,
-                   ct_double=500, save_every=500, sample_every=500, log_every=50, dtype="float32"),
+                   save_every=500, sample_every=500, log_every=50, dtype="float32"),
     "cub200": dict(ir=10.0), "flowers102": dict(ir=10.0),                                # too small for 100
     "folder": dict(ir=1.0), "imagenet-lt": dict(ir=1.0), "inat2018": dict(ir=1.0),      # long-tailed as they are
 }
@@ -76,7 +76,8 @@ def make_parser():
     g.add_argument("--focal-gamma", type=number(0), default=2.0, help="gamma of --base focal (default: 2)")
     g.add_argument("--rop-weight", type=number(0), default=0.1, help="weight of --base rop's overlap term (default: 0.1)")
     g.add_argument("--rop-margin", type=number(above=0), default=0.1, help="margin of --base rop (default: 0.1)")
-    g.add_argument("--ct-double", type=integer(1), metavar="K", help="--base consistency: its 10 intervals double every K steps, up to 640")
+    g.add_argument("--ct-double", type=integer(1), metavar="K", help="--base consistency: its 10 intervals double every K steps, up to 640 "
+                   "(default: a seventh of --steps)")
     g.add_argument("--experts", choices=("group",), help="one low-rank expert for each of Many, Medium and Few, in place of CM's "
                    "one (default: none)")
     g.add_argument("--init-from", metavar="CKPT", help="start from the EMA weights of a trained checkpoint")
@@ -123,6 +124,8 @@ def resolve(args):
     if args.batch_size % (world * args.accumulate):
         parts = [f"{world} processes"] * (world > 1) + [f"--accumulate {args.accumulate}"] * (args.accumulate > 1)
         raise UserError(f"--batch-size {args.batch_size}: not divisible by {' x '.join(parts)}; it counts the images of all of them")
+    if args.ch % 2:
+        raise UserError(f"--ch {args.ch}: must be even; take a multiple of 32")
     if bad := [level for level in args.attn if level >= len(args.ch_mult)]:
         raise UserError(f"--attn {bad[0]}: --ch-mult has levels 0 to {len(args.ch_mult) - 1} only")
     if args.lora and not args.init_from:
@@ -146,12 +149,16 @@ def resolve(args):
     return args
 
 
-def refuse_changes(old, new, out, free=FREE):
-    """Raise UserError for the first setting, but for the free ones, that differs from the checkpoint's."""
+def refuse_changes(old, new, out, defaults, free=FREE):
+    """Raise UserError for the first setting, but for the free ones, that differs from the checkpoint's.
+
+    defaults: what a flag was that did not exist when the checkpoint was made.
+    """
     for key, value in new.items():
-        if key not in free and old.get(key) != value:
+        was = old.get(key, defaults.get(key))
+        if key not in free and was != value:
             flag = "--" + key.replace("_", "-")
-            raise UserError(f"{flag} {value}: the run in {out} was started with {old.get(key)}; repeat that to resume it, "
+            raise UserError(f"{flag} {value}: the run in {out} was started with {was}; repeat that to resume it, "
                             f"or choose another folder with --out")
 
 
@@ -354,10 +361,13 @@ def main():
     old = runtime.load(path, DEFAULTS, "--out") if path.exists() else None
     rt = runtime.setup(args.device, old["config"]["dtype"] if old and args.dtype == "auto" else args.dtype)
     args.dtype = str(rt.dtype).removeprefix("torch.")       # what auto came to: a run keeps it on any device
+    if args.base == "consistency" and args.ct_double is None:
+        args.ct_double = old["config"]["ct_double"] if old else max(1, args.steps // 7)
+    rt.agree(old["step"] if old else 0, out)
     config = {k: v for k, v in vars(args).items() if k not in ("device", "out")}
     command = shlex.join(["python", "train.py", *sys.argv[1:]])
     if old:
-        refuse_changes(old["config"], config, out)
+        refuse_changes(old["config"], config, out, {**vars(make_parser().parse_args([])), **PRESETS["paper"], **PRESETS.get(args.dataset, {})})
         if old["step"] >= args.steps:
             return rt.print(f"{out}: finished, step {old['step']} of {args.steps}")
 

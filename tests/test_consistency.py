@@ -16,6 +16,7 @@ import prune_probe
 import runtime
 import sample
 import train
+from losses import Predictions, draw
 from model import q_sample
 
 SIGMA = [math.sqrt((1 - a) / a) for a in AB.tolist()]
@@ -28,8 +29,19 @@ def literal_f(F, x_ve, sigma):
     return skip * x_ve + out * F
 
 
+def interval_law(N):
+    """The grid of N intervals, the chance of each, and its iCT weight over the mean effect of such weights on F."""
+    grid = [j * 999 // N for j in range(N + 1)]
+    pairs = list(zip(grid, grid[1:]))
+    law = np.array([norm.cdf((math.log(SIGMA[b]) + 1.1) / 2) - norm.cdf((math.log(SIGMA[a]) + 1.1) / 2) for a, b in pairs])
+    law /= law.sum()
+    weights = np.array([1 / (SIGMA[b] - SIGMA[a]) for a, b in pairs])
+    return grid, law, weights / sum(p * w * literal_f(1, 0, SIGMA[b]) for p, w, (_, b) in zip(law, weights, pairs))
+
+
 def test_loss(digits):
-    o, b = setup(digits, "consistency", rank_ratio=None)
+    o, b = setup(digits, "consistency", rank_ratio=None, ct_double=1)           # step 3: 80 intervals
+    grid, _, weights = interval_law(80)
     expected = []
     for x_0, eps, t, s, y in zip(b.x_0.double(), b.eps.double(), b.t.tolist(), b.t_below.tolist(), b.y_in):
         f = []
@@ -40,7 +52,8 @@ def test_loss(digits):
             f.append(literal_f(F, x_ve, SIGMA[u]))
         D = f[0].numel()
         huber = math.sqrt((f[0] - f[1]).square().sum() + 0.00054 ** 2 * D) - 0.00054 * math.sqrt(D)     # as iCT prints it
-        expected.append(huber / math.sqrt(D) / (SIGMA[t] - SIGMA[s]))
+        assert grid[grid.index(t) - 1] == s
+        expected.append(huber / math.sqrt(D) * weights[grid.index(s)])
     total, terms, _ = o(b)
     assert total.item() == pytest.approx(np.mean(expected), rel=1e-3) and set(terms) == {"base"}
 
@@ -55,9 +68,8 @@ def test_only_the_noisier_prediction_is_trained(digits):
     def f(t):
         x_t = q_sample(b.x_0, t, b.eps, AB)
         return consistency.to_x_0(o.net(x_t, t, b.y_in), x_t, t, AB)
-    width = torch.tensor([SIGMA[t] - SIGMA[s] for t, s in zip(b.t, b.t_below)])
     error = (f(b.t) - f(b.t_below).detach()).square().flatten(1).mean(1)
-    (((error + 0.00054 ** 2).sqrt() - 0.00054) / width).mean().backward()
+    (b.weight * ((error + 0.00054 ** 2).sqrt() - 0.00054)).mean().backward()
     torch.testing.assert_close(got, torch.cat([p.grad.flatten() for p in o.net.parameters() if p.grad is not None]), rtol=1e-3, atol=1e-5)
 
 
@@ -71,12 +83,12 @@ def test_curriculum(digits):
     assert [consistency.intervals(s, 500) for s in (0, 499, 500, 1000, 2999, 3000, 10 ** 6)] == [10, 10, 20, 40, 320, 640, 640]
     o, _ = setup(digits, "consistency", rank_ratio=None, ct_double=100)
     for step, N in ((0, 10), (250, 40), (900, 640)):
-        grid = [j * 999 // N for j in range(N + 1)]
+        grid, law, weights = interval_law(N)
         g = torch.Generator().manual_seed(step)
-        t, below = consistency.draw_pairs(o, 20_000, step, g)
+        t, below, weight = consistency.draw_pairs(o, 20_000, step, g)
         assert set(zip(t.tolist(), below.tolist())) <= set(zip(grid[1:], grid[:-1]))
-        law = np.array([norm.cdf((math.log(SIGMA[b]) + 1.1) / 2) - norm.cdf((math.log(SIGMA[a]) + 1.1) / 2) for a, b in zip(grid, grid[1:])])
-        expected = 20_000 * law / law.sum()
+        np.testing.assert_allclose(weight, weights[np.searchsorted(grid, below)], rtol=1e-5)
+        expected = 20_000 * law
         seen, kept = np.array([(below == a).sum() for a in grid[:-1]]), expected > 5
         assert chisquare(seen[kept], expected[kept] * seen[kept].sum() / expected[kept].sum()).pvalue > 1e-3
 
@@ -89,7 +101,19 @@ def gaussian_F(x, t, mean=0.3, std=0.5):
     return (f - literal_f(0, x_ve, sigma)) / literal_f(1, 0, sigma)
 
 
-@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_the_gradient_in_F_does_not_grow_with_the_curriculum(digits):
+    """So that L_CM and the clipping keep their share: per image the mean of |d base / d F| is the same at 10 and at 640 intervals."""
+    norms = []
+    for step in (0, 6):
+        o, _ = setup(digits, "consistency", rank_ratio=None, ct_double=1)
+        x_0 = torch.randn(512, 1, 8, 8) / 2
+        b = draw(x_0, torch.arange(512) % 10, o, seed=0, step=step)
+        p = Predictions(o.net, b, q_sample(b.x_0, b.t, b.eps, AB))
+        norms.append(torch.autograd.grad(consistency.consistency(p, b, o)["base"] * 512, p.eps)[0].flatten(1).norm(dim=1).mean().item() * 8)
+    assert norms == pytest.approx([1, 1], rel=0.25)            # rms Huber: a unit vector over sqrt(64), times c_out w
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5, 31])
 def test_sampler_draws_a_gaussian(steps):
     g = torch.Generator().manual_seed(0)
     noise = lambda: torch.randn(20_000, 1, 1, 1, generator=g, dtype=torch.float64)
@@ -98,6 +122,15 @@ def test_sampler_draws_a_gaussian(steps):
     calls = []
     x = consistency.sample(lambda x, t: calls.append(t) or gaussian_F(x, t), noise(), AB, timesteps, noise)
     assert calls == timesteps and abs(x.mean() - 0.3) < 0.015 and abs(x.std() - 0.5) < 0.015
+
+
+def test_resampling_leaves_the_last_noise_alone():
+    """Of one constant image, however many steps: what is left is sigma_0, not more."""
+    g = torch.Generator().manual_seed(0)
+    noise = lambda: torch.randn(20_000, 1, 1, 1, generator=g, dtype=torch.float64)
+    for steps in (1, 2, 31):
+        x = consistency.sample(lambda x, t: gaussian_F(x, t, std=1e-9), noise(), AB, consistency.make_timesteps(1000, steps), noise)
+        assert x.std() == pytest.approx(SIGMA[0], rel=0.03)
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +166,7 @@ def test_mistakes(runs, cm_run, tmp_path, data_dir, capsys):
     refuses(capsys, sample.main, "--ckpt", ckpt, "--sampler", "ddim", says=["--sampler ddim", "consistency"])
     refuses(capsys, sample.main, "--ckpt", cm_run / "ckpt.pt", "--sampler", "consistency", says=["--sampler consistency", "diffusion"])
     refuses(capsys, sample.main, "--ckpt", ckpt, "--guidance", 1.5, says=["--guidance"])
+    refuses(capsys, sample.main, "--ckpt", ckpt, "--steps", 32, says=["--steps 32"])
     refuses(capsys, sample.main, "--ckpt", ckpt, "--grid", "quad", says=["--grid"])
     refuses(capsys, sample.main, "--ckpt", ckpt, "--eta", 0.5, says=["--eta", "ddim"])
     refuses(capsys, prune_probe.main, "--ckpt", ckpt, says=["--ckpt", "not a diffusion"])
