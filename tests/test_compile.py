@@ -65,11 +65,17 @@ def test_compiled_is_eager(make, loss, cm, cpu, capsys):
             nn.init.normal_(low_rank.B)
         modules.append(o)
     o, twin = modules
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     compiled = runtime.compile_or_not(twin, lambda m: m(*inputs)[0], cpu)
     if shutil.which("c++") or shutil.which("g++"):
         assert compiled is not twin, capsys.readouterr().out
     else:
         assert "going on without" in capsys.readouterr().out
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for _ in range(2):                          # one graph for all steps, not one a step
+        compiled(*inputs)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs and (compiled is twin or graphs == 1), dict(torch._dynamo.utils.counters)
     (a, terms_a, *_), (b, terms_b, *_) = o(*inputs), compiled(*inputs)
     a.backward()
     b.backward()

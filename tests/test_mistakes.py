@@ -12,7 +12,9 @@ import torch
 from conftest import ROOT, TINY_FLAGS, call
 from PIL import Image
 
+import capacity_probe
 import evaluate
+import prune_probe
 import report
 import runtime
 import sample
@@ -43,6 +45,7 @@ TRAIN = {       # flags -> what the line must say
     "negative learning rate": (["--lr", -1], ["--lr", "greater than 0"]),
     "learning rate nan": (["--lr", "nan"], ["--lr", "greater than 0"]),
     "width that the norm cannot divide": (["--ch", 130], ["--ch 130", "multiple of 32"]),
+    "odd width": (["--ch", 5], ["--ch 5", "even"]),
     "attention on a level that is not": (["--attn", 5], ["--attn 5", "levels 0 to 1"]),
     "too many levels": (["--ch-mult", 1, 1, 1, 1, 1], ["--ch-mult", "8 pixels"]),
     "resolution of a fixed set": (["--resolution", 16], ["--resolution 16", "8 x 8"]),
@@ -199,3 +202,53 @@ def test_twenty_kills_while_saving(tmp_path):
     """kill -9 at twenty random moments of writing: the checkpoint on disk always loads, is whole and goes forwards."""
     done = subprocess.run([sys.executable, "-c", KILLS, tmp_path / "ckpt.pt"], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0 and len(done.stdout.split()) == 20, done.stderr
+
+
+def test_nodes_that_do_not_share_the_folder(monkeypatch):
+    """Ranks that find runs at different steps would train different steps."""
+    rt = runtime.Runtime(torch.device("cpu"), torch.float32, rank=0, world=2)
+    others = iter([500, 0, 500, -500])          # the other rank's share of each maximum: at step 500; then at 500 as well
+    monkeypatch.setattr(runtime.Runtime, "maximum", lambda self, value: max(value, next(others)))
+    with pytest.raises(runtime.UserError, match="share this folder"):
+        rt.agree(0, "out/x")
+    rt.agree(500, "out/x")
+
+
+def test_what_users_have_is_kept(tmp_path, cm_run, data_dir, classifier, capsys):
+    """sample.py removes its own pictures only; evaluate.py keeps numbers of other settings."""
+    (tmp_path / "png/holiday").mkdir(parents=True)
+    for name in ("holiday/1.png", "me.png"):
+        Image.new("RGB", (9, 9)).save(tmp_path / "png" / name)
+    for num in (12, 3):
+        call(sample.main, "--ckpt", cm_run / "ckpt.pt", "--num", num, "--steps", 2, "--png", "--out", tmp_path, "--device", "cpu")
+    assert len(list((tmp_path / "png").rglob("*.png"))) == 3 + 2
+    flags = ("--samples", tmp_path / "samples.npz", "--data-dir", data_dir, "--features", classifier, "--device", "cpu")
+    for k in (1, 2, 2):
+        call(evaluate.main, *flags, "--k", k)
+    assert "are kept as eval-" in capsys.readouterr().out
+    ks = sorted((runtime.read_json(f)["settings"]["k"], f.name == "eval.json") for f in tmp_path.glob("eval*.json"))
+    assert ks == [(1, False), (2, True)]
+
+
+def test_a_json_of_someone_else_beside_the_samples(tmp_path, data_dir, classifier, capsys):
+    np.savez(tmp_path / "theirs.npz", np.random.RandomState(0).randint(0, 256, (30, 8, 8, 1), np.uint8).repeat(3, 3))
+    flags = ("--samples", tmp_path / "theirs.npz", "--reference", "digits", "--data-dir", data_dir, "--features", classifier, "--device", "cpu")
+    for content in ({"class_names": ["a"], "labels": [1], "n": 3, "data": "cifar"}, [1, 2]):
+        runtime.write_json(tmp_path / "theirs.json", content)
+        call(evaluate.main, *flags)
+    np.savez(tmp_path / "bare.npz", features=np.zeros((30, 64)))
+    refuses(capsys, evaluate.main, "--samples", tmp_path / "bare.npz", *flags[2:], says=["--samples", "--save-stats"])
+
+
+def test_probes_want_the_checkpoints_classes(tmp_path, capsys):
+    for name in ("one", "two"):
+        for c, n in (("cat", 6), ("dog", 5), (name, 4)):
+            (tmp_path / name / c).mkdir(parents=True)
+            for i in range(n):
+                Image.new("RGB", (8, 8), (i * 20, 90, 10)).save(tmp_path / name / c / f"{i}.png")
+    pack = ("--pack-dir", tmp_path / "packed")
+    call(train.main, "--dataset", "folder", "--data-dir", tmp_path / "one", *pack, "--resolution", 8, "--ch", 16, "--ch-mult", 1, 2, "--num-res-blocks", 1,
+         "--batch-size", 4, "--steps", 1, "--sample-every", 0, "--device", "cpu", "--out", tmp_path / "run")
+    for main, *words in ((prune_probe.main,), (capacity_probe.main, "allocation"), (capacity_probe.main, "dominance")):
+        (tmp_path / "two/dog/4.png").unlink(missing_ok=True)
+        refuses(capsys, main, *words, "--ckpt", tmp_path / "run/ckpt.pt", "--data-dir", tmp_path / "two", "--device", "cpu", says=["--data-dir"])

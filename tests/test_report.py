@@ -64,6 +64,21 @@ def test_table_has_means_deviations_the_paper_and_marks(tmp_path, capsys):
     refuses(capsys, report.main, "--paper", "table99", *rows, "--out", tmp_path / "x.md", says=["--paper table99", "table2"])
 
 
+def test_rows_of_different_budgets_are_called_so(tmp_path, capsys):
+    short, long = fake_result(9, 0), fake_result(8, 0)
+    long["settings"]["step"] = 300_000
+    for name, r in (("short", short), ("long", long)):
+        runtime.write_json(tmp_path / f"{name}.json", r)
+    rows = [f for name in ("short", "long") for f in ("--row", f"{name}={tmp_path}/{name}.json")]
+    call(report.main, "--paper", "table2", "--setting", "cifar10-ir7", *rows, "--out", tmp_path / "p.md")
+    assert "Not one budget: the rows' checkpoints are at steps 9, 300,000." in (tmp_path / "p.md").read_text()
+    call(report.main, "--paper", "table2", "--setting", "cifar10-ir7", *rows[:2], "--out", tmp_path / "p.md")
+    assert "Not one budget" not in (tmp_path / "p.md").read_text()
+    del short["settings"]["guidance"]
+    runtime.write_json(tmp_path / "short.json", {**short, "fd": 1.0, "floor": 0.5})
+    refuses(capsys, report.main, *rows[:2], "--out", tmp_path / "p.md", says=["--row short", "sample.py"])
+
+
 def test_a_row_of_someone_elses_images(tmp_path):
     """What evaluate.py measured on images that sample.py did not draw: no sampler, no step."""
     runtime.write_json(tmp_path / "peer.json", {**fake_result(7.5, 0), "settings": {"samples": "peer.npz", "reference": "cifar100, full training set"}})

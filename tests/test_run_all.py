@@ -19,7 +19,8 @@ class Parsed(Exception):
 
 
 @pytest.mark.parametrize("env", [{"SCALE": "demo"}, {"NGPU": "2", "DATA_DIR": "my data", "SEEDS": "3,5", "CLASS_ORDER": "b c,a"}, {"DATASET": "inat2018", "IR": "50"},
-                                 {"ROOT": "mine", "STEPS": "7", "FLAGS": "--ch 64 --lr 5e-4", "NUM": "99", "FEATURES": "c.pt"}],
+                                 {"ROOT": "my own", "STEPS": "7", "FLAGS": "--ch 64 --lr 5e-4", "CM_FLAGS": "--w-div 0.2", "NUM": "99", "FEATURES": "c.pt",
+                                  "DATASET": "folder"}],
                          ids=["demo", "paper", "inat2018", "budget"])
 def test_every_command_is_understood(tmp_path, monkeypatch, env):
     for name in ("python", "torchrun"):
@@ -34,7 +35,8 @@ def test_every_command_is_understood(tmp_path, monkeypatch, env):
         lines = (tmp_path / "calls").read_text().splitlines()
         assert all("--steps\t7\t--ch\t64\t--lr\t5e-4" in line for line in lines if "train.py" in line)
         assert all("--num\t99\t--features\tc.pt" in line for line in lines if "evaluate.py" in line)
-        assert all("\tmine/" in line for line in lines if "train.py" in line or "report.py" in line)
+        assert all("\tmy own/" in line for line in lines if "train.py" in line or "report.py" in line)
+        assert all(("--w-div\t0.2" in line) == ("\t--cm\t" in line) and "--ir\t1\t" in line for line in lines if "train.py" in line)
     calls = {line.rstrip("\t") for line in (tmp_path / "calls").read_text().splitlines()}
     parse, seen = runtime.Parser.parse_args, set()
 
@@ -57,3 +59,8 @@ def test_every_command_is_understood(tmp_path, monkeypatch, env):
         seen.add(script)
     assert {"train.py", "evaluate.py", "classify.py", "sample.py", "report.py", "prune_probe.py", "theory_sim.py", "capacity_probe.py"} <= seen
     assert "latent.py" in seen or env.get("SCALE") == "demo"
+
+
+def test_the_demo_is_on_digits(tmp_path):
+    done = subprocess.run(["bash", ROOT / "run_all.sh", "table2"], env={**os.environ, "SCALE": "demo", "DATASET": "folder"}, capture_output=True, text=True)
+    assert done.returncode == 2 and "STEPS" in done.stderr and not done.stdout

@@ -64,14 +64,22 @@ def test_signals_save_and_exit(tmp_path, data_dir, number, code):
     assert runtime.load(tmp_path / "ckpt.pt", ["diffusion"])["step"] == read_log(tmp_path)[-1]["step"]
 
 
-def test_changed_settings_are_refused_and_finished_runs_skipped(cm_run, data_dir, capsys):
+def test_changed_settings_are_refused_and_finished_runs_skipped(cm_run, data_dir, tmp_path, capsys):
     same = (*TINY_FLAGS, "--data-dir", data_dir, "--out", cm_run)
     call(train.main, *same, "--steps", 30)
     assert "finished" in capsys.readouterr().out
     for flags, word in ((("--lr", 0.5), "--lr 0.5"), (("--no-cm",), "--cm False"), (("--seed", 3), "--seed 3")):
         with pytest.raises(UserError, match=word):
             call(train.main, *same, "--steps", 40, *flags)
-    assert runtime.load(cm_run / "ckpt.pt", ["diffusion"])["step"] == 30
+    ckpt = runtime.load(cm_run / "ckpt.pt", ["diffusion"])
+    assert ckpt["step"] == 30
+    for name in ("resample", "ema"):                   # a checkpoint from before these flags: they were what they are by default
+        ckpt["config"].pop(name)
+    runtime.save(tmp_path / "ckpt.pt", ckpt)
+    call(train.main, *same[:-1], tmp_path, "--steps", 31)
+    assert runtime.load(tmp_path / "ckpt.pt", ["diffusion"])["step"] == 31
+    with pytest.raises(UserError, match="--resample 0.5: .* was started with 1.0"):
+        call(train.main, *same[:-1], tmp_path, "--steps", 32, "--resample", 0.5)
 
 
 def test_it_learns(tmp_path, data_dir):
