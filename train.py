@@ -77,7 +77,7 @@ def make_parser():
     g.add_argument("--rop-weight", type=number(0), default=0.1, help="weight of --base rop's overlap term (default: 0.1)")
     g.add_argument("--rop-margin", type=number(above=0), default=0.1, help="margin of --base rop (default: 0.1)")
     g.add_argument("--ct-double", type=integer(1), metavar="K", help="--base consistency: its 10 intervals double every K steps, up to 640 "
-                   "(default: a seventh of --steps)")
+                   "(default: a quarter of --steps)")
     g.add_argument("--experts", choices=("group",), help="one low-rank expert for each of Many, Medium and Few, in place of CM's "
                    "one (default: none)")
     g.add_argument("--init-from", metavar="CKPT", help="start from the EMA weights of a trained checkpoint")
@@ -362,7 +362,7 @@ def main():
     rt = runtime.setup(args.device, old["config"]["dtype"] if old and args.dtype == "auto" else args.dtype)
     args.dtype = str(rt.dtype).removeprefix("torch.")       # what auto came to: a run keeps it on any device
     if args.base == "consistency" and args.ct_double is None:
-        args.ct_double = old["config"]["ct_double"] if old else max(1, args.steps // 7)
+        args.ct_double = old["config"]["ct_double"] if old else max(1, args.steps // 4)
     rt.agree(old["step"] if old else 0, out)
     config = {k: v for k, v in vars(args).items() if k not in ("device", "out")}
     command = shlex.join(["python", "train.py", *sys.argv[1:]])

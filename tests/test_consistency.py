@@ -150,6 +150,12 @@ def test_a_run_resumes_bit_for_bit(runs, tmp_path, data_dir):
     assert all(torch.equal(a["ema"][n], b["ema"][n]) for n in a["ema"]) and a["step"] == b["step"] == 12
 
 
+def test_the_curriculum_is_that_of_the_steps_at_the_start(tmp_path, data_dir):
+    for steps in (8, 12):                   # trained longer, it stays what it was
+        call(train.main, *TINY_FLAGS, "--base", "consistency", "--no-cm", "--steps", steps, "--data-dir", data_dir, "--out", tmp_path)
+        assert runtime.load(tmp_path / "ckpt.pt", ["consistency"])["config"]["ct_double"] == 2
+
+
 def test_samples_and_metrics(runs, tmp_path, data_dir, classifier, capsys):
     assert (runs / "cm/grid-0000012.png").exists()
     for name, branch in (("plain", "full"), ("cm", "full"), ("cm", "general")):
