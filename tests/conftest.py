@@ -1,4 +1,4 @@
-"""Shared by all tests: `pytest` from the project's folder; CPU, about two minutes. No network, no data but digits."""
+"""Shared by all tests: `pytest` from the project's folder; CPU, about five minutes. No network, no data but digits."""
 import os
 import sys
 from pathlib import Path

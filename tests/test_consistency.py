@@ -87,7 +87,7 @@ def test_curriculum(digits):
         g = torch.Generator().manual_seed(step)
         t, below, weight = consistency.draw_pairs(o, 20_000, step, g)
         assert set(zip(t.tolist(), below.tolist())) <= set(zip(grid[1:], grid[:-1]))
-        np.testing.assert_allclose(weight, weights[np.searchsorted(grid, below)], rtol=1e-5)
+        np.testing.assert_allclose(weight.numpy(), weights[np.searchsorted(grid, below.numpy())], rtol=1e-5)
         expected = 20_000 * law
         seen, kept = np.array([(below == a).sum() for a in grid[:-1]]), expected > 5
         assert chisquare(seen[kept], expected[kept] * seen[kept].sum() / expected[kept].sum()).pvalue > 1e-3
