@@ -112,7 +112,8 @@ class Router(nn.Module):
 def add_group_experts(net, class_counts, rank_ratio):
     """Give every convolution and Linear of a UNet's decoder one expert per Many / Medium / Few group; return the UNet.
 
-    class_counts (C,): the training set's, at least three classes. The three experts share the rank that CM would reserve, max(1, floor(rank_ratio min(d, k))): a third each, at least 1.
+    class_counts (C,): the training set's, at least three classes. The three experts share the rank that CM would reserve,
+    max(1, floor(rank_ratio min(d, k))): a third each, at least 1.
     """
     groups = list(splits(class_counts).values())
     group_of = [next(g for g, classes in enumerate(groups) if c in classes) for c in range(len(class_counts))]

@@ -64,7 +64,12 @@ if [[ $SCALE == demo ]]; then
   FLAGS="--sample-every 0 ${FLAGS:-}"; FEATURES=$ROOT/classifier/ckpt.pt; EPOCHS=${EPOCHS:-60}; EXTRA=${EXTRA:-500}
   python classify.py --dataset digits --epochs 10 --out "$ROOT/classifier" --if-needed
 else
-  case $TARGET in table4) DATASET=${DATASET:-celebahq} ;; table6) DATASET=${DATASET:-artbench10} ;; table5) DATASET=${DATASET:-imagenet-lt} ;; *) DATASET=${DATASET:-cifar100} ;; esac
+  case $TARGET in
+    table4) DATASET=${DATASET:-celebahq} ;;
+    table5) DATASET=${DATASET:-imagenet-lt} ;;
+    table6) DATASET=${DATASET:-artbench10} ;;
+    *) DATASET=${DATASET:-cifar100} ;;
+  esac
   case $DATASET in folder) IR=${IR:-1} ;; cub200 | flowers102) IR=${IR:-10} ;; *) IR=${IR:-100} ;; esac       # as train.py's defaults
   SEEDS=${SEEDS:-0,1,2}; ROOT=${ROOT:-out/paper}
 fi
