@@ -2,7 +2,7 @@
 
     pip install diffusers transformers
     torchrun latent.py train --dataset artbench10 --data-dir DIR --ir 100            # CM on OC; --no-cm, --base ddpm | cbdm | oc
-    torchrun latent.py sample --ckpt out/NAME/ckpt.pt --num 50000                     # samples.npz, grid.png
+    python latent.py sample --ckpt out/NAME/ckpt.pt --num 50000                       # samples.npz, grid.png; torchrun -- latent.py ...
     python evaluate.py --samples out/NAME/samples/samples.npz --data-dir DIR
 
 As in Sec. 4.1: W = W_0 + B_1 A_1 + B A on the attention projections, W_0 the frozen model, B_1 A_1 a LoRA of rank 128 that
@@ -142,15 +142,21 @@ def adapters(net):
 # ----------------------------------------------------------------------------------------------------------------------
 # The pre-trained model
 
+def packages():
+    """diffusers and transformers, which this file alone needs. Raises UserError where they are not installed."""
+    try:
+        import diffusers
+        import transformers
+    except ImportError:
+        raise UserError("latent.py needs two more packages: pip install diffusers transformers")
+    return diffusers, transformers
+
+
 class Model:
     """The parts of a Stable Diffusion in diffusers' layout: a folder, or a name on the Hugging Face hub. Raises UserError."""
 
     def __init__(self, name, device):
-        try:
-            import diffusers
-            import transformers
-        except ImportError:
-            raise UserError("latent.py needs two more packages: pip install diffusers transformers")
+        diffusers, transformers = packages()
         load = lambda kind, part: kind.from_pretrained(name, subfolder=part)
         try:
             self.unet = load(diffusers.UNet2DConditionModel, "unet").float()            # which may lie there as float16
@@ -233,6 +239,7 @@ def make_parser():
 def main_train(argv):
     """Resume or start, encode the images, build the network, and run the loop: train.py's main, on latents."""
     args = make_parser().parse_args(argv)
+    packages()              # fails here, before any work
     args.out = args.out or f"out/latent-{args.dataset}-ir{args.ir:g}-{args.base}{'-cm' * args.cm}-seed{args.seed}"
     out, path = Path(args.out), Path(args.out) / "ckpt.pt"
     old = runtime.load(path, ["latent"], "--out") if path.exists() else None
