@@ -237,7 +237,7 @@ def with_extra(images, path, per_class, seed):
     if not right or labels.shape != (len(extra),) or not len(extra) or not np.issubdtype(labels.dtype, np.integer):
         raise UserError(f"--extra {path}: arr_0 is {extra.dtype} of shape {list(extra.shape)}; it must be uint8, N x {size[0]} x {size[1]} "
                         f"x 3, with N labels, whole numbers")
-    names = (runtime.read_json(Path(path).with_suffix(".json")) or {}).get("data", {}).get("class_names")     # of sample.py
+    names = runtime.read_record(path).get("data", {}).get("class_names")
     labels = to_classes(labels, names, images.class_names, f"--extra {path}")
     wanted = {"all": np.full(C, len(labels)), "balance": images.counts.max() - images.counts}.get(per_class)
     wanted = np.full(C, int(per_class)) if wanted is None else wanted
@@ -401,9 +401,9 @@ def main():
             reserve(getattr(net, stage), args.rank_ratio)
     net.to(rt.device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(net.parameters(), lr=args.lr, momentum=0.9, weight_decay=args.weight_decay, nesterov=args.nesterov)
-    if old and (changed := [k for k, v in settings.items() if old["config"].get(k) != v]):
-        raise UserError(f"--{changed[0].removesuffix('_sha256').replace('_', '-')}: the run in {out} was made with {old['config'].get(changed[0])}; "
-                        f"repeat that, or choose another folder with --out")
+    if old:
+        defaults = {**vars(make_parser().parse_args([])), **PRESETS["paper"], **PRESETS.get(args.dataset, {})}
+        runtime.refuse_changes(old["config"], settings, out, defaults)
     if old and old["training"]:
         net.load_state_dict(old["training"]["model"])
         optimizer.load_state_dict(old["training"]["optimizer"])

@@ -7,7 +7,7 @@ The network learns f_theta(x_t, t, y), which sends every point of a noise trajec
 paper names the model and gives no details, and the original's metric needs another network's weights (LPIPS). This is the
 improved training of Song and Dhariwal (2024), iCT, on DDPM's own timesteps: a pseudo-Huber distance, a teacher without
 averaging, timesteps drawn by noise level, and a number of intervals that doubles. By default it doubles to 80, which on
-digits did better than 160 and 640; the original ends at 150, iCT at 1,280.
+digits (one seed) did better than 160 and 640; the original ends at 150, iCT at 1,280.
 
 In place of eps the network's output is F of f = c_skip x_t / sqrt(ab_t) + c_out F. That is also what Eq. (2) compares:
 like eps it is of the order of 1 at every t.

@@ -12,6 +12,7 @@ the kernel distance are then named FD and KD: never FID.
 import shlex
 import sys
 import time
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -75,8 +76,7 @@ def read_npz(path, flag):
         raise UserError(f"{flag} {path}: arr_0 is {images.dtype} of shape {list(images.shape)}; it must be uint8, N x H x W x 3")
     if labels is not None and (labels.shape != (len(images),) or not np.issubdtype(labels.dtype, np.integer)):
         raise UserError(f"{flag} {path}: arr_1 must hold {len(images)} whole numbers, one label an image")
-    record = runtime.read_json(Path(path).with_suffix(".json"))
-    record = {k: record[k] for k in ("settings", "data") if isinstance(record.get(k), dict)} if isinstance(record, dict) else {}
+    record = runtime.read_record(path)
     return Images(lambda rows: rgb(images[rows]), len(images), labels, record.get("data", {}).get("class_names"),
                   sha256=runtime.sha256(path), **record)
 
@@ -465,7 +465,7 @@ def main():
                          args.floor, named)
     earlier = runtime.read_json(out_json)
     if earlier and earlier.get("settings") != runtime.json.loads(runtime.json.dumps(record)):      # hours of work, perhaps
-        kept = out_json.with_name(f"{out_json.stem}-{runtime.seed_of(runtime.json.dumps(earlier.get('settings'))) % 10 ** 8:08d}.json")
+        kept = next(p for i in count(1) if not (p := out_json.with_name(f"{out_json.stem}-{i}.json")).exists())
         out_json.rename(kept)
         print(f"{out_json} had numbers of other settings; they are kept as {kept.name}")
     runtime.write_json(out_json, {**result, "settings": record, "command": shlex.join(["python", "evaluate.py", *sys.argv[1:]]),

@@ -10,7 +10,7 @@ belongs to theta^g, and BA the reserved part, theta^e, of rank 8, in the up-samp
 painting", Null is the empty text. The paper leaves open which layers carry the LoRA (here those that LoRA is usually put
 on), what has a "dropout rate of 0.1" (here the text) and whether weights are averaged (here as in train.py).
 
-The losses are those of losses.py, on latents. A checkpoint holds the low-rank parts only. A run resumes by repeating its command.
+The losses are those of losses.py, on latents; images are not mirrored. A checkpoint holds the low-rank parts only. A run resumes by repeating its command.
 """
 import math
 import shlex
@@ -31,7 +31,7 @@ from data import Batches, add_data_flags, load_long_tailed, splits, to_float
 from losses import Objective, draw
 from runtime import Parser, UserError, integer, number, run
 from sample import add_sampling_flags, describe, dtype_of, generate, sampling_settings, write_samples
-from train import Log, Window, loop, refuse_changes
+from train import Log, Window, loop
 
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
 FREE = {"save_every", "log_every", "device", "out", "data_dir", "pack_dir", "accumulate", "epochs", "steps"}
@@ -188,9 +188,9 @@ class Model:
         return torch.cat(parts)
 
     @torch.no_grad()
-    def decode(self, z):
-        """Scaled latents (N, C, h, w) -> images (N, 3, H, W), about [-1, 1]."""
-        return self.vae.decode(z / self.vae.config.scaling_factor).sample
+    def decode(self, z, batch_size=16):
+        """Scaled latents (N, C, h, w) -> images (N, 3, H, W), about [-1, 1]; in parts, since pixels take more memory than latents."""
+        return torch.cat([self.vae.decode(part / self.vae.config.scaling_factor).sample for part in z.split(batch_size)])
 
     def network(self, class_names, config):
         """The LatentUNet of a run's settings, on the CPU."""
@@ -249,7 +249,8 @@ def main_train(argv):
         raise UserError(f"--batch-size {args.batch_size}: not divisible by {rt.world} processes x --accumulate {args.accumulate}")
     config, command = {k: v for k, v in vars(args).items() if k not in ("device", "out")}, shlex.join(["python", "latent.py", *sys.argv[1:]])
     if old:
-        refuse_changes(old["config"], config, out, vars(make_parser().parse_args([])), FREE)
+        defaults = vars(make_parser().parse_args([]))
+        runtime.refuse_changes(old["config"], {k: v for k, v in config.items() if k not in FREE}, out, defaults)
     rt.agree(old["step"] if old else 0, out)
     with rt.rank_0_first():
         images = load_long_tailed(args)

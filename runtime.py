@@ -299,6 +299,25 @@ def read_json(path):
         return None
 
 
+def read_record(npz):
+    """What sample.py wrote in the JSON beside an .npz: its "settings" and "data", dicts; {} where it wrote none."""
+    record = read_json(Path(npz).with_suffix(".json"))
+    return {k: record[k] for k in ("settings", "data") if isinstance(record.get(k), dict)} if isinstance(record, dict) else {}
+
+
+def refuse_changes(old, new, out, defaults):
+    """Raise UserError for the first of a run's new settings that is not the one in its checkpoint.
+
+    defaults: what a flag was that did not exist when the checkpoint was made.
+    """
+    for key, value in new.items():
+        was = old.get(key, defaults.get(key))
+        if was != value:
+            flag = "--" + key.removesuffix("_sha256").replace("_", "-")
+            raise UserError(f"{flag} {value}: the run in {out} was started with {was}; repeat that to resume it, "
+                            f"or choose another folder with --out")
+
+
 def save(path, value):
     """torch.save a dict of tensors and plain types, marked as ours, atomically."""
     write_atomic(path, lambda p: torch.save({"format": FORMAT, **value}, p))
@@ -307,7 +326,7 @@ def save(path, value):
 def load(path, kinds, flag="--ckpt"):
     """Read what `save` wrote, on the CPU, with weights_only=True. Raises UserError that names `flag`.
 
-    kinds: what may stand under "kind" in the file, some of "diffusion", "consistency" and "classifier".
+    kinds: what may stand under "kind" in the file, some of "diffusion", "consistency", "latent" and "classifier".
     """
     if not Path(path).is_file():
         raise UserError(f"{flag} {path}: " + ("a folder; name the ckpt.pt in it" if Path(path).is_dir() else "there is no such file"))

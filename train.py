@@ -149,19 +149,6 @@ def resolve(args):
     return args
 
 
-def refuse_changes(old, new, out, defaults, free=FREE):
-    """Raise UserError for the first setting, but for the free ones, that differs from the checkpoint's.
-
-    defaults: what a flag was that did not exist when the checkpoint was made.
-    """
-    for key, value in new.items():
-        was = old.get(key, defaults.get(key))
-        if key not in free and was != value:
-            flag = "--" + key.replace("_", "-")
-            raise UserError(f"{flag} {value}: the run in {out} was started with {was}; repeat that to resume it, "
-                            f"or choose another folder with --out")
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # What is logged
 
@@ -367,7 +354,8 @@ def main():
     config = {k: v for k, v in vars(args).items() if k not in ("device", "out")}
     command = shlex.join(["python", "train.py", *sys.argv[1:]])
     if old:
-        refuse_changes(old["config"], config, out, {**vars(make_parser().parse_args([])), **PRESETS["paper"], **PRESETS.get(args.dataset, {})})
+        defaults = {**vars(make_parser().parse_args([])), **PRESETS["paper"], **PRESETS.get(args.dataset, {})}
+        runtime.refuse_changes(old["config"], {k: v for k, v in config.items() if k not in FREE}, out, defaults)
         if old["step"] >= args.steps:
             return rt.print(f"{out}: finished, step {old['step']} of {args.steps}")
 

@@ -212,6 +212,8 @@ def test_extra_images(tmp_path, data_dir, digits, capsys):
     joined = classify.with_extra(digits, tmp_path / "reversed.npz", "all", 0)
     again = classify.with_extra(digits, tmp_path / "x.npz", "all", 0)
     assert np.array_equal(joined.labels, again.labels) and np.array_equal(joined.images, again.images)
+    runtime.write_json(tmp_path / "reversed.json", [backwards])                       # someone else's .json says nothing
+    assert np.array_equal(classify.with_extra(digits, tmp_path / "reversed.npz", "all", 0).labels[502:], np.sort(9 - labels))
     runtime.write_json(tmp_path / "others.json", {"data": {"class_names": ["cat"] * 10}})
     np.savez(tmp_path / "others.npz", extra, labels)
     refuses(capsys, classify.main, *FAST, "--extra", tmp_path / "others.npz", "--data-dir", data_dir, "--out", tmp_path / "y",
@@ -221,7 +223,7 @@ def test_extra_images(tmp_path, data_dir, digits, capsys):
     assert result["num"] == 802 and set(result["splits"]) == {"Many", "Medium", "Few"}          # by the real images' numbers
     before = (tmp_path / "run/ckpt.pt").read_bytes()
     refuses(capsys, classify.main, *FAST, "--lr", 0.05, "--extra", tmp_path / "x.npz", "--data-dir", data_dir, "--out", tmp_path / "run",
-            says=["--lr", "made with 0.1", "--out"])
+            says=["--lr", "started with 0.1", "--out"])
     assert (tmp_path / "run/ckpt.pt").read_bytes() == before            # a finished run is not written over
     np.savez(tmp_path / "size.npz", extra[:, :4], labels)
     np.savez(tmp_path / "label.npz", extra, labels + 5)
