@@ -134,22 +134,25 @@ def paired_differences(rows, columns):
 
 
 def paper_figure(rows, columns, paper, title, path):
-    """Bars of each row's Frechet columns with deviations over seeds, the paper's numbers as diamonds: PNG and PDF."""
+    """A panel for each Frechet column, a bar a row with its deviation over seeds, the paper's numbers as diamonds: PNG and PDF."""
     columns = [c for c in columns if c.endswith("fid")] or columns
-    cells, width, x = summarise(rows, columns), 0.8 / len(rows), np.arange(len(columns))
-    fig, ax = plt.subplots(figsize=(max(5.0, 1.2 * len(rows) * len(columns) ** 0.5 + 2), 3.8), constrained_layout=True)
-    for k, ((name, _), row) in enumerate(zip(rows, cells)):
-        at = x + (k - (len(rows) - 1) / 2) * width
-        bars = ax.bar(at, [c[0] if c else 0 for c in row], width, yerr=[c[1] or 0 if c else 0 for c in row], label=name, capsize=2)
-        ax.bar_label(bars, fmt="%.3g", fontsize=6, padding=1)
-        for a, column in zip(at, columns):
+    cells, x, wide = summarise(rows, columns), np.arange(len(rows)), min(2, len(columns))
+    high = -(-len(columns) // wide)
+    fig, axes = plt.subplots(high, wide, figsize=(wide * (2 + 0.4 * len(rows)), 3.2 * high), squeeze=False, constrained_layout=True)
+    for k, (ax, column) in enumerate(zip(axes.flat, columns)):
+        bars = ax.bar(x, [row[k][0] if row[k] else 0 for row in cells], 0.7, yerr=[row[k][1] or 0 if row[k] else 0 for row in cells],
+                      color=[f"C{i % 10}" for i in x], capsize=2)
+        ax.bar_label(bars, fmt="%.3g", fontsize=7, padding=1)
+        for i, (name, _) in enumerate(rows):
             value = paper_value(paper, name, column)
             if value is not None:
-                ax.plot(a, value[0], "kD", markersize=4, markerfacecolor="white")
-    ax.set_xticks(x, [cell_value(rows[0][1][0], c)[0] for c in columns])
-    ax.set(title=title, ylabel="lower is better" if columns[0].endswith("fid") else "per cent, higher is better")
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(fontsize=7, ncols=2)
+                ax.plot(i, value[0], "kD", markersize=4, markerfacecolor="white")
+        ax.set_xticks(x, [name for name, _ in rows], rotation=40, ha="right", fontsize=8)
+        ax.set(title=cell_value(rows[0][1][0], column)[0], ylabel="lower is better" if column.endswith("fid") else "per cent, higher is better")
+        ax.spines[["top", "right"]].set_visible(False)
+    for ax in axes.flat[len(columns):]:
+        ax.remove()
+    fig.suptitle(title)
     for suffix in ("png", "pdf"):
         runtime.write_atomic(path.with_suffix("." + suffix), lambda p: fig.savefig(p, dpi=120, format=suffix))
     plt.close(fig)
