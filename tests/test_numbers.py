@@ -1,0 +1,35 @@
+"""Ten steps of every loss, samples, metrics, classifiers and probes give what they gave before.
+
+numbers.json was written by `python tests/same_numbers.py --write tests/numbers.json .`. On a machine
+like the one that wrote it every bit must agree; elsewhere numbers may differ in their last digits.
+"""
+import json
+
+import pytest
+from conftest import ROOT
+from same_numbers import machine, run
+
+KEPT = json.loads((ROOT / "tests/numbers.json").read_text())
+LOOSE = {"drawn", "given", "kept"}          # Frechet distances of a few rounded images move most
+
+
+@pytest.fixture(scope="module")
+def now(tmp_path_factory):
+    """What this checkout gives."""
+    out = tmp_path_factory.mktemp("numbers")
+    return run(ROOT, out / "runs", out / "results", 10)
+
+
+def test_nothing_is_missing(now):
+    assert {name: set(part) for name, part in now.items()} == {
+        name: set(part) for name, part in KEPT["results"].items()}
+
+
+@pytest.mark.parametrize("name", KEPT["results"])
+def test_same(now, name):
+    expected = KEPT["results"][name]
+    if KEPT["machine"] == machine():
+        assert now[name] == expected
+    numbers = {k: v for k, v in expected.items() if not isinstance(v, str)}
+    tolerance = 0.1 if name in LOOSE or name.startswith("classify") else 0.005
+    assert {k: now[name][k] for k in numbers} == pytest.approx(numbers, rel=tolerance, abs=0.02)
