@@ -1,204 +1,370 @@
-"""The training losses: DDPM, CBDM (Eq. D.1), OC (Eq. D.2-D.4) and capacity manipulation (Eq. 2-4).
+"""The training losses: DDPM, CBDM (Eq. D.1), OC (Eq. D.2-D.4), CM (Eq. 2-4) and other baselines.
 
-    objective = Objective(net, "oc", counts, make_alphas_bar())     # net: a UNet whose decoder is reserved
-    total, terms, D = objective(draw(x_0, y, objective, seed=0, step=12))
+    objective = Objective(net=net, base=bind("oc"), counts=counts, alphas_bar=make_alphas_bar())
+    total, terms, D = objective(draw_batch(x_0, y, objective, seed=0, step=12))
     total.backward()
 
-Every loss has one signature, loss(p, b, o) -> {name: scalar}, of unweighted terms:
-    p  Predictions: p.eps, what theta predicts; p.general(), what theta^g predicts; p.under(y), under other labels
-    b  Batch: everything random of this step, drawn by `draw` from (seed, step) alone
-    o  Objective: the constants (class counts, alphas_bar, options)
-A base loss is an entry of BASES; `Objective` adds L_CM and the weights. It is one module with one forward, so that
-DistributedDataParallel and torch.compile see both predictions as one call.
+A base loss is a function loss(pred, batch, obj) -> (scalar to minimise, {name: scalar to log}):
+
+    pred   Predictions: pred.eps, what theta predicts; pred.general(), what theta^g predicts;
+           pred.under(y), what theta predicts under other labels
+    batch  Batch: everything random of this step, made by `draw_batch` from (seed, step) alone
+    obj    Objective: what does not change from step to step (class counts, alphas_bar, the network)
+
+Its own hyper-parameters are keyword-only arguments with a default. Every base loss is an entry of
+BASES, and every hyper-parameter a flag of train.py by its entry in FLAGS. `Objective` adds L_CM. It
+is one module with one forward, so that DistributedDataParallel and torch.compile see both
+predictions as one call.
 """
+import inspect
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+import consistency
 from augment import augment
-from cm_layers import general_only, reserved
-from model import per_image, q_sample
-from runtime import generator
+from cm_layers import general_only, is_reserved
+from model import distance, extract, q_sample
+from runtime import generator, integer, number
 
+
+# --------------------------------------------------------------------------------------------------
+# One step's batch
 
 class Batch(NamedTuple):
     """One part (B of G images) of a step's global batch, and everything random about it."""
-    x_0: torch.Tensor           # (B, C, H, W) float32 in [-1, 1]
-    y: torch.Tensor             # (B,) int64, the true class: what Eq. (3) and OC's gate look at
-    y_in: torch.Tensor          # (B,) int64, the label the network is given: y, or -1 (Null) where it is dropped
-    t: torch.Tensor             # (B,) int64 in [0, T)
-    eps: torch.Tensor           # (B, C, H, W), standard normal
-    y_prime: torch.Tensor       # (B,) int64, CBDM's other class y'
-    pool_x_0: torch.Tensor      # (G, C, H, W), the whole global batch: OC's reference samples
-    pool_y: torch.Tensor        # (G,) int64
-    gumbel: torch.Tensor        # (B, G), standard Gumbel: OC's draw of a reference
-    masks_encode: list          # dropout masks of model.draw_masks, for encode,
-    masks_decode: list          # for decode with theta,
-    masks_general: list         # and for decode with theta^g: the same tensors unless they are independent
-    a: torch.Tensor             # (B, augment.DIM), what was done to the images; None without augmentation
-    t_below: torch.Tensor       # (B,) int64, the timestep below t of a base that compares two,
-    weight: torch.Tensor        # and (B,) the weights of such pairs; else None
+    x_0: Tensor             # (B, C, H, W) float32 in [-1, 1]
+    y: Tensor               # (B,) int64, the true class: what Eq. (3) and OC's gate look at
+    y_in: Tensor            # (B,) int64, what the network gets as label: y, or -1 (Null) if dropped
+    t: Tensor               # (B,) int64 in [0, T)
+    eps: Tensor             # (B, C, H, W), standard normal
+    y_prime: Tensor         # (B,) int64, CBDM's other class y'
+    pool_x_0: Tensor        # (G, C, H, W), the whole global batch: OC's reference samples
+    pool_y: Tensor          # (G,) int64
+    gumbel: Tensor          # (B, G), standard Gumbel: OC's random choice of a reference
+    masks_encode: list      # dropout masks of UNet.draw_masks, for encode,
+    masks_decode: list      # for decode with theta,
+    masks_general: list     # and with theta^g: the same tensors unless they are independent
+    a: Tensor | None        # (B, augment.DIM), what was done to the images; None: no augmentation
+    t_below: Tensor | None  # (B,) int64, the timestep below t, for a base that compares two,
+    weight: Tensor | None   # and (B,) the weights of such pairs; else None
 
 
 @torch.no_grad()
-def draw(x_0, y, o, seed, step, part=0, parts=1, flip=False, dtype=torch.float32):
-    """The Batch of one part of a step: a pure function of the global batch (x_0 (G, C, H, W), y (G,)) and (seed, step).
+def draw_batch(x_0: Tensor, y: Tensor, obj: "Objective", *, seed: int, step: int, part: int = 0,
+               parts: int = 1, flip: bool = False, dtype: torch.dtype = torch.float32) -> Batch:
+    """One part of a step's Batch: a pure function of the global batch and (seed, step).
 
-    Noise, timesteps and the rest are drawn for the whole global batch and sliced, so that cutting it into parts (one
-    for each process, and for each pass of --accumulate) changes nothing; only dropout masks are drawn for the part
-    alone, from (seed, step, part). flip: mirror each image with chance 1/2. dtype: of the masks, the one that the
+    x_0 (G, C, H, W) in [-1, 1] and y (G,) are the whole global batch. Noise, timesteps and the rest
+    are drawn for all of it and sliced, so that cutting it into parts (one per process, and per pass
+    of --accumulate) changes nothing. Only dropout masks are drawn for the part alone, from (seed,
+    step, part). flip: mirror each image with probability 1/2. dtype: of the masks, the one that the
     network computes in.
     """
-    G, device = len(x_0), x_0.device
+    G = len(x_0)
+    device = x_0.device
     g = generator(device, seed, "step", step)
-    t, t_below, weight = o.draw_t(o, G, step, g)
+    t, t_below, weight = obj.base.draw_t(obj.alphas_bar, G, step, g)
     eps = torch.randn(x_0.shape, generator=g, device=device)
-    dropped = torch.rand(G, generator=g, device=device) < o.label_drop
+    dropped = torch.rand(G, generator=g, device=device) < obj.label_drop
     mirrored = torch.rand(G, generator=g, device=device) < 0.5
-    y_prime = torch.multinomial(o.y_prime_law, G, replacement=True, generator=g)
+    y_prime = torch.multinomial(obj.y_prime_weights, G, replacement=True, generator=g)
     gumbel = -torch.empty(G, G, device=device).exponential_(generator=g).log()
     if flip:
         x_0 = torch.where(mirrored[:, None, None, None], x_0.flip(3), x_0)
     a = None
-    if o.ada:
-        x_0, a = augment(x_0, o.ada, generator(device, seed, "augment", step))
+    if obj.ada:
+        x_0, a = augment(x_0, obj.ada, generator(device, seed, "augment", step))
+
+    g = generator(device, seed, "masks", step, part)
+    size = x_0.shape[-1]
+    masks_encode, masks_decode = obj.net.draw_masks(G // parts, size, g, dtype)
+    masks_general = masks_decode
+    if obj.cm.independent_dropout:
+        masks_general = obj.net.draw_masks(G // parts, size, g, dtype)[1]
 
     own = slice(part * G // parts, (part + 1) * G // parts)
-    masks = generator(device, seed, "masks", step, part)
-    encode, decode = o.net.draw_masks(G // parts, x_0.shape[-1], masks, dtype)
-    general = o.net.draw_masks(G // parts, x_0.shape[-1], masks, dtype)[1] if o.independent_dropout else decode
-    return Batch(x_0[own], y[own], torch.where(dropped, -1, y)[own], t[own], eps[own], y_prime[own],
-                 x_0, y, gumbel[own], encode, decode, general, None if a is None else a[own],
-                 None if t_below is None else t_below[own], None if weight is None else weight[own])
+    return Batch(
+        x_0=x_0[own], y=y[own], y_in=torch.where(dropped, -1, y)[own], t=t[own], eps=eps[own],
+        y_prime=y_prime[own], pool_x_0=x_0, pool_y=y, gumbel=gumbel[own],
+        masks_encode=masks_encode, masks_decode=masks_decode, masks_general=masks_general,
+        a=None if a is None else a[own], t_below=None if t_below is None else t_below[own],
+        weight=None if weight is None else weight[own])
+
+
+def uniform_t(alphas_bar, n, step, generator):
+    """(t, None, None): t (n,) uniform in [0, T), on the generator's device."""
+    t = torch.randint(len(alphas_bar), (n,), generator=generator, device=generator.device)
+    return t, None, None
 
 
 class Predictions:
-    """What a loss may ask of the network at one batch; `encode` runs once for theta and theta^g (they share it)."""
+    """What a loss may ask of the network at one batch; theta and theta^g share one `encode`."""
 
-    def __init__(self, net, b, x_t):
-        self.net, self.b, self.x_t = net, b, x_t
-        self.encoded = net.encode(x_t, b.t, b.y_in, b.masks_encode, b.a)
-        self.eps = net.decode(*self.encoded, b.masks_decode).float()
+    def __init__(self, net: nn.Module, batch: Batch, x_t: Tensor):
+        self.net = net
+        self.batch = batch
+        self.x_t = x_t
+        self.encoded = net.encode(x_t, batch.t, batch.y_in, batch.masks_encode, batch.a)
+        self.eps = net.decode(*self.encoded, batch.masks_decode).float()
 
-    def general(self):
+    def general(self) -> Tensor:
         """eps_{theta^g}(x_t, t, y): (B, C, H, W) float32."""
         with general_only(self.net.decoder):
-            return self.net.decode(*self.encoded, self.b.masks_general).float()
+            return self.net.decode(*self.encoded, self.batch.masks_general).float()
 
-    def under(self, y):
-        """eps_theta(x_t, t, y) for other labels y (B,), under the same dropout masks: (B, C, H, W) float32."""
-        encoded = self.net.encode(self.x_t, self.b.t, y, self.b.masks_encode, self.b.a)
-        return self.net.decode(*encoded, self.b.masks_decode).float()
-
-
-def distance(a, b):
-    """||a - b||^2 per image as a mean over elements, (B, C, H, W) -> (B,): the paper's squared norm over C H W."""
-    return (a - b).square().flatten(1).mean(1)
+    def under(self, y: Tensor) -> Tensor:
+        """eps_theta(x_t, t, y) for other labels y (B,), the same dropout masks: (B, C, H, W)."""
+        b = self.batch
+        encoded = self.net.encode(self.x_t, b.t, y, b.masks_encode, b.a)
+        return self.net.decode(*encoded, b.masks_decode).float()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Base losses
+# --------------------------------------------------------------------------------------------------
+# Base losses: loss(pred, batch, obj) -> (scalar to minimise, {name: scalar to log})
 
-def ddpm(p, b, o):
+def ddpm(pred, batch, obj):
     """E ||eps_theta(x_t, t, y) - eps||^2: the simple loss of Sec. 3.2 and A."""
-    return {"base": distance(p.eps, b.eps).mean()}
+    base = distance(pred.eps, batch.eps).mean()
+    return base, {"base": base}
 
 
-def cbdm(p, b, o):
-    """Class-balancing diffusion, Eq. (D.1): the DDPM loss, and `cb`, which draws the classes' predictions together.
+def cbdm(pred, batch, obj, *, cbdm_tau=1e-3, cbdm_gamma=0.25):
+    """Class-balancing diffusion, Eq. (D.1): base + tau cb, which brings predictions together.
 
-    cb = E t (||eps_theta(y) - sg eps_theta(y')||^2 + gamma ||sg eps_theta(y) - eps_theta(y')||^2), weighted by tau;
-    one y' an image stands for the mean over Y, t counts from 0, and images whose label is dropped have no cb.
+    cb = E t (||eps(y) - sg eps(y')||^2 + gamma ||sg eps(y) - eps(y')||^2), eps(y) for
+    eps_theta(x_t, t, y) and sg for "no gradient". One y' per image stands for the mean over Y, t
+    counts from 0, and images whose label is dropped have no cb.
     """
-    other = p.under(b.y_prime)
-    pull = distance(p.eps, other.detach()) + o.gamma * distance(p.eps.detach(), other)
-    return {**ddpm(p, b, o), "cb": (b.t * (b.y_in >= 0) * pull).mean()}
+    other = pred.under(batch.y_prime)
+    pull = distance(pred.eps, other.detach()) + cbdm_gamma * distance(pred.eps.detach(), other)
+    base, _ = ddpm(pred, batch, obj)
+    cb = (batch.t * (batch.y_in >= 0) * pull).mean()
+    return base + cbdm_tau * cb, {"base": base, "cb": cb}
 
 
-def oc_target(x_t, b, o):
-    """The target of oriented calibration, eps_hat of Eq. (D.3), corrected for eps-prediction: (B, C, H, W).
+def oc_target(x_t: Tensor, batch: Batch, obj: "Objective") -> Tensor:
+    """The target of oriented calibration, eps_hat of Eq. (D.3), corrected: (B, C, H, W).
 
-    Each x_t draws a reference (x_ref, y_ref) from the whole global batch with the probabilities of Eq. (D.4),
-    proportional to q(x_t | x_ref) = N(sqrt(ab) x_ref, (1 - ab) I). Where the reference's class is at least as large
-    as the image's own, the target is the noise that leads from x_ref to x_t, (x_t - sqrt(ab) x_ref) / sqrt(1 - ab),
-    else eps. (Printed is x_t / sqrt(a_t) - x_ref, which is not eps even for x_ref = x_0.)
+    Each x_t chooses a reference (x_ref, y_ref) from the whole global batch with the probabilities
+    of Eq. (D.4), proportional to q(x_t | x_ref) = N(sqrt(ab) x_ref, (1 - ab) I). Where the
+    reference's class is at least as large as the image's own, the target is the noise that leads
+    from x_ref to x_t, (x_t - sqrt(ab) x_ref) / sqrt(1 - ab), else eps. (The paper prints
+    x_t / sqrt(a_t) - x_ref, which is not eps even for x_ref = x_0.)
     """
-    signal, sigma = per_image(o.alphas_bar.sqrt(), b.t, x_t), per_image((1 - o.alphas_bar).sqrt(), b.t, x_t)
-    gap = torch.cdist((x_t / signal).flatten(1), b.pool_x_0.flatten(1), compute_mode="donot_use_mm_for_euclid_dist")
-    log_q = -0.5 * ((signal / sigma).flatten(1) * gap).square()             # (B, G), up to a constant a row
-    chosen = (log_q + b.gumbel).argmax(1)                                   # a draw with probabilities softmax(log_q)
-    target = (x_t - signal * b.pool_x_0[chosen]) / sigma
-    transfers = o.counts[b.pool_y[chosen]] >= o.counts[b.y]                 # q(y_ref) >= q(y)
-    return torch.where(transfers[:, None, None, None], target, b.eps)
+    signal = extract(obj.alphas_bar.sqrt(), batch.t, x_t)
+    sigma = extract((1 - obj.alphas_bar).sqrt(), batch.t, x_t)
+    gap = torch.cdist((x_t / signal).flatten(1), batch.pool_x_0.flatten(1),
+                      compute_mode="donot_use_mm_for_euclid_dist")
+    log_q = -0.5 * ((signal / sigma).flatten(1) * gap).square()     # (B, G), up to a row's constant
+    chosen = (log_q + batch.gumbel).argmax(1)                       # with chances softmax(log_q)
+    target = (x_t - signal * batch.pool_x_0[chosen]) / sigma
+    transfers = obj.counts[batch.pool_y[chosen]] >= obj.counts[batch.y]         # q(y_ref) >= q(y)
+    return torch.where(transfers[:, None, None, None], target, batch.eps)
 
 
-def oc(p, b, o):
+def oc(pred, batch, obj):
     """Oriented calibration, Eq. (D.2): E ||eps_theta(x_t, t, y) - eps_hat||^2."""
-    return {"base": distance(p.eps, oc_target(p.x_t, b, o)).mean()}
+    base = distance(pred.eps, oc_target(pred.x_t, batch, obj)).mean()
+    return base, {"base": base}
 
 
-def uniform_t(o, G, step, g):
-    """(t, t_below, weight) of a step, (G,) each or None: t uniform in [0, T), on the device of the generator g."""
-    return torch.randint(len(o.alphas_bar), (G,), generator=g, device=g.device), None, None
+def focal(pred, batch, obj, *, focal_gamma=2.0):
+    """Focal loss (Lin et al., 2017) for regression: E (1 - e^-l)^gamma l.
+
+    The factor (1 - e^-l)^gamma has no gradient. l is an image's squared error: a negative
+    log-likelihood up to constants, so e^-l stands for the p of -(1 - p)^gamma log p. gamma = 0 is
+    the DDPM loss. The paper gives no form. As in the original nothing is normalised over the batch,
+    so that cutting it into parts changes nothing. Adam does not depend on the scale, but the base
+    loss weighs less beside L_CM, and --lam may have to be smaller.
+    """
+    error = distance(pred.eps, batch.eps)
+    base = ((1 - (-error.detach()).exp()) ** focal_gamma * error).mean()
+    return base, {"base": base}
 
 
-BASES = {"ddpm": ddpm, "cbdm": cbdm, "oc": oc}
-TIMESTEPS = {}      # base: how it draws timesteps, where not by uniform_t
+def rop_time_weights(alphas_bar: Tensor) -> Tensor:
+    """The weight of ||eps_i - eps_j||^2 in KL(p(x_{t-1} | x_t, i) || p(x_{t-1} | x_t, j)): (T,).
+
+    Divided by its mean over t. Both are Gaussians of variance beta_t, with means sqrt(1 / alpha_t)
+    (x_t - beta_t / sqrt(1 - alphas_bar_t) eps), so the weight is beta_t / (2 alpha_t (1 -
+    alphas_bar_t)): largest at small t.
+    """
+    alphas = alphas_bar / torch.cat([alphas_bar.new_ones(1), alphas_bar[:-1]])
+    weights = (1 - alphas) / (2 * alphas * (1 - alphas_bar))
+    return weights / weights.mean()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+def rop(pred, batch, obj, *, rop_weight=0.1, rop_margin=0.1):
+    """Overlap optimisation (Yan et al., 2024): base + weight overlap, which pushes classes apart.
+
+    overlap = E w_t max(0, m - ||eps(y) - eps(y')||^2) at one x_t, with another label y', the KL
+    divergence's time weights w_t and a margin m, beyond which nothing is pushed. Images whose label
+    is dropped, or with y' = y, have none. eps(y') has no gradient: each image's own class moves
+    away from a uniformly drawn one. Their paper (arXiv 2402.10821) has the KL, the hinge and a
+    time-dependent weighting; the KL's own weights and the one-sided gradient are choices made here.
+    """
+    with torch.no_grad():
+        other = pred.under(batch.y_prime)
+    hinge = (rop_margin - distance(pred.eps, other)).clamp(min=0)
+    base, _ = ddpm(pred, batch, obj)
+    active = (batch.y_in >= 0) & (batch.y_prime != batch.y)
+    time_weights = rop_time_weights(obj.alphas_bar).float()[batch.t]
+    overlap = (time_weights * active * hinge).mean()
+    return base + rop_weight * overlap, {"base": base, "overlap": overlap}
+
+
+class Base(NamedTuple):
+    """An entry of BASES: the loss, and how it draws timesteps.
+
+    draw_t(alphas_bar, n, step, generator) -> (t, t_below or None, weight or None), (n,) each.
+    """
+    loss: Callable
+    draw_t: Callable = uniform_t
+
+
+BASES = {
+    "ddpm": Base(ddpm),
+    "cbdm": Base(cbdm),
+    "oc": Base(oc),
+    "focal": Base(focal),
+    "rop": Base(rop),
+    "consistency": Base(consistency.loss, consistency.draw_pairs),
+}
+FLAGS = {       # flags of train.py, {hyper-parameter: (type, help)}; the defaults are above
+    "cbdm_tau": (number(0), "tau of Eq. (D.1), t in 0 ... 999"),
+    "cbdm_gamma": (number(0), "gamma of Eq. (D.1)"),
+    "focal_gamma": (number(0), "gamma of --base focal"),
+    "rop_weight": (number(0), "weight of --base rop's overlap term"),
+    "rop_margin": (number(above=0), "margin of --base rop"),
+    "ct_double": (integer(1), "--base consistency: its 10 intervals double every so many steps, up "
+                  "to 640"),
+}
+
+
+def options_of(base: Base) -> dict:
+    """{name: default} of the hyper-parameters of a base: its functions' keyword-only arguments."""
+    found = {}
+    for function in base:
+        for name, parameter in inspect.signature(function).parameters.items():
+            if parameter.kind is parameter.KEYWORD_ONLY:
+                found[name] = parameter.default
+    return found
+
+
+def bind(name: str, options: dict | None = None) -> Base:
+    """The entry `name` of BASES, its hyper-parameters taken from `options` where they are given.
+
+    options: {name: value}, such as vars(args); what belongs to other bases is ignored.
+    """
+    def given(function):
+        own = options_of(Base(function, uniform_t))
+        return partial(function, **{k: options[k] for k in own if k in options})
+    options = options or {}
+    return Base(*map(given, BASES[name]))
+
+
+# --------------------------------------------------------------------------------------------------
 # Capacity manipulation
 
-def class_weights(counts):
-    """Eq. (3): (w_con, w_div), each (C,): C N_y / sum_c N_c and C / (N_y sum_c 1 / N_c). Both have mean 1 over classes."""
+class CMConfig(NamedTuple):
+    """The constants of L_CM: L_Total = L_base + lam (w_con L_Con + w_div L_Div), Eq. (4)."""
+    lam: float = 1.0
+    w_con: float = 1.0
+    w_div: float = 1.0
+    div_bound: float = 0.01             # L_Div saturates per image at this distance; 0: never
+    independent_dropout: bool = False   # theta and theta^g see different dropout masks
+
+    @classmethod
+    def of(cls, args) -> "CMConfig":
+        """The constants that a script's flags give."""
+        return cls(**{k: v for k, v in vars(args).items() if k in cls._fields})
+
+
+def add_cm_flags(group, div_bound: float = 0.01):
+    """--lam --w-con --w-div --div-bound, the same in every script that trains with CM."""
+    group.add_argument("--lam", type=number(0), default=1.0,
+                       help="lambda of Eq. (4); 0 reserves without L_CM (default: 1)")
+    group.add_argument("--w-con", type=number(0), default=1.0,
+                       help="weight of L_Con (default: 1)")
+    group.add_argument("--w-div", type=number(0), default=1.0,
+                       help="weight of L_Div (default: 1; the authors' release: 0.2)")
+    group.add_argument("--div-bound", type=number(0), default=div_bound, metavar="M",
+                       help="L_Div saturates per image at distance M; 0: unbounded, as printed, "
+                       f"where diffusion models diverge (default: {div_bound:g})")
+
+
+def class_weights(counts) -> tuple[Tensor, Tensor]:
+    """Eq. (3): (w_con, w_div), each (C,) float64 with mean 1 over classes.
+
+    counts (C,): training images per class. w_con = C N_y / sum_c N_c and
+    w_div = C / (N_y sum_c 1 / N_c).
+    """
     n = torch.as_tensor(counts, dtype=torch.float64)
     return len(n) * n / n.sum(), len(n) / (n * (1 / n).sum())
 
 
-def cm(D, b, o):
-    """The two terms of Eq. (2), for the distances D (B,) between the predictions of theta and theta^g.
+def cm_terms(D: Tensor, y: Tensor, w_con_y: Tensor, w_div_y: Tensor, bound: float):
+    """The two terms of Eq. (2), {"con", "div"}, scalars.
 
-    con = E w_con^y D. div = -E w_div^y min(D, m) with the bound m (0: none, as printed): without it the term has no
-    lower bound, and training diverges. The weights are those of the true class, also where the label is dropped.
+    D (B,): distances between the predictions of theta and theta^g. y (B,): the true classes, also
+    where the label is dropped. w_con_y, w_div_y (C,): class_weights. con = E w_con^y D. div = -E
+    w_div^y min(D, bound); with bound 0 it is -E w_div^y D, as printed, which has no lower bound:
+    training then diverges.
     """
-    bounded = D.clamp(max=o.div_bound) if o.div_bound else D
-    return {"con": (o.w_con_y[b.y] * D).mean(), "div": -(o.w_div_y[b.y] * bounded).mean()}
+    bounded = D.clamp(max=bound) if bound else D
+    return {"con": (w_con_y[y] * D).mean(), "div": -(w_div_y[y] * bounded).mean()}
 
 
 class Objective(nn.Module):
-    """L_Total = L_base + lam (w_con L_Con + w_div L_Div), Eq. (4), for a UNet whose decoder may be reserved.
+    """L_Total = L_base + lam (w_con L_Con + w_div L_Div), Eq. (4), of a UNet.
 
-    forward(Batch) -> (total, a scalar; {name: scalar} of unweighted terms; D (B,) detached, 0 without CM).
-    counts (C,): images a class in the training set. tau, gamma, y_prime ("uniform": the mean over Y of Eq. (D.1), or
-    "train": by class frequency, CBDM's code) belong to cbdm; ada is augment.py's probability; ct_double belongs to
-    consistency.py, the rest to baselines.py. lam = 0, or a net with nothing reserved: no second pass.
+    net:        a model.UNet, or another network with its encode, decode and draw_masks; L_CM is
+                added where its decoder is reserved and cm.lam is not 0 (else no second pass)
+    base:       the base loss, from `bind`
+    counts:     (C,) training images per class
+    alphas_bar: (T,) the noise schedule
+    cm:         the constants of L_CM (default: CMConfig's)
+    label_drop: probability that an image's label is Null
+    ada:        augment.py's probability; 0: no augmentation
+    y_prime:    how y' is drawn: "uniform", the mean over Y of Eq. (D.1), or "train", by class
+                frequency, as in CBDM's code
+    forward(batch) -> (total, a scalar; {name: scalar} of unweighted terms; D (B,) detached, 0
+    without CM).
     """
 
-    def __init__(self, net, base, counts, alphas_bar, lam=1.0, w_con=1.0, w_div=1.0, div_bound=0.01, label_drop=0.1,
-                 independent_dropout=False, tau=1e-3, gamma=0.25, y_prime="uniform", ada=0.0, focal_gamma=2.0,
-                 rop_weight=0.1, rop_margin=0.1, ct_double=1):
+    def __init__(self, *, net, base: Base, counts, alphas_bar: Tensor, cm: CMConfig | None = None,
+                 label_drop: float = 0.1, ada: float = 0.0, y_prime: str = "uniform"):
         super().__init__()
-        self.net, self.base, self.draw_t, self.gamma = net, BASES[base], TIMESTEPS.get(base, uniform_t), gamma
-        self.div_bound, self.label_drop, self.independent_dropout = div_bound, label_drop, independent_dropout
-        self.ada, self.focal_gamma, self.rop_margin, self.ct_double = ada, focal_gamma, rop_margin, ct_double
-        self.weights = {"base": 1.0, "cb": tau, "overlap": rop_weight, "con": lam * w_con, "div": lam * w_div}
-        self.two_passes = lam != 0 and any(True for _ in reserved(net.decoder))
+        self.net = net
+        self.base = base
+        self.cm = cm or CMConfig()
+        self.label_drop = label_drop
+        self.ada = ada
+        self.two_passes = self.cm.lam != 0 and is_reserved(net.decoder)
         counts = torch.as_tensor(counts)
         w_con_y, w_div_y = class_weights(counts)
-        law = torch.ones(len(counts)) if y_prime == "uniform" else counts.float()
-        for name, value in {"counts": counts, "alphas_bar": alphas_bar, "y_prime_law": law,
-                            "w_con_y": w_con_y.float(), "w_div_y": w_div_y.float()}.items():
-            self.register_buffer(name, value, persistent=False)
+        y_prime_weights = torch.ones(len(counts)) if y_prime == "uniform" else counts.float()
+        self.register_buffer("counts", counts, persistent=False)
+        self.register_buffer("alphas_bar", alphas_bar, persistent=False)
+        self.register_buffer("y_prime_weights", y_prime_weights, persistent=False)
+        self.register_buffer("w_con_y", w_con_y.float(), persistent=False)
+        self.register_buffer("w_div_y", w_div_y.float(), persistent=False)
 
-    def forward(self, b):
-        p = Predictions(self.net, b, q_sample(b.x_0, b.t, b.eps, self.alphas_bar))
-        terms = self.base(p, b, self)
-        D = torch.zeros_like(b.t, dtype=torch.float32)
+    def forward(self, batch: Batch):
+        x_t = q_sample(batch.x_0, batch.t, batch.eps, self.alphas_bar)
+        pred = Predictions(self.net, batch, x_t)
+        total, terms = self.base.loss(pred, batch, self)
+        D = torch.zeros_like(batch.t, dtype=torch.float32)
         if self.two_passes:
-            D = distance(p.eps, p.general())
-            terms.update(cm(D, b, self))
-        total = sum(self.weights[name] * value for name, value in terms.items())
-        # The terms keep their graph: where total is one term, a compiled forward returns the two as one tensor, and
-        # detaching the one would detach the other
+            D = distance(pred.eps, pred.general())
+            both = cm_terms(D, batch.y, self.w_con_y, self.w_div_y, self.cm.div_bound)
+            total = total + self.cm.lam * self.cm.w_con * both["con"]
+            total = total + self.cm.lam * self.cm.w_div * both["div"]
+            terms = {**terms, **both}
+        # The terms keep their graph: where total is one term, a compiled forward returns the two as
+        # one tensor, and detaching the one would detach the other
         return total, terms, D.detach()

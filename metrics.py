@@ -1,77 +1,122 @@
-"""The metrics, from features to numbers, as torch-fidelity computes them: Frechet and kernel distance, precision and recall, IS.
+"""The metrics, from features to numbers, computed as torch-fidelity computes them.
 
-    frechet_distance(*statistics(fake), *statistics(real))      # FID of Inception features (N, D) and (M, D)
-    kernel_distance(fake, real)                                 # KID: mean, standard deviation, subset size
+    frechet_distance(*statistics(fake), *statistics(real))      # FID of features (N, D) and (M, D)
+    kernel_distance(fake, real)             # KID: mean, standard deviation, subset size
     precision_recall(fake, real, k=3)
-    inception_score(logits)                                     # IS: mean, standard deviation
+    inception_score(logits)                 # IS: mean, standard deviation
 
-Features are NumPy float32, of the generated images first and of the real ones second; tests/test_evaluate.py lays each
-beside torch-fidelity's, and beside a literal version of its definition.
+Features are NumPy arrays, float32. Those of the generated images come first, those of the real
+images second. tests/test_evaluate.py compares each metric with torch-fidelity's and with a literal
+version of its definition.
 """
 import numpy as np
 import torch
 
-KID_SUBSETS, KID_SIZE, IS_SPLITS, METRIC_SEED = 100, 1000, 10, 2020      # torch-fidelity's
+# The settings of torch-fidelity
+KID_SUBSETS = 100
+KID_SIZE = 1000
+IS_SPLITS = 10
+METRIC_SEED = 2020
 
 
-def statistics(features):
-    """Mean (D,) and covariance (D, D), with N - 1, of features (N, D): float64."""
+# --------------------------------------------------------------------------------------------------
+# Frechet distance
+
+def statistics(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean (D,) and covariance (D, D), divided by N - 1, of features (N, D): float64."""
     features = np.asarray(features, np.float64)
     mean = features.mean(0)
     features = features - mean
     return mean, features.T @ features / (len(features) - 1)
 
 
-def frechet_distance(mu_1, sigma_1, mu_2, sigma_2):
-    """||mu_1 - mu_2||^2 + tr(S_1 + S_2 - 2 (S_1 S_2)^{1/2}) between two Gaussians (Heusel et al., 2017).
+def frechet_distance(mu_1: np.ndarray, sigma_1: np.ndarray,
+                     mu_2: np.ndarray, sigma_2: np.ndarray) -> float:
+    """||mu_1 - mu_2||^2 + tr(S_1 + S_2 - 2 (S_1 S_2)^{1/2}) of two Gaussians (Heusel et al., 2017).
 
-    tr (S_1 S_2)^{1/2} is the sum of the roots of the eigenvalues of S_1^{1/2} S_2 S_1^{1/2}, which is symmetric and
-    non-negative: no imaginary part can appear, also with fewer samples than dimensions.
+    tr (S_1 S_2)^{1/2} is the sum of the square roots of the eigenvalues of S_1^{1/2} S_2 S_1^{1/2}.
+    This matrix is symmetric and non-negative, so no imaginary part can appear, even with fewer
+    samples than dimensions.
     """
     values, vectors = np.linalg.eigh(sigma_1)
     root = vectors * np.sqrt(values.clip(0)) @ vectors.T
     cross = np.sqrt(np.linalg.eigvalsh(root @ sigma_2 @ root).clip(0)).sum()
-    return float(((mu_1 - mu_2) ** 2).sum() + np.trace(sigma_1) + np.trace(sigma_2) - 2 * cross)
+    distance = ((mu_1 - mu_2) ** 2).sum() + np.trace(sigma_1) + np.trace(sigma_2) - 2 * cross
+    return float(distance)
 
 
-def distance_of(a, b):
+def distance_of(a: np.ndarray, b: np.ndarray) -> float:
     """Frechet distance between two sets of features (N, D) and (M, D)."""
     return frechet_distance(*statistics(a), *statistics(b))
 
 
-def kernel_distance(fake, real, subsets=KID_SUBSETS, size=KID_SIZE, seed=METRIC_SEED):
-    """KID (Binkowski et al., 2018): (mean, standard deviation, subset size) of the unbiased MMD^2 over random subsets.
+def floor_of(features: np.ndarray, rounds: int = 10) -> float:
+    """Mean Frechet distance between two random halves of real features, over `rounds` divisions.
 
-    Kernel (x . y / D + 1)^3, the products in float32, its sums in float64. The size is reduced to the smaller set's. One RandomState draws from the
-    generated and then from the real images each time, as torch-fidelity does: the same subsets.
+    It says how small the distance of perfect samples would be, with half as many images.
     """
-    size, rng, values = min(size, len(fake), len(real)), np.random.RandomState(seed), []
+    rng = np.random.RandomState(0)
+    total = 0.0
+    for _ in range(rounds):
+        order = rng.permutation(len(features))
+        total += distance_of(features[order[::2]], features[order[1::2]])
+    return total / rounds
 
-    def kernel(a, b):
-        base = (a @ b.T).astype(np.float64) / a.shape[1] + 1
-        return base * base * base
+
+# --------------------------------------------------------------------------------------------------
+# Kernel distance
+
+def polynomial_kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """(x . y / D + 1)^3 of all rows x of a and y of b: the products in float32, then float64."""
+    base = (a @ b.T).astype(np.float64) / a.shape[1] + 1
+    return base * base * base
+
+
+def kernel_distance(fake: np.ndarray, real: np.ndarray, subsets: int = KID_SUBSETS,
+                    size: int = KID_SIZE, seed: int = METRIC_SEED) -> tuple[float, float, int]:
+    """KID (Binkowski et al., 2018): the unbiased MMD^2 over random subsets.
+
+    Returns the mean, the standard deviation and the subset size, which is at most the size of the
+    smaller set. One RandomState chooses from the generated images and then from the real ones, in
+    each round. This is the order of torch-fidelity, so the subsets are the same.
+    """
+    size = min(size, len(fake), len(real))
+    rng = np.random.RandomState(seed)
+    values = []
     for _ in range(subsets):
         x = fake[rng.choice(len(fake), size, replace=False)]
         y = real[rng.choice(len(real), size, replace=False)]
-        xx, yy = kernel(x, x), kernel(y, y)
-        within = (xx.sum() - xx.trace() + yy.sum() - yy.trace()) / (size * (size - 1))
-        values.append(within - 2 * kernel(x, y).mean())
+        xx = polynomial_kernel(x, x)
+        yy = polynomial_kernel(y, y)
+        pairs = size * (size - 1)
+        within = (xx.sum() - xx.trace() + yy.sum() - yy.trace()) / pairs
+        values.append(within - 2 * polynomial_kernel(x, y).mean())
     return float(np.mean(values)), float(np.std(values)), size
 
 
-def squared_distances(a, b):
-    """Squared Euclidean distances (N, M) between rows of a (N, D) and b (M, D)."""
-    return torch.addmm(b.square().sum(1)[None], a, b.T, alpha=-2).add_(a.square().sum(1)[:, None])
+# --------------------------------------------------------------------------------------------------
+# Precision and recall
+
+def squared_distances(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Squared Euclidean distances (N, M) between the rows of a (N, D) and of b (M, D)."""
+    a_norms = a.square().sum(1)[:, None]
+    b_norms = b.square().sum(1)[None]
+    return torch.addmm(b_norms, a, b.T, alpha=-2).add_(a_norms)
 
 
-def radii(x, k, block):
-    """Squared distance from each row of x (N, D) to its k-th nearest other row: (N,). Each pair of blocks is looked at once."""
+def radii(x: torch.Tensor, k: int, block: int) -> torch.Tensor:
+    """Squared distance from each row of x (N, D) to its k-th nearest other row: (N,).
+
+    Each pair of blocks of rows is computed once.
+    """
     parts = x.split(block)
-    nearest = [part.new_full((len(part), 0), 0) for part in parts]         # the k + 1 smallest so far, the row itself included
+    # For each row the k + 1 smallest distances so far, that to the row itself included
+    nearest = [part.new_full((len(part), 0), 0) for part in parts]
 
     def keep(i, d):
         d = torch.cat([nearest[i], d], 1)
         nearest[i] = d.topk(min(k + 1, d.shape[1]), largest=False).values
+
     for i, part in enumerate(parts):
         for j in range(i, len(parts)):
             d = squared_distances(part, parts[j])
@@ -81,40 +126,50 @@ def radii(x, k, block):
     return torch.cat([n[:, -1] for n in nearest])
 
 
-def precision_recall(fake, real, k=3, block=2048, device="cpu"):
-    """Improved precision and recall (Kynkaanniemi et al., 2019) of features (N, D) and (M, D), in [0, 1].
+def precision_recall(fake: np.ndarray, real: np.ndarray, k: int = 3, block: int = 2048,
+                     device: torch.device | str = "cpu") -> tuple[float, float]:
+    """Improved precision and recall (Kynkaanniemi et al., 2019), both in [0, 1].
 
-    Precision: the share of generated images that lie within the k-th neighbour's distance of some real image;
-    recall: the reverse. Blocks of rows keep memory at block x max(N, M) numbers.
+    Precision: the share of generated images that are no farther from some real image than that
+    image's k-th nearest real neighbour. Recall: the same with the two sets exchanged.
+    fake (N, D) and real (M, D) are compared in blocks of rows, so memory holds at most
+    block x max(N, M) distances.
     """
-    center = real.mean(0)       # distances are the same, and float32 keeps more of their digits
-    fake, real = (torch.from_numpy(np.ascontiguousarray(f - center)).to(device) for f in (fake, real))
+    center = real.mean(0)   # changes no distance, and float32 keeps more digits near zero
+
+    def on_device(features):
+        return torch.from_numpy(np.ascontiguousarray(features - center)).to(device)
+
+    fake, real = on_device(fake), on_device(real)
     fake_radii, real_radii = radii(fake, k, block), radii(real, k, block)
-    inside, covered = [], torch.zeros(len(real), dtype=torch.bool, device=device)
+    inside = []                                                             # per generated image
+    covered = torch.zeros(len(real), dtype=torch.bool, device=device)       # per real image
     for part, part_radii in zip(fake.split(block), fake_radii.split(block)):
         d = squared_distances(part, real)
         inside.append((d <= real_radii).any(1))
         covered |= (d <= part_radii[:, None]).any(0)
-    return float(torch.cat(inside).double().mean()), float(covered.double().mean())
+    precision = torch.cat(inside).double().mean()
+    recall = covered.double().mean()
+    return float(precision), float(recall)
 
 
-def inception_score(logits, count=IS_SPLITS, seed=METRIC_SEED):
-    """IS (Salimans et al., 2016) of logits (N, K): mean and standard deviation of exp E KL(p(y|x) || p(y)) over ten splits.
+# --------------------------------------------------------------------------------------------------
+# Inception score
 
-    The images are shuffled first, as torch-fidelity does: samples come sorted by class.
+def inception_score(logits: np.ndarray, count: int = IS_SPLITS,
+                    seed: int = METRIC_SEED) -> tuple[float, float]:
+    """IS (Salimans et al., 2016) of logits (N, K): exp E KL(p(y|x) || p(y)).
+
+    Returns its mean and standard deviation over `count` parts of the images. The images are
+    shuffled first, as torch-fidelity does, because samples come sorted by class.
     """
-    logits, N, scores = logits[np.random.RandomState(seed).permutation(len(logits))], len(logits), []
+    N = len(logits)
+    logits = logits[np.random.RandomState(seed).permutation(N)]
+    scores = []
     for i in range(count):
-        log_p = torch.from_numpy(logits[i * N // count:(i + 1) * N // count]).double().log_softmax(1)
+        part = torch.from_numpy(logits[i * N // count:(i + 1) * N // count])
+        log_p = part.double().log_softmax(1)
         p = log_p.exp()
-        scores.append(float((p * (log_p - p.mean(0).log())).sum(1).mean().exp()))
+        kl = (p * (log_p - p.mean(0).log())).sum(1)
+        scores.append(float(kl.mean().exp()))
     return float(np.mean(scores)), float(np.std(scores))
-
-
-def floor_of(features, rounds=10):
-    """Mean distance between the halves of real features, over `rounds` random halvings: how near real is to real."""
-    rng, total = np.random.RandomState(0), 0.0
-    for _ in range(rounds):
-        order = rng.permutation(len(features))
-        total += distance_of(features[order[::2]], features[order[1::2]])
-    return total / rounds

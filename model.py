@@ -1,49 +1,83 @@
-"""The network and the forward process: the DDPM U-Net of CBDM and OC (and so of the paper), cut into encode and decode.
+"""The network and the forward process: the DDPM U-Net of CBDM, OC and the paper, in two halves.
 
     net = UNet(UNetConfig(num_classes=100))           # the paper's network: 35,797,507 parameters
     eps = net(x_t, t, y)                              # = net.decode(*net.encode(x_t, t, y))
 
-The cut is what makes CM cheap: capacity is reserved in the up-sampling half only (Sec. G.1), so theta and theta^g
-share `encode` and only `decode` runs twice. Dropout masks are an argument, drawn by `draw_masks`: the two
-predictions of Eq. (2) then see the same masks, a step is a pure function of its draw, and a network that is given
-no masks has no dropout, whatever its train() or eval() mode.
+The two halves make CM cheap: capacity is reserved in the up-sampling half only (Sec. G.1), so
+theta and theta^g share `encode`, and only `decode` runs twice. Dropout masks are an argument, made
+by `draw_masks`: both predictions of Eq. (2) see the same masks, a step is a pure function of its
+random numbers, and without masks there is no dropout, whatever the train() or eval() mode.
 
-Symbols: x_0 image in [-1, 1], x_t noisy image, t in {0 ... T-1}, eps noise, alphas_bar cumulative product (Sec. A).
+Symbols: x_0 image in [-1, 1], x_t noisy image, t in {0 ... T-1}, eps noise, alphas_bar cumulative
+product (Sec. A). Shapes: N images, C channels, H x W pixels.
 """
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Forward process (Sec. A): x_t = sqrt(alphas_bar_t) x_0 + sqrt(1 - alphas_bar_t) eps
 
-def make_alphas_bar(T=1000, beta_1=1e-4, beta_T=0.02):
-    """alphas_bar_t = prod_{i<=t} (1 - beta_i) of the linear schedule, Sec. G.1: float64 (T,), strictly decreasing."""
-    return torch.cumprod(1 - torch.linspace(beta_1, beta_T, T, dtype=torch.float64), dim=0)
+def make_alphas_bar(T: int = 1000, beta_1: float = 1e-4, beta_T: float = 0.02) -> Tensor:
+    """alphas_bar_t = prod_{i<=t} (1 - beta_i) of the linear schedule (Sec. G.1).
+
+    Returns float64 (T,), strictly decreasing.
+    """
+    betas = torch.linspace(beta_1, beta_T, T, dtype=torch.float64)
+    return torch.cumprod(1 - betas, dim=0)
 
 
-def per_image(values, t, x):
-    """values[t] in x's dtype, shaped (N, 1, ..., 1) to broadcast against x (N, ...); values (T,), t (N,) int64."""
+def extract(values: Tensor, t: Tensor, x: Tensor) -> Tensor:
+    """values[t] in x's dtype, shaped (N, 1, ..., 1) to multiply x (N, ...).
+
+    values: (T,). t: (N,) int64.
+    """
     return values.to(x.device)[t].to(x.dtype).view(-1, *[1] * (x.dim() - 1))
 
 
-def q_sample(x_0, t, eps, alphas_bar):
-    """Sample q(x_t | x_0) given its noise (Sec. A): x_0, eps (N, C, H, W), t (N,) int64, alphas_bar (T,) -> x_t."""
-    return per_image(alphas_bar.sqrt(), t, x_0) * x_0 + per_image((1 - alphas_bar).sqrt(), t, x_0) * eps
+def q_sample(x_0: Tensor, t: Tensor, eps: Tensor, alphas_bar: Tensor) -> Tensor:
+    """x_t of q(x_t | x_0) (Sec. A), given its noise.
+
+    x_0, eps: (N, C, H, W). t: (N,) int64. alphas_bar: (T,). Returns x_t (N, C, H, W).
+    """
+    signal = extract(alphas_bar.sqrt(), t, x_0)
+    sigma = extract((1 - alphas_bar).sqrt(), t, x_0)
+    return signal * x_0 + sigma * eps
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+def distance(a: Tensor, b: Tensor) -> Tensor:
+    """||a - b||^2 / (C H W) per image, for a and b (N, C, H, W): (N,).
+
+    The paper's squared norm as a mean over elements.
+    """
+    return (a - b).square().flatten(1).mean(1)
+
+
+def stratified_timesteps(n: int, repeats: int, T: int = 1000) -> Tensor:
+    """Timesteps (n, repeats) int64 that cover 0 ... T - 1 evenly for every image.
+
+    Each image gets one timestep in every repeats-th of the range, at a position that moves with the
+    image: multiples of the golden ratio spread any number of images evenly.
+    """
+    offset = (torch.arange(n, dtype=torch.float64) * 0.6180339887498949) % 1
+    part = torch.arange(repeats)[None] + offset[:, None]
+    return (part * T / repeats).long()
+
+
+# --------------------------------------------------------------------------------------------------
 # Building blocks
 
-def group_norm(channels):
-    """GroupNorm with min(32, channels / 4) groups: at least four channels a group.
+def group_norm(channels: int) -> nn.GroupNorm:
+    """GroupNorm with min(32, channels / 4) groups: at least four channels per group.
 
-    With one channel a group the norm removes an embedding added to that channel exactly, and a narrow network
-    would be blind to t and y. Raises ValueError where the groups do not divide the channels.
+    With one channel per group the norm removes an embedding added to that channel exactly, and a
+    narrow network would be blind to t and y. Raises ValueError where the groups do not divide the
+    channels.
     """
     groups = min(32, max(1, channels // 4))
     if channels % groups:
@@ -52,7 +86,7 @@ def group_norm(channels):
 
 
 def init_layer(layer, gain=1.0):
-    """Xavier-uniform weights, zero bias; gain 1e-5 makes a residual branch start as (almost) nothing."""
+    """Xavier-uniform weights, zero bias; gain 1e-5 makes a residual branch start as almost 0."""
     nn.init.xavier_uniform_(layer.weight, gain=gain)
     nn.init.zeros_(layer.bias)
     return layer
@@ -60,18 +94,23 @@ def init_layer(layer, gain=1.0):
 
 def conv(in_ch, out_ch, kernel=3, stride=1, gain=1.0):
     """A padded convolution with the initialisation above."""
-    return init_layer(nn.Conv2d(in_ch, out_ch, kernel, stride, padding=kernel // 2), gain)
+    layer = nn.Conv2d(in_ch, out_ch, kernel, stride, padding=kernel // 2)
+    return init_layer(layer, gain)
 
 
-def sinusoid(t, dim):
-    """Sinusoidal embedding of t (N,) -> (N, dim) float32, the frequencies of the DDPM code: 10000^(-2i/dim)."""
-    freqs = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
+def sinusoid(t: Tensor, dim: int) -> Tensor:
+    """Sinusoidal embedding of t (N,), with DDPM's frequencies 10000^(-2i/dim): (N, dim) float32."""
+    half = dim // 2
+    freqs = torch.exp(-math.log(10000) * torch.arange(half, device=t.device) / half)
     angles = t.float()[:, None] * freqs
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
 class Embedding(nn.Module):
-    """The condition of every block: an MLP of the sinusoid of t, plus a label vector; y = -1 (Null) adds none."""
+    """The condition of every block: an MLP of the sinusoid of t, plus a vector per label.
+
+    y = -1 (Null) adds no label vector.
+    """
 
     def __init__(self, cfg):
         super().__init__()
@@ -90,30 +129,47 @@ class Embedding(nn.Module):
 
 
 class Attention(nn.Module):
-    """Single-head self-attention over the H x W positions, with a residual connection: (N, C, H, W) -> same."""
+    """Single-head self-attention over the H x W positions, residual: (N, C, H, W) -> same."""
 
     def __init__(self, ch):
         super().__init__()
         self.norm = group_norm(ch)
-        self.q, self.k, self.v = conv(ch, ch, 1), conv(ch, ch, 1), conv(ch, ch, 1)
+        self.q = conv(ch, ch, 1)
+        self.k = conv(ch, ch, 1)
+        self.v = conv(ch, ch, 1)
         self.proj = conv(ch, ch, 1, gain=1e-5)
 
     def forward(self, x):
         h = self.norm(x)
-        q, k, v = (f(h).flatten(2).transpose(1, 2).unsqueeze(1) for f in (self.q, self.k, self.v))  # (N, 1, HW, C)
-        h = F.scaled_dot_product_attention(q, k, v)
-        return x + self.proj(h.squeeze(1).transpose(1, 2).reshape(x.shape))
+        q = self.to_sequence(self.q(h))                             # (N, 1, HW, C)
+        k = self.to_sequence(self.k(h))
+        v = self.to_sequence(self.v(h))
+        h = F.scaled_dot_product_attention(q, k, v)                 # (N, 1, HW, C)
+        h = h.squeeze(1).transpose(1, 2).reshape(x.shape)           # (N, C, H, W)
+        return x + self.proj(h)
+
+    @staticmethod
+    def to_sequence(x):
+        """(N, C, H, W) -> (N, 1, HW, C): one head."""
+        return x.flatten(2).transpose(1, 2).unsqueeze(1)
 
 
 class ResBlock(nn.Module):
-    """Two 3x3 convolutions, the embedding added between them, optional attention: (N, in, H, W) -> (N, out, H, W)."""
+    """Two 3x3 convolutions, the embedding added between them, and attention where asked for.
+
+    (N, in_ch, H, W) -> (N, out_ch, H, W). level, out_ch: where and how wide the block's dropout
+    mask is.
+    """
 
     def __init__(self, in_ch, out_ch, emb_ch, level, attention=False):
         super().__init__()
-        self.level, self.out_ch = level, out_ch     # where and how wide this block's dropout mask is
-        self.norm1, self.conv1 = group_norm(in_ch), conv(in_ch, out_ch)
+        self.level = level
+        self.out_ch = out_ch
+        self.norm1 = group_norm(in_ch)
+        self.conv1 = conv(in_ch, out_ch)
         self.emb_proj = init_layer(nn.Linear(emb_ch, out_ch))
-        self.norm2, self.conv2 = group_norm(out_ch), conv(out_ch, out_ch, gain=1e-5)
+        self.norm2 = group_norm(out_ch)
+        self.conv2 = conv(out_ch, out_ch, gain=1e-5)
         self.shortcut = conv(in_ch, out_ch, 1) if in_ch != out_ch else nn.Identity()
         self.attention = Attention(out_ch) if attention else nn.Identity()
 
@@ -147,17 +203,19 @@ class Up(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
 
 
-def run_block(layer, x, emb, masks):
-    """Call one layer; a ResBlock also takes emb and the next dropout mask of the iterator `masks`, if it has one."""
-    return layer(x, emb, next(masks, None)) if isinstance(layer, ResBlock) else layer(x)
+def run_block(layer, x, emb, masks: Iterator):
+    """Call one layer; a ResBlock also takes emb and the next dropout mask, if there is one."""
+    if isinstance(layer, ResBlock):
+        return layer(x, emb, next(masks, None))
+    return layer(x)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The U-Net
 
 @dataclass
 class UNetConfig:
-    """What defines the network; plain types, so that it travels in a checkpoint. Defaults: the paper's CIFAR-100."""
+    """What defines the network, as plain types for checkpoints. Defaults: the paper's CIFAR-100."""
     channels: int = 3
     num_classes: int = 100
     ch: int = 128
@@ -165,9 +223,9 @@ class UNetConfig:
     attn: tuple = (1,)              # levels with attention: level l works at resolution / 2^l
     num_res_blocks: int = 2
     dropout: float = 0.1
-    augment_dim: int = 0            # length of augment.py's vector, where the network is told of augmentations
+    augment_dim: int = 0            # length of augment.py's vector, 0 without augmentation
 
-    def to_dict(self):
+    def to_dict(self) -> dict:
         """The same as plain lists and numbers, for JSON and checkpoints."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
@@ -177,10 +235,13 @@ class Encoder(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        emb_ch, ch, last = 4 * cfg.ch, cfg.ch, len(cfg.ch_mult) - 1
+        emb_ch = 4 * cfg.ch
+        last = len(cfg.ch_mult) - 1
+        ch = cfg.ch
         self.embedding = Embedding(cfg)
         self.head = conv(cfg.channels, ch)
-        self.down, self.skip_chs = nn.ModuleList(), [ch]
+        self.down = nn.ModuleList()
+        self.skip_chs = [ch]                                    # of the tensors that decode takes
         for level, mult in enumerate(cfg.ch_mult):
             for _ in range(cfg.num_res_blocks):
                 self.down.append(ResBlock(ch, cfg.ch * mult, emb_ch, level, level in cfg.attn))
@@ -189,10 +250,12 @@ class Encoder(nn.Module):
             if level < last:
                 self.down.append(Down(ch))
                 self.skip_chs.append(ch)
-        self.middle = nn.ModuleList([ResBlock(ch, ch, emb_ch, last, attention=True), ResBlock(ch, ch, emb_ch, last)])
+        self.middle = nn.ModuleList([
+            ResBlock(ch, ch, emb_ch, last, attention=True), ResBlock(ch, ch, emb_ch, last)])
 
     def forward(self, x_t, t, y, masks, a=None):
-        emb, masks = self.embedding(t, y, a), iter(masks)
+        emb = self.embedding(t, y, a)
+        masks = iter(masks)
         h = self.head(x_t)                                      # (N, ch, H, W)
         skips = [h]
         for layer in self.down:
@@ -208,72 +271,90 @@ class Decoder(nn.Module):
 
     def __init__(self, cfg, skip_chs):
         super().__init__()
-        emb_ch, ch, skip_chs = 4 * cfg.ch, cfg.ch * cfg.ch_mult[-1], list(skip_chs)
+        emb_ch = 4 * cfg.ch
+        ch = cfg.ch * cfg.ch_mult[-1]
+        skip_chs = list(skip_chs)
         self.up = nn.ModuleList()
         for level, mult in reversed(list(enumerate(cfg.ch_mult))):
             for _ in range(cfg.num_res_blocks + 1):
-                self.up.append(ResBlock(ch + skip_chs.pop(), cfg.ch * mult, emb_ch, level, level in cfg.attn))
+                in_ch = ch + skip_chs.pop()
+                self.up.append(ResBlock(in_ch, cfg.ch * mult, emb_ch, level, level in cfg.attn))
                 ch = cfg.ch * mult
             if level:
                 self.up.append(Up(ch))
-        self.norm, self.conv = group_norm(ch), conv(ch, cfg.channels, gain=1e-5)
+        self.norm = group_norm(ch)
+        self.conv = conv(ch, cfg.channels, gain=1e-5)
 
     def forward(self, h, skips, emb, masks):
-        skips, masks = list(skips), iter(masks)                 # a copy: decode may run twice on one encoding
+        skips = list(skips)                 # a copy: decode may run twice on one encoding
+        masks = iter(masks)
         for layer in self.up:
-            h = torch.cat([h, skips.pop()], dim=1) if isinstance(layer, ResBlock) else h
+            if isinstance(layer, ResBlock):
+                h = torch.cat([h, skips.pop()], dim=1)
             h = run_block(layer, h, emb, masks)
         return self.conv(F.silu(self.norm(h)))                  # (N, channels, H, W)
 
 
 class UNet(nn.Module):
-    """eps_theta(x_t, t, y): x_t (N, channels, H, W), t (N,) int64 in [0, T), y (N,) int64 in [0, num_classes) or -1.
+    """eps_theta(x_t, t, y): x_t (N, channels, H, W), t (N,) int64 in [0, T), y (N,) int64.
 
-    H and W must be divisible by 2^(len(ch_mult) - 1). Weights are float32; run it under autocast for less.
+    y is in [0, num_classes), or -1 for Null. H and W must be divisible by 2^(len(ch_mult) - 1).
+    Weights are float32; run it under autocast for less.
     """
 
-    def __init__(self, cfg):
+    def __init__(self, cfg: UNetConfig):
         super().__init__()
-        self.cfg = UNetConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in vars(cfg).items()})
+        plain = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(cfg).items()}
+        self.cfg = UNetConfig(**plain)
         self.encoder = Encoder(self.cfg)
         self.decoder = Decoder(self.cfg, self.encoder.skip_chs)
 
-    def encode(self, x_t, t, y, masks=(), a=None):
-        """x_t, t, y -> (h, skips, emb), what decode takes; masks: the first list of draw_masks, or () for none.
+    def encode(self, x_t: Tensor, t: Tensor, y: Tensor, masks=(), a: Tensor | None = None):
+        """x_t, t, y -> (h, skips, emb), what decode takes.
 
-        a: what augmentation did to the images, (N, augment_dim); None for nothing.
+        masks: the first list of draw_masks, or () for no dropout. a: what augmentation did to the
+        images, (N, augment_dim), or None for nothing.
         """
         factor = 2 ** (len(self.cfg.ch_mult) - 1)
-        assert x_t.shape[-1] % factor == 0 and x_t.shape[-2] % factor == 0, f"{tuple(x_t.shape)} not divisible by {factor}"
+        H, W = x_t.shape[-2:]
+        assert H % factor == 0 and W % factor == 0, f"{H} x {W} is not divisible by {factor}"
         return self.encoder(x_t, t, y, masks, a)
 
-    def decode(self, h, skips, emb, masks=()):
-        """encode's result -> eps (N, channels, H, W); masks: the second list of draw_masks, or () for none."""
+    def decode(self, h: Tensor, skips: list, emb: Tensor, masks=()) -> Tensor:
+        """encode's result -> eps (N, channels, H, W).
+
+        masks: the second list of draw_masks, or () for no dropout.
+        """
         return self.decoder(h, skips, emb, masks)
 
-    def forward(self, x_t, t, y):
+    def forward(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
         return self.decode(*self.encode(x_t, t, y))
 
-    def draw_masks(self, n, size, generator, dtype=torch.float32):
-        """Dropout masks for n images of `size` pixels a side: (for encode, for decode), lists of one tensor a block.
+    def draw_masks(self, n: int, size: int, generator: torch.Generator, dtype=torch.float32):
+        """Dropout masks for n images of `size` pixels a side: (for encode, for decode).
 
-        A mask is 0 with probability cfg.dropout, else 1 / (1 - dropout); it lives on the generator's device, in the
+        Each is a list of one tensor per ResBlock, in the order in which they run. A mask is 0 with
+        probability cfg.dropout, else 1 / (1 - dropout); it is on the generator's device, in the
         dtype in which the network computes, channels last. With dropout 0 the lists are empty.
         """
-        return self.draw(self.encoder, n, size, generator, dtype), self.draw(self.decoder, n, size, generator, dtype)
-
-    def draw(self, half, n, size, generator, dtype):
-        """The masks of one half, in the order in which its blocks run."""
         if not self.cfg.dropout:
-            return []
-        scale = torch.tensor(1 / (1 - self.cfg.dropout), dtype=dtype).item()    # what the dtype makes of it: a mask's
-        threshold = min(round(65536 / scale) - 32768, 32767)                    # mean stays 1, to 16 bits
-        shapes = [(n, size >> m.level, size >> m.level, m.out_ch) for m in half.modules() if isinstance(m, ResBlock)]
-        masks = []
-        for shape in shapes:
-            count = math.prod(shape)
-            bits = torch.empty(-(-count // 4), dtype=torch.int64, device=generator.device)
-            bits.random_(-2 ** 63, None, generator=generator)                   # one draw makes four 16-bit numbers
-            kept = bits.view(torch.int16)[:count].view(shape) < threshold
-            masks.append((kept.to(dtype) * scale).permute(0, 3, 1, 2))
-        return masks
+            return [], []
+
+        def masks_of(half):
+            blocks = [m for m in half.modules() if isinstance(m, ResBlock)]
+            shapes = [(n, size >> m.level, size >> m.level, m.out_ch) for m in blocks]
+            return [draw_mask(shape, self.cfg.dropout, generator, dtype) for shape in shapes]
+        return masks_of(self.encoder), masks_of(self.decoder)
+
+
+def draw_mask(shape, dropout, generator, dtype):
+    """One dropout mask, (N, H, W, C) in memory and given as (N, C, H, W)."""
+    # The scale as the dtype rounds it, so that the mask's mean stays 1 (to 16 bits)
+    scale = torch.tensor(1 / (1 - dropout), dtype=dtype).item()
+    threshold = min(round(65536 / scale) - 32768, 32767)
+    count = math.prod(shape)
+    # One random int64 makes four 16-bit numbers
+    bits = torch.empty(-(-count // 4), dtype=torch.int64, device=generator.device)
+    bits.random_(-2 ** 63, None, generator=generator)
+    kept = bits.view(torch.int16)[:count].view(shape) < threshold
+    return (kept.to(dtype) * scale).permute(0, 3, 1, 2)

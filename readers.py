@@ -1,11 +1,13 @@
-"""How each data set lies on disk, as its authors release it: one function a set, and READERS, which names them.
+"""How each data set lies on disk, as its authors release it: one function per set, see READERS.
 
-    read(data_dir, split) -> images (N, H, W, C) uint8, or N paths of image files; labels (N,) int; class names
+    read(data_dir, split) -> images, labels (N,) int, class names
 
-split is "train" or "test"; a set without the one asked for raises NoSuchSplit. data.py packs what these return.
+images: an array (N, H, W, C) uint8, or N paths of image files. split is "train" or "test". A set
+that lacks the requested one raises NoSuchSplit. data.py packs what these functions return.
 """
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,12 +15,55 @@ import numpy as np
 
 from runtime import UserError
 
+IMAGE_FILES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
+
+
+class NoSuchSplit(UserError):
+    """The data set has no such split."""
+
+
+# --------------------------------------------------------------------------------------------------
+# What several readers need
+
+def is_image(name):
+    """Whether a file name is that of an image; hidden files are not counted."""
+    return Path(name).suffix.lower() in IMAGE_FILES and not name.startswith(".")
+
+
+def find(data_dir, name):
+    """The file or folder `name` in data_dir, or in a folder of data_dir. Raises UserError."""
+    for path in (Path(data_dir) / name, *sorted(Path(data_dir).glob(f"*/{name}"))):
+        if path.exists():
+            return path
+    raise UserError(f"--data-dir {data_dir}: {name} is not there; put the data set, as it is "
+                    f"released, into this folder")
+
+
+def lines_of(path):
+    """The lines of a text file, without the blank ones."""
+    return [line for line in path.read_text().splitlines() if line.strip()]
+
+
+def check_all_exist(paths, data_dir):
+    """Raise UserError with the number of missing files and the first of them, if there are any."""
+    missing = [p for p in paths if not os.path.exists(p)]
+    if missing:
+        raise UserError(f"--data-dir {data_dir}: {len(missing):,} of {len(paths):,} listed images "
+                        f"are missing, the first is {missing[0]}")
+
+
+# --------------------------------------------------------------------------------------------------
+# Sets that come with a library
 
 def read_digits(data_dir, split):
-    """scikit-learn's 1,797 real handwritten digits, 8 x 8, one channel. Test: 30 a class, evenly spread; train: the rest."""
+    """scikit-learn's 1,797 real handwritten digits, 8 x 8, one channel.
+
+    Test: 30 per class, evenly spaced in the order of the set; train: the others.
+    """
     from sklearn.datasets import load_digits
     digits = load_digits()
-    images = np.round(digits.images[..., None] * (255 / 16)).astype(np.uint8)      # 17 grey levels, 0 ... 16
+    grey = digits.images[..., None] * (255 / 16)        # from 17 grey levels, 0 ... 16
+    images = np.round(grey).astype(np.uint8)
     test = np.zeros(len(images), bool)
     for c in range(10):
         rows = np.flatnonzero(digits.target == c)
@@ -27,181 +72,250 @@ def read_digits(data_dir, split):
     return images[rows], digits.target[rows], [str(c) for c in range(10)]
 
 
-def read_cifar(data_dir, split, classes):
-    """CIFAR-10 or CIFAR-100 through torchvision, which checks the MD5 of what it downloads or finds in data_dir."""
-    import torchvision
-    kind = {10: torchvision.datasets.CIFAR10, 100: torchvision.datasets.CIFAR100}[classes]
+def read_cifar10(data_dir, split):
+    """CIFAR-10 through torchvision."""
+    from torchvision.datasets import CIFAR10
+    return read_cifar(data_dir, split, "CIFAR-10", CIFAR10)
+
+
+def read_cifar100(data_dir, split):
+    """CIFAR-100 through torchvision."""
+    from torchvision.datasets import CIFAR100
+    return read_cifar(data_dir, split, "CIFAR-100", CIFAR100)
+
+
+def read_cifar(data_dir, split, name, kind):
+    """CIFAR of a torchvision class; it checks the MD5 of what it downloads or finds in data_dir."""
     try:
         source = kind(data_dir, train=split == "train", download=True)
     except (OSError, RuntimeError) as e:
-        raise UserError(f"--data-dir {data_dir}: CIFAR-{classes} is not there and cannot be downloaded ({e}); put "
-                        f"{kind.filename} from {kind.url} into {data_dir}")
+        raise UserError(f"--data-dir {data_dir}: {name} is not there and cannot be downloaded "
+                        f"({e}); put {kind.filename} from {kind.url} into {data_dir}") from e
     return source.data, np.array(source.targets), source.classes
 
 
-class NoSuchSplit(UserError):
-    """The data set has no such split."""
+# --------------------------------------------------------------------------------------------------
+# Folders of classes
 
-
-IMAGE_FILES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
-
-
-def files_by_class(root):
-    """{sub-folder: its image files, however deep}, both in alphabetical order; hidden ones and empty classes left out."""
-    result = {}
-    for folder in sorted(f for f in root.iterdir() if f.is_dir() and not f.name.startswith(".")):
-        files = [os.path.join(top, f) for top, _, files in sorted(os.walk(folder, followlinks=True)) for f in sorted(files)
-                 if Path(f).suffix.lower() in IMAGE_FILES and not f.startswith(".")]
-        if files:
-            result[folder.name] = files
-    return result
-
-
-def read_folder(data_dir, split):
-    """Anyone's images, one sub-folder a class (images may lie deeper), in alphabetical order.
-
-    Where data_dir holds `train` and beside it `test` or `val`, those are the splits, with the classes of `train`;
-    otherwise all of it is "train".
-    """
-    root = Path(data_dir)
-    if not root.is_dir():
-        raise UserError(f"--data-dir {root}: there is no such folder; it must hold one sub-folder of images a class")
-    held_out = next((root / name for name in ("test", "val") if (root / name).is_dir()), None)
-    divided = (root / "train").is_dir() and held_out is not None
-    if split != "train" and not divided:
-        raise NoSuchSplit(f"--data-dir {root}: no test images; put the classes into train/ and others like them into test/")
-    root = root / "train" if divided else root
-    classes = files_by_class(root)
-    names = list(classes)
-    if len(names) < 2:
-        found = f"only one class with images, {names[0]}" if names else "no sub-folder with images"
-        raise UserError(f"--data-dir {root}: {found}; it must hold one sub-folder of images a class, at least two")
-    if split != "train":
-        classes = files_by_class(held_out)
-        if unknown := [n for n in classes if n not in names]:
-            raise UserError(f"--data-dir {held_out}: class {unknown[0]} is not one of those in {root}")
-        if not classes:
-            raise NoSuchSplit(f"--data-dir {held_out}: it holds no images")
-    paths = [p for files in classes.values() for p in files]
-    return paths, np.repeat([names.index(n) for n in classes], [len(f) for f in classes.values()]), names
-
-
-def find(data_dir, name):
-    """The file or folder `name` in data_dir, or in a folder of data_dir. Raises UserError."""
-    for path in (Path(data_dir) / name, *sorted(Path(data_dir).glob(f"*/{name}"))):
-        if path.exists():
-            return path
-    raise UserError(f"--data-dir {data_dir}: {name} is not there; put the data set, as it is released, into this folder")
-
-
-def all_there(paths, data_dir):
-    """The paths, once every file exists; raises UserError with the number of missing ones and the first."""
-    missing = [p for p in paths if not os.path.exists(p)]
-    if missing:
-        raise UserError(f"--data-dir {data_dir}: {len(missing):,} of {len(paths):,} listed images are missing, the first is {missing[0]}")
+def files_under(folder):
+    """The paths of all image files in a folder, however deep, in alphabetical order."""
+    paths = []
+    for top, _, files in sorted(os.walk(folder, followlinks=True)):
+        paths += [os.path.join(top, f) for f in sorted(files) if is_image(f)]
     return paths
 
 
-def read_celebahq(data_dir, split):
-    """CelebA-HQ by its attribute Male: CelebA-HQ-img/ and CelebAMask-HQ-attribute-anno.txt. Female is class 0."""
+def files_by_class(root):
+    """{sub-folder: its image files}, in alphabetical order.
+
+    Hidden sub-folders and those without images are left out.
+    """
+    folders = sorted(f for f in root.iterdir() if f.is_dir() and not f.name.startswith("."))
+    classes = {folder.name: files_under(folder) for folder in folders}
+    return {name: files for name, files in classes.items() if files}
+
+
+def train_and_test_folder(root):
+    """The folders with the classes of either split; (root, None) where root is not divided."""
+    for name in ("test", "val"):
+        if (root / "train").is_dir() and (root / name).is_dir():
+            return root / "train", root / name
+    return root, None
+
+
+def held_out_files_by_class(folder, train_folder, names):
+    """files_by_class of the test images, whose classes must be among `names`, those of training."""
+    classes = files_by_class(folder)
+    unknown = [name for name in classes if name not in names]
+    if unknown:
+        raise UserError(f"--data-dir {folder}: class {unknown[0]} is not one of those in "
+                        f"{train_folder}")
+    if not classes:
+        raise NoSuchSplit(f"--data-dir {folder}: it holds no images")
+    return classes
+
+
+def read_folder(data_dir, split):
+    """Images of your own: one sub-folder per class, in alphabetical order. Images may lie deeper.
+
+    Where data_dir holds `train` and also `test` or `val`, those are the two splits, and the classes
+    are those of `train`. Otherwise all of it is "train".
+    """
+    root = Path(data_dir)
+    if not root.is_dir():
+        raise UserError(f"--data-dir {root}: there is no such folder; it must hold one sub-folder "
+                        f"of images per class")
+    train_folder, test_folder = train_and_test_folder(root)
+    if split != "train" and test_folder is None:
+        raise NoSuchSplit(f"--data-dir {root}: no test images; put the classes into train/, and "
+                          f"the test images, in folders of the same names, into test/")
+    classes = files_by_class(train_folder)
+    names = list(classes)
+    if len(names) < 2:
+        found = f"only one class with images, {names[0]}" if names else "no sub-folder with images"
+        raise UserError(f"--data-dir {train_folder}: {found}; it must hold one sub-folder of "
+                        f"images per class, at least two")
     if split != "train":
-        raise NoSuchSplit(f"--reference-split {split}: CelebA-HQ has no such split here; its reference is drawn from all of it")
+        classes = held_out_files_by_class(test_folder, train_folder, names)
+    paths = [path for files in classes.values() for path in files]
+    numbers = [names.index(name) for name in classes]
+    return paths, np.repeat(numbers, [len(files) for files in classes.values()]), names
+
+
+def read_artbench10(data_dir, split):
+    """ArtBench-10 in either of its ImageFolder releases, with one folder per style.
+
+    These folders lie in artbench-10-imagefolder/, or in train/ and test/ of
+    artbench-10-imagefolder-split/. data_dir is either, or holds either. Where it holds both, the
+    one with train/ and test/ is read.
+    """
+    for release in ("artbench-10-imagefolder-split", "artbench-10-imagefolder"):
+        folder = Path(data_dir) / release
+        if folder.is_dir():
+            return read_folder(folder, split)
+    return read_folder(data_dir, split)
+
+
+# --------------------------------------------------------------------------------------------------
+# Sets with lists of images
+
+def read_celebahq(data_dir, split):
+    """CelebA-HQ by its attribute Male: class 0 is Female, class 1 is Male.
+
+    It reads CelebA-HQ-img/ and CelebAMask-HQ-attribute-anno.txt.
+    """
+    if split != "train":
+        raise NoSuchSplit(f"--reference-split {split}: CelebA-HQ has no such split here; its "
+                          f"reference images are chosen from all of it")
     lines = find(data_dir, "CelebAMask-HQ-attribute-anno.txt").read_text().splitlines()
-    column, folder = lines[1].split().index("Male") + 1, find(data_dir, "CelebA-HQ-img")
+    column = lines[1].split().index("Male") + 1         # lines begin with the file's name
+    folder = find(data_dir, "CelebA-HQ-img")
     rows = [line.split() for line in lines[2:] if line.strip()]
-    paths = all_there([os.path.join(folder, row[0]) for row in rows], data_dir)
+    paths = [os.path.join(folder, row[0]) for row in rows]
+    check_all_exist(paths, data_dir)
     return paths, np.array([int(row[column] == "1") for row in rows]), ["Female", "Male"]
 
 
 def read_imagenet_lt(data_dir, split):
-    """ImageNet-LT: the lines "train/n01440764/NAME.JPEG 0" of ImageNet_LT_train.txt; test: ImageNet's val/, one folder a class."""
-    lines = [line.rsplit(" ", 1) for line in find(data_dir, "ImageNet_LT_train.txt").read_text().splitlines() if line.strip()]
+    """ImageNet-LT: the lines "train/n01440764/NAME.JPEG 0" of ImageNet_LT_train.txt.
+
+    Test: ImageNet's val/, sorted into one folder per class.
+    """
+    lines = [line.rsplit(" ", 1) for line in lines_of(find(data_dir, "ImageNet_LT_train.txt"))]
     wnids = {int(label): name.split("/")[-2] for name, label in lines}
     names = [wnids[c] for c in range(len(wnids))]
-    root = find(data_dir, "train" if split == "train" else "val")
-    if split == "train":
-        paths = all_there([os.path.join(root.parent, name) for name, _ in lines], data_dir)
-        return paths, np.array([int(label) for _, label in lines]), names
-    files = [sorted(f for f in os.listdir(root / n) if Path(f).suffix.lower() in IMAGE_FILES and not f.startswith("."))
-             if (root / n).is_dir() else None for n in names]
-    if None in files:
-        raise UserError(f"--data-dir {data_dir}: {root} has no folder {names[files.index(None)]}; sort ImageNet's validation images into "
-                        f"one folder a class")
-    return ([os.path.join(root, n, f) for n, fs in zip(names, files) for f in fs],
-            np.repeat(np.arange(len(names)), [len(fs) for fs in files]), names)
+    if split != "train":
+        paths, labels = imagenet_val(data_dir, names)
+        return paths, labels, names
+    root = find(data_dir, "train").parent
+    paths = [os.path.join(root, name) for name, _ in lines]
+    check_all_exist(paths, data_dir)
+    return paths, np.array([int(label) for _, label in lines]), names
+
+
+def imagenet_val(data_dir, names):
+    """Paths and labels of ImageNet's validation images, in folders named by class."""
+    root = find(data_dir, "val")
+    paths, counts = [], []
+    for name in names:
+        folder = root / name
+        if not folder.is_dir():
+            raise UserError(f"--data-dir {data_dir}: {root} has no folder {name}; sort ImageNet's "
+                            f"validation images into one folder per class")
+        files = sorted(f for f in os.listdir(folder) if is_image(f))
+        paths += [os.path.join(folder, f) for f in files]
+        counts.append(len(files))
+    return paths, np.repeat(np.arange(len(names)), counts)
+
+
+def needed_fields(record):
+    """Keep what read_inat2018 needs of a JSON object, while it is parsed.
+
+    There are 437,513 images with a dozen fields each.
+    """
+    if "file_name" in record:
+        return record["id"], record["file_name"]
+    if "image_id" in record:
+        return record["image_id"], record["category_id"]
+    return record
 
 
 def read_inat2018(data_dir, split):
-    """iNaturalist 2018: train2018.json or val2018.json (test here), and the trees that they name."""
-    def slim(record):       # of 437,513 images with a dozen fields each, keep what is needed while parsing
-        if "file_name" in record:
-            return record["id"], record["file_name"]
-        if "image_id" in record:
-            return record["image_id"], record["category_id"]
-        return record
+    """iNaturalist 2018: train2018.json, or val2018.json for test, and the images that they name."""
     path = find(data_dir, "train2018.json" if split == "train" else "val2018.json")
     with open(path, encoding="utf-8") as f:
-        content = json.load(f, object_hook=slim)
+        content = json.load(f, object_hook=needed_fields)
     categories = sorted(content["categories"], key=lambda c: c["id"])
     number = {c["id"]: k for k, c in enumerate(categories)}
     names = [c["name"] for c in categories]
-    names = names if len(set(names)) == len(names) else [str(c["id"]) for c in categories]
-    category = dict(content["annotations"])
-    paths = all_there([os.path.join(path.parent, name) for _, name in content["images"]], data_dir)
+    if len(set(names)) < len(names):
+        names = [str(c["id"]) for c in categories]
+    category = dict(content["annotations"])         # image -> category, both by id
+    paths = [os.path.join(path.parent, name) for _, name in content["images"]]
+    check_all_exist(paths, data_dir)
     return paths, np.array([number[category[i]] for i, _ in content["images"]]), names
 
 
 def read_cub200(data_dir, split):
-    """CUB-200-2011: images.txt, image_class_labels.txt, train_test_split.txt, classes.txt and images/, joined by number."""
-    def table(name):
-        return dict(line.split(" ", 1) for line in (root / name).read_text().splitlines() if line.strip())
+    """CUB-200-2011: text files of lines "NUMBER VALUE", joined by number, and images/.
+
+    The files are images.txt, image_class_labels.txt, train_test_split.txt and classes.txt.
+    """
     root = find(data_dir, "image_class_labels.txt").parent
-    images, labels, in_train, classes = (table(n) for n in ("images.txt", "image_class_labels.txt", "train_test_split.txt", "classes.txt"))
+
+    def table(name):
+        return dict(line.split(" ", 1) for line in lines_of(root / name))
+
+    images = table("images.txt")
+    labels = table("image_class_labels.txt")
+    in_train = table("train_test_split.txt")
+    classes = table("classes.txt")
     chosen = [i for i in images if (in_train[i] == "1") == (split == "train")]
-    paths = all_there([os.path.join(root, "images", images[i]) for i in chosen], data_dir)
+    paths = [os.path.join(root, "images", images[i]) for i in chosen]
+    check_all_exist(paths, data_dir)
     names = [classes[str(c + 1)] for c in range(len(classes))]
     return paths, np.array([int(labels[i]) - 1 for i in chosen]), names
 
 
 def read_flowers102(data_dir, split):
-    """Oxford-102: jpg/image_00001.jpg ..., imagelabels.mat, setid.mat. Test: the official validation set (ten a class);
-    train: all others, since the official training set has ten a class as well."""
+    """Oxford-102: jpg/image_00001.jpg ..., imagelabels.mat and setid.mat.
+
+    Test: the official validation set, 10 per class. Train: all others, because the official
+    training set alone is balanced, with 10 per class as well.
+    """
     from scipy.io import loadmat
     labels = loadmat(find(data_dir, "imagelabels.mat"))["labels"].ravel().astype(int) - 1
     held_out = loadmat(find(data_dir, "setid.mat"))["valid"].ravel() - 1
     test = np.isin(np.arange(len(labels)), held_out)
-    rows, folder = np.flatnonzero(test if split == "test" else ~test), find(data_dir, "jpg")
-    paths = all_there([os.path.join(folder, f"image_{r + 1:05d}.jpg") for r in rows], data_dir)
+    rows = np.flatnonzero(test if split == "test" else ~test)
+    folder = find(data_dir, "jpg")
+    paths = [os.path.join(folder, f"image_{r + 1:05d}.jpg") for r in rows]
+    check_all_exist(paths, data_dir)
     return paths, labels[rows], [str(c + 1) for c in range(labels.max() + 1)]
 
 
-def read_artbench10(data_dir, split):
-    """ArtBench-10's ImageFolder releases: one folder a style in artbench-10-imagefolder/, or in train/ and test/ of
-    artbench-10-imagefolder-split/; data_dir is either, or holds either (the divided one first)."""
-    for folder in (Path(data_dir) / "artbench-10-imagefolder-split", Path(data_dir) / "artbench-10-imagefolder", Path(data_dir)):
-        if folder.is_dir():
-            return read_folder(folder, split)
-    return read_folder(data_dir, split)         # says what is missing
-
+# --------------------------------------------------------------------------------------------------
+# The table of data sets
 
 @dataclass(frozen=True)
 class Source:
-    """How a data set is read and what is natural for it."""
-    read: callable
+    """How a data set is read, and the settings that suit it."""
+    read: Callable
     resolution: int     # the set's own; a default where it consists of files of any size
-    flip: bool          # whether a mirrored image is as good: never for digits
-    files: bool = False         # whether `read` gives paths: any --resolution
-    reference: str = "train"    # which split samples are measured against
+    flip: bool          # whether a mirrored image is as good as the image: never for digits
+    files: bool = False         # whether `read` returns paths; then any --resolution is possible
+    reference: str = "train"    # the split that samples are compared with
 
 
 READERS = {
     "digits": Source(read_digits, 8, False),
-    "cifar10": Source(lambda data_dir, split: read_cifar(data_dir, split, 10), 32, True),
-    "cifar100": Source(lambda data_dir, split: read_cifar(data_dir, split, 100), 32, True),
+    "cifar10": Source(read_cifar10, 32, True),
+    "cifar100": Source(read_cifar100, 32, True),
     "celebahq": Source(read_celebahq, 64, True, files=True),
     "imagenet-lt": Source(read_imagenet_lt, 64, True, files=True, reference="test"),
     "inat2018": Source(read_inat2018, 64, True, files=True, reference="test"),
-    "artbench10": Source(read_artbench10, 256, True, files=True),   # mind --class-order
+    # Classes of equal sizes: --class-order says which of them become rare
+    "artbench10": Source(read_artbench10, 256, True, files=True),
     "cub200": Source(read_cub200, 64, True, files=True),
     "flowers102": Source(read_flowers102, 64, True, files=True),
     "folder": Source(read_folder, 64, True, files=True, reference="test"),

@@ -1,6 +1,7 @@
-"""What the scripts would otherwise each repeat: errors in one line, device, dtype, processes, seeds, files.
+"""What the scripts would otherwise each repeat: errors, devices, processes, seeds, files, resuming.
 
-Every script's last line is `run(main)`: a user's mistake (UserError) becomes one line on stderr and exit code 2.
+Every script's last line is `run(main)`: a user's mistake (UserError) becomes one line on stderr
+and exit code 2.
 """
 import argparse
 import hashlib
@@ -8,6 +9,7 @@ import json
 import math
 import os
 import pickle
+import shlex
 import signal
 import sys
 import warnings
@@ -24,18 +26,20 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 FORMAT = "capacity-manipulation/1"      # the first thing in every file that torch.save writes here
+RENAMED = {     # settings in older checkpoints and results: what they are called now
+    "split_seed": "tail_seed", "split_rule": "group_rule", "num_split": "num_group"}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Errors and the command line
 
 class UserError(Exception):
-    """A mistake that the user can mend: the message names the flag and the fix. No traceback is shown."""
+    """A mistake that the user can fix: the message names the flag and the fix. No traceback."""
 
 
 def run(main):
     """Call main(); a UserError becomes one line (from rank 0) and exit code 2."""
-    code, distributed = 0, False
+    code = 0
     try:
         main()
     except UserError as e:
@@ -43,8 +47,9 @@ def run(main):
             print(f"error: {e}", file=sys.stderr, flush=True)
         code = 2
     except torch.OutOfMemoryError as e:
-        print(f"error: out of memory on the device; take a smaller --batch-size, or in train.py a larger --accumulate ({str(e).splitlines()[0]})",
-              file=sys.stderr, flush=True)
+        why = str(e).splitlines()[0]
+        print("error: out of memory on the device; take a smaller --batch-size, or in train.py a "
+              f"larger --accumulate ({why})", file=sys.stderr, flush=True)
         code = 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
@@ -55,7 +60,8 @@ def run(main):
         distributed = dist.is_initialized()
         if distributed:
             dist.destroy_process_group()
-    if distributed:         # without taking the interpreter down: a thread of gloo's that still wants it then aborts
+    if distributed:
+        # Without shutting the interpreter down: a gloo thread that still needs it would abort
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -64,10 +70,11 @@ def run(main):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with one-line errors that --help can follow, no abbreviations, and the flags every script has."""
+    """argparse with one-line errors, no abbreviations, and the flags that every script has."""
 
     def __init__(self, doc):
-        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+        super().__init__(description=doc, allow_abbrev=False,
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def error(self, message):
         raise UserError(message)
@@ -75,10 +82,13 @@ class Parser(argparse.ArgumentParser):
     def add_common(self, out):
         """--device --dtype --seed --out; `out` is the help text of --out."""
         g = self.add_argument_group("every script")
-        g.add_argument("--device", default="auto", help="auto (cuda where there is one, else cpu), or a torch device")
-        g.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="what the network computes in; "
-                       "weights stay float32. auto: what the checkpoint was trained in, else bfloat16 where the device has it")
-        g.add_argument("--seed", type=integer(0), default=0, help="everything random follows from it (default: 0)")
+        g.add_argument("--device", default="auto",
+                       help="auto (cuda where there is one, else cpu), or a torch device")
+        g.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
+                       help="what the network computes in; weights stay float32. auto: what the "
+                       "checkpoint was trained in, else bfloat16 where the device has it")
+        g.add_argument("--seed", type=integer(0), default=0,
+                       help="everything random follows from it (default: 0)")
         g.add_argument("--out", help=out)
 
 
@@ -88,10 +98,10 @@ def integer(low, high=None):
         try:
             value = int(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"must be a whole number, not {text!r}")
+            raise argparse.ArgumentTypeError(f"must be a whole number, not {text!r}") from None
         if value < low or (high is not None and value > high):
-            raise argparse.ArgumentTypeError(f"must be at least {low}" + (f" and at most {high}" if high is not None else "")
-                                             + f", not {value}")
+            most = "" if high is None else f" and at most {high}"
+            raise argparse.ArgumentTypeError(f"must be at least {low}{most}, not {value}")
         return value
     return parse
 
@@ -102,7 +112,7 @@ def number(low=-math.inf, high=math.inf, above=-math.inf):
         try:
             value = float(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"must be a number, not {text!r}")
+            raise argparse.ArgumentTypeError(f"must be a number, not {text!r}") from None
         if not (math.isfinite(value) and low <= value <= high and value > above):
             least = f"greater than {above:g}" if above > low else f"at least {low:g}"
             most = "" if high == math.inf else f" and at most {high:g}"
@@ -111,17 +121,23 @@ def number(low=-math.inf, high=math.inf, above=-math.inf):
     return parse
 
 
+def command_line(script):
+    """The command of this process as one would type it: "python SCRIPT --flag value ..."."""
+    return shlex.join(["python", script, *sys.argv[1:]])
+
+
 def progress(iterable=None, **kwargs):
-    """A tqdm bar: lively on a terminal, one line every ten seconds in a log file."""
-    return tqdm(iterable, mininterval=0.2 if sys.stderr.isatty() else 10, dynamic_ncols=True, **kwargs)
+    """A tqdm bar: updated often on a terminal, one line every ten seconds in a log file."""
+    interval = 0.2 if sys.stderr.isatty() else 10
+    return tqdm(iterable, mininterval=interval, dynamic_ncols=True, **kwargs)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Device, dtype, processes
 
 @dataclass
 class Runtime:
-    """Where a script runs: its device, the dtype it computes in, its rank among `world` processes."""
+    """Where a script runs: its device, the dtype it computes in, its rank among the processes."""
     device: torch.device
     dtype: torch.dtype
     rank: int = 0
@@ -134,11 +150,17 @@ class Runtime:
 
     def autocast(self):
         """The context in which networks are called: bfloat16 autocast, or nothing for float32."""
-        return nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, self.dtype)
+        if self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.dtype)
+
+    def processes(self):
+        """ "1 process" or "8 processes"."""
+        return "1 process" if self.world == 1 else f"{self.world} processes"
 
     @contextmanager
     def rank_0_first(self):
-        """Within, rank 0 runs while the others wait, then they run: for work that leaves a file which all read."""
+        """Within, rank 0 runs while the others wait, then they run: for a file that all read."""
         if self.rank > 0:
             self.maximum(0)
         yield
@@ -146,29 +168,37 @@ class Runtime:
             self.maximum(0)
 
     def gather(self, arrays):
-        """Every rank's list of arrays, concatenated in the order of ranks, on rank 0; None elsewhere."""
+        """Every rank's list of arrays, concatenated in order of rank, on rank 0; None elsewhere."""
         if self.world == 1:
             return np.concatenate(arrays)
         shares = [None] * self.world if self.rank == 0 else None
         dist.gather_object(arrays, shares)
-        return np.concatenate([a for share in shares for a in share]) if self.rank == 0 else None
+        if self.rank > 0:
+            return None
+        return np.concatenate([a for share in shares for a in share])
 
-    def parallel(self, module):
-        """The module under DistributedDataParallel where there are several processes; its buffers are not sent around."""
+    def parallel(self, module, broadcast_buffers=False):
+        """The module under DistributedDataParallel where there are several processes.
+
+        broadcast_buffers: send rank 0's buffers (batch norm's statistics) to the others each step.
+        """
         if self.world == 1:
             return module
         devices = [self.device] if self.device.type == "cuda" else None
-        with warnings.catch_warnings():         # torch 2.14 renames broadcast_buffers; earlier ones know no other name
+        with warnings.catch_warnings():
+            # torch 2.14 renames broadcast_buffers; earlier versions know no other name
             warnings.simplefilter("ignore", FutureWarning)
-            return DistributedDataParallel(module, devices, broadcast_buffers=False, gradient_as_bucket_view=True)
+            return DistributedDataParallel(module, devices, broadcast_buffers=broadcast_buffers,
+                                           gradient_as_bucket_view=True)
 
     def agree(self, step, out):
-        """Raise UserError where ranks found runs at different steps in `out`, as nodes without a shared disk do."""
+        """Raise UserError where ranks found different steps in `out`, as without a shared disk."""
         if self.maximum(step) != -self.maximum(-step):
-            raise UserError(f"--out {out}: the processes find different checkpoints there; all nodes must share this folder")
+            raise UserError(f"--out {out}: the processes find different checkpoints there; "
+                            "all nodes must share this folder")
 
     def maximum(self, value):
-        """The largest of every rank's `value` (an int): how ranks agree, without waiting for the device."""
+        """The largest of every rank's `value` (an int), without waiting for the device."""
         if self.world == 1:
             return value
         tensor = torch.tensor(value)
@@ -176,30 +206,47 @@ class Runtime:
         return int(tensor)
 
 
-def setup(device="auto", dtype="auto"):
-    """Join torchrun's processes if there are any, choose the device and the dtype; return a Runtime."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if device == "auto":
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+def dtype_name(dtype):
+    """ "float32" for torch.float32."""
+    return str(dtype).removeprefix("torch.")
+
+
+def find_device(name):
+    """The torch.device that --device asks for. Raises UserError where it cannot be used."""
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if name == "auto":
+        name = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(device)
+        device = torch.device(name)
         if device.type == "cuda" and device.index is None:
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.zeros(1, device=device, dtype=torch.float64)      # which the noise schedule is kept in, and not every device has
+            device = torch.device("cuda", local_rank)
+        # The noise schedule is kept in float64, which not every device has
+        torch.zeros(1, device=device, dtype=torch.float64)
     except (RuntimeError, AssertionError, TypeError) as e:
-        raise UserError(f"--device {device}: this machine cannot use it ({str(e).splitlines()[0]})")
+        why = str(e).splitlines()[0]
+        raise UserError(f"--device {name}: this machine cannot use it ({why})") from e
+    return device
+
+
+def setup(device="auto", dtype="auto"):
+    """Join torchrun's processes if there are any, choose device and dtype; return a Runtime."""
+    rank = int(os.environ.get("RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    device = find_device(device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False     # float32 is float32, in every script
+    # float32 is float32, in every script
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     if "RANK" in os.environ and not dist.is_initialized():
-        # Hours, because the others wait where rank 0 packs a data set of 437,513 images or computes the metrics
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=12))
-    native = dtype == "auto" and computes_bfloat16(device)
-    return Runtime(device, torch.bfloat16 if native or dtype == "bfloat16" else torch.float32, rank, world)
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        # Hours: the others wait while rank 0 packs 437,513 images or computes the metrics
+        dist.init_process_group(backend, timeout=timedelta(hours=12))
+    bfloat16 = dtype == "bfloat16" or (dtype == "auto" and computes_bfloat16(device))
+    return Runtime(device, torch.bfloat16 if bfloat16 else torch.float32, rank, world)
 
 
 def computes_bfloat16(device):
-    """Whether the device multiplies bfloat16 in hardware, so that it is faster than float32 there."""
+    """Whether the device multiplies bfloat16 in hardware, so that it is faster than float32."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):
@@ -208,12 +255,19 @@ def computes_bfloat16(device):
     return False
 
 
-def compile_or_not(module, loss_of, rt):
-    """torch.compile(module) once loss_of(compiled) has run forwards and backwards, or the module as it is, with a line.
+def wants_compile(args, rt):
+    """--compile or --no-compile; where neither is given, whether the device is CUDA."""
+    return rt.device.type == "cuda" if args.compile is None else args.compile
 
-    The trial leaves no trace: gradients are dropped, and buffers, such as batch norm's statistics, are what they were.
+
+def compile_or_not(module, loss_of, rt):
+    """torch.compile(module), or the module itself, with a line, where that fails.
+
+    loss_of(compiled) is run forwards and backwards once, as a trial. It leaves no trace: gradients
+    are dropped, and buffers, such as batch norm's statistics, are what they were.
     """
-    compiled, before = torch.compile(module), [b.clone() for b in module.buffers()]
+    compiled = torch.compile(module)
+    before = [b.clone() for b in module.buffers()]
     try:
         with rt.autocast():
             loss = loss_of(compiled)
@@ -221,7 +275,7 @@ def compile_or_not(module, loss_of, rt):
         return compiled
     except torch.OutOfMemoryError:
         raise
-    except Exception as e:          # whatever a missing or broken compiler raises; training goes on without it
+    except Exception as e:      # whatever a missing or broken compiler raises; training goes on
         why = next(iter(str(e).strip().splitlines()), "")[:160]
         rt.print(f"--compile: cannot compile here ({type(e).__name__}: {why}), going on without")
         return module
@@ -233,7 +287,7 @@ def compile_or_not(module, loss_of, rt):
 
 
 class StopSignal:
-    """Turns SIGTERM and SIGINT into a number to look at: 0, or the signal; a second signal ends the process at once."""
+    """Turns SIGTERM and SIGINT into `number`: 0, or the signal. A second one ends the process."""
 
     def __init__(self):
         self.number = 0
@@ -246,11 +300,11 @@ class StopSignal:
         signal.signal(number, signal.SIG_DFL)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Seeds: everything random is a pure function of (seed, what, which)
 
 def seed_of(*parts):
-    """A 63-bit seed from integers and strings, the same on every machine: seed_of(seed, "step", 12)."""
+    """A 63-bit seed from integers and strings, the same everywhere: seed_of(seed, "step", 12)."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
@@ -260,11 +314,14 @@ def generator(device, *parts):
     return torch.Generator(device=device).manual_seed(seed_of(*parts))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Files: written under a temporary name and renamed, so that what stands under the real name is whole
+# --------------------------------------------------------------------------------------------------
+# Files: written under a temporary name and renamed, so that a file under its real name is whole
 
 def write_atomic(path, write, flag="--out"):
-    """Call write(temporary path), then rename it to `path`; on failure the old file stands. Raises UserError."""
+    """Call write(temporary path), then rename it to `path`; on failure the old file remains.
+
+    Raises UserError that names `flag`.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with writing(path, flag):
@@ -274,7 +331,7 @@ def write_atomic(path, write, flag="--out"):
             os.replace(temporary, path)
         finally:
             with suppress(OSError):
-                temporary.unlink()              # what is left where writing failed or was interrupted
+                temporary.unlink()              # what is left where writing failed
 
 
 @contextmanager
@@ -283,12 +340,48 @@ def writing(path, flag="--out"):
     try:
         yield
     except (OSError, RuntimeError) as e:        # torch.save reports a full disk as a RuntimeError
-        raise UserError(f"{flag}: cannot write {path} ({e}); free some space or choose another folder with {flag}")
+        raise UserError(f"{flag}: cannot write {path} ({e}); free some space or choose another "
+                        f"folder with {flag}") from e
+
+
+def write_text(path, text, flag="--out"):
+    """Write a text file, atomically."""
+    write_atomic(path, lambda p: p.write_text(text), flag)
 
 
 def write_json(path, value, flag="--out"):
     """Write `value` as indented JSON, atomically."""
-    write_atomic(path, lambda p: p.write_text(json.dumps(value, indent=1) + "\n"), flag)
+    write_text(path, json.dumps(value, indent=1) + "\n", flag)
+
+
+def write_npz(path, flag="--out", **arrays):
+    """Write named arrays as an .npz, atomically."""
+    def write(temporary):
+        with open(temporary, "wb") as f:
+            np.savez(f, **arrays)
+    write_atomic(path, write, flag)
+
+
+def write_png(path, picture):
+    """Write a PIL image as a PNG, atomically."""
+    write_atomic(path, lambda p: picture.save(p, format="png"))
+
+
+def pyplot():
+    """matplotlib.pyplot, for figures that go to files only."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    return pyplot
+
+
+def save_figure(fig, path, suffixes=("png",), dpi=120):
+    """Write a matplotlib figure beside `path` once per suffix, atomically, and close it."""
+    for suffix in suffixes:
+        def write(temporary, suffix=suffix):
+            fig.savefig(temporary, dpi=dpi, format=suffix)
+        write_atomic(Path(path).with_suffix("." + suffix), write)
+    pyplot().close(fig)
 
 
 def read_json(path):
@@ -299,44 +392,38 @@ def read_json(path):
         return None
 
 
-def read_record(npz):
-    """What sample.py wrote in the JSON beside an .npz: its "settings" and "data", dicts; {} where it wrote none."""
-    record = read_json(Path(npz).with_suffix(".json"))
-    return {k: record[k] for k in ("settings", "data") if isinstance(record.get(k), dict)} if isinstance(record, dict) else {}
+def renamed(settings):
+    """A dict of settings with today's names, from one with names of any age."""
+    return {RENAMED.get(key, key): value for key, value in settings.items()}
 
 
-def refuse_changes(old, new, out, defaults):
-    """Raise UserError for the first of a run's new settings that is not the one in its checkpoint.
+def read_result(path):
+    """The JSON that evaluate.py, classify.py or prune_probe.py wrote, with today's names; or None.
 
-    defaults: what a flag was that did not exist when the checkpoint was made.
+    Older files call the groups Many, Medium and Few "splits".
     """
-    for key, value in new.items():
-        was = old.get(key, defaults.get(key))
-        if was != value:
-            flag = "--" + key.removesuffix("_sha256").replace("_", "-")
-            raise UserError(f"{flag} {value}: the run in {out} was started with {was}; repeat that to resume it, "
-                            f"or choose another folder with --out")
+    result = read_json(path)
+    if not isinstance(result, dict):
+        return None
+    if "splits" in result:
+        result = {"groups" if key == "splits" else key: value for key, value in result.items()}
+    if isinstance(result.get("settings"), dict):
+        result["settings"] = renamed(result["settings"])
+    return result
 
 
-def save(path, value):
-    """torch.save a dict of tensors and plain types, marked as ours, atomically."""
-    write_atomic(path, lambda p: torch.save({"format": FORMAT, **value}, p))
+def same_settings(a, b):
+    """Whether two dicts of settings are equal, as JSON and under today's names."""
+    def plain(settings):
+        return json.loads(json.dumps(renamed(settings)))
+    return plain(a) == plain(b)
 
 
-def load(path, kinds, flag="--ckpt"):
-    """Read what `save` wrote, on the CPU, with weights_only=True. Raises UserError that names `flag`.
-
-    kinds: what may stand under "kind" in the file, some of "diffusion", "consistency", "latent" and "classifier".
-    """
-    if not Path(path).is_file():
-        raise UserError(f"{flag} {path}: " + ("a folder; name the ckpt.pt in it" if Path(path).is_dir() else "there is no such file"))
-    try:
-        value = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile):
-        raise UserError(f"{flag} {path}: not a whole checkpoint (cut short, damaged or of another program)")
-    if not isinstance(value, dict) or value.get("format") != FORMAT or value.get("kind") not in kinds:
-        raise UserError(f"{flag} {path}: not a {' or '.join(kinds)} checkpoint of this project")
-    return value
+def up_to_date(path, settings):
+    """Whether a JSON file says under "settings" that its output was made with just `settings`."""
+    result = read_json(path)
+    made_with = result.get("settings") if isinstance(result, dict) else None
+    return isinstance(made_with, dict) and same_settings(made_with, settings)
 
 
 def sha256(path):
@@ -348,6 +435,60 @@ def sha256(path):
     return digest.hexdigest()
 
 
-def up_to_date(record, settings):
-    """Whether the JSON file `record` says under "settings" that its output was made with exactly `settings`."""
-    return (read_json(record) or {}).get("settings") == json.loads(json.dumps(settings))
+# --------------------------------------------------------------------------------------------------
+# Checkpoints, and runs that go on
+
+def save(path, value):
+    """torch.save a dict of tensors and plain types, marked as ours, atomically."""
+    write_atomic(path, lambda p: torch.save({"format": FORMAT, **value}, p))
+
+
+def load(path, kinds, flag="--ckpt"):
+    """Read what `save` wrote, on the CPU, with weights_only=True. Raises UserError with `flag`.
+
+    kinds: what may stand under "kind" in the file, some of "diffusion", "consistency", "latent"
+    and "classifier". Its "config" has today's names of the settings.
+    """
+    if Path(path).is_dir():
+        raise UserError(f"{flag} {path}: a folder; name the ckpt.pt in it")
+    if not Path(path).is_file():
+        raise UserError(f"{flag} {path}: there is no such file")
+    try:
+        value = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError,
+            zipfile.BadZipFile) as e:
+        raise UserError(f"{flag} {path}: not a whole checkpoint (cut short, damaged or of another "
+                        "program)") from e
+    ours = isinstance(value, dict) and value.get("format") == FORMAT
+    if not ours or value.get("kind") not in kinds:
+        raise UserError(f"{flag} {path}: not a {' or '.join(kinds)} checkpoint of this project")
+    if "config" in value:
+        value["config"] = renamed(value["config"])
+    return value
+
+
+def resume(args, kinds):
+    """(the checkpoint in args.out or None, a Runtime): a run goes on in the dtype it began with.
+
+    args.dtype becomes what "auto" came to, so that the run keeps it on any device.
+    """
+    path = Path(args.out) / "ckpt.pt"
+    old = load(path, kinds, "--out") if path.exists() else None
+    keeps = old is not None and args.dtype == "auto"
+    rt = setup(args.device, old["config"]["dtype"] if keeps else args.dtype)
+    args.dtype = dtype_name(rt.dtype)
+    return old, rt
+
+
+def refuse_changes(old, config, out, defaults, resumable):
+    """Raise UserError for the first setting that is not the one of the run in `out`.
+
+    old, config: settings of the checkpoint and of this command. resumable: names of those that may
+    change. defaults: what a flag was that did not exist when the checkpoint was made.
+    """
+    for key, value in config.items():
+        was = old.get(key, defaults.get(key))
+        if key not in resumable and was != value:
+            flag = "--" + key.removesuffix("_sha256").replace("_", "-")
+            raise UserError(f"{flag} {value}: the run in {out} was started with {was}; repeat that "
+                            "to resume it, or choose another folder with --out")

@@ -1,12 +1,13 @@
-"""Draw class-balanced images from a checkpoint, or export its merged weights.
+"""Generate class-balanced images from a checkpoint, or export its merged weights.
 
-    python sample.py --ckpt out/NAME/ckpt.pt --classes 6-9 --num 64       # samples.npz, samples.json, grid.png
-    python sample.py --ckpt out/NAME/ckpt.pt --branch general             # what theta^g draws without its BA
-    python sample.py --ckpt out/NAME/ckpt.pt --export merged.pt           # theta = theta^g + theta^e, a plain U-Net
+    python sample.py --ckpt out/NAME/ckpt.pt --classes 6-9 --num 64   # samples.npz, .json, grid.png
+    python sample.py --ckpt out/NAME/ckpt.pt --branch general         # theta^g alone, without BA
+    python sample.py --ckpt out/NAME/ckpt.pt --export merged.pt       # theta as a plain U-Net
 
-Image i is a pure function of (checkpoint, --seed, --dtype, i): its label is the i-th of the classes in turn, its noise is
-drawn from (seed, i), so the batch size and the number of processes change nothing. samples.npz is the layout of the
-ADM evaluator: arr_0 N x H x W x 3 uint8 (grey images repeated), arr_1 N labels.
+Image i is a pure function of (checkpoint, --seed, --dtype, i): its label is the i-th of the classes
+in turn, its noise is drawn from (seed, i), so the batch size and the number of processes change
+nothing. samples.npz has the layout of the ADM evaluator: arr_0 N x H x W x 3 uint8 (grey images
+repeated), arr_1 N labels.
 """
 import math
 import time
@@ -18,43 +19,48 @@ from PIL import Image, ImageDraw, ImageFont
 
 import consistency
 import runtime
-from baselines import add_group_experts
 from cm_layers import merge, reserve
-from data import resolve_classes, to_uint8
+from data import class_groups, resolve_classes, to_rgb, to_uint8
+from experts import add_group_experts
 from model import UNet, UNetConfig, make_alphas_bar
 from runtime import Parser, UserError, integer, number, run
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Samplers: sampler(predict, x_T, alphas_bar, timesteps, noise) -> x_0, with predict(x_t, t) -> eps, t an int
+# --------------------------------------------------------------------------------------------------
+# Samplers: sampler(predict, x_T, alphas_bar, timesteps, noise) -> x_0
+# predict(x_t, t) -> eps, with t an int; noise() gives fresh standard normal noise of x_T's shape
 
-def make_timesteps(T, steps, grid="uniform"):
-    """A descending list of `steps` timesteps in [0, T): uniform floor(i T / steps), or quad, (i / (steps - 1))^2 0.8 T.
+def make_timesteps(T: int, steps: int, grid: str = "uniform") -> list[int]:
+    """A descending list of `steps` timesteps in [0, T).
 
-    uniform with T = 1000, steps = 50 is 980, 960 ... 0; quad is the CIFAR-10 grid of Song et al. (2021a).
+    "uniform": floor(i T / steps), so 980, 960 ... 0 for T = 1000 and 50 steps. "quad": (i / (steps
+    - 1))^2 0.8 T, the CIFAR-10 grid of Song et al. (2021a). Raises UserError where there are no
+    `steps` different ones.
     """
     if grid == "uniform":
         grid_t = [i * T // steps for i in range(steps)]
     else:
         grid_t = []
         for t in np.linspace(0, np.sqrt(0.8 * T), steps) ** 2:
-            grid_t.append(max(int(t), grid_t[-1] + 1 if grid_t else 0))      # the first squares fall on one timestep
+            lowest = grid_t[-1] + 1 if grid_t else 0    # the first squares fall on one timestep
+            grid_t.append(max(int(t), lowest))
     if len(set(grid_t)) < steps or grid_t[-1] >= T:
-        raise UserError(f"--steps {steps}: the {grid} grid of {T} timesteps has no {steps} different ones; take fewer")
+        raise UserError(f"--steps {steps}: the {grid} grid of {T} timesteps has no {steps} "
+                        "different ones; take fewer")
     return grid_t[::-1]
 
 
 def pairs(alphas_bar, timesteps):
-    """Yield (t, alphas_bar_t, alphas_bar of the next timestep) as floats; after the last comes alphas_bar = 1, t = -1."""
+    """Yield (t, alphas_bar_t, the next timestep's alphas_bar) as floats; after the last comes 1."""
     nexts = [float(alphas_bar[t]) for t in timesteps[1:]] + [1.0]
     for t, ab_next in zip(timesteps, nexts):
         yield t, float(alphas_bar[t]), ab_next
 
 
 def ddim(predict, x, alphas_bar, timesteps, noise, eta=0.0):
-    """DDIM (Song et al., 2021a, Eq. 12); eta = 0 is deterministic, eta = 1 ancestral with the posterior variance.
+    """DDIM (Song et al., 2021a, Eq. 12); x (N, C, H, W) standard normal. x_0 is not clipped.
 
-    x (N, C, H, W) standard normal; noise() gives fresh standard normal noise of x's shape. x_0 is not clipped.
+    eta = 0 is deterministic, eta = 1 ancestral with the posterior variance.
     """
     for t, ab, ab_next in pairs(alphas_bar, timesteps):
         eps = predict(x, t)
@@ -67,9 +73,10 @@ def ddim(predict, x, alphas_bar, timesteps, noise, eta=0.0):
 
 
 def ddpm(predict, x, alphas_bar, timesteps, noise):
-    """Ancestral sampling, Algorithm C.1, with sigma_t^2 = beta_t; no noise is added at the last step.
+    """Ancestral sampling, Algorithm C.1, with sigma_t^2 = beta_t; no noise after the last step.
 
-    On a grid with gaps, alpha_t is the ratio of neighbouring alphas_bar, so that every number of steps is consistent.
+    On a grid with gaps, alpha_t is the ratio of neighbouring alphas_bar, so that every number of
+    steps is consistent. x_0 is not clipped.
     """
     for t, ab, ab_next in pairs(alphas_bar, timesteps):
         alpha = ab / ab_next
@@ -81,10 +88,11 @@ def ddpm(predict, x, alphas_bar, timesteps, noise):
 
 
 def dpmpp(predict, x, alphas_bar, timesteps, noise):
-    """DPM-Solver++ (2M) (Lu et al., 2022b): second-order multistep in log(alpha / sigma), deterministic.
+    """DPM-Solver++ (2M) (Lu et al., 2022b): second-order multistep in log(alpha / sigma).
 
-    The first step, the last, to alphas_bar = 1, and one to t = 0 are of first order (which is DDIM): on a grid of 15
-    the step to t = 0 is more than four times as wide as the one before it, too wide to extrapolate over.
+    Deterministic; x_0 is not clipped. Of first order, which is DDIM, are the first step, the last,
+    to alphas_bar = 1, and one to t = 0: on a grid of 15 the step to t = 0 is more than four times
+    as wide as the one before it, too wide to extrapolate over.
     """
     previous = None                                         # x_0 and the width of the step before
     for t, ab, ab_next in pairs(alphas_bar, timesteps):
@@ -92,19 +100,27 @@ def dpmpp(predict, x, alphas_bar, timesteps, noise):
         if ab_next == 1:
             return x_0
         h = 0.5 * (math.log(ab_next / (1 - ab_next)) - math.log(ab / (1 - ab)))
-        first = previous is None or ab_next == float(alphas_bar[0])
-        D = x_0 if first else x_0 + h / (2 * previous[1]) * (x_0 - previous[0])
+        D = x_0
+        if previous is not None and ab_next != float(alphas_bar[0]):
+            x_0_before, h_before = previous
+            D = x_0 + h / (2 * h_before) * (x_0 - x_0_before)
         x = ((1 - ab_next) / (1 - ab)) ** 0.5 * x - ab_next ** 0.5 * math.expm1(-h) * D
         previous = x_0, h
 
 
 SAMPLERS = {"ddim": ddim, "ddpm": ddpm, "dpm++": dpmpp, "consistency": consistency.sample}
-STEPS = {"ddim": 50, "ddpm": 1000, "dpm++": 15, "consistency": 2}           # the paper's; it gives none for the last
-DEFAULTS = {"diffusion": {"sampler": "ddim", "guidance": 1.5}, "consistency": {"sampler": "consistency", "guidance": 0.0}}
+STEPS = {"ddim": 50, "ddpm": 1000, "dpm++": 15, "consistency": 2}   # the paper's, but for the last
+DEFAULTS = {        # per kind of model
+    "diffusion": {"sampler": "ddim", "guidance": 1.5},
+    "consistency": {"sampler": "consistency", "guidance": 0.0},
+}
 
 
 def guided(net, y, omega, rt):
-    """predict(x_t, t) with classifier-free guidance, eps + omega (eps - eps_null); omega 0 skips the second pass."""
+    """predict(x_t, t) with classifier-free guidance, eps + omega (eps - eps_null).
+
+    y: (N,) labels. omega 0 skips the second pass.
+    """
     null = torch.full_like(y, -1)
 
     def predict(x, t):
@@ -117,229 +133,330 @@ def guided(net, y, omega, rt):
     return predict
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Networks from checkpoints
 
-def build_network(network, rank_ratio, experts=None):
-    """A UNet from the plain dict of a UNetConfig; its decoder reserved with rank_ratio, unless that is None.
-
-    experts: the training set's class counts where the decoder has one low-rank expert a group instead; else None.
-    """
-    return add_low_rank(UNet(UNetConfig(**network)), rank_ratio, experts)
-
-
 def add_low_rank(net, rank_ratio, experts=None):
-    """Reserve capacity in the decoder of a plain UNet, or give it group experts (see build_network); return it."""
+    """Reserve capacity in a plain UNet's decoder, or give it group experts; return the UNet.
+
+    rank_ratio: None for neither. experts: the training set's class counts where the decoder has one
+    low-rank expert for each of Many, Medium and Few in place of CM's one; else None.
+    """
     if experts is not None:
-        return add_group_experts(net, experts, rank_ratio)
-    if rank_ratio is not None:
+        add_group_experts(net, list(class_groups(experts).values()), rank_ratio)
+    elif rank_ratio is not None:
         reserve(net.decoder, rank_ratio)
     return net
 
 
-def load_network(ckpt, weights="ema", branch="full", device="cpu"):
-    """The network of a checkpoint (the dict that runtime.load returns), merged into a plain UNet, on `device`.
+def build_network(network, rank_ratio=None, experts=None):
+    """An untrained UNet from the plain dict of a UNetConfig, with add_low_rank's parts."""
+    return add_low_rank(UNet(UNetConfig(**network)), rank_ratio, experts)
 
-    weights: "ema" or "raw". branch: "full" (theta) or "general" (theta^g). Raises UserError.
+
+def load_unmerged(ckpt, weights="ema", device="cpu"):
+    """The network of a checkpoint as it was trained, W^g and BA apart, on `device`.
+
+    ckpt: the dict that runtime.load returns. weights: "ema" or "raw". Raises UserError where the
+    weights do not fit.
     """
     net = build_network(ckpt["network"], ckpt["rank_ratio"], ckpt["experts"])
-    if branch == "general" and (ckpt["rank_ratio"] is None or ckpt["experts"]):
-        raise UserError("--branch general: this checkpoint has no reserved capacity (it was trained with --no-cm, or merged)")
     try:
         net.load_state_dict(ckpt["ema" if weights == "ema" else "model"])
     except RuntimeError as e:
-        raise UserError(f"--ckpt: its weights do not fit the network that it describes ({str(e).splitlines()[-1].strip()})")
-    merge(net, branch)
+        why = str(e).splitlines()[-1].strip()
+        raise UserError("--ckpt: its weights do not fit the network that it describes "
+                        f"({why})") from e
+    return net.to(device, memory_format=torch.channels_last)
+
+
+def load_network(ckpt, weights="ema", branch="full", device="cpu"):
+    """The network of a checkpoint merged into a plain UNet, without gradients, on `device`.
+
+    branch: "full" (theta) or "general" (theta^g). The rest as load_unmerged. Raises UserError.
+    """
+    has_general = ckpt["rank_ratio"] is not None and not ckpt["experts"]
+    if branch == "general" and not has_general:
+        raise UserError("--branch general: this checkpoint has no reserved capacity (it was "
+                        "trained with --no-cm, or merged)")
+    net = merge(load_unmerged(ckpt, weights), branch)
     return net.to(device, memory_format=torch.channels_last).requires_grad_(False)
 
 
 def export(ckpt, net, path):
-    """Write a merged network as a checkpoint of its own: every script takes it, and "model" fits a plain UNet."""
+    """Write a merged network as a checkpoint of its own.
+
+    Every script takes it, and its "model" fits a plain UNet. Raises UserError for group experts.
+    """
     if ckpt["experts"]:
-        raise UserError("--export: group experts depend on the label and do not merge into one plain network")
+        raise UserError("--export: group experts depend on the label and do not merge into one "
+                        "plain network")
     state = {name: p.detach().cpu().contiguous() for name, p in net.state_dict().items()}
     kept = {k: ckpt[k] for k in ("kind", "step", "command", "config", "data", "network")}
-    runtime.save(path, {**kept, "rank_ratio": None, "experts": None, "model": state, "ema": state})
+    plain = {"rank_ratio": None, "experts": None, "model": state, "ema": state}
+    runtime.save(path, {**kept, **plain})
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Images
 
 @torch.no_grad()
-def draw(net, y, indices, shape, rt, seed=0, sampler="ddim", steps=50, grid="uniform", guidance=1.5, eta=0.0,
-         alphas_bar=None):
-    """One batch of images: float (N, C, H, W), about [-1, 1]. y (N,) int64 on rt.device; indices: N image numbers.
+def sample_batch(net, y, indices, shape, rt, seed=0, sampler="ddim", steps=50, grid="uniform",
+                 guidance=1.5, eta=0.0, alphas_bar=None):
+    """One batch of images: float (N, C, H, W), about [-1, 1].
 
-    shape (C, H, W). Image i's noise comes from (seed, i), drawn on the CPU, so that every device draws the same image.
+    y: (N,) int64 labels on rt.device. indices: N image numbers. shape: (C, H, W). Image i's noise
+    comes from (seed, i), drawn on the CPU, so that every device generates the same image.
     alphas_bar: the schedule that the network was trained with, None for make_alphas_bar's.
     """
     generators = [runtime.generator("cpu", seed, "image", int(i)) for i in indices]
 
     def noise():
-        return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(rt.device)
-    alphas_bar = make_alphas_bar() if alphas_bar is None else alphas_bar
-    timesteps = (consistency.make_timesteps(len(alphas_bar), steps) if sampler == "consistency"
-                 else make_timesteps(len(alphas_bar), steps, grid))
-    extra = {"eta": eta} if sampler == "ddim" else {}
+        parts = [torch.randn(shape, generator=g) for g in generators]
+        return torch.stack(parts).to(rt.device)
+    if alphas_bar is None:
+        alphas_bar = make_alphas_bar()
+    timesteps = timesteps_of(sampler, len(alphas_bar), steps, grid)
     x_T = noise().contiguous(memory_format=torch.channels_last)
-    return SAMPLERS[sampler](guided(net, y, guidance, rt), x_T, alphas_bar, timesteps, noise, **extra)
+    predict = guided(net, y, guidance, rt)
+    own = {"eta": eta} if sampler == "ddim" else {}
+    return SAMPLERS[sampler](predict, x_T, alphas_bar, timesteps, noise, **own)
 
 
-def generate(net, labels, indices, shape, rt, batch_size, title="sampling", gather=True, to_image=None, **settings):
-    """Images number `indices` with these labels (lists of N ints): uint8 (N, H, W, C), on rank 0; None elsewhere.
+def timesteps_of(sampler, T, steps, grid):
+    """The descending timesteps of a sampler. Raises UserError where it has no such grid."""
+    if sampler == "consistency":
+        return consistency.make_timesteps(T, steps)
+    return make_timesteps(T, steps, grid)
 
-    Each process draws a contiguous share in batches, and returns that share if gather is False; settings are `draw`'s.
-    to_image: what makes images of the network's x_0, where that is a latent.
+
+def generate(net, labels, indices, shape, rt, batch_size, title="sampling", gather=True,
+             to_image=None, **settings):
+    """Images number `indices` with these labels (lists of N ints): uint8 (N, H, W, C).
+
+    On rank 0; None elsewhere. Each process generates a contiguous share in batches, and returns
+    that share if gather is False. settings: those of `sample_batch`. title: of the progress bar,
+    None for no bar. to_image: what makes images of the network's x_0, where that is a latent.
     """
     share = np.array_split(np.arange(len(labels)), rt.world)[rt.rank]
+    batches = np.array_split(share, max(1, -(-len(share) // batch_size)))
+    hidden = rt.rank > 0 or not title
     parts = []
-    with runtime.progress(total=len(share), desc=title, unit="img", disable=rt.rank > 0 or not title) as bar:
-        for rows in np.array_split(share, max(1, -(-len(share) // batch_size))):
+    with runtime.progress(total=len(share), desc=title, unit="img", disable=hidden) as bar:
+        for rows in batches:
             if not len(rows):
                 continue                # more processes than images
             y = torch.tensor([labels[r] for r in rows], device=rt.device, dtype=torch.int64)
-            x = draw(net, y, [indices[r] for r in rows], shape, rt, **settings)
-            parts.append(to_uint8(x if to_image is None else to_image(x)).cpu().numpy())
+            x = sample_batch(net, y, [indices[r] for r in rows], shape, rt, **settings)
+            image = x if to_image is None else to_image(x)
+            parts.append(to_uint8(image).cpu().numpy())
             bar.update(len(rows))
-    return rt.gather(parts) if gather else np.concatenate(parts or [np.empty((0, *shape[1:], shape[0]), np.uint8)])
+    if gather:
+        return rt.gather(parts)
+    empty = np.empty((0, *shape[1:], shape[0]), np.uint8)
+    return np.concatenate(parts or [empty])
 
 
-def to_rgb(images):
-    """uint8 (N, H, W, 1 or 3) -> (N, H, W, 3), grey repeated."""
-    return np.repeat(images, 3, axis=3) if images.shape[3] == 1 else images
+def image_shape(ckpt):
+    """(C, H, W) of a checkpoint's images."""
+    size = ckpt["data"]["resolution"]
+    return ckpt["network"]["channels"], size, size
+
+
+def ten_classes(C):
+    """At most ten of C class numbers, evenly spread."""
+    return sorted({round(i * (C - 1) / 9) for i in range(10)})
 
 
 def grid_image(images, labels, class_names, classes=None, columns=10, tile=56, gap=4):
-    """A picture with one row a class, its name at the left, its first images: images uint8 (N, H, W, C), labels (N,).
+    """A picture with one row per class: its name at the left, then its first images.
 
-    classes: the rows, at most ten evenly spread ones of all labels by default. Images are enlarged by a whole factor.
+    images: uint8 (N, H, W, C). labels: (N,). classes: the rows; by default at most ten evenly
+    spread ones of all labels. Images are enlarged by a whole factor, to about `tile` pixels.
     """
     labels = np.asarray(labels)
-    present = np.unique(labels)
     if classes is None:
+        present = np.unique(labels)
         classes = present[np.unique(np.linspace(0, len(present) - 1, 10).astype(int))]
-    size, font = images.shape[1] * max(1, round(tile / images.shape[1])), ImageFont.load_default(16)
+    size = images.shape[1] * max(1, round(tile / images.shape[1]))
+    font = ImageFont.load_default(16)
     left = 20 + max(round(font.getlength(str(class_names[c]))) for c in classes)
-    picture = Image.new("RGB", (left + columns * (size + gap), len(classes) * (size + gap)), "white")
+    cell = size + gap
+    picture = Image.new("RGB", (left + columns * cell, len(classes) * cell), "white")
     pen = ImageDraw.Draw(picture)
     for r, c in enumerate(classes):
-        pen.text((8, r * (size + gap) + size // 2), str(class_names[c]), fill="black", anchor="lm", font=font)
+        where = (8, r * cell + size // 2)
+        pen.text(where, str(class_names[c]), fill="black", anchor="lm", font=font)
         for k, image in enumerate(to_rgb(images[np.flatnonzero(labels == c)[:columns]])):
-            picture.paste(Image.fromarray(image).resize((size, size), Image.NEAREST),
-                          (left + k * (size + gap), r * (size + gap)))
+            enlarged = Image.fromarray(image).resize((size, size), Image.NEAREST)
+            picture.paste(enlarged, (left + k * cell, r * cell))
     return picture
 
 
 def write_pngs(images, labels, class_names, folder):
-    """One PNG an image, FOLDER/<class number>-<class name>/<image number>.png."""
+    """One PNG per image, FOLDER/<class number>-<class name>/<image number>.png."""
     for i, (image, c) in enumerate(zip(images, labels)):
         path = Path(folder) / f"{c:04d}-{class_names[c]}" / f"{i:06d}.png"
-        runtime.write_atomic(path, lambda p: Image.fromarray(image.squeeze()).save(p, format="png"))
+        runtime.write_png(path, Image.fromarray(image.squeeze()))
+
+
+def remove_pngs(folder):
+    """Remove the files that write_pngs left in a folder, and no others."""
+    digit = "[0-9]"
+    for path in Path(folder).glob(f"{digit * 4}-*/{digit * 6}.png"):
+        path.unlink()
 
 
 def write_samples(out, images, labels, names, record, data, seconds, png=False):
-    """What sample.py leaves in the folder `out`: samples.npz, samples.json, grid.png and perhaps png/; say so.
+    """What sample.py leaves in the folder `out`: samples.npz, samples.json, grid.png, perhaps png/.
 
-    images (N, H, W, C) uint8, labels a list of N, names the class names; record, data: what made them, and of which data.
+    images: (N, H, W, C) uint8. labels: a list of N. names: the class names. record, data: what made
+    them, and the record of the training data. Prints what was written.
     """
-    def write_npz(path):
-        with open(path, "wb") as f:
-            np.savez(f, to_rgb(images), np.array(labels))
-    runtime.write_atomic(out / "samples.npz", write_npz)
+    runtime.write_npz(out / "samples.npz", arr_0=to_rgb(images), arr_1=np.array(labels))
     classes = list(dict.fromkeys(labels))
     picture = grid_image(images, labels, names, None if len(classes) > 10 else classes)
-    runtime.write_atomic(out / "grid.png", lambda p: picture.save(p, format="png"))
-    if (out / "samples.json").exists():         # an earlier call's files go: a metric must not find two calls' images
-        for path in (out / "png").glob("[0-9][0-9][0-9][0-9]-*/[0-9][0-9][0-9][0-9][0-9][0-9].png"):
-            path.unlink()
+    runtime.write_png(out / "grid.png", picture)
+    if (out / "samples.json").exists():
+        # An earlier call's files go: a metric must not find two calls' images
+        remove_pngs(out / "png")
+    files = ["samples.npz", "grid.png"]
     if png:
         write_pngs(images, labels, names, out / "png")
-    runtime.write_json(out / "samples.json", {"settings": record, "data": data, "seconds": round(seconds, 2)})
-    print(f"wrote {len(labels)} images, drawn in {record['dtype'].removeprefix('torch.')}, to {out}: samples.npz, grid.png" + ", png/" * png)
+        files.append("png/")
+    runtime.write_json(out / "samples.json",
+                       {"settings": record, "data": data, "seconds": round(seconds, 2)})
+    dtype = record["dtype"].removeprefix("torch.")
+    print(f"wrote {len(labels)} images, generated in {dtype}, to {out}: {', '.join(files)}")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 def add_sampling_flags(parser):
-    """The flags that choose how images are drawn, the same for evaluate.py."""
+    """The flags that choose how images are generated, the same for evaluate.py."""
+    steps = ", ".join(f"{name} {n}" for name, n in STEPS.items())
     g = parser.add_argument_group("sampling")
-    g.add_argument("--sampler", choices=SAMPLERS, help="default: ddim; for a consistency model: consistency")
-    g.add_argument("--steps", type=integer(1, 1000), help="network calls an image (default: " + ", ".join(
-        f"{name} {n}" for name, n in STEPS.items()) + ")")
-    g.add_argument("--grid", choices=("uniform", "quad"), default="uniform", help="timesteps (default: uniform)")
-    g.add_argument("--eta", type=number(0, 1), default=0.0, help="noise of DDIM (default: 0, deterministic)")
-    g.add_argument("--guidance", type=number(0), metavar="OMEGA", help="eps + omega (eps - eps_null); 0: none, and half the time "
-                   "(default: 1.5, the authors' release; a consistency model has none)")
-    g.add_argument("--branch", choices=("full", "general"), default="full", help="theta, or theta^g alone (default: full)")
+    g.add_argument("--sampler", choices=SAMPLERS,
+                   help="default: ddim; for a consistency model: consistency")
+    g.add_argument("--steps", type=integer(1, 1000),
+                   help=f"network calls per image (default: {steps})")
+    g.add_argument("--grid", choices=("uniform", "quad"), default="uniform",
+                   help="timesteps (default: uniform)")
+    g.add_argument("--eta", type=number(0, 1), default=0.0,
+                   help="noise of DDIM (default: 0, deterministic)")
+    g.add_argument("--guidance", type=number(0), metavar="OMEGA",
+                   help="eps + omega (eps - eps_null); 0: none, and half the time (default: 1.5, "
+                   "the authors' release; a consistency model has none)")
+    g.add_argument("--branch", choices=("full", "general"), default="full",
+                   help="theta, or theta^g alone (default: full)")
     g.add_argument("--weights", choices=("ema", "raw"), default="ema", help="default: ema")
-    g.add_argument("--batch-size", type=integer(1), default=250, help="images at a time a process (default: 250)")
+    g.add_argument("--batch-size", type=integer(1), default=250,
+                   help="images at a time per process (default: 250)")
     return g
 
 
 def sampling_settings(args, kind):
-    """The settings of `draw` that these flags mean for a checkpoint of this kind: a plain dict. Raises UserError."""
+    """The settings of `sample_batch` that these flags mean for a checkpoint of this kind: a dict.
+
+    Raises UserError for flags that do not belong together, before any work.
+    """
     default = DEFAULTS[kind]
-    sampler, guidance = args.sampler or default["sampler"], default["guidance"] if args.guidance is None else args.guidance
-    settings = {"seed": args.seed, "sampler": sampler, "grid": args.grid, "eta": args.eta, "guidance": guidance,
-                "steps": args.steps or STEPS[sampler]}
+    sampler = args.sampler or default["sampler"]
+    guidance = default["guidance"] if args.guidance is None else args.guidance
+    steps = args.steps or STEPS[sampler]
     if (sampler == "consistency") != (kind == "consistency"):
-        raise UserError(f"--sampler {sampler}: this checkpoint is a {kind} model; leave it out for {default['sampler']}")
-    if sampler == "consistency" and (guidance or args.grid != "uniform"):
-        raise UserError(f"--{'guidance' if guidance else 'grid'}: a consistency model has none; leave it out")
-    if sampler == "consistency":            # either fails here, before any work
-        consistency.make_timesteps(1000, settings["steps"])
-    else:
-        make_timesteps(1000, settings["steps"], settings["grid"])
+        raise UserError(f"--sampler {sampler}: this checkpoint is a {kind} model; leave it out for "
+                        f"{default['sampler']}")
+    if sampler == "consistency" and guidance:
+        raise UserError("--guidance: a consistency model has none; leave it out")
+    if sampler == "consistency" and args.grid != "uniform":
+        raise UserError("--grid: a consistency model has none; leave it out")
+    timesteps_of(sampler, 1000, steps, args.grid)
     if args.eta and sampler != "ddim":
-        raise UserError(f"--eta {args.eta:g}: belongs to --sampler ddim, and {sampler} has none; leave it out")
-    return settings
+        raise UserError(f"--eta {args.eta:g}: belongs to --sampler ddim, and {sampler} has none; "
+                        "leave it out")
+    return {"seed": args.seed, "sampler": sampler, "grid": args.grid, "eta": args.eta,
+            "guidance": guidance, "steps": steps}
+
+
+def samples_folder(args):
+    """The folder of the results: --out, or samples beside the checkpoint."""
+    name = "samples" if args.branch == "full" else "samples-general"
+    return Path(args.out or Path(args.ckpt).parent / name)
 
 
 def dtype_of(args, ckpt):
-    """--dtype, where it is auto the one that the checkpoint was trained in: it moves the last digits of every image."""
+    """--dtype; where it is auto the checkpoint's: it moves the last digits of every image."""
     return ckpt["config"]["dtype"] if args.dtype == "auto" else args.dtype
 
 
 def describe(args, ckpt, settings):
-    """What made these images, for the JSON beside them: everything that moves a number measured on them."""
-    return {"ckpt": str(args.ckpt), "ckpt_sha256": runtime.sha256(args.ckpt), "step": ckpt["step"], "command": ckpt["command"],
-            "dataset": ckpt["config"]["dataset"], "weights": args.weights, "branch": args.branch, **settings}
+    """What made these images: everything that moves a number measured on them, for the JSON."""
+    return {"ckpt": str(args.ckpt), "ckpt_sha256": runtime.sha256(args.ckpt),
+            "step": ckpt["step"], "command": ckpt["command"],
+            "dataset": ckpt["config"]["dataset"], "weights": args.weights, "branch": args.branch,
+            **settings}
+
+
+def make_parser():
+    """All flags."""
+    parser = Parser(__doc__)
+    parser.add_argument("--ckpt", required=True,
+                        help="a checkpoint of train.py, or a file that --export wrote")
+    parser.add_argument("--classes",
+                        help="numbers, ranges or names: 6-9 or 0,3,cat (default: all)")
+    parser.add_argument("--num", type=integer(1), default=100,
+                        help="images, over all classes (default: 100)")
+    add_sampling_flags(parser)
+    add_output_flags(parser)
+    parser.add_argument("--export", metavar="FILE",
+                        help="write the merged plain network to FILE instead of sampling")
+    return parser
+
+
+def add_output_flags(parser):
+    """--png, --if-needed and the common flags, the same for latent.py."""
+    parser.add_argument("--png", action="store_true",
+                        help="also one PNG per image, one folder per class")
+    parser.add_argument("--if-needed", action="store_true",
+                        help="do nothing where --out was made with these settings already")
+    parser.add_common("folder of the results (default: samples beside the checkpoint)")
+
+
+def is_up_to_date(out, record):
+    """Whether a folder holds samples that were made with these settings."""
+    made = runtime.up_to_date(out / "samples.json", record)
+    return made and (out / "samples.npz").exists()
 
 
 def main():
-    """Draw the images that the flags ask for, or export the network."""
-    parser = Parser(__doc__)
-    parser.add_argument("--ckpt", required=True, help="a checkpoint of train.py, or a file that --export wrote")
-    parser.add_argument("--classes", help="numbers, ranges or names: 6-9 or 0,3,cat (default: all)")
-    parser.add_argument("--num", type=integer(1), default=100, help="images, over all classes (default: 100)")
-    add_sampling_flags(parser)
-    parser.add_argument("--png", action="store_true", help="also one PNG an image, one folder a class")
-    parser.add_argument("--export", metavar="FILE", help="write the merged plain network to FILE instead of sampling")
-    parser.add_argument("--if-needed", action="store_true", help="do nothing where --out was made with these settings already")
-    parser.add_common("folder of the results (default: samples beside the checkpoint)")
-    args = parser.parse_args()
+    """Generate the images that the flags ask for, or export the network."""
+    args = make_parser().parse_args()
     ckpt = runtime.load(args.ckpt, DEFAULTS)
     rt = runtime.setup(args.device, dtype_of(args, ckpt))
     net = load_network(ckpt, args.weights, args.branch, rt.device)
     if args.export:
         if rt.rank == 0:
             export(ckpt, net, args.export)
-        return rt.print(f"wrote {args.export}: {args.weights} weights, {args.branch} branch, a plain U-Net")
+        return rt.print(f"wrote {args.export}: {args.weights} weights, {args.branch} branch, a "
+                        "plain U-Net")
 
     names = ckpt["data"]["class_names"]
     classes = resolve_classes(args.classes, names) if args.classes else list(range(len(names)))
     settings = sampling_settings(args, ckpt["kind"])
-    out = Path(args.out or Path(args.ckpt).parent / ("samples" if args.branch == "full" else "samples-general"))
-    record = {**describe(args, ckpt, settings), "classes": classes, "num": args.num, "dtype": str(rt.dtype)}
-    if args.if_needed and runtime.up_to_date(out / "samples.json", record) and (out / "samples.npz").exists():
+    out = samples_folder(args)
+    record = {**describe(args, ckpt, settings), "classes": classes, "num": args.num,
+              "dtype": str(rt.dtype)}
+    if args.if_needed and is_up_to_date(out, record):
         return rt.print(f"{out}: up to date")
 
     start = time.time()
     labels = [classes[i % len(classes)] for i in range(args.num)]
-    shape = (ckpt["network"]["channels"],) + (ckpt["data"]["resolution"],) * 2
-    images = generate(net, labels, range(args.num), shape, rt, args.batch_size, **settings)
+    images = generate(net, labels, range(args.num), image_shape(ckpt), rt, args.batch_size,
+                      **settings)
     if rt.rank == 0:
-        write_samples(out, images, labels, names, record, ckpt["data"], time.time() - start, args.png)
+        seconds = time.time() - start
+        write_samples(out, images, labels, names, record, ckpt["data"], seconds, args.png)
 
 
 if __name__ == "__main__":

@@ -1,20 +1,21 @@
-"""Train a class-conditional diffusion model on long-tailed data, with or without capacity manipulation (CM).
+"""Train a class-conditional diffusion model on long-tailed data, with or without CM.
 
-    torchrun train.py --dataset cifar100 --ir 100               # the paper's CM run (CM on OC), one GPU
-    torchrun --nproc_per_node=8 train.py --dataset cifar100     # the same run on eight: --batch-size is global
+    torchrun train.py --dataset cifar100 --ir 100               # the paper's CM (on OC), one GPU
+    torchrun --nproc_per_node=8 train.py --dataset cifar100     # the same run on eight GPUs
     python train.py --dataset digits                            # minutes on a laptop
     python train.py --dataset digits --base ddpm --no-cm        # the plain baseline
 
-Defaults are the paper's (Sec. 4.1, G.1); a data set's own are in PRESETS. The folder of a run holds ckpt.pt,
-config.json, log.jsonl, TensorBoard events and grids of samples. The same command resumes a stopped run, bit for bit.
+--batch-size counts the images of all processes. Defaults are the paper's (Sec. 4.1, G.1); a data
+set's own are in PRESETS. The folder of a run holds ckpt.pt, config.json, log.jsonl, TensorBoard
+events and grids of samples. The same command resumes a stopped run, bit for bit on a CPU.
 """
 import json
 import os
-import shlex
 import sys
 import time
 from argparse import BooleanOptionalAction
 from contextlib import nullcontext
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 
@@ -24,152 +25,249 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.tensorboard import SummaryWriter
 
 import augment
-import baselines
+import losses
 import runtime
-from data import Batches, add_data_flags, load_long_tailed, splits
-from losses import BASES, Objective, draw
-from model import make_alphas_bar
+from data import Batches, add_data_flags, class_groups, load_long_tailed, refuse_other_data
+from experts import freeze_all_but_low_rank
+from losses import BASES, CMConfig, Objective, add_cm_flags, bind, draw_batch
+from model import UNet, UNetConfig, make_alphas_bar
 from runtime import Parser, UserError, integer, number, run
-from sample import DEFAULTS, STEPS, add_low_rank, build_network, generate, grid_image, load_network
+from sample import (DEFAULTS, STEPS, add_low_rank, generate, grid_image, image_shape, load_network,
+                    ten_classes)
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Settings
 
-PRESETS = {     # the defaults of flags that depend on the data set; "paper" holds for every set that has no row
-    "paper": dict(ir=100.0, ch=128, ch_mult=[1, 2, 2, 2], attn=[1], num_res_blocks=2, dropout=0.1, steps=300_000, lr=2e-4,
-                  warmup=5000, ema=0.9999, save_every=5000, sample_every=20_000, log_every=100, dtype="auto"),
-    "digits": dict(ir=20.0, ch=32, ch_mult=[1, 2], num_res_blocks=1, steps=2000, lr=1e-3, warmup=100, ema=0.999,
-                   save_every=500, sample_every=500, log_every=50, dtype="float32"),
-    "cub200": dict(ir=10.0), "flowers102": dict(ir=10.0),                                # too small for 100
-    "folder": dict(ir=1.0), "imagenet-lt": dict(ir=1.0), "inat2018": dict(ir=1.0),      # long-tailed as they are
+PRESETS = {     # defaults that depend on the data set; "paper" holds where a set has none
+    "paper": {"ir": 100.0, "ch": 128, "ch_mult": [1, 2, 2, 2], "attn": [1], "num_res_blocks": 2,
+              "dropout": 0.1, "steps": 300_000, "lr": 2e-4, "warmup": 5000, "ema": 0.9999,
+              "save_every": 5000, "sample_every": 20_000, "log_every": 100, "dtype": "auto"},
+    "digits": {"ir": 20.0, "ch": 32, "ch_mult": [1, 2], "num_res_blocks": 1, "steps": 2000,
+               "lr": 1e-3, "warmup": 100, "ema": 0.999, "save_every": 500, "sample_every": 500,
+               "log_every": 50, "dtype": "float32"},
+    "cub200": {"ir": 10.0}, "flowers102": {"ir": 10.0},                             # small sets
+    "folder": {"ir": 1.0}, "imagenet-lt": {"ir": 1.0}, "inat2018": {"ir": 1.0},     # as they are
 }
-FREE = {"steps", "save_every", "keep_every", "sample_every", "log_every", "compile", "device", "out", "data_dir", "pack_dir",
-        "accumulate"}
+RESUMABLE = {       # settings that may change when a run goes on
+    "steps", "save_every", "keep_every", "sample_every", "log_every", "compile", "device", "out",
+    "data_dir", "pack_dir", "accumulate"}
+CM_ONLY = ("lam", "w_con", "w_div", "div_bound", "independent_dropout")
 MAX_BASE = 10.0     # a base loss above this has diverged: predicting zero costs 1
-MAX_D = 100.0       # so has a distance between the two predictions: both estimate noise of variance 1
+MAX_D = 100.0       # so has a distance between two predictions of noise of variance 1
 
 
 def make_parser():
     """All flags; those in PRESETS have their default filled in by `resolve`."""
     parser = Parser(__doc__)
-    g = add_data_flags(parser)
-    g.add_argument("--flip", action=BooleanOptionalAction, default=None, help="mirror images at random (default: on, but never "
-                   "for digits)")
-    g.add_argument("--resample", type=number(0), default=1.0, metavar="Q", help="+RS: draw class c with probability proportional "
-                   "to N_c^Q; 0 balanced, 0.5 square root, 1 as is (default: 1)")
-    g.add_argument("--ada", type=number(0, 1), default=0.0, metavar="P", help="+ADA: probability of each augmentation of augment.py; "
-                   "0.12 is usual (default: 0, none)")
-    g = parser.add_argument_group("method")
-    g.add_argument("--base", choices=BASES, default="oc", help="L_base of Eq. (4) (default: oc, the paper's choice)")
-    g.add_argument("--cm", action=BooleanOptionalAction, default=True, help="reserve capacity and add L_CM (default: on)")
-    g.add_argument("--lam", type=number(0), default=1.0, help="lambda of Eq. (4); 0 reserves without L_CM (default: 1)")
-    g.add_argument("--w-con", type=number(0), default=1.0, help="weight of L_Con (default: 1)")
-    g.add_argument("--w-div", type=number(0), default=1.0, help="weight of L_Div (default: 1; the authors' release: 0.2)")
-    g.add_argument("--div-bound", type=number(0), default=0.01, metavar="M", help="L_Div saturates per image at distance M; "
-                   "0: unbounded, as printed, which diverges (default: 0.01)")
-    g.add_argument("--independent-dropout", action="store_true", help="theta and theta^g see different dropout masks")
-    g.add_argument("--rank-ratio", type=number(above=0, high=1), default=0.1, help="r / min(d, k) of Eq. (1) (default: 0.1)")
-    g.add_argument("--cbdm-tau", type=number(0), default=1e-3, help="tau of Eq. (D.1), t in 0 ... 999 (default: 0.001)")
-    g.add_argument("--cbdm-gamma", type=number(0), default=0.25, help="gamma of Eq. (D.1) (default: 0.25)")
-    g.add_argument("--cbdm-y", choices=("uniform", "train"), default="uniform", help="law of y': Eq. (D.1)'s uniform, or "
-                   "class frequency as in CBDM's code (default: uniform)")
-    g.add_argument("--focal-gamma", type=number(0), default=2.0, help="gamma of --base focal (default: 2)")
-    g.add_argument("--rop-weight", type=number(0), default=0.1, help="weight of --base rop's overlap term (default: 0.1)")
-    g.add_argument("--rop-margin", type=number(above=0), default=0.1, help="margin of --base rop (default: 0.1)")
-    g.add_argument("--ct-double", type=integer(1), metavar="K", help="--base consistency: its 10 intervals double every K steps, up to 640 "
-                   "(default: a quarter of --steps)")
-    g.add_argument("--experts", choices=("group",), help="one low-rank expert for each of Many, Medium and Few, in place of CM's "
-                   "one (default: none)")
-    g.add_argument("--init-from", metavar="CKPT", help="start from the EMA weights of a trained checkpoint")
-    g.add_argument("--lora", action="store_true", help="with --init-from: freeze its weights and train low-rank parts only, without L_CM")
-    g = parser.add_argument_group("network")
-    g.add_argument("--ch", type=integer(1), help="base width")
-    g.add_argument("--ch-mult", type=integer(1), nargs="+", metavar="M", help="width of each level, as a multiple of --ch")
-    g.add_argument("--attn", type=integer(0), nargs="*", metavar="L", help="levels with attention, 0 the finest")
-    g.add_argument("--num-res-blocks", type=integer(1), help="residual blocks a level")
-    g.add_argument("--dropout", type=number(0, 0.99), help="dropout probability")
-    g = parser.add_argument_group("optimisation")
-    g.add_argument("--steps", type=integer(1), help="training steps; may be raised to train longer")
-    g.add_argument("--batch-size", type=integer(1), default=64, help="images a step, over all processes (default: 64)")
-    g.add_argument("--accumulate", type=integer(1), default=1, metavar="K", help="passes a step, each over a K-th of the batch "
-                   "and of its memory; the same step but for dropout masks (default: 1)")
-    g.add_argument("--lr", type=number(above=0), help="Adam's learning rate after the warm-up")
-    g.add_argument("--warmup", type=integer(0), help="steps in which the learning rate rises linearly")
-    g.add_argument("--grad-clip", type=number(above=0), default=1.0, help="largest gradient norm (default: 1)")
-    g.add_argument("--ema", type=number(0, 1), help="decay of the averaged weights; (1 + s) / (10 + s) while smaller")
-    g.add_argument("--label-drop", type=number(0, 1), default=0.1, help="chance that an image's label is Null (default: 0.1)")
-    g.add_argument("--compile", action=BooleanOptionalAction, default=None, help="torch.compile (default: on CUDA only)")
-    g = parser.add_argument_group("output")
-    g.add_argument("--save-every", type=integer(1), help="steps between writes of ckpt.pt")
-    g.add_argument("--keep-every", type=integer(1), help="also keep a snapshot ckpt-STEP.pt every so many steps (default: none)")
-    g.add_argument("--sample-every", type=integer(0), help="steps between grids of samples, the last step included; 0: none")
-    g.add_argument("--log-every", type=integer(1), help="steps between log lines")
+    add_training_data_flags(parser)
+    add_method_flags(parser)
+    add_network_flags(parser)
+    add_optimisation_flags(parser)
+    add_log_flags(parser)
     parser.add_common("folder of the run (default: out/ and a name made of the settings)")
     for action in parser._actions:
         if action.dest in PRESETS["paper"]:
-            own = "; ".join(f"{name}: {p[action.dest]}" for name, p in PRESETS.items() if action.dest in p and name != "paper")
-            action.help += f" (default: {PRESETS['paper'][action.dest]}{'; ' + own if own else ''})"
             action.default = None
+            action.help += preset_words(action.dest)
     return parser
 
 
+def preset_words(name):
+    """The defaults of a flag in PRESETS, for --help."""
+    own = [f"{dataset}: {preset[name]}" for dataset, preset in PRESETS.items()
+           if name in preset and dataset != "paper"]
+    return f" (default: {'; '.join([str(PRESETS['paper'][name]), *own])})"
+
+
+def add_training_data_flags(parser):
+    """Which images, and what is done to them."""
+    g = add_data_flags(parser)
+    g.add_argument("--flip", action=BooleanOptionalAction, default=None,
+                   help="mirror images at random (default: on, but never for digits)")
+    g.add_argument("--resample", type=number(0), default=1.0, metavar="Q",
+                   help="+RS: draw class c with probability proportional to N_c^Q; 0 balanced, 0.5 "
+                   "square root, 1 as it is (default: 1)")
+    g.add_argument("--ada", type=number(0, 1), default=0.0, metavar="P",
+                   help="+ADA: probability of each augmentation of augment.py; 0.12 is usual "
+                   "(default: 0, none)")
+
+
+def add_method_flags(parser):
+    """The losses and their constants, CM, experts, LoRA."""
+    g = parser.add_argument_group("method")
+    g.add_argument("--base", choices=BASES, default="oc",
+                   help="L_base of Eq. (4) (default: oc, the paper's choice)")
+    g.add_argument("--cm", action=BooleanOptionalAction, default=True,
+                   help="reserve capacity and add L_CM (default: on)")
+    add_cm_flags(g)
+    g.add_argument("--independent-dropout", action="store_true",
+                   help="theta and theta^g see different dropout masks")
+    g.add_argument("--rank-ratio", type=number(above=0, high=1), default=0.1,
+                   help="r / min(d, k) of Eq. (1) (default: 0.1)")
+    g.add_argument("--cbdm-y", choices=("uniform", "train"), default="uniform",
+                   help="how y' is drawn: uniformly, as in Eq. (D.1), or by class frequency, as in "
+                   "CBDM's code (default: uniform)")
+    defaults = {k: v for base in BASES.values() for k, v in losses.options_of(base).items()}
+    defaults["ct_double"] = None                # a quarter of --steps
+    for name, (kind, words) in losses.FLAGS.items():
+        default = defaults[name]
+        shown = "a quarter of --steps" if default is None else default
+        g.add_argument(f"--{name.replace('_', '-')}", type=kind, default=default,
+                       help=f"{words} (default: {shown})")
+    g.add_argument("--experts", choices=("group",),
+                   help="one low-rank expert for each of Many, Medium and Few, in place of CM's "
+                   "one (default: none)")
+    g.add_argument("--init-from", metavar="CKPT",
+                   help="start from the EMA weights of a trained checkpoint")
+    g.add_argument("--lora", action="store_true",
+                   help="with --init-from: freeze its weights and train low-rank parts only, "
+                   "without L_CM")
+
+
+def add_network_flags(parser):
+    """The size of the U-Net."""
+    g = parser.add_argument_group("network")
+    g.add_argument("--ch", type=integer(1), help="base width")
+    g.add_argument("--ch-mult", type=integer(1), nargs="+", metavar="M",
+                   help="width of each level, as a multiple of --ch")
+    g.add_argument("--attn", type=integer(0), nargs="*", metavar="L",
+                   help="levels with attention, 0 the finest")
+    g.add_argument("--num-res-blocks", type=integer(1), help="residual blocks per level")
+    g.add_argument("--dropout", type=number(0, 0.99), help="dropout probability")
+
+
+def add_optimisation_flags(parser):
+    """Steps, batches, Adam, averaged weights."""
+    g = parser.add_argument_group("optimisation")
+    g.add_argument("--steps", type=integer(1), help="training steps; may be raised to train longer")
+    g.add_argument("--batch-size", type=integer(1), default=64,
+                   help="images per step, over all processes (default: 64)")
+    g.add_argument("--accumulate", type=integer(1), default=1, metavar="K",
+                   help="passes per step, each over a K-th of the batch and of its memory; the "
+                   "same step but for dropout masks (default: 1)")
+    g.add_argument("--lr", type=number(above=0), help="Adam's learning rate after the warm-up")
+    g.add_argument("--warmup", type=integer(0),
+                   help="steps in which the learning rate rises linearly")
+    g.add_argument("--grad-clip", type=number(above=0), default=1.0,
+                   help="largest gradient norm (default: 1)")
+    g.add_argument("--ema", type=number(0, 1),
+                   help="decay of the averaged weights; (1 + s) / (10 + s) while smaller")
+    g.add_argument("--label-drop", type=number(0, 1), default=0.1,
+                   help="probability that an image's label is Null (default: 0.1)")
+    g.add_argument("--compile", action=BooleanOptionalAction, default=None,
+                   help="torch.compile (default: on CUDA only)")
+
+
+def add_log_flags(parser):
+    """How often something is written."""
+    g = parser.add_argument_group("output")
+    g.add_argument("--save-every", type=integer(1), help="steps between writes of ckpt.pt")
+    g.add_argument("--keep-every", type=integer(1),
+                   help="steps between snapshots ckpt-STEP.pt, which are kept (default: none)")
+    g.add_argument("--sample-every", type=integer(0),
+                   help="steps between grids of samples, the last step included; 0: none")
+    g.add_argument("--log-every", type=integer(1), help="steps between log lines")
+
+
 def resolve(args):
-    """Fill in the data set's defaults and the run's folder; check what depends on several flags. Raises UserError."""
+    """Fill in the data set's defaults and the run's folder; check what depends on several flags.
+
+    Raises UserError.
+    """
     preset = {**PRESETS["paper"], **PRESETS.get(args.dataset, {})}
-    changed = [k for k, v in vars(args).items() if k in preset and v not in (None, preset[k]) and k not in FREE]
-    for key, value in preset.items():
-        if getattr(args, key) is None:
-            setattr(args, key, value)
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if args.batch_size % (world * args.accumulate):
-        parts = [f"{world} processes"] * (world > 1) + [f"--accumulate {args.accumulate}"] * (args.accumulate > 1)
-        raise UserError(f"--batch-size {args.batch_size}: not divisible by {' x '.join(parts)}; it counts the images of all of them")
-    if args.ch % 2:
-        raise UserError(f"--ch {args.ch}: must be even; take a multiple of 32")
-    if bad := [level for level in args.attn if level >= len(args.ch_mult)]:
-        raise UserError(f"--attn {bad[0]}: --ch-mult has levels 0 to {len(args.ch_mult) - 1} only")
-    if args.lora and not args.init_from:
-        raise UserError("--lora: name the trained network that it starts from with --init-from CKPT")
-    if args.lora:
-        args.cm, args.lam = True, 0.0
-    if args.experts:
-        args.cm = False
-    plain = make_parser().parse_args([])
-    if not args.cm:
-        unused = ["lam", "w_con", "w_div", "div_bound", "independent_dropout"] + ["rank_ratio"] * (not args.experts)
-        for key in [k for k in unused if getattr(args, k) != getattr(plain, k)]:
-            raise UserError(f"--{key.replace('_', '-')}: means something with --cm only; leave it out, or leave out --no-cm")
+    given = {k for k in preset if getattr(args, k) is not None}
+    for key in preset.keys() - given:
+        setattr(args, key, preset[key])
+    check_sizes(args)
+    plain = vars(make_parser().parse_args([]))
+    check_method(args, plain)
     if args.out is None:
-        changed += [k for k, v in vars(args).items() if k not in preset and v != getattr(plain, k) and k not in FREE]
-        extra = [f"{k}{'_'.join(map(str, v)) if isinstance(v, list) else v}" for k in sorted(set(changed))
-                 if k not in ("dataset", "ir", "base", "cm", "seed") for v in [getattr(args, k)]]
-        dataset = Path(args.data_dir).resolve().name if args.dataset == "folder" else args.dataset
-        words = [dataset, f"ir{args.ir:g}", args.base] + ["cm"] * args.cm + [f"seed{args.seed}"] + extra
-        args.out = "out/" + "-".join(words).replace("/", "_")
+        args.out = "out/" + run_name(args, {**plain, **preset})
     return args
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+def check_sizes(args):
+    """Raise UserError where the batch or the network cannot be cut as the flags say."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if args.batch_size % (world * args.accumulate):
+        parts = []
+        if world > 1:
+            parts.append(f"{world} processes")
+        if args.accumulate > 1:
+            parts.append(f"--accumulate {args.accumulate}")
+        raise UserError(f"--batch-size {args.batch_size}: not divisible by {' x '.join(parts)}; it "
+                        "counts the images of all of them")
+    if args.ch % 2:
+        raise UserError(f"--ch {args.ch}: must be even; take a multiple of 32")
+    highest = len(args.ch_mult) - 1
+    for level in args.attn:
+        if level > highest:
+            raise UserError(f"--attn {level}: --ch-mult has levels 0 to {highest} only")
+
+
+def check_method(args, plain):
+    """Raise UserError for flags that mean nothing together. plain: the flags' defaults.
+
+    --lora is CM's network without L_CM; --experts takes the place of CM.
+    """
+    if args.lora and not args.init_from:
+        raise UserError("--lora: name the trained network that it starts from with --init-from "
+                        "CKPT")
+    if args.lora:
+        args.cm = True
+        args.lam = 0.0
+    if args.experts:
+        args.cm = False
+    if args.cm:
+        return
+    unused = CM_ONLY if args.experts else (*CM_ONLY, "rank_ratio")
+    for key in unused:
+        if getattr(args, key) != plain[key]:
+            flag = "--" + key.replace("_", "-")
+            raise UserError(f"{flag}: means something with --cm only; leave it out, or leave out "
+                            "--no-cm")
+
+
+def run_name(args, defaults):
+    """A folder name made of the settings: data, IR, base, cm, seed, and what is not a default."""
+    dataset = args.dataset
+    if dataset == "folder":
+        dataset = Path(args.data_dir).resolve().name
+    words = [dataset, f"ir{args.ir:g}", args.base]
+    if args.cm:
+        words.append("cm")
+    words.append(f"seed{args.seed}")
+    named = {"dataset", "ir", "base", "cm", "seed"} | RESUMABLE
+    for key, value in sorted(vars(args).items()):
+        if key not in named and value != defaults[key]:
+            shown = "_".join(map(str, value)) if isinstance(value, list) else value
+            words.append(f"{key}{shown}")
+    return "-".join(words).replace("/", "_")
+
+
+# --------------------------------------------------------------------------------------------------
 # What is logged
 
-class Window:
-    """Means of what is logged between two log lines. Sums stay on the device: no step waits for it."""
+class Meter:
+    """Means of what is logged between two log lines. Sums stay on the device: no step waits."""
 
     def __init__(self, counts, class_names, device):
-        self.groups = splits(counts) or {name: [c] for c, name in enumerate(class_names)}
+        self.groups = class_groups(counts) or {name: [c] for c, name in enumerate(class_names)}
         self.group_of = torch.zeros(len(counts), dtype=torch.int64, device=device)
         for g, classes in enumerate(self.groups.values()):
             self.group_of[classes] = g
         self.reset()
 
     def reset(self):
-        """Start a new window."""
-        self.steps, self.sums = 0, {}
-        self.D = torch.zeros(2, len(self.groups), device=self.group_of.device)      # sums of D, numbers of images
+        """Start anew, after a log line."""
+        self.steps = 0
+        self.sums = {}
+        # Per group: the sum of D, and the number of images
+        self.D = torch.zeros(2, len(self.groups), device=self.group_of.device)
 
     @torch.no_grad()
     def add(self, scalars, share=1.0):
-        """Add {name: 0-d tensor} of one part of a step, which is this share of it on this rank."""
+        """Add {name: 0-d tensor} of a part of a step, which is this share of it on this rank."""
         for name, value in scalars.items():
             self.sums[name] = self.sums.get(name, 0) + share * value
 
@@ -178,14 +276,18 @@ class Window:
         self.D.index_add_(1, self.group_of[y], torch.stack([D, torch.ones_like(D)]))
 
     def means(self, rt):
-        """{name: mean over the window and all ranks}, D as "D_<split>"; a split without images is left out."""
-        flat = torch.cat([torch.stack([*self.sums.values()]) / self.steps / rt.world, self.D.flatten()])
+        """{name: mean over steps and ranks}, D as "D_<group>" where a group had images."""
+        sums = torch.stack([*self.sums.values()]) / self.steps / rt.world
+        flat = torch.cat([sums, self.D.flatten()])
         if rt.world > 1:
             torch.distributed.all_reduce(flat)
-        flat, G = flat.tolist(), len(self.groups)
+        flat = flat.tolist()
         means = dict(zip(self.sums, flat))
-        sums, numbers = flat[-2 * G:-G], flat[-G:]
-        return {**means, **{f"D_{name}": s / n for name, s, n in zip(self.groups, sums, numbers) if n}}
+        G = len(self.groups)
+        for name, total, images in zip(self.groups, flat[-2 * G:-G], flat[-G:]):
+            if images:
+                means[f"D_{name}"] = total / images
+        return means
 
     def state(self):
         """What a checkpoint keeps, so that a resumed run logs the same numbers."""
@@ -193,38 +295,50 @@ class Window:
 
     def restore(self, state):
         """Take over what `state` returned."""
-        self.steps, self.D = state["steps"], state["D"].to(self.D.device)
+        self.steps = state["steps"]
+        self.D = state["D"].to(self.D.device)
         self.sums = {name: value.to(self.D.device) for name, value in state["sums"].items()}
 
 
 def check(means, step, args):
-    """Raise UserError where a logged mean is not finite or has run away: before a checkpoint is overwritten."""
+    """Raise UserError where a logged mean is not finite or too large, before anything is saved."""
     limits = {"base": MAX_BASE, **{k: MAX_D for k in means if k.startswith("D_")}}
     for name, value in means.items():
-        if not abs(value) <= limits.get(name, float("inf")):        # also true of NaN
-            fix = "bound the divergence with --div-bound 0.01" if args.cm and not args.div_bound else "lower --lr"
-            kept = ("; the last good checkpoint is kept in " + args.out) if (Path(args.out) / "ckpt.pt").exists() else ""
-            raise UserError(f"stopped at step {step}: {name} is {value:.4g}, the run has diverged; {fix}{kept}")
+        if abs(value) <= limits.get(name, float("inf")):        # false for NaN
+            continue
+        unbounded = args.cm and not args.div_bound
+        fix = "bound the divergence with --div-bound 0.01" if unbounded else "lower --lr"
+        kept = ""
+        if (Path(args.out) / "ckpt.pt").exists():
+            kept = f"; the last good checkpoint is kept in {args.out}"
+        raise UserError(f"stopped at step {step}: {name} is {value:.4g}, the run has diverged; "
+                        f"{fix}{kept}")
 
 
 def format_line(step, args, means, lr, speed, seconds_left):
     """One aligned log line."""
-    D = "/".join(f"{v:.1e}" for k, v in means.items() if k.startswith("D_")) if args.cm and args.lam else ""
-    shown = {k: v for k, v in means.items() if not k.startswith("D_") and k != "grad_norm"}
-    return (f"step {step:>{len(str(args.steps))}}/{args.steps}  " + "".join(f"{k} {v:<8.4f} " for k, v in shown.items())
-            + (f"D {D}  " if D else "") + f"|g| {means['grad_norm']:<7.3f} lr {lr:.1e}  {speed:>6.0f} img/s  "
-            f"ETA {timedelta(seconds=round(seconds_left))}")
+    width = len(str(args.steps))
+    words = [f"step {step:>{width}}/{args.steps}  "]
+    words += [f"{k} {v:<8.4f} " for k, v in means.items()
+              if not k.startswith("D_") and k != "grad_norm"]
+    D = [f"{v:.1e}" for k, v in means.items() if k.startswith("D_")]
+    if D and args.cm and args.lam:
+        words.append(f"D {'/'.join(D)}  ")
+    words.append(f"|g| {means['grad_norm']:<7.3f} lr {lr:.1e}  {speed:>6.0f} img/s  "
+                 f"ETA {timedelta(seconds=round(seconds_left))}")
+    return "".join(words)
 
 
 class Log:
-    """log.jsonl and TensorBoard; on resume, what was logged after the checkpoint's step is dropped."""
+    """log.jsonl and TensorBoard; on resuming, what was logged after the checkpoint is dropped."""
 
     def __init__(self, out, step):
         self.path = Path(out) / "log.jsonl"
         with runtime.writing(self.path):
             if self.path.exists():
-                kept = [line for line in self.path.read_text(errors="replace").splitlines(True) if self.is_whole(line, step)]
-                runtime.write_atomic(self.path, lambda p: p.write_text("".join(kept)))
+                lines = self.path.read_text(errors="replace").splitlines(True)
+                kept = [line for line in lines if self.is_whole(line, step)]
+                runtime.write_text(self.path, "".join(kept))
             self.board = SummaryWriter(out, purge_step=step + 1)
 
     @staticmethod
@@ -236,7 +350,7 @@ class Log:
             return False
 
     def write(self, step, record):
-        """Append one record and mirror its numbers to TensorBoard."""
+        """Append one record to both."""
         with runtime.writing(self.path):
             with open(self.path, "a") as f:
                 f.write(json.dumps({"step": step, **record}) + "\n")
@@ -244,9 +358,49 @@ class Log:
                 self.board.add_scalar(name, value, step)
             self.board.flush()
 
+    def picture(self, picture, step):
+        """Show a PIL image in TensorBoard."""
+        pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
+        pixels = pixels.view(picture.height, picture.width, 3)
+        self.board.add_image("samples", pixels, step, dataformats="HWC")
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Parts of the loop
+
+# --------------------------------------------------------------------------------------------------
+# The loop
+
+@dataclass
+class Training:
+    """A run in progress: what its loop changes, and what its checkpoints keep.
+
+    params, ema: the trained parameters and their averages, {name: tensor}. record: what a
+    checkpoint holds besides, the same at every step. weights(): the tensors of the network, as the
+    script that trains it stores them.
+    """
+    args: object
+    rt: runtime.Runtime
+    params: dict
+    optimizer: torch.optim.Optimizer
+    meter: Meter
+    record: dict
+    weights: callable
+    step: int = 0
+    ema: dict = field(default_factory=dict)
+
+    def start(self, old):
+        """Go on from a checkpoint, or from the initial weights where `old` is None."""
+        for name, p in self.params.items():
+            source = old["ema"][name].to(self.rt.device) if old else p.detach()
+            self.ema[name] = source.clone(memory_format=torch.preserve_format)
+        if old:
+            self.step = old["step"]
+            self.optimizer.load_state_dict(old["optimizer"])
+            self.meter.restore(old["window"])
+
+    def state(self):
+        """What ckpt.pt keeps, plain types and tensors."""
+        return {**self.record, "step": self.step, **self.weights(),
+                "optimizer": self.optimizer.state_dict(), "window": self.meter.state()}
+
 
 def learning_rate(step, args):
     """Linear warm-up from lr / warmup at step 0, then constant."""
@@ -254,199 +408,294 @@ def learning_rate(step, args):
 
 
 def update(params, ema, optimizer, step, args):
-    """Everything after backward at step `step`: clip, Adam, the averaged weights; returns the gradient norm, 0-d."""
+    """All that follows backward at step `step`: clip, Adam, averaged weights.
+
+    params, ema: lists of tensors. Returns the gradient norm before clipping, 0-d.
+    """
     norm = clip_grad_norm_(params, args.grad_clip)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, args)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    get_ema_multi_avg_fn(min(args.ema, (1 + step) / (10 + step)))(ema, params, None)
+    decay = min(args.ema, (1 + step) / (10 + step))
+    get_ema_multi_avg_fn(decay)(ema, params, None)
     return norm
 
 
-def loop(args, rt, step, module, batch, params, ema, optimizer, window, log, state, after=lambda step: None):
-    """Train from `step` to args.steps, and leave the process with 128 + the signal if one came.
+def train_step(training, module, batch):
+    """One step: forward and backward in args.accumulate passes, then the update.
 
-    batch(step, k) gives pass k's Batch of a step, module the loss, and state(step) what ckpt.pt keeps. On rank 0 `log` is
-    written, and after(step) called after every step.
+    module: the Objective, perhaps compiled and distributed. batch(step, k): pass k's Batch.
     """
-    stop, signal, warned, clock, clock_step, path = runtime.StopSignal(), 0, False, time.time(), step, Path(args.out) / "ckpt.pt"
-    while step < args.steps and not signal:
-        for k in range(args.accumulate):
-            b = batch(step, k)
-            with module.no_sync() if rt.world > 1 and k < args.accumulate - 1 else nullcontext():
-                with rt.autocast():
-                    total, terms, D = module(b)
-                (total / args.accumulate).backward()
-            window.add(terms, 1 / args.accumulate)
-            window.add_D(D, b.y)
-        window.add({"grad_norm": update(params, ema, optimizer, step, args)})
-        window.steps += 1
-        step += 1
+    args, rt, meter = training.args, training.rt, training.meter
+    for k in range(args.accumulate):
+        b = batch(training.step, k)
+        last = k == args.accumulate - 1
+        with module.no_sync() if rt.world > 1 and not last else nullcontext():
+            with rt.autocast():
+                total, terms, D = module(b)
+            (total / args.accumulate).backward()
+        meter.add(terms, 1 / args.accumulate)
+        meter.add_D(D, b.y)
+    params, ema = list(training.params.values()), list(training.ema.values())
+    norm = update(params, ema, training.optimizer, training.step, args)
+    meter.add({"grad_norm": norm})
+    meter.steps += 1
+    training.step += 1
 
+
+def loop(training, module, batch, log, after_step=None):
+    """Train to args.steps, logging and saving; where a signal comes, save and leave the process.
+
+    module, batch: see train_step. log: a Log, on rank 0, else None. after_step(): called on rank 0
+    after every step. Leaves with exit code 128 + the signal.
+    """
+    args, rt = training.args, training.rt
+    path = Path(args.out) / "ckpt.pt"
+    stop = runtime.StopSignal()
+    reporter = Reporter(training, log)
+    signal = 0
+    while training.step < args.steps and not signal:
+        train_step(training, module, batch)
+        step = training.step
         signal = rt.maximum(stop.number)
-        logs, saves = step % args.log_every == 0 or step == args.steps, step % args.save_every == 0 or step == args.steps
-        if logs or saves or signal:
-            means = window.means(rt)
+        logs = step % args.log_every == 0 or step == args.steps
+        saves = step % args.save_every == 0 or step == args.steps or signal
+        if logs or saves:
+            means = training.meter.means(rt)
             check(means, step, args)
         if logs:
-            if not warned and (warned := any(v > 1 for k, v in means.items() if k.startswith("D_"))):
-                rt.print("warning: the two predictions differ by more than the noise itself (D > 1): the divergence runs away")
-            now = time.time()
-            speed = (step - clock_step) * args.batch_size / max(now - clock, 1e-9)
-            lr = learning_rate(step - 1, args)
-            rt.print(format_line(step, args, means, lr, speed, (args.steps - step) * args.batch_size / speed))
-            if rt.rank == 0:
-                log.write(step, {**means, "lr": lr, "images_per_s": round(speed, 1)})
-            window.reset()
-            clock, clock_step = time.time(), step
-        if rt.rank == 0:
-            if saves or signal:
-                runtime.save(path, state(step))
-            after(step)
-    if rt.rank == 0:
+            reporter.report(means)
+        if rt.rank == 0 and saves:
+            runtime.save(path, training.state())
+        if rt.rank == 0 and after_step:
+            after_step()
+    if log:
         log.board.close()
     if signal:
-        rt.print(f"stopped by signal {signal} at step {step}; saved {path}; the same command goes on from there")
+        rt.print(f"stopped by signal {signal} at step {training.step}; saved {path}; the same "
+                 "command goes on from there")
         sys.exit(128 + signal)
     rt.print(f"finished: {path}")
 
 
+class Reporter:
+    """Writes log lines, with the speed since the last one, and a warning where D runs away."""
+
+    def __init__(self, training, log):
+        self.training = training
+        self.log = log
+        self.warned = False
+        self.start_clock()
+
+    def start_clock(self):
+        """The speed counts from here."""
+        self.clock = time.time()
+        self.clock_step = self.training.step
+
+    def report(self, means):
+        """One line on the terminal, in log.jsonl and in TensorBoard; the meter starts anew."""
+        args, rt, step = self.training.args, self.training.rt, self.training.step
+        runs_away = any(v > 1 for k, v in means.items() if k.startswith("D_"))
+        if runs_away and not self.warned:
+            rt.print("warning: the two predictions differ by more than the noise itself (D > 1): "
+                     "the divergence runs away")
+            self.warned = True
+        seconds = max(time.time() - self.clock, 1e-9)
+        speed = (step - self.clock_step) * args.batch_size / seconds
+        seconds_left = (args.steps - step) * args.batch_size / speed
+        lr = learning_rate(step - 1, args)
+        rt.print(format_line(step, args, means, lr, speed, seconds_left))
+        if self.log:
+            self.log.write(step, {**means, "lr": lr, "images_per_s": round(speed, 1)})
+        self.training.meter.reset()
+        self.start_clock()
+
+
+def start_log(training):
+    """Write config.json and open the log, on rank 0; None elsewhere."""
+    if training.rt.rank > 0:
+        return None
+    out = Path(training.args.out)
+    config = {**training.record, "torch": torch.__version__}
+    runtime.write_json(out / "config.json", config)
+    return Log(out, training.step)
+
+
+# --------------------------------------------------------------------------------------------------
+# Set-up
+
+def resume(args):
+    """(the run's checkpoint or None, the Runtime); its settings must be this command's."""
+    old, rt = runtime.resume(args, DEFAULTS)
+    if args.base == "consistency" and args.ct_double is None:
+        args.ct_double = old["config"]["ct_double"] if old else max(1, args.steps // 4)
+    rt.agree(old["step"] if old else 0, args.out)
+    if old:
+        plain = vars(make_parser().parse_args([]))
+        defaults = {**plain, **PRESETS["paper"], **PRESETS.get(args.dataset, {})}
+        runtime.refuse_changes(old["config"], config_of(args), args.out, defaults, RESUMABLE)
+    return old, rt
+
+
+def config_of(args):
+    """The settings that a checkpoint keeps."""
+    return {k: v for k, v in vars(args).items() if k not in ("device", "out")}
+
+
+def network_settings(args, images):
+    """The UNetConfig of these flags for these images, as a dict. Raises UserError."""
+    resolution = images.images.shape[1]
+    halvings = len(args.ch_mult) - 1
+    if resolution % 2 ** halvings:
+        raise UserError(f"--ch-mult: {halvings + 1} levels halve the image {halvings} times, and "
+                        f"{resolution} pixels cannot be; take fewer levels or another --resolution")
+    return {"channels": images.images.shape[3], "num_classes": len(images.class_names),
+            "ch": args.ch, "ch_mult": args.ch_mult, "attn": args.attn,
+            "num_res_blocks": args.num_res_blocks, "dropout": args.dropout,
+            "augment_dim": augment.DIM if args.ada else 0}
+
+
+def make_network(args, network, low_rank, kind, old):
+    """The network to train: initial weights, or those of --init-from or of the checkpoint `old`.
+
+    low_rank: add_low_rank's arguments, a dict. kind: that of a checkpoint of this run.
+    """
+    torch.manual_seed(runtime.seed_of(args.seed, "init"))
+    try:
+        net = UNet(UNetConfig(**network))
+    except ValueError as e:
+        raise UserError(f"--ch {args.ch} with --ch-mult {args.ch_mult}: {e}; take a multiple of "
+                        "32") from e
+    if args.init_from and not old:
+        start_from(net, args.init_from, kind)
+    add_low_rank(net, **low_rank)
+    if args.lora:
+        freeze_all_but_low_rank(net)
+    if old:
+        net.load_state_dict(old["model"])
+    return net
+
+
 def start_from(net, path, kind):
-    """Copy the merged EMA weights of a checkpoint of this kind into a plain UNet. Raises UserError where they do not fit."""
+    """Copy the merged EMA weights of a checkpoint of this kind into a plain UNet.
+
+    Raises UserError where they do not fit.
+    """
     source = load_network(runtime.load(path, [kind], "--init-from"))
     try:
         net.load_state_dict(source.state_dict())
     except RuntimeError as e:
-        raise UserError(f"--init-from {path}: its network is another one ({str(e).splitlines()[-1].strip()}); repeat its --ch, "
-                        f"--ch-mult, --attn, --num-res-blocks and data set")
+        why = str(e).splitlines()[-1].strip()
+        raise UserError(f"--init-from {path}: its network is another one ({why}); repeat its --ch, "
+                        "--ch-mult, --attn, --num-res-blocks and data set") from e
 
 
-def save_grid(state, step, args, rt, board):
-    """Draw EMA samples of up to ten classes on fixed noise, as grid-STEP.png and in TensorBoard."""
+def save_grid(state, args, rt, log):
+    """Generate EMA samples of up to ten classes on fixed noise: grid-STEP.png, and TensorBoard."""
     net = load_network(state, device=rt.device)
-    names, C = state["data"]["class_names"], len(state["data"]["class_names"])
-    classes = sorted({round(i * (C - 1) / 9) for i in range(10)})
-    labels = [c for _ in range(10) for c in classes]
-    shape = (state["network"]["channels"],) + (state["data"]["resolution"],) * 2
-    alone = runtime.Runtime(rt.device, rt.dtype)        # rank 0 draws all of it
-    settings = {**DEFAULTS[state["kind"]], "steps": STEPS[DEFAULTS[state["kind"]]["sampler"]], "seed": args.seed}
-    images = generate(net, labels, range(len(labels)), shape, alone, len(labels), title=None, **settings)
+    names = state["data"]["class_names"]
+    classes = ten_classes(len(names))
+    labels = classes * 10
+    defaults = DEFAULTS[state["kind"]]
+    settings = {**defaults, "steps": STEPS[defaults["sampler"]], "seed": args.seed}
+    alone = runtime.Runtime(rt.device, rt.dtype)        # rank 0 generates all of it
+    images = generate(net, labels, range(len(labels)), image_shape(state), alone, len(labels),
+                      title=None, **settings)
     picture = grid_image(images, labels, names, classes)
-    runtime.write_atomic(Path(args.out) / f"grid-{step:07d}.png", lambda p: picture.save(p, format="png"))
-    board.add_image("samples", torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(
-        picture.height, picture.width, 3), step, dataformats="HWC")
+    runtime.write_png(Path(args.out) / f"grid-{state['step']:07d}.png", picture)
+    log.picture(picture, state["step"])
+
+
+def make_training(args, rt, net, images, record, old):
+    """The Training of a network, at the step of the checkpoint `old` or at 0."""
+    params = {n: p for n, p in net.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.Adam(params.values(), lr=args.lr, betas=(0.9, 0.999), fused=True)
+    meter = Meter(images.counts, images.class_names, rt.device)
+
+    def weights():
+        return {"model": net.state_dict(), "ema": {**dict(net.named_parameters()), **training.ema}}
+    training = Training(args, rt, params, optimizer, meter, record, weights)
+    training.start(old)
+    return training
+
+
+def announce(training, net, compiled):
+    """Print what is about to be trained, how and where."""
+    args, rt, record = training.args, training.rt, training.record
+    names = {n: p.numel() for n, p in net.named_parameters()}
+    low_rank = sum(n for name, n in names.items() if name.rsplit(".", 1)[-1] in ("A", "B"))
+    words = [f"network: {sum(names.values()) - low_rank:,} parameters"]
+    if args.lora:
+        words.append(", frozen")
+    if low_rank:
+        what = "of experts" if args.experts else "reserved"
+        words.append(f" + {low_rank:,} {what} (A, B)")
+    words.append(f"; {rt.device}, {args.dtype}, {rt.processes()}")
+    if compiled:
+        words.append(", compiled")
+    rt.print("".join(words))
+    rt.print("config: " + " ".join(f"{k}={v}" for k, v in record["config"].items()))
+    verb = "resuming" if training.step else "starting"
+    rt.print(f"{verb} {args.out} at step {training.step} of {args.steps}")
 
 
 def main():
-    """Resume or start, build everything, announce it, and run the loop."""
+    """Resume or start; data; network; loop."""
     args = resolve(make_parser().parse_args())
-    out, path = Path(args.out), Path(args.out) / "ckpt.pt"
-
-    # Resume or start: the checkpoint's settings must be this command's
-    kind = "consistency" if args.base == "consistency" else "diffusion"
-    old = runtime.load(path, DEFAULTS, "--out") if path.exists() else None
-    rt = runtime.setup(args.device, old["config"]["dtype"] if old and args.dtype == "auto" else args.dtype)
-    args.dtype = str(rt.dtype).removeprefix("torch.")       # what auto came to: a run keeps it on any device
-    if args.base == "consistency" and args.ct_double is None:
-        args.ct_double = old["config"]["ct_double"] if old else max(1, args.steps // 4)
-    rt.agree(old["step"] if old else 0, out)
-    config = {k: v for k, v in vars(args).items() if k not in ("device", "out")}
-    command = shlex.join(["python", "train.py", *sys.argv[1:]])
-    if old:
-        defaults = {**vars(make_parser().parse_args([])), **PRESETS["paper"], **PRESETS.get(args.dataset, {})}
-        runtime.refuse_changes(old["config"], {k: v for k, v in config.items() if k not in FREE}, out, defaults)
-        if old["step"] >= args.steps:
-            return rt.print(f"{out}: finished, step {old['step']} of {args.steps}")
+    out = Path(args.out)
+    old, rt = resume(args)
+    if old and old["step"] >= args.steps:
+        return rt.print(f"{out}: finished, step {old['step']} of {args.steps}")
 
     # Data
     with rt.rank_0_first():
         images = load_long_tailed(args)
-    data_record = {"dataset": args.dataset, "class_names": images.class_names, "class_counts": images.counts.tolist(),
-                   "resolution": images.images.shape[1], "provenance": images.provenance}
-    if old and old["data"] != data_record:
-        raise UserError(f"--data-dir {args.data_dir}: not the images that the run in {out} was started with; "
-                        f"choose another folder with --out")
-    groups = splits(images.counts)
-    rt.print(images.summary() + "".join(f"; {k} {images.counts[v].sum():,}" for k, v in groups.items()))
+    if old:
+        refuse_other_data(old["data"], images.record(), args)
+    groups = class_groups(images.counts)
+    sizes = [f"; {name} {images.counts[classes].sum():,}" for name, classes in groups.items()]
+    rt.print(images.summary() + "".join(sizes))
     batches = Batches(images, args.batch_size, args.seed, rt.device, resample=args.resample)
     flip = images.flip if args.flip is None else args.flip
 
     # Network and objective
-    resolution, channels = images.images.shape[1], images.images.shape[3]
-    if resolution % 2 ** (len(args.ch_mult) - 1):
-        raise UserError(f"--ch-mult: {len(args.ch_mult)} levels halve the image {len(args.ch_mult) - 1} times, and "
-                        f"{resolution} pixels cannot be; take fewer levels or another --resolution")
-    network = {"channels": channels, "num_classes": len(images.class_names), "ch": args.ch, "ch_mult": args.ch_mult,
-               "attn": args.attn, "num_res_blocks": args.num_res_blocks, "dropout": args.dropout,
-               "augment_dim": augment.DIM if args.ada else 0}
-    rank_ratio = args.rank_ratio if args.cm or args.experts else None
-    experts = images.counts.tolist() if args.experts else None
-    if experts and not groups:
+    if args.experts and not groups:
         raise UserError("--experts group: fewer than three classes have no Many, Medium and Few")
-    torch.manual_seed(runtime.seed_of(args.seed, "init"))
-    try:
-        net = build_network(network, None)
-    except ValueError as e:
-        raise UserError(f"--ch {args.ch} with --ch-mult {args.ch_mult}: {e}; take a multiple of 32")
-    if args.init_from and not old:
-        start_from(net, args.init_from, kind)
-    add_low_rank(net, rank_ratio, experts)
-    if args.lora:
-        baselines.freeze_all_but_low_rank(net)
-    if old:
-        net.load_state_dict(old["model"])
+    kind = "consistency" if args.base == "consistency" else "diffusion"
+    network = network_settings(args, images)
+    low_rank = {"rank_ratio": args.rank_ratio if args.cm or args.experts else None,
+                "experts": images.counts.tolist() if args.experts else None}
+    net = make_network(args, network, low_rank, kind, old)
     net.to(rt.device, memory_format=torch.channels_last)
-    names, params = zip(*[(n, p) for n, p in net.named_parameters() if p.requires_grad])
-    ema = [(old["ema"][n].to(rt.device) if old else p.detach()).clone(memory_format=torch.preserve_format)
-           for n, p in zip(names, params)]
-    optimizer = torch.optim.Adam(params, lr=args.lr, betas=(0.9, 0.999), fused=True)
-    objective = Objective(net, args.base, images.counts, make_alphas_bar(), args.lam, args.w_con, args.w_div, args.div_bound,
-                          args.label_drop, args.independent_dropout, args.cbdm_tau, args.cbdm_gamma, args.cbdm_y, args.ada,
-                          args.focal_gamma, args.rop_weight, args.rop_margin, args.ct_double)
-    objective.to(rt.device)
-    step, window = 0, Window(images.counts, images.class_names, rt.device)
-    if old:
-        step = old["step"]
-        optimizer.load_state_dict(old["optimizer"])
-        window.restore(old["window"])
+    objective = Objective(
+        net=net, base=bind(args.base, vars(args)), counts=images.counts,
+        alphas_bar=make_alphas_bar(), cm=CMConfig.of(args), label_drop=args.label_drop,
+        ada=args.ada, y_prime=args.cbdm_y).to(rt.device)
 
-    def batch(s, k):
-        x_0, y = batches.at(s)
-        part, parts = rt.rank * args.accumulate + k, rt.world * args.accumulate
-        return draw(x_0, y, objective, args.seed, s, part, parts, flip, rt.dtype)
+    record = {"kind": kind, "command": runtime.command_line("train.py"), "config": config_of(args),
+              "data": images.record(), "network": network, **low_rank}
+    training = make_training(args, rt, net, images, record, old)
 
-    use_compile = rt.device.type == "cuda" if args.compile is None else args.compile
-    module = runtime.compile_or_not(objective, lambda m: m(batch(step, 0))[0], rt) if use_compile else objective
-    compiled = module is not objective
-    module = rt.parallel(module)
+    # Loop
+    def batch(step, k):
+        x_0, y = batches.at(step)
+        part = rt.rank * args.accumulate + k
+        return draw_batch(x_0, y, objective, seed=args.seed, step=step, part=part,
+                          parts=rt.world * args.accumulate, flip=flip, dtype=rt.dtype)
+    module = objective
+    if runtime.wants_compile(args, rt):
+        module = runtime.compile_or_not(objective, lambda m: m(batch(training.step, 0))[0], rt)
+    announce(training, net, compiled=module is not objective)
+    log = start_log(training)
 
-    # Announce
-    low_rank = sum(p.numel() for n, p in net.named_parameters() if n.rsplit(".", 1)[-1] in ("A", "B"))
-    plain = sum(p.numel() for p in net.parameters()) - low_rank
-    rt.print(f"network: {plain:,} parameters{', frozen' * args.lora}"
-             + (f" + {low_rank:,} {'of experts' if experts else 'reserved'} (A, B)" if low_rank else "")
-             + f"; {rt.device}, {args.dtype}, {rt.world} process{'es' * (rt.world > 1)}{', compiled' * compiled}")
-    rt.print("config: " + " ".join(f"{k}={v}" for k, v in config.items()))
-    rt.print(f"{'resuming' if old else 'starting'} {out} at step {step} of {args.steps}")
-    if rt.rank == 0:
-        runtime.write_json(out / "config.json", {"command": command, "config": config, "network": network, "rank_ratio": rank_ratio,
-                                                 "experts": experts, "data": data_record, "torch": torch.__version__})
-    log = Log(out, step) if rt.rank == 0 else None
-
-    def state(step):
-        return {"kind": kind, "step": step, "command": command, "config": config, "data": data_record, "network": network,
-                "rank_ratio": rank_ratio, "experts": experts, "model": net.state_dict(),
-                "ema": {**dict(net.named_parameters()), **dict(zip(names, ema))},
-                "optimizer": optimizer.state_dict(), "window": window.state()}
-
-    # The loop
-    def after(step):
+    def after_step():
+        step = training.step
         if args.keep_every and step % args.keep_every == 0:
-            runtime.save(out / f"ckpt-{step:07d}.pt", state(step))
+            runtime.save(out / f"ckpt-{step:07d}.pt", training.state())
         if args.sample_every and (step % args.sample_every == 0 or step == args.steps):
-            save_grid(state(step), step, args, rt, log.board)
-    loop(args, rt, step, module, batch, params, ema, optimizer, window, log, state, after)
+            save_grid(training.state(), args, rt, log)
+    loop(training, rt.parallel(module), batch, log, after_step)
 
 
 if __name__ == "__main__":
