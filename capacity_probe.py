@@ -1,253 +1,408 @@
-"""Where the capacity of a trained network goes: the theorems' quantity on real gradients, and what the reserved part does.
+"""Where the capacity of a trained network goes: dominance of its gradients, allocation of its BA.
 
-    python capacity_probe.py dominance --ckpt out/NAME/ckpt.pt      # which class the update of each matrix points to
-    python capacity_probe.py allocation --ckpt out/NAME/ckpt.pt     # size, rank and effect of BA; a CM checkpoint
+    python capacity_probe.py dominance --ckpt out/NAME/ckpt.pt      # with or without CM
+    python capacity_probe.py allocation --ckpt out/NAME/ckpt.pt     # with CM
 
-dominance takes the gradient of the training loss (L_DDPM, and L_CM where the checkpoint has it) over the long-tailed set,
-on fixed noise and timesteps, for class 1 (the largest), class K (the smallest), Many and Few, and asks of each parameter
-matrix whose mean gradient the aggregated one points to: the question of Theorem 2.1. allocation measures ||BA|| / ||W||, the
-effective rank of BA, and the distance of the two predictions inside Eq. (2) per split and timestep.
+dominance asks the question of Theorem 2.1 of real gradients: to which class's mean gradient does
+the aggregated gradient of each parameter matrix point? It takes the gradient of the training loss
+(L_DDPM, and L_CM where the checkpoint has it) over the long-tailed set, on fixed noise and
+timesteps, for class 1 (the largest), class K (the smallest), Many and Few.
+
+allocation measures the size of the reserved part, ||BA|| / ||W||, the effective rank of BA, and the
+distance of the two predictions inside Eq. (2), per group and timestep.
 """
 import math
 import time
+from argparse import Namespace
 from pathlib import Path
+from typing import NamedTuple
 
-import matplotlib
 import numpy as np
 import torch
 from scipy.stats import norm
 
 import runtime
-from cm_layers import LowRank, general_only, reserved
-from data import load, load_reference, long_tail, splits, to_classes, to_float
-from losses import Objective, draw
-from model import make_alphas_bar, q_sample
-from prune_probe import timesteps_of
+from cm_layers import general_only, is_reserved, reserved
+from data import class_groups, load_long_tailed, load_reference, to_classes, to_float
+from losses import CMConfig, Objective, bind, draw_batch
+from model import distance, make_alphas_bar, q_sample, stratified_timesteps
 from runtime import Parser, UserError, integer, run
-from sample import build_network, dtype_of
+from sample import dtype_of, load_unmerged
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt        # noqa: E402, after the backend is chosen
-
-
-def unmerged(ckpt, weights, device):
-    """The network of a checkpoint with W^g and BA apart (as it was trained), in eval mode."""
-    net = build_network(ckpt["network"], ckpt["rank_ratio"], ckpt["experts"])
-    net.load_state_dict(ckpt["ema" if weights == "ema" else "model"])
-    return net.to(device, memory_format=torch.channels_last).eval()
+KINDS = ("W", "W^g", "B", "A")      # of parameter matrices, in the order of the output
+GRID = [int(t) for t in np.linspace(0, 999, 11)]        # the timesteps of allocation
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Dominance
+# --------------------------------------------------------------------------------------------------
+# Dominance: gradients
+
+class Gradients(NamedTuple):
+    """Gradients of the training loss over n examples, for each of M parameter matrices.
+
+    An example is an image with a timestep and noise. G_b is the sum of the b gradients of a batch.
+    """
+    sums: list              # M tensors: the sum of all examples' gradients
+    n: int
+    squares: torch.Tensor   # (M,) float64: the sum over batches of ||G_b||^2 / b
+    batches: int            # their number
+
 
 def kind_of(name):
-    """"W^g", "A" and "B" for a reserved weight's parts, "W" for a plain one; None for biases, norms and embeddings."""
+    """The kind of a parameter: W^g, A and B are parts of a reserved weight, W is a plain weight."""
     if name.endswith("parametrizations.weight.original"):
         return "W^g"
     return name[-1] if name.endswith((".A", ".B")) else "W"
 
 
 def group_gradients(objective, images, rows, repeats, params, seed, batch_size):
-    """Of the images in `rows`: the sum of their gradients, a list of tensors, and what estimates their spread.
+    """The Gradients of the images in `rows`, with respect to `params`.
 
-    The spread is per matrix: the sum over batches of ||G_b||^2 / b, with G_b the sum over the b draws of a batch, from
-    which `noise_of` gets sigma^2. Each image counts `repeats` times, with other noise and timesteps each time, and the
-    draws are shuffled: a batch of one range of timesteps would have a mean of its own.
+    Each image makes `repeats` examples, with other noise and another timestep each. The examples
+    are shuffled: a batch from one range of timesteps would have a mean of its own.
     """
-    total, squares, batches = [torch.zeros_like(p) for p in params], torch.zeros(len(params), dtype=torch.float64), 0
-    times = timesteps_of(len(images.labels), repeats)
-    draws = np.random.RandomState(seed).permutation(len(rows) * repeats)
-    for first in range(0, len(draws), batch_size):
-        part, r = rows[draws[first:first + batch_size] // repeats], draws[first:first + batch_size] % repeats
-        x_0 = to_float(torch.from_numpy(images.images[part])).to(params[0].device)
-        y = torch.from_numpy(images.labels[part]).to(params[0].device)
-        b = draw(x_0, y, objective, seed, int(rows[0]) * 100_003 + first)
-        b = b._replace(t=times[part, r].to(y.device), y_in=y, masks_encode=[], masks_decode=[], masks_general=[])   # labels on, no dropout
-        loss, _, _ = objective(b)
-        gradients = torch.autograd.grad(loss * len(part), params, allow_unused=True)
+    device = params[0].device
+    sums = [torch.zeros_like(p) for p in params]
+    squares = torch.zeros(len(params), dtype=torch.float64)
+    times = stratified_timesteps(len(images.labels), repeats)
+    examples = np.random.RandomState(seed).permutation(len(rows) * repeats)
+    firsts = range(0, len(examples), batch_size)
+    for first in firsts:
+        part = examples[first:first + batch_size]
+        which = rows[part // repeats]
+        x_0 = to_float(torch.from_numpy(images.images[which])).to(device)
+        y = torch.from_numpy(images.labels[which]).to(device)
+        t = times[which, part % repeats].to(device)
+        step = int(rows[0]) * 100_003 + first           # another one for each group and batch
+        batch = draw_batch(x_0, y, objective, seed=seed, step=step)
+        # Fixed timesteps, all labels given, no dropout
+        batch = batch._replace(t=t, y_in=y, masks_encode=[], masks_decode=[], masks_general=[])
+        loss, _, _ = objective(batch)
+        gradients = torch.autograd.grad(loss * len(which), params, allow_unused=True)
         for k, g in enumerate(gradients):
             if g is not None:
-                total[k] += g
-                squares[k] += float(g.double().square().sum()) / len(part)
-        batches += 1
-    return total, squares, batches
+                sums[k] += g
+                squares[k] += float(g.double().square().sum()) / len(which)
+    return Gradients(sums, len(examples), squares, len(firsts))
 
 
-def noise_of(total, squares, batches, n):
-    """sigma^2 summed over a matrix's entries, from B batches of n images in all: (sum ||G_b||^2 / b - ||G||^2 / n) / (B - 1)."""
-    if batches < 2:
-        raise UserError("--repeats: the largest class makes one batch only, which says nothing of the spread; take more, or a smaller --batch-size")
-    whole = torch.tensor([float(g.double().square().sum()) for g in total], dtype=torch.float64) / n
-    return ((squares - whole) / (batches - 1)).clamp(min=0)
+def together(groups):
+    """The sums and the number of examples of several Gradients: (M tensors, n)."""
+    sums = [sum(parts) for parts in zip(*(g.sums for g in groups))]
+    return sums, sum(g.n for g in groups)
 
 
-def compare(one, last, aggregate, n_1, n_K, sigma2, repeats):
-    """For each matrix: whether the aggregate's angle to group 1's mean is smaller than to group K's, the cosine of the two
-    means, and Theorem 2.1's probability from the same gradients, (M,) each.
+def noise_of(gradients):
+    """sigma^2, the variance of one example's gradient, summed over each matrix's entries: (M,).
 
-    one, last: summed gradients of n_1 and n_K draws, `repeats` an image; sigma2: variance of one draw, summed over a
-    matrix. What noise adds to the squared norms, s2 / n of each mean, is taken off mu^2 (the mean of the two norms squared)
-    and off ||m_1 - m_K||^2 = 2 mu^2 (1 - cosine): in a class of a few images it is most of them.
+    It is (sum_b ||G_b||^2 / b - ||G||^2 / n) / (B - 1), from B batches of n examples in all, whose
+    sum is G. Raises UserError where there is one batch only.
     """
-    points, cosines, theory = [], [], []
-    for g_1, g_K, g, s2 in zip(one, last, aggregate, sigma2.tolist()):
-        m_1, m_K, g = g_1.flatten().double() / n_1, g_K.flatten().double() / n_K, g.flatten().double()
-        norm_1, norm_K = float(m_1.norm()), float(m_K.norm())
-        if not (norm_1 and norm_K):
-            continue
-        points.append(float(g @ m_1) / norm_1 > float(g @ m_K) / norm_K)
-        noise = s2 / n_1 + s2 / n_K
-        mu2 = max(1e-30, (norm_1 ** 2 + norm_K ** 2 - noise) / 2)
-        apart = max(0.0, float((m_1 - m_K).square().sum()) - noise)
-        cosine = max(-1.0, 1 - apart / (2 * mu2))
-        a, N, entries = n_1 / (n_1 + n_K), (n_1 + n_K) / repeats, g.numel()        # the theorem counts images
-        argument = (2 * a - 1) * math.sqrt(N * apart) / (2 * math.sqrt(s2 / entries) + 1e-30)
-        cosines.append(cosine)
-        theory.append(float(norm.cdf(argument)))
-    return np.array(points), np.array(cosines), np.array(theory)
+    if gradients.batches < 2:
+        raise UserError("--repeats: the largest class makes one batch only, which says nothing "
+                        "about the variance; use more repeats, or a smaller --batch-size")
+    norms = [float(g.double().square().sum()) for g in gradients.sums]
+    whole = torch.tensor(norms, dtype=torch.float64) / gradients.n
+    return ((gradients.squares - whole) / (gradients.batches - 1)).clamp(min=0)
+
+
+# --------------------------------------------------------------------------------------------------
+# Dominance: the question of Theorem 2.1
+
+def compare(one, last, aggregate, n_1, n_K, s2, repeats):
+    """Whether the aggregated gradient of one matrix points to group 1 rather than to group K.
+
+    Returns (whether it does, the cosine of the two groups' means, Theorem 2.1's probability that it
+    does, from the same gradients); None where a mean is zero.
+
+    one, last:  the groups' summed gradients, of n_1 and n_K examples, `repeats` of them per image
+    aggregate:  the summed gradient of all groups; it points to the mean with the smaller angle
+    s2:         the variance of one example, summed over the matrix
+    In a class of a few images, noise is most of the squared norm of its mean. So what noise adds,
+    s2 / n of each mean, is subtracted from mu^2 (the mean of the two squared norms) and from
+    ||m_1 - m_K||^2 = 2 mu^2 (1 - cosine).
+    """
+    m_1 = one.flatten().double() / n_1
+    m_K = last.flatten().double() / n_K
+    g = aggregate.flatten().double()
+    norm_1 = float(m_1.norm())
+    norm_K = float(m_K.norm())
+    if norm_1 == 0 or norm_K == 0:
+        return None
+    points = float(g @ m_1) / norm_1 > float(g @ m_K) / norm_K
+    noise = s2 / n_1 + s2 / n_K
+    mu2 = max(1e-30, (norm_1 ** 2 + norm_K ** 2 - noise) / 2)
+    apart = max(0.0, float((m_1 - m_K).square().sum()) - noise)
+    cosine = max(-1.0, 1 - apart / (2 * mu2))
+    a = n_1 / (n_1 + n_K)
+    N = (n_1 + n_K) / repeats                           # the theorem counts images
+    sigma = math.sqrt(s2 / g.numel())                   # of one entry
+    theory = norm.cdf((2 * a - 1) * math.sqrt(N * apart) / (2 * sigma + 1e-30))
+    return points, cosine, float(theory)
+
+
+def compare_kinds(names, one, last, aggregate, sigma2, repeats):
+    """{kind of matrix: the means of what `compare` gives over all matrices of this kind}.
+
+    names: of the M matrices. one, last: (M tensors, n), as `together` returns them. sigma2 (M,).
+    """
+    found = {kind: [] for kind in KINDS}
+    sums_1, n_1 = one
+    sums_K, n_K = last
+    for k, name in enumerate(names):
+        compared = compare(sums_1[k], sums_K[k], aggregate[k], n_1, n_K, float(sigma2[k]), repeats)
+        if compared is not None:
+            found[kind_of(name)].append(compared)
+    result = {}
+    for kind, rows in found.items():
+        if rows:
+            points, cosines, theory = (np.array(column) for column in zip(*rows))
+            result[kind] = {"matrices": len(rows), "share": float(points.mean()),
+                            "cosine": float(cosines.mean()), "theorem_2_1": float(theory.mean())}
+    return result
+
+
+def members_of(counts):
+    """{name: classes} of the disjoint groups whose gradients are taken.
+
+    Class 1 and class K, and where there are Many, Medium and Few, what remains of them.
+    """
+    order = np.argsort(-counts, kind="stable")
+    first = order[0]
+    last = order[-1]
+    members = {"class 1": [first], "class K": [last]}
+    if groups := class_groups(counts):
+        members["rest of Many"] = [c for c in groups["Many"] if c != first]
+        members["Medium"] = groups["Medium"]
+        members["rest of Few"] = [c for c in groups["Few"] if c != last]
+    return members
+
+
+def training_images(args, ckpt):
+    """The long-tailed set that a checkpoint was trained on. Raises UserError for another one."""
+    config = ckpt["config"]
+    data_dir = args.data_dir or config["data_dir"]
+    images = load_long_tailed(Namespace(**{**config, "data_dir": data_dir}))
+    if images.counts.tolist() != ckpt["data"]["class_counts"]:
+        raise UserError(f"--data-dir {data_dir}: not the images that {args.ckpt} was trained on")
+    return images
 
 
 def dominance(args, rt, ckpt, net):
-    """Print and return, for each kind of matrix, the shares that point to class 1 and to Many, beside Theorem 2.1's."""
-    config, data = ckpt["config"], ckpt["data"]
-    images = load(data["dataset"], args.data_dir or config["data_dir"], "train", config["resolution"], config["class_order"], config["pack_dir"])
-    if config["ir"] != 1:
-        images = images.take(long_tail(images.labels, config["ir"], config["split_seed"]))
-    if images.counts.tolist() != data["class_counts"]:
-        raise UserError(f"--data-dir {args.data_dir or config['data_dir']}: not the images that {args.ckpt} was trained on")
-    groups, order = splits(images.counts), np.argsort(-images.counts, kind="stable")
-    objective = Objective(net, "ddpm", images.counts, make_alphas_bar(), config["lam"], config["w_con"], config["w_div"], config["div_bound"],
-                          label_drop=0.0).to(rt.device)
-    named = [(n, p) for n, p in net.named_parameters() if p.dim() > 1 and "embedding.label" not in n]
-    names, params = zip(*named)
-    members = {"class 1": [order[0]], "class K": [order[-1]]}
-    if groups:
-        members.update({"rest of Many": [c for c in groups["Many"] if c != order[0]], "Medium": groups["Medium"],
-                        "rest of Few": [c for c in groups["Few"] if c != order[-1]]})
-    sums, squares, batches, sizes = {}, {}, {}, {}
+    """Per pair of groups and kind of matrix: the share that points to the larger group.
+
+    Returns the content of dominance.json. Each share comes with Theorem 2.1's probability.
+    """
+    images = training_images(args, ckpt)
+    objective = Objective(net=net, base=bind("ddpm"), counts=images.counts,
+                          alphas_bar=make_alphas_bar(), label_drop=0.0,
+                          cm=CMConfig.of(Namespace(**ckpt["config"]))).to(rt.device)
+    matrices = {name: p for name, p in net.named_parameters()
+                if p.dim() > 1 and "embedding.label" not in name}
+    found = {}
+    members = members_of(images.counts)
     for name, classes in runtime.progress(members.items(), desc="gradients", unit="group"):
         rows = np.flatnonzero(np.isin(images.labels, classes))
-        sums[name], squares[name], batches[name] = group_gradients(objective, images, rows, args.repeats, params, args.seed, args.batch_size)
-        sizes[name] = len(rows) * args.repeats
+        found[name] = group_gradients(objective, images, rows, args.repeats,
+                                      list(matrices.values()), args.seed, args.batch_size)
 
-    def together(*parts):
-        return [sum(gs) for gs in zip(*(sums[p] for p in parts))], sum(sizes[p] for p in parts)
-    sigma2 = noise_of(sums["class 1"], squares["class 1"], batches["class 1"], sizes["class 1"])
-    aggregate, _ = together(*members)
-    pairs = {"class 1 against class K": (together("class 1"), together("class K"))}
-    if groups:
-        pairs["Many against Few"] = (together("class 1", "rest of Many"), together("class K", "rest of Few"))
-    result = {}
-    for words, ((one, n_1), (last, n_K)) in pairs.items():
-        for kind in sorted({kind_of(name) for name in names}, key="W W^g B A".split().index):
-            mine = [k for k, name in enumerate(names) if kind_of(name) == kind]
-            part = [[gs[k] for k in mine] for gs in (one, last, aggregate)]
-            points, cosines, theory = compare(*part, n_1, n_K, sigma2[mine], args.repeats)
-            if len(points):
-                result.setdefault(words, {})[kind] = {"matrices": len(points), "share": float(points.mean()), "cosine": float(cosines.mean()),
-                                                      "theorem_2_1": float(theory.mean())}
-    for words, kinds in result.items():
+    sigma2 = noise_of(found["class 1"])
+    aggregate, _ = together(found.values())
+    sides = {"class 1 against class K": (["class 1"], ["class K"])}
+    if "Medium" in members:
+        sides["Many against Few"] = (["class 1", "rest of Many"], ["class K", "rest of Few"])
+    pairs = {}
+    for words, (larger, smaller) in sides.items():
+        one = together([found[name] for name in larger])
+        last = together([found[name] for name in smaller])
+        pairs[words] = compare_kinds(list(matrices), one, last, aggregate, sigma2, args.repeats)
+    return {"pairs": pairs, "images": len(images.labels), "repeats": args.repeats}
+
+
+def print_dominance(result):
+    """One line per pair of groups and kind of matrix."""
+    for words, kinds in result["pairs"].items():
         for kind, r in kinds.items():
-            print(f"{words}: {kind:<3} the aggregated gradient points to the larger in {r['share']:.1%} of {r['matrices']} matrices; "
-                  f"Theorem 2.1 gives {r['theorem_2_1']:.1%}; mean cosine of the two means {r['cosine']:+.2f}")
-    return {"pairs": result, "images": len(images.labels), "repeats": args.repeats}
+            print(f"{words}: {kind:<3} the aggregated gradient points to the larger in "
+                  f"{r['share']:.1%} of {r['matrices']} matrices; Theorem 2.1 gives "
+                  f"{r['theorem_2_1']:.1%}; mean cosine of the two means {r['cosine']:+.2f}")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Allocation
 
 @torch.no_grad()
 def layers_of(net):
-    """Per reserved weight: its name, ||BA|| / ||W||, the rank reserved and the effective rank of BA (exp of its entropy)."""
+    """Per reserved weight: its layer, ||BA|| / ||W||, the rank r, and the effective rank of BA.
+
+    The effective rank is exp of the entropy of BA's singular values, divided by their sum.
+    """
     result = []
-    names = {id(m): n for n, m in net.named_modules()}
+    names = {id(module): name for name, module in net.named_modules()}
     for owner, _, part in reserved(net.decoder):
-        low, whole = part.B @ part.A, owner.weight
+        low = part.B @ part.A
         s = torch.linalg.svdvals(low.double())
         p = (s / s.sum().clamp(min=1e-30)).clamp(min=1e-30)
-        result.append({"layer": names[id(owner)], "ratio": float(low.norm() / whole.norm()), "rank": part.rank,
-                       "effective_rank": float((-(p * p.log()).sum()).exp())})
+        entropy = -(p * p.log()).sum()
+        result.append({"layer": names[id(owner)], "ratio": float(low.norm() / owner.weight.norm()),
+                       "rank": part.rank, "effective_rank": float(entropy.exp())})
     return result
 
 
 @torch.no_grad()
 def distances(net, images, labels, grid, rt, seed, batch_size):
-    """D of Eq. (2), ||eps_theta - eps_theta_g||^2 / (C H W), for each image at each timestep of `grid`: (N, len(grid))."""
-    alphas_bar, result = make_alphas_bar().to(rt.device), np.zeros((len(labels), len(grid)))
-    for first in runtime.progress(range(0, len(labels), batch_size), desc="distances", unit="batch"):
-        x_0 = to_float(torch.from_numpy(np.array(images[first:first + batch_size])).to(rt.device))
-        y = torch.from_numpy(labels[first:first + batch_size]).to(rt.device)
+    """D of Eq. (2) per image at each timestep of `grid`: (N, len(grid)) float64.
+
+    D = ||eps_theta - eps_theta_g||^2 / (C H W). images (N, H, W, C) uint8, labels (N,).
+    """
+    alphas_bar = make_alphas_bar().to(rt.device)
+    result = np.zeros((len(labels), len(grid)))
+    firsts = range(0, len(labels), batch_size)
+    for first in runtime.progress(firsts, desc="distances", unit="batch"):
+        rows = slice(first, first + batch_size)
+        x_0 = to_float(torch.from_numpy(np.array(images[rows])).to(rt.device))
+        y = torch.from_numpy(labels[rows]).to(rt.device)
         for k, step in enumerate(grid):
-            eps = torch.randn(x_0.shape, generator=runtime.generator("cpu", seed, "allocation", first, k)).to(rt.device)
+            g = runtime.generator("cpu", seed, "allocation", first, k)
+            eps = torch.randn(x_0.shape, generator=g).to(rt.device)
             t = torch.full_like(y, step)
             with rt.autocast():
                 encoded = net.encode(q_sample(x_0, t, eps, alphas_bar), t, y)
                 full = net.decode(*encoded).float()
                 with general_only(net.decoder):
                     general = net.decode(*encoded).float()
-            result[first:first + len(y), k] = (full - general).square().flatten(1).mean(1).cpu().numpy()
+            result[rows, k] = distance(full, general).cpu().numpy()
     return result
 
 
 def allocation(args, rt, ckpt, net):
-    """Print, draw and return what the reserved part is and does; args.quality: evaluate.py's JSON of theta and of theta^g."""
-    if not any(isinstance(m, LowRank) for m in net.modules()):
-        raise UserError(f"--ckpt {args.ckpt}: it has no reserved capacity; take one that was trained with --cm")
-    config, data, out = ckpt["config"], ckpt["data"], Path(args.out)
-    images, words = load_reference(data["dataset"], args.data_dir or config["data_dir"], None, data["resolution"], config["pack_dir"])
+    """What the reserved part is (per layer) and does (D per group and timestep).
+
+    Returns the content of allocation.json; a checkpoint without groups gets D per class. Raises
+    UserError where nothing is reserved.
+    """
+    if not is_reserved(net):
+        raise UserError(f"--ckpt {args.ckpt}: it has no reserved capacity; use one that was "
+                        "trained with --cm")
+    config = ckpt["config"]
+    data = ckpt["data"]
+    images, words = load_reference(data["dataset"], args.data_dir or config["data_dir"], None,
+                                   data["resolution"], config["pack_dir"])
     labels = to_classes(images.labels, images.class_names, data["class_names"], "--data-dir")
-    layers, grid = layers_of(net), [int(t) for t in np.linspace(0, 999, 11)]
-    D = distances(net, images.images, labels, grid, rt, args.seed, args.batch_size)
-    groups = splits(data["class_counts"]) or {n: [c] for c, n in enumerate(data["class_names"])}
-    per_split = {name: D[np.isin(labels, classes)].mean(0).tolist() for name, classes in groups.items()}
-    result = {"layers": layers, "timesteps": grid, "distance": per_split, "images": f"{data['dataset']}, {words}", "num": len(labels)}
-    ratios, ranks = np.array([r["ratio"] for r in layers]), np.array([r["effective_rank"] / max(1, r["rank"]) for r in layers])
-    print(f"{len(layers)} reserved weights: ||BA|| / ||W|| median {np.median(ratios):.3f} ({ratios.min():.3f} to {ratios.max():.3f}); "
-          f"effective rank {np.median(ranks):.0%} of the reserved one")
-    for name, values in per_split.items():
-        print(f"{name:<7} D over {len(grid)} timesteps: mean {np.mean(values):.2e}; by timestep " + " ".join(f"{v:.1e}" for v in values))
-    if args.quality:
-        full, general = (runtime.read_json(p) for p in args.quality)
-        if not (full and general and "splits" in full and "splits" in general):
-            raise UserError("--quality: give evaluate.py's JSON of --branch full and of --branch general")
-        key = "fid" if "fid" in full else "fd"
-        result["quality"] = {s: {"theta": full["splits"][s][key], "theta_g": general["splits"][s][key]} for s in full["splits"]}
-        print(f"{key.upper()} of theta_g / of theta: " + "  ".join(f"{s} {v['theta_g']:.2f} / {v['theta']:.2f} = {v['theta_g'] / v['theta']:.2f}"
-                                                              for s, v in result["quality"].items()))
+    layers = layers_of(net)
+    D = distances(net, images.images, labels, GRID, rt, args.seed, args.batch_size)
+    groups = class_groups(data["class_counts"])
+    if not groups:
+        groups = {name: [c] for c, name in enumerate(data["class_names"])}
+    per_group = {name: D[np.isin(labels, classes)].mean(0).tolist()
+                 for name, classes in groups.items()}
+    return {"layers": layers, "timesteps": GRID, "distance": per_group,
+            "images": f"{data['dataset']}, {words}", "num": len(labels)}
+
+
+def read_quality(paths):
+    """(metric, {group: its Frechet distance with theta and with theta_g}): the two of Table 7.
+
+    paths: evaluate.py's JSON of --branch full, and of --branch general.
+    """
+    full, general = (runtime.read_result(path) for path in paths)
+    if not (full and general and "groups" in full and "groups" in general):
+        raise UserError("--quality: give evaluate.py's JSON of --branch full and of --branch "
+                        "general")
+    key = "fid" if "fid" in full else "fd"
+    return key, {name: {"theta": full["groups"][name][key],
+                        "theta_g": general["groups"][name][key]} for name in full["groups"]}
+
+
+def print_allocation(result):
+    """The layers in one line, then one line of distances per group."""
+    layers = result["layers"]
+    ratios = np.array([r["ratio"] for r in layers])
+    ranks = np.array([r["effective_rank"] / max(1, r["rank"]) for r in layers])
+    print(f"{len(layers)} reserved weights: ||BA|| / ||W|| median {np.median(ratios):.3f} "
+          f"({ratios.min():.3f} to {ratios.max():.3f}); effective rank {np.median(ranks):.0%} of "
+          "the reserved one")
+    for name, values in result["distance"].items():
+        by_timestep = " ".join(f"{v:.1e}" for v in values)
+        print(f"{name:<7} D over {len(values)} timesteps: mean {np.mean(values):.2e}; by timestep "
+              f"{by_timestep}")
+
+
+def print_quality(metric, quality):
+    """The ratio of theta_g's distance to theta's, per group."""
+    groups = []
+    for name, v in quality.items():
+        ratio = v["theta_g"] / v["theta"]
+        groups.append(f"{name} {v['theta_g']:.2f} / {v['theta']:.2f} = {ratio:.2f}")
+    print(f"{metric.upper()} of theta_g / of theta: {'  '.join(groups)}")
+
+
+def allocation_figure(result, path):
+    """Left: the size of each reserved part. Right: D per group over the timesteps."""
+    plt = runtime.pyplot()
     fig, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8), constrained_layout=True)
-    left.bar(range(len(layers)), ratios)
-    left.set(xlabel="reserved weights, from the middle to the output", ylabel="||BA|| / ||W||", title="size of the reserved part")
-    for name, values in per_split.items():
-        right.plot(grid, values, "o-", label=name)
-    right.set(xlabel="timestep t", ylabel="D between theta and theta_g", yscale="log", title="what it changes in the prediction")
+    left.bar(range(len(result["layers"])), [r["ratio"] for r in result["layers"]])
+    left.set(xlabel="reserved weights, from the middle to the output", ylabel="||BA|| / ||W||",
+             title="size of the reserved part")
+    for name, values in result["distance"].items():
+        right.plot(result["timesteps"], values, "o-", label=name)
+    right.set(xlabel="timestep t", ylabel="D between theta and theta_g", yscale="log",
+              title="what it changes in the prediction")
     right.legend(fontsize=8)
     for ax in (left, right):
         ax.spines[["top", "right"]].set_visible(False)
-    runtime.write_atomic(out / "allocation.png", lambda p: fig.savefig(p, dpi=120, format="png"))
-    plt.close(fig)
-    return result
+    runtime.save_figure(fig, path)
 
 
-def main():
-    """Run one of the two probes and write its JSON."""
+# --------------------------------------------------------------------------------------------------
+
+def make_parser():
+    """All flags."""
     parser = Parser(__doc__)
     parser.add_argument("what", choices=("dominance", "allocation"), help="what to measure")
     parser.add_argument("--ckpt", required=True, help="a checkpoint of train.py")
     parser.add_argument("--weights", choices=("ema", "raw"), default="ema", help="default: ema")
     parser.add_argument("--data-dir", help="where data sets are (default: the checkpoint's)")
-    parser.add_argument("--repeats", type=integer(1), default=10, metavar="R", help="dominance: timesteps an image (default: 10)")
-    parser.add_argument("--batch-size", type=integer(1), default=64, help="images at a time (default: 64)")
-    parser.add_argument("--quality", nargs=2, metavar=("FULL", "GENERAL"), help="allocation: evaluate.py's JSON of either branch (Table 7)")
-    parser.add_common("folder of dominance.json or allocation.json (default: probe beside the checkpoint)")
-    args = parser.parse_args()
-    start, ckpt = time.time(), runtime.load(args.ckpt, ["diffusion"])
+    parser.add_argument("--repeats", type=integer(1), default=10, metavar="R",
+                        help="dominance: timesteps per image (default: 10)")
+    parser.add_argument("--batch-size", type=integer(1), default=64,
+                        help="images at a time (default: 64)")
+    parser.add_argument("--quality", nargs=2, metavar=("FULL", "GENERAL"),
+                        help="allocation: evaluate.py's JSON of each branch (Table 7)")
+    parser.add_common("folder of dominance.json or allocation.json (default: probe beside the "
+                      "checkpoint)")
+    return parser
+
+
+def main():
+    """Run one of the two probes; print and write what it found."""
+    args = make_parser().parse_args()
+    start = time.time()
+    out = Path(args.out or Path(args.ckpt).parent / "probe")
+
+    # What is measured
+    ckpt = runtime.load(args.ckpt, ["diffusion"])
     rt = runtime.setup(args.device, dtype_of(args, ckpt))
-    args.out = args.out or str(Path(args.ckpt).parent / "probe")
-    net = unmerged(ckpt, args.weights, rt.device)
-    result = {"dominance": dominance, "allocation": allocation}[args.what](args, rt, ckpt, net)
-    path = Path(args.out) / f"{args.what}.json"
-    runtime.write_json(path, {**result, "ckpt": args.ckpt, "weights": args.weights, "seconds": round(time.time() - start, 1)})
-    print(f"wrote {path}" + (" and allocation.png" if args.what == "allocation" else ""))
+    net = load_unmerged(ckpt, args.weights, rt.device).eval()
+
+    # Measure and print
+    if args.what == "dominance":
+        result = dominance(args, rt, ckpt, net)
+        print_dominance(result)
+    else:
+        result = allocation(args, rt, ckpt, net)
+        print_allocation(result)
+        if args.quality:
+            metric, result["quality"] = read_quality(args.quality)
+            print_quality(metric, result["quality"])
+
+    # Write
+    written = str(out / f"{args.what}.json")
+    runtime.write_json(written, {**result, "ckpt": args.ckpt, "weights": args.weights,
+                                 "seconds": round(time.time() - start, 1)})
+    if args.what == "allocation":
+        allocation_figure(result, out / "allocation.png")
+        written += " and allocation.png"
+    print(f"wrote {written}")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ labels (N,) and class names: see readers.py.
 """
 import hashlib
 import zipfile
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -350,7 +351,8 @@ def open_npz(path, flag) -> dict:
     try:
         with np.load(path) as f:
             return {k: f[k] for k in f.files}
-    except (OSError, ValueError, KeyError, EOFError, AttributeError, zipfile.BadZipFile) as e:
+    except (OSError, ValueError, KeyError, EOFError, TypeError, AttributeError, zlib.error,
+            zipfile.BadZipFile) as e:       # TypeError, AttributeError: an .npy
         raise UserError(f"{flag} {path}: cannot be read as an .npz ({e})") from e
 
 

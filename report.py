@@ -1,161 +1,312 @@
 """Turn the JSON files of evaluate.py into a page: one table, one figure, the sample grids.
 
-    python report.py --out out/demo/report.md --row DDPM=out/demo/ddpm/samples/eval.json --row CM=... \\
-                     --pair out/demo/cm/samples-general/samples.npz out/demo/cm/samples/samples.npz
-    python report.py --paper table2 --setting cifar100-ir100 --row "CM=out/paper/cm-seed*/eval.json" --row ...
+    python report.py --out out/demo/report.md --row DDPM=out/demo/ddpm/samples/eval.json \\
+        --row CM=... --pair out/demo/cm/samples-general/samples.npz out/demo/cm/samples/samples.npz
+    python report.py --paper table2 --setting cifar100-ir100 \\
+        --row "CM=out/paper/cm-seed*/eval.json" --row ...
 
 Without --paper the rows must have been measured with a classifier and --floor, as in the demo.
---pair sets the same noise drawn by theta^g and by theta side by side (Fig. G.4). --paper makes one of the paper's
-tables: mean +- standard deviation over the files of a row (one a seed), the paper's number beside it
-(paper_results.json), the best in bold and the second best in italics, and the command behind each row.
+--pair shows samples of theta_g and of theta from the same noise, side by side (Fig. G.4).
+
+--paper makes one of the paper's tables. Each number is the mean ± standard deviation over a row's
+files (one per seed), with the paper's number beside it (paper_results.json). The best is in bold,
+the second best in italics. The page also lists the commands behind each row.
 """
 import glob
 import shutil
 from pathlib import Path
+from typing import NamedTuple
 
-import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
-from scipy.stats import t
+from scipy import stats
 
 import runtime
-from evaluate import read_samples
+from data import read_samples
 from runtime import Parser, UserError, run
 from sample import grid_image
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt        # noqa: E402, after the backend is chosen
+PAPER = Path(__file__).with_name("paper_results.json")
+HIGHER_IS_BETTER = {"recall", "precision", "is", "accuracy"}
+DIGITS = {"fid": 3, "kid": 4}       # after the point, as in the paper; else two
+IN_CAPITALS = {"fid", "kid", "fd", "kd", "is"}
+CLASSIFIER_KEYS = {"fid": "fd", "kid": "kd"}        # in a classifier's features
+
+# In this file a row is (name, results): results is a list of what evaluate.py or classify.py
+# wrote, one dict per seed. On the demo's page a row is (name, result).
+# A column is a text such as "fid", "Few fid" or "Male fid": a metric, and before it a group or
+# a class; neither for all images.
 
 
 def read_row(text):
-    """("NAME", [the JSON of evaluate.py or classify.py, one a file]) from "NAME=FILE,FILE", with wildcards; raises UserError."""
+    """(name, results) from "NAME=FILE,FILE"; a FILE may have wildcards. Raises UserError."""
     name, _, patterns = text.rpartition("=")
-    results = [runtime.read_json(path) for pattern in patterns.split(",") for path in sorted(glob.glob(pattern))]
-    if not name or not results or any(r is None or "num_real" not in r for r in results):
+    paths = []
+    for pattern in patterns.split(","):
+        paths += sorted(glob.glob(pattern))
+    results = [runtime.read_result(path) for path in paths]
+    all_valid = all(result is not None and "num_real" in result for result in results)
+    if not name or not results or not all_valid:
         raise UserError(f"--row {text}: give NAME=FILE, with a JSON file that evaluate.py wrote")
     return name, results
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# One of the paper's tables
-
-PAPER = Path(__file__).with_name("paper_results.json")
-HIGHER = {"recall", "precision", "is", "accuracy"}          # metrics of which more is better
-DIGITS = {"fid": 3, "kid": 4}                               # after the point, as the paper gives them; two for the rest
-CLASSIFIERS = {"fid": "fd", "kid": "kd"}                    # what they are called in a classifier's features
+def markdown_table(head, lines):
+    """A Markdown table of texts: the first column aligned left, the others right."""
+    rule = ["---"] + ["---:"] * (len(head) - 1)
+    return "\n".join("| " + " | ".join(line) + " |" for line in [head, rule, *lines])
 
 
-def cell_value(result, column):
-    """(the name of a metric, its value) of a column such as "fid", "Few fid" or "Male fid"; (name, None) if not measured."""
-    *group, metric = column.split()
-    part = result if not group else {**result["splits"], **result["classes"]}.get(group[0], {})
-    name = metric if "fid" in result else CLASSIFIERS.get(metric, metric)
-    return " ".join([*group, name.upper() if name in ("fid", "kid", "fd", "kd", "is") else name]), part.get(name)
+# --------------------------------------------------------------------------------------------------
+# The numbers of a paper table
+
+class Number(NamedTuple):
+    """A mean, and the standard deviation over seeds or None where there is one seed."""
+    mean: float
+    std: float | None = None
 
 
-def show(mean, std, column):
-    """A number with the digits that the paper gives such a metric."""
-    digits = DIGITS.get(column.split()[-1], 2)
-    return f"{mean:.{digits}f}" + (f" +- {std:.{digits}f}" if std is not None else "")
+def metric_of(column):
+    """The metric of a column: "fid" of "Few fid"."""
+    return column.split()[-1]
 
 
-def paper_value(paper, name, column):
-    """The paper's (mean, standard deviation or None) of a row in a setting, or None where it gives no such number."""
+def key_of(result, column):
+    """The key of a column's metric in a result: "fid", or "fd" of a classifier."""
+    metric = metric_of(column)
+    return metric if "fid" in result else CLASSIFIER_KEYS.get(metric, metric)
+
+
+def title_of(result, column):
+    """A column's title: "Few FID"."""
+    group = column.split()[:-1]
+    key = key_of(result, column)
+    return " ".join([*group, key.upper() if key in IN_CAPITALS else key])
+
+
+def value_of(result, column):
+    """A column's number in a result, or None where it was not measured."""
+    group = column.split()[:-1]
+    part = result
+    if group:
+        part = {**result["groups"], **result["classes"]}.get(group[0], {})
+    return part.get(key_of(result, column))
+
+
+def digits_of(column):
+    """How many digits after the point a column's numbers have."""
+    return DIGITS.get(metric_of(column), 2)
+
+
+def show(number, column):
+    """A Number as text."""
+    digits = digits_of(column)
+    text = f"{number.mean:.{digits}f}"
+    if number.std is not None:
+        text += f" ± {number.std:.{digits}f}"
+    return text
+
+
+def paper_number(paper, name, column):
+    """The paper's Number of a row, or None where it has none.
+
+    paper: a setting in paper_results.json, {"columns": [...], "rows": {name: [...]}}, or None.
+    """
     if not paper or name not in paper["rows"] or column not in paper["columns"]:
         return None
     value = paper["rows"][name][paper["columns"].index(column)]
-    return value if value is None or isinstance(value, list) else (value, None)
+    if value is None:
+        return None
+    return Number(*value) if isinstance(value, list) else Number(value)
+
+
+def over_seeds(results, column):
+    """The Number of a column over a row's results; None where one of them lacks it."""
+    values = [value_of(result, column) for result in results]
+    if None in values:
+        return None
+    std = float(np.std(values, ddof=1)) if len(values) > 1 else None
+    return Number(float(np.mean(values)), std)
 
 
 def summarise(rows, columns):
-    """Per row and column (mean, standard deviation over seeds or None), or None where nothing was measured."""
-    cells = []
-    for _, results in rows:
-        values = [[cell_value(r, column)[1] for r in results] for column in columns]
-        cells.append([None if None in v else (float(np.mean(v)), float(np.std(v, ddof=1)) if len(v) > 1 else None) for v in values])
-    return cells
+    """For each row a list with each column's Number, None where it was not measured."""
+    return [[over_seeds(results, column) for column in columns] for _, results in rows]
+
+
+# --------------------------------------------------------------------------------------------------
+# A paper table as Markdown
+
+def different_means(numbers, column):
+    """The different means of a column, best first."""
+    means = {number.mean for number in numbers if number is not None}
+    return sorted(means, reverse=metric_of(column) in HIGHER_IS_BETTER)
+
+
+def emphasis(mean, means):
+    """What is put around a mean in Markdown.
+
+    means: the column's different means, best first.
+    """
+    if len(means) > 1 and mean == means[0]:
+        return "**"
+    if len(means) > 2 and mean == means[1]:
+        return "*"
+    return ""
 
 
 def paper_table(rows, columns, paper):
-    """Markdown: a row's numbers, each with the paper's beside it where the paper has it; best bold, second best italic."""
-    cells = summarise(rows, columns)
-    head, lines = ["", "seeds"], []
+    """Markdown: each row's numbers, each with the paper's beside it if paper is not None."""
+    summary = summarise(rows, columns)
+    by_column = zip(columns, zip(*summary))
+    means = [different_means(numbers, column) for column, numbers in by_column]
+    head = ["", "seeds"]
     for column in columns:
-        head += [cell_value(rows[0][1][0], column)[0]] + ["paper"] * bool(paper)
-    for (name, results), row in zip(rows, cells):
+        head.append(title_of(rows[0][1][0], column))
+        if paper:
+            head.append("paper")
+
+    lines = []
+    for (name, results), numbers in zip(rows, summary):
         line = [name, str(len(results))]
-        for k, (column, cell) in enumerate(zip(columns, row)):
-            means = sorted({c[k][0] for c in cells if c[k]}, reverse=column.split()[-1] in HIGHER)
-            text = show(*cell, column) if cell else "-"
-            mark = "" if not cell or len(means) < 2 else "**" if cell[0] == means[0] else "*" if cell[0] == means[1] and len(means) > 2 else ""
-            line.append(mark + text + mark)
+        for k, (column, number) in enumerate(zip(columns, numbers)):
+            mark = emphasis(number.mean, means[k]) if number else ""
+            line.append(mark + (show(number, column) if number else "-") + mark)
             if paper:
-                theirs = paper_value(paper, name, column)
-                line.append(show(*theirs, column) if theirs else "-")
+                theirs = paper_number(paper, name, column)
+                line.append(show(theirs, column) if theirs else "-")
         lines.append(line)
-    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *lines]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return markdown_table(head, lines)
 
 
 def without_cm(name):
-    """The name of the row that lacks nothing but CM: X of "X + CM" and "CM on X", OC of "CM"; None for other rows."""
+    """The name of the row that differs only in having no CM; None for other rows.
+
+    X of "X + CM" and of "CM on X"; OC of "CM"; "OC, widths" of "CM, widths".
+    """
     if name.endswith(" + CM"):
         return name.removesuffix(" + CM")
     if name.startswith("CM on "):
         return name.removeprefix("CM on ")
-    return "OC" + name.removeprefix("CM") if name == "CM" or name.startswith("CM, ") else None
+    if name == "CM" or name.startswith("CM, "):
+        return "OC" + name.removeprefix("CM")
+    return None
+
+
+def paired_difference(results, others, column):
+    """The mean difference of two rows, paired by seed, and its 95 % t interval, as text."""
+    pairs = [(value_of(a, column), value_of(b, column)) for a, b in zip(results, others)]
+    if any(None in pair for pair in pairs):
+        return "-"
+    differences = np.array([a - b for a, b in pairs])
+    n = len(differences)
+    mean = differences.mean()
+    half = float(stats.t.ppf(0.975, n - 1) * differences.std(ddof=1) / n ** 0.5)
+    digits = digits_of(column)
+    return f"{mean:+.{digits}f} ({mean - half:+.{digits}f} to {mean + half:+.{digits}f})"
 
 
 def paired_differences(rows, columns):
-    """Markdown: for each row with CM and its row without, of two seeds or more, the mean difference and its 95 % t interval.
+    """Markdown: for each row with CM, its difference to the row without; "" if there are none.
 
-    Seeds are paired: those of the two rows in the order of their files. Empty where there is no such pair.
+    Both rows must have the same number of seeds, at least two. The seeds are paired in the
+    order of the rows' files.
     """
-    by_name, lines = dict(rows), []
+    by_name = dict(rows)
+    lines = []
     for name, results in rows:
-        other = by_name.get(without_cm(name), [])
-        if len(results) != len(other) or len(results) < 2:
+        other_name = without_cm(name)
+        others = by_name.get(other_name, [])
+        if len(results) != len(others) or len(results) < 2:
             continue
-        line = [f"{name} against {without_cm(name)}"]
-        for column in columns:
-            pairs = [(cell_value(a, column)[1], cell_value(b, column)[1]) for a, b in zip(results, other)]
-            if any(None in pair for pair in pairs):
-                line.append("-")
-                continue
-            d = np.array([a - b for a, b in pairs])
-            half = float(t.ppf(0.975, len(d) - 1) * d.std(ddof=1) / len(d) ** 0.5)
-            digits = DIGITS.get(column.split()[-1], 2)
-            line.append(f"{d.mean():+.{digits}f} ({d.mean() - half:+.{digits}f} to {d.mean() + half:+.{digits}f})")
-        lines.append(line)
+        differences = [paired_difference(results, others, column) for column in columns]
+        lines.append([f"{name} against {other_name}", *differences])
     if not lines:
         return ""
-    head = ["difference (95 % interval)"] + [cell_value(rows[0][1][0], c)[0] for c in columns]
-    return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] + ["---:"] * len(columns), *lines])
+    titles = [title_of(rows[0][1][0], column) for column in columns]
+    return markdown_table(["difference (95 % interval)", *titles], lines)
+
+
+# --------------------------------------------------------------------------------------------------
+# A paper table as a figure, and its page
+
+def draw_panel(ax, rows, column, numbers, paper):
+    """One column: a bar per row, with the deviation over seeds; the paper's as diamonds."""
+    x = np.arange(len(rows))
+    heights = [number.mean if number else 0 for number in numbers]
+    errors = [(number.std or 0) if number else 0 for number in numbers]
+    colors = [f"C{i % 10}" for i in x]
+    bars = ax.bar(x, heights, 0.7, yerr=errors, color=colors, capsize=2)
+    ax.bar_label(bars, fmt="%.3g", fontsize=7, padding=1)
+    for i, (name, _) in enumerate(rows):
+        theirs = paper_number(paper, name, column)
+        if theirs is not None:
+            ax.plot(i, theirs.mean, "kD", markersize=4, markerfacecolor="white")
+    ax.set_xticks(x, [name for name, _ in rows], rotation=40, ha="right", fontsize=8)
+    is_distance = metric_of(column).endswith("fid")
+    ylabel = "lower is better" if is_distance else "per cent, higher is better"
+    ax.set(title=title_of(rows[0][1][0], column), ylabel=ylabel)
+    ax.spines[["top", "right"]].set_visible(False)
 
 
 def paper_figure(rows, columns, paper, title, path):
-    """A panel for each Frechet column, a bar a row with its deviation over seeds, the paper's numbers as diamonds: PNG and PDF."""
-    columns = [c for c in columns if c.endswith("fid")] or columns
-    cells, x, wide = summarise(rows, columns), np.arange(len(rows)), min(2, len(columns))
-    high = -(-len(columns) // wide)
-    fig, axes = plt.subplots(high, wide, figsize=(wide * (2 + 0.4 * len(rows)), 3.2 * high), squeeze=False, constrained_layout=True)
-    for k, (ax, column) in enumerate(zip(axes.flat, columns)):
-        bars = ax.bar(x, [row[k][0] if row[k] else 0 for row in cells], 0.7, yerr=[row[k][1] or 0 if row[k] else 0 for row in cells],
-                      color=[f"C{i % 10}" for i in x], capsize=2)
-        ax.bar_label(bars, fmt="%.3g", fontsize=7, padding=1)
-        for i, (name, _) in enumerate(rows):
-            value = paper_value(paper, name, column)
-            if value is not None:
-                ax.plot(i, value[0], "kD", markersize=4, markerfacecolor="white")
-        ax.set_xticks(x, [name for name, _ in rows], rotation=40, ha="right", fontsize=8)
-        ax.set(title=cell_value(rows[0][1][0], column)[0], ylabel="lower is better" if column.endswith("fid") else "per cent, higher is better")
-        ax.spines[["top", "right"]].set_visible(False)
+    """Write a PNG and a PDF: one panel per FID column, or per column if there are none."""
+    plt = runtime.pyplot()
+    columns = [column for column in columns if column.endswith("fid")] or columns
+    summary = summarise(rows, columns)
+    panels_across = min(2, len(columns))
+    panels_down = -(-len(columns) // panels_across)
+    size = (panels_across * (2 + 0.4 * len(rows)), 3.2 * panels_down)
+    fig, axes = plt.subplots(panels_down, panels_across, figsize=size, squeeze=False,
+                             constrained_layout=True)
+    for ax, column, numbers in zip(axes.flat, columns, zip(*summary)):
+        draw_panel(ax, rows, column, numbers, paper)
     for ax in axes.flat[len(columns):]:
         ax.remove()
     fig.suptitle(title)
-    for suffix in ("png", "pdf"):
-        runtime.write_atomic(path.with_suffix("." + suffix), lambda p: fig.savefig(p, dpi=120, format=suffix))
-    plt.close(fig)
+    runtime.save_figure(fig, path, ("png", "pdf"))
+
+
+def columns_of(table, setting):
+    """The columns of a paper table in a setting, which the paper may not have."""
+    settings = table["settings"]
+    if setting in settings:
+        return settings[setting]["columns"]
+    columns = next(iter(settings.values()))["columns"]
+    if columns[0] == "Female fid":          # Table 4; other data sets have other classes
+        return ["Many fid", "Medium fid", "Few fid", "fid"]
+    return columns
+
+
+def commands_of(rows):
+    """The commands behind each row's first file, one per line."""
+    lines = []
+    for name, results in rows:
+        first = results[0]
+        for command in (first["settings"].get("command"), first.get("command")):
+            if command:
+                lines.append(f"{command}    # {name}")
+    return "\n".join(dict.fromkeys(lines))
+
+
+def notes_of(rows, paper):
+    """What a reader of a paper table must know: conditions, budgets, marks."""
+    first = rows[0][1][0]
+    notes = [conditions(first)]
+    settings = [result["settings"] for _, results in rows for result in results]
+    steps = sorted({s["step"] for s in settings if "step" in s})
+    if len(steps) > 1:
+        listed = ", ".join(f"{step:,}" for step in steps)
+        notes.append("**Different budgets: "
+                     f"the rows' checkpoints are at steps {listed}.**")
+    notes.append("Mean ± standard deviation over seeds; "
+                 "best in bold, second best in italics.")
+    if paper:
+        notes.append("Beside each number is the paper's; in the figure it is a diamond.")
+    if "fd" in first:
+        notes.append("FD and KD are distances in the features of a small classifier, "
+                     "not FID and KID: do not compare them with the paper's numbers.")
+    return " ".join(notes)
 
 
 def paper_page(args, rows):
@@ -163,138 +314,234 @@ def paper_page(args, rows):
     tables = runtime.read_json(PAPER)["tables"]
     if args.paper not in tables:
         raise UserError(f"--paper {args.paper}: choose one of {', '.join(tables)}")
-    table, setting = tables[args.paper], args.setting or "demo"
-    page, first = Path(args.out), rows[0][1][0]
+    table = tables[args.paper]
+    setting = args.setting or "demo"
     paper = table["settings"].get(setting)
-    columns = (paper or next(iter(table["settings"].values())))["columns"]
-    if paper is None and columns[0] == "Female fid":
-        columns = ["Many fid", "Medium fid", "Few fid", "fid"]          # Table 4 on another set than the paper's
+    columns = columns_of(table, setting)
+    page = Path(args.out)
+
     text = paper_table(rows, columns, paper)
+    differences = paired_differences(rows, columns)
+    if differences:
+        text += "\n\n" + differences
     paper_figure(rows, columns, paper, f"{table['title']}, {setting}", page)
-    commands = [f"{command}    # {name}" for name, results in rows for command in (results[0]["settings"].get("command"), results[0].get("command"))
-                if command]
-    commands = "\n".join(dict.fromkeys(commands))
-    steps = sorted({r["settings"]["step"] for _, results in rows for r in results if "step" in r["settings"]})
-    notes = [f"{conditions(first)}"] + [f"**Not one budget: the rows' checkpoints are at steps {', '.join(f'{s:,}' for s in steps)}.**"] * (len(steps) > 1)
-    notes += ["Mean +- standard deviation over seeds; best in bold, second best in italics."]
-    if paper:
-        notes.append("Beside each number the paper's own; diamonds in the figure.")
-    if "fd" in first:
-        notes.append("FD and KD are distances in the features of a small classifier, not FID and KID: nothing here compares with the paper.")
-    if pairs := paired_differences(rows, columns):
-        text += "\n\n" + pairs
-    body = [f"# {table['title']}: {setting}\n", " ".join(notes) + "\n", text + "\n", f"![the table as bars]({page.stem}.png)\n",
-            "## The first seed's commands\n", f"```bash\n{commands}\n```\n"]
-    runtime.write_atomic(page, lambda p: p.write_text("\n".join(body)))
+    parts = [
+        f"# {table['title']}: {setting}\n",
+        notes_of(rows, paper) + "\n",
+        text + "\n",
+        f"![the table as bars]({page.stem}.png)\n",
+        "## The first seed's commands\n",
+        f"```bash\n{commands_of(rows)}\n```\n",
+    ]
+    runtime.write_text(page, "\n".join(parts))
     return text
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+def conditions(result, with_guidance=True):
+    """One sentence on how a result's numbers were made.
+
+    with_guidance: False where the rows have different guidance strengths.
+    """
+    s = result["settings"]
+    num = f"{result['num']:,}"
+    num_real = f"{result['num_real']:,}"
+    if "sampler" in s:
+        guidance = f", guidance {s['guidance']:g}" if with_guidance else ""
+        return (f"{s['dataset']}, checkpoints at step {s['step']:,}; "
+                f"{s['sampler']} with {s['steps']} steps{guidance}, {s['weights']} weights; "
+                f"{num} class-balanced samples "
+                f"against {num_real} real images ({s['reference']}).")
+    if "epochs" in s:           # a classifier of classify.py
+        return (f"{s['dataset']}, IR {s['ir']:g}, {s['epochs']} epochs, "
+                f"per cent on {num_real} test images; "
+                f"Many / Medium / Few by {s['group_rule']}.")
+    # Images that sample.py did not generate
+    return f"{num} samples against {num_real} real images ({s['reference']})."
+
+
+# --------------------------------------------------------------------------------------------------
 # The demo's page
 
+def demo_table(rows):
+    """Markdown: FD and accuracy per row, overall and per group; the floor above them."""
+    first = rows[0][1]
+    groups = list(first["groups"])
+    head = ["", "guidance", "FD"] + [f"FD {group}" for group in groups]
+    head += ["accuracy"] + [f"acc. {group}" for group in groups]
 
-def table(rows):
-    """Markdown: one line a row, FD and accuracy overall and per split; first the floor, real against real."""
-    groups = list(rows[0][1]["splits"])
-    head = ["", "guidance", "FD"] + [f"FD {g}" for g in groups] + ["accuracy"] + [f"acc. {g}" for g in groups]
-    floors = [part["floor"] for part in (rows[0][1], *rows[0][1]["splits"].values())]
-    lines = [head, ["---"] + ["---:"] * (len(head) - 1),
-             ["real against real", ""] + [f"{v:.2f}" for v in floors] + [""] * (len(groups) + 1)]
-    for name, r in rows:
-        parts = [r, *r["splits"].values()]
-        lines.append([name, f"{r['settings']['guidance']:g}"] + [f"{p['fd']:.2f}" for p in parts]
-                     + [f"{p['accuracy']:.1%}" for p in parts])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    floors = [f"{part['floor']:.2f}" for part in (first, *first["groups"].values())]
+    no_accuracy = [""] * (len(groups) + 1)
+    lines = [["real against real", "", *floors, *no_accuracy]]
+    for name, result in rows:
+        parts = [result, *result["groups"].values()]
+        distances = [f"{part['fd']:.2f}" for part in parts]
+        accuracies = [f"{part['accuracy']:.1%}" for part in parts]
+        guidance = f"{result['settings']['guidance']:g}"
+        lines.append([name, guidance, *distances, *accuracies])
+    return markdown_table(head, lines)
 
 
-def figure(rows, path):
-    """Bars of FD per split (log scale), one panel a guidance strength, one colour a method; the floor as a dashed line."""
-    groups, strengths = list(rows[0][1]["splits"]), sorted({r["settings"]["guidance"] for _, r in rows})
-    fig, axes = plt.subplots(1, len(strengths), figsize=(5.2 * len(strengths), 3.8), sharey=True, squeeze=False,
+def guidance_strengths(rows):
+    """The different guidance strengths of the demo's rows."""
+    return sorted({result["settings"]["guidance"] for _, result in rows})
+
+
+def draw_groups(ax, rows, floors):
+    """Bars of FD per group, one colour per row; each group's floor as a dashed line."""
+    groups = list(floors)
+    x = np.arange(len(groups))
+    width = 0.8 / len(rows)
+    for k, (name, result) in enumerate(rows):
+        left = x + (k - (len(rows) - 1) / 2) * width
+        heights = [result["groups"][group]["fd"] for group in groups]
+        bars = ax.bar(left, heights, width, label=name)
+        ax.bar_label(bars, fmt="%.3g", fontsize=7)
+    for i, floor in enumerate(floors.values()):
+        label = "real against real" if i == 0 else None         # once in the legend
+        ax.hlines(floor, i - 0.45, i + 0.45, "black", "dashed", label=label)
+    ax.set_yscale("log")
+    ax.set_xticks(x, groups)
+    ax.spines[["top", "right"]].set_visible(False)
+
+
+def demo_figure(rows, path):
+    """Write a PNG with one panel per guidance strength."""
+    plt = runtime.pyplot()
+    floors = {group: part["floor"] for group, part in rows[0][1]["groups"].items()}
+    strengths = guidance_strengths(rows)
+    size = (5.2 * len(strengths), 3.8)
+    fig, axes = plt.subplots(1, len(strengths), figsize=size, sharey=True, squeeze=False,
                              constrained_layout=True)
     for ax, strength in zip(axes[0], strengths):
-        methods = [(name, r) for name, r in rows if r["settings"]["guidance"] == strength]
-        width, x = 0.8 / len(methods), np.arange(len(groups))
-        for k, (name, r) in enumerate(methods):
-            bars = ax.bar(x + (k - (len(methods) - 1) / 2) * width, [r["splits"][g]["fd"] for g in groups], width, label=name)
-            ax.bar_label(bars, fmt="%.3g", fontsize=7)
-        for g, part in enumerate(rows[0][1]["splits"].values()):
-            ax.hlines(part["floor"], g - 0.45, g + 0.45, "black", "dashed", label=None if g else "real against real")
-        ax.set(yscale="log", title=f"guidance {strength:g}")
-        ax.set_xticks(x, groups)
-        ax.spines[["top", "right"]].set_visible(False)
+        panel = [(name, r) for name, r in rows if r["settings"]["guidance"] == strength]
+        draw_groups(ax, panel, floors)
+        ax.set_title(f"guidance {strength:g}")
     axes[0, 0].set_ylabel("FD (classifier features), lower is better")
     axes[0, 0].legend(fontsize=8)
-    runtime.write_atomic(path, lambda p: fig.savefig(p, dpi=120, format="png"))
-    plt.close(fig)
+    runtime.save_figure(fig, path)
 
 
 def side_by_side(general, full, path, columns=6):
-    """theta^g at the left, theta at the right: the same classes, labels and noise, image by image."""
-    (a, labels, record), (b, labels_b, record_b) = read_samples(general), read_samples(full)
-    same = [{k: v for k, v in r["settings"].items() if k != "branch"} for r in (record, record_b)]
-    if same[0] != same[1] or (labels != labels_b).any():
-        raise UserError("--pair: the two files were not drawn with the same settings and noise")
-    names = record["data"]["class_names"]
-    pictures = [grid_image(x, labels, names, columns=columns) for x in (a, b)]
-    title, gap = 30, 24
-    page = Image.new("RGB", (sum(p.width for p in pictures) + gap, pictures[0].height + title), "white")
-    pen, x = ImageDraw.Draw(page), 0
-    for picture, words in zip(pictures, ("theta_g alone: the general branch", "theta = theta_g + BA, the same noise")):
-        page.paste(picture, (x, title))
-        pen.text((x + picture.width // 2, title // 2), words, fill="black", anchor="mm", font=ImageFont.load_default(15))
+    """Write a PNG of two samples.npz: theta_g at the left, theta at the right.
+
+    Both must have the same classes and noise, image by image. Raises UserError.
+    """
+    images_g, labels_g, record_g = read_samples(general, "--pair")
+    images, labels, record = read_samples(full, "--pair")
+    settings_g = {**record_g["settings"], "branch": None}
+    settings = {**record["settings"], "branch": None}
+    if settings_g != settings or (labels_g != labels).any():
+        raise UserError("--pair: "
+                        "the two files were not sampled with the same settings and noise")
+    class_names = record_g["data"]["class_names"]
+    titled = [
+        ("theta_g alone: the general branch",
+         grid_image(images_g, labels_g, class_names, columns=columns)),
+        ("theta = theta_g + BA, the same noise",
+         grid_image(images, labels, class_names, columns=columns)),
+    ]
+
+    title_height = 30
+    gap = 24
+    font = ImageFont.load_default(15)
+    width = sum(picture.width for _, picture in titled) + gap
+    page = Image.new("RGB", (width, titled[0][1].height + title_height), "white")
+    pen = ImageDraw.Draw(page)
+    x = 0
+    for title, picture in titled:
+        page.paste(picture, (x, title_height))
+        center = (x + picture.width // 2, title_height // 2)
+        pen.text(center, title, fill="black", anchor="mm", font=font)
         x += picture.width + gap
-    runtime.write_atomic(path, lambda p: page.save(p, format="png"))
+    runtime.write_png(path, page)
 
 
-def conditions(result, one_guidance=True):
-    """One line on how the numbers came about, from a row's settings; one_guidance: whether it is that of every row."""
-    s = result["settings"]
-    if "sampler" not in s and "epochs" not in s:
-        return f"{result['num']:,} samples against {result['num_real']:,} real images ({s['reference']})."
-    if "sampler" not in s:
-        return (f"{s['dataset']}, IR {s['ir']:g}, {s['epochs']} epochs, per cent on {result['num_real']:,} test images; Many / Medium / Few "
-                f"by {s['split_rule']}.")
-    guidance = f", guidance {s['guidance']:g}" if one_guidance else ""
-    return (f"{s['dataset']}, checkpoints at step {s['step']:,}; {s['sampler']} with {s['steps']} steps{guidance}, "
-            f"{s['weights']} weights; {result['num']:,} class-balanced samples against {result['num_real']:,} real images "
-            f"({s['reference']}).")
+def copy_file(source, path):
+    """Copy a file, atomically."""
+    runtime.write_atomic(path, lambda temporary: shutil.copyfile(source, temporary))
+
+
+def sample_grids(rows, folder, first_number):
+    """Copy each row's grid.png into `folder`; returns the page's parts that show them."""
+    parts = []
+    for name, result in rows:
+        settings = result["settings"]
+        grid = Path(settings.get("samples", "")).parent / "grid.png"
+        if grid.exists():
+            copy = f"grid-{first_number + len(parts)}.png"
+            copy_file(grid, folder / copy)
+            title = f"{name}, guidance {settings['guidance']:g}"
+            parts.append(f"## {title}\n\n![{title}, one class per row]({copy})\n")
+    return parts
+
+
+def refuse_rows_without_demo_numbers(rows):
+    """Raise UserError where the demo's table or figure cannot be made from a row."""
+    for _, result in rows:
+        if "floor" not in result or "fd" not in result:
+            raise UserError("--row: a page without --paper needs numbers "
+                            "that evaluate.py made with a classifier and --floor")
+    for name, result in rows:
+        if "guidance" not in result["settings"] or "accuracy" not in result:
+            raise UserError(f"--row {name}: a page without --paper is for images of sample.py, "
+                            "in features of a classifier of their classes")
+
+
+def demo_page(args, rows):
+    """Write the demo's page, of each row's first result; returns its table."""
+    rows = [(name, results[0]) for name, results in rows]
+    refuse_rows_without_demo_numbers(rows)
+    page = Path(args.out)
+    folder = page.parent
+    table = demo_table(rows)
+    one_guidance = len(guidance_strengths(rows)) == 1
+    parts = [
+        "# Samples per group\n",
+        conditions(rows[0][1], with_guidance=one_guidance) + "\n",
+        table + "\n",
+        "FD is a Frechet distance in the features of a small classifier, not FID. "
+        "Real against real compares the halves of the reference; "
+        "having fewer images on either side, it lies above the true floor. "
+        "Accuracy is the share of samples "
+        "that the classifier takes for the class asked for.\n",
+        "![FD and accuracy per group](groups.png)\n",
+    ]
+    demo_figure(rows, folder / "groups.png")
+    if args.pair:
+        side_by_side(*args.pair, folder / "theta_g_theta.png")
+        parts.append("## Samples of theta_g and of theta from the same noise\n\n"
+                     "![theta_g and theta](theta_g_theta.png)\n")
+    parts += sample_grids(rows, folder, first_number=len(parts))
+    runtime.write_text(page, "\n".join(parts))
+    return table
+
+
+# --------------------------------------------------------------------------------------------------
+
+def make_parser():
+    """The flags."""
+    parser = Parser(__doc__)
+    parser.add_argument("--row", action="append", required=True, metavar="NAME=FILE",
+                        help="a row of the table; repeatable")
+    parser.add_argument("--pair", nargs=2, metavar=("GENERAL", "FULL"),
+                        help="samples.npz of theta_g and of theta")
+    parser.add_argument("--paper", metavar="TABLE",
+                        help="make this table of the paper: table2, fig4b, ... "
+                        "(see paper_results.json)")
+    parser.add_argument("--setting",
+                        help="the data set and its ratio, for example cifar100-ir100: "
+                        "which of the paper's numbers are shown beside the rows' (default: none)")
+    parser.add_argument("--out", default="out/report.md",
+                        help="the page; its pictures go beside it (default: out/report.md)")
+    return parser
 
 
 def main():
     """Make the page that the flags ask for."""
-    parser = Parser(__doc__)
-    parser.add_argument("--row", action="append", required=True, metavar="NAME=FILE", help="a row of the table; repeatable")
-    parser.add_argument("--pair", nargs=2, metavar=("GENERAL", "FULL"), help="samples.npz of theta^g and of theta")
-    parser.add_argument("--paper", metavar="TABLE", help="make this table of the paper: table2, fig4b, ... (see paper_results.json)")
-    parser.add_argument("--setting", help="the data set and ratio, as cifar100-ir100: whose numbers of the paper stand beside")
-    parser.add_argument("--out", default="out/report.md", help="the page; its pictures go beside it (default: out/report.md)")
-    args = parser.parse_args()
-    rows, page = [read_row(text) for text in args.row], Path(args.out)
-    if args.paper:
-        return print(paper_page(args, rows) + f"\nwrote {page}")
-    rows, folder = [(name, results[0]) for name, results in rows], page.parent
-    if any("floor" not in r or "fd" not in r for _, r in rows):
-        raise UserError("--row: a page without --paper needs numbers that evaluate.py made with a classifier and --floor")
-    if bad := [name for name, r in rows if "guidance" not in r["settings"] or "accuracy" not in r]:
-        raise UserError(f"--row {bad[0]}: a page without --paper is for images of sample.py, in features of a classifier of their classes")
-    text = ["# Samples per split\n", conditions(rows[0][1], len({r["settings"]["guidance"] for _, r in rows}) == 1) + "\n", table(rows) + "\n",
-            "FD is a Frechet distance in the features of a small classifier, not FID. Real against real compares the "
-            "halves of the reference; having fewer images on either side, it lies above the true floor. Accuracy is the share of "
-            "samples that the classifier takes for the class asked for.\n"]
-    figure(rows, folder / "splits.png")
-    text.append("![FD and accuracy per split](splits.png)\n")
-    if args.pair:
-        side_by_side(*args.pair, folder / "theta_g_theta.png")
-        text.append("## The same noise, drawn by theta_g and by theta\n\n![theta_g and theta](theta_g_theta.png)\n")
-    for name, r in rows:
-        grid, copy = Path(r["settings"].get("samples", "")).parent / "grid.png", f"grid-{len(text)}.png"
-        if grid.exists():
-            runtime.write_atomic(folder / copy, lambda p: shutil.copyfile(grid, p))
-            title = f"{name}, guidance {r['settings']['guidance']:g}"
-            text.append(f"## {title}\n\n![{title}, one class a row]({copy})\n")
-    runtime.write_atomic(page, lambda p: p.write_text("\n".join(text)))
-    print(table(rows) + f"\nwrote {page}")
+    args = make_parser().parse_args()
+    rows = [read_row(text) for text in args.row]
+    table = paper_page(args, rows) if args.paper else demo_page(args, rows)
+    print(f"{table}\nwrote {Path(args.out)}")
 
 
 if __name__ == "__main__":

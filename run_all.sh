@@ -1,67 +1,160 @@
 #!/usr/bin/env bash
-# Every experiment as plain commands. Finished work is skipped and stopped work goes on, so it can be started again.
+# Every experiment as plain commands. What is finished is skipped and what was stopped is resumed,
+# so it is safe to start this script again.
 #
-#   bash run_all.sh          the demo: DDPM, OC and CM on long-tailed digits, 9 minutes on two CPU cores
-#   bash run_all.sh smoke    the demo's whole path with a few steps of everything, a minute
-#   bash run_all.sh table2   one of the paper's tables; out/table2/SETTING/report.md has its numbers beside the paper's
+#   bash run_all.sh          the demo: DDPM, OC and CM on long-tailed digits,
+#                            9 minutes on two CPU cores
+#   bash run_all.sh smoke    the commands of the demo with a few steps of everything: a minute
+#   bash run_all.sh table2   one of the paper's tables; out/table2/SETTING/report.md shows its
+#                            numbers with the paper's beside them
 #
-# Tables: table1 table2 table3 table4 table5 table6 table7 tableE2 tableG8 tableG9 tableG10 tableG12 tableG13; figures: fig1b fig4a fig4b fig4c fig4d; and
-# theory, allocation, dominance, gain. They share their runs (out/paper). From the environment, with the defaults:
-#   DATASET=cifar100 IR=100 SEEDS=0,1,2 NGPU=1 DATA_DIR=data RESOLUTION= CLASS_ORDER=   SCALE=paper, or SCALE=demo: on digits, in minutes
-# and, for a budget of your own, runs and pages in a folder of their own: ROOT=out/mine STEPS=20000 FLAGS="--ch 64 --lr 5e-4"
-# (of train.py) CM_FLAGS="--w-div 0.2" (of its runs with --cm) NUM=10000 FEATURES=CKPT (of classify.py; without it, Inception);
-# of tableG8 and tableG13: EPOCHS=200 EXTRA=50000; of table6: EPOCHS=100 MODEL=. The demo and the smoke run take none of these.
+# Targets:
+#   tables     table1 table2 table3 table4 table5 table6 table7
+#              tableE2 tableG8 tableG9 tableG10 tableG12 tableG13
+#   figures    fig1b fig4a fig4b fig4c fig4d
+#   others     theory allocation dominance gain
+# They share their runs, which are in out/paper.
+#
+# Environment variables of these targets (the demo and the smoke run take none of them):
+#
+#   variable      default     meaning
+#   DATASET       cifar100    the data set (in table4 celebahq, in table5 imagenet-lt, in table6
+#                             artbench10)
+#   IR            100         the imbalance ratio (cub200, flowers102: 10; folder: 1)
+#   SEEDS         0,1,2       one run per seed
+#   NGPU          1           how many GPUs; more than one: torchrun
+#   DATA_DIR      data        where the data set is
+#   RESOLUTION                the images' size in pixels (imagenet-lt, inat2018: 64)
+#   CLASS_ORDER               all classes, the most frequent one first (if not given: as numbered)
+#   SCALE         paper       demo: everything on digits, in minutes, with defaults of its own
+#
+# For a budget of your own, with runs and pages in a folder of their own:
+#
+#   ROOT          out/paper   the runs' folder; if it is given, the pages are in it as well
+#   STEPS                     training steps
+#   FLAGS                     more flags of train.py, for example "--ch 64 --lr 5e-4"
+#   CM_FLAGS                  more flags of train.py for the runs with --cm: "--w-div 0.2"
+#   NUM                       how many images are evaluated, for example 10000
+#   FEATURES                  a checkpoint of classify.py to measure with (default: Inception)
+#   EPOCHS                    epochs in tableG8 and tableG13 (default: 200) and table6 (100)
+#   EXTRA         50000       how many generated images tableG8 adds to the training set
+#   MODEL                     Stable Diffusion for table6: a folder or a name on the hub
 set -euo pipefail
 cd "$(dirname "$0")"
 export PYTHONUNBUFFERED=1
 TARGET=${1:-demo}
 
-# ----------------------------------------------------------------------------------------------------------------------
-if [[ $TARGET == demo || $TARGET == smoke ]]; then
-  case $TARGET in
-    demo)  OUT=out/demo;  STEPS=2000; NUM=2000; EPOCHS=30; DDIM=50; REPEATS=10; TRIALS=20000; GRIDS=500 ;;
-    smoke) OUT=out/smoke; STEPS=8;    NUM=100;  EPOCHS=1;  DDIM=3;  REPEATS=1;  TRIALS=500;   GRIDS=0; rm -rf out/smoke ;;
-  esac
+# fail MESSAGE: end with one line on stderr and exit code 2, as the Python scripts do
+fail() {
+  echo "error: $1" >&2
+  exit 2
+}
 
+# --------------------------------------------------------------------------------------------------
+# The demo and the smoke run
+
+# demo_train RUN [flags]: train a run
+demo_train() {
+  local run=$1
+  shift
+  python train.py --dataset digits --steps $STEPS "$@" --sample-every $GRIDS --out $OUT/$run
+}
+
+# demo_samples NAME RUN BRANCH OMEGA: sample a run, measure the samples, and add a row to the page
+demo_samples() {
+  local name=$1 run=$2 branch=$3 omega=$4
+  local folder=$OUT/$run/$branch-$omega
+  python sample.py --ckpt $OUT/$run/ckpt.pt --branch $branch --guidance $omega \
+    --num $NUM --steps $DDIM --out $folder --if-needed
+  python evaluate.py --samples $folder/samples.npz --features $OUT/classifier/ckpt.pt \
+    --floor 10 --if-needed
+  ROWS+=(--row "$name=$folder/eval.json")
+}
+
+demo() {
   # The feature classifier, on the balanced training set
   python classify.py --dataset digits --epochs $EPOCHS --out $OUT/classifier --if-needed
 
   # DDPM, OC, and CM on OC (the paper's default); a run whose step equals its steps is finished
-  python train.py --dataset digits --steps $STEPS --base ddpm --no-cm --sample-every $GRIDS --out $OUT/ddpm
-  python train.py --dataset digits --steps $STEPS --base oc --no-cm --sample-every $GRIDS --out $OUT/oc
-  python train.py --dataset digits --steps $STEPS --base oc --cm --sample-every $GRIDS --out $OUT/cm
+  demo_train ddpm --base ddpm --no-cm
+  demo_train oc --base oc --no-cm
+  demo_train cm --base oc --cm
 
-  # Samples of each, and of theta_g alone from the same noise, without and with guidance; then the numbers
+  # Samples of each, and of theta_g alone from the same noise, without and with guidance
+  local omega
   ROWS=()
-  for OMEGA in 0 1.5; do
-    while read -r RUN BRANCH NAME; do
-      DIR=$OUT/$RUN/$BRANCH-$OMEGA
-      python sample.py --ckpt $OUT/$RUN/ckpt.pt --branch $BRANCH --guidance $OMEGA --num $NUM --steps $DDIM --out $DIR --if-needed
-      python evaluate.py --samples $DIR/samples.npz --features $OUT/classifier/ckpt.pt --floor 10 --if-needed
-      ROWS+=(--row "$NAME=$DIR/eval.json")
-    done <<< "ddpm full DDPM
-oc full OC
-cm full CM (on OC)
-cm general CM, theta_g alone"
+  for omega in 0 1.5; do
+    demo_samples "DDPM" ddpm full $omega
+    demo_samples "OC" oc full $omega
+    demo_samples "CM (on OC)" cm full $omega
+    demo_samples "CM, theta_g alone" cm general $omega
   done
+  python report.py --out $OUT/report.md "${ROWS[@]}" \
+    --pair $OUT/cm/general-1.5/samples.npz $OUT/cm/full-1.5/samples.npz
 
-  python report.py --out $OUT/report.md "${ROWS[@]}" --pair $OUT/cm/general-1.5/samples.npz $OUT/cm/full-1.5/samples.npz
+  # The pruning probe of Fig. 1(b)
+  python prune_probe.py --ckpt $OUT/ddpm/ckpt.pt $OUT/cm/ckpt.pt \
+    --fractions 0.1,0.2,0.3 --repeats $REPEATS --out $OUT/prune
 
-  # Why: the pruning probe of Fig. 1(b), where CM's reserved part works, and the theorems against simulation
-  python prune_probe.py --ckpt $OUT/ddpm/ckpt.pt $OUT/cm/ckpt.pt --fractions 0.1,0.2,0.3 --repeats $REPEATS --out $OUT/prune
-  python capacity_probe.py allocation --ckpt $OUT/cm/ckpt.pt --quality $OUT/cm/full-1.5/eval.json $OUT/cm/general-1.5/eval.json
+  # Where CM's reserved part is used
+  python capacity_probe.py allocation --ckpt $OUT/cm/ckpt.pt \
+    --quality $OUT/cm/full-1.5/eval.json $OUT/cm/general-1.5/eval.json
+
+  # The theorems, compared with simulation
   python theory_sim.py --trials $TRIALS --out $OUT/theory
+}
+
+if [[ $TARGET == demo ]]; then
+  OUT=out/demo
+  EPOCHS=30
+  STEPS=2000
+  GRIDS=500
+  NUM=2000
+  DDIM=50
+  REPEATS=10
+  TRIALS=20000
+  demo
   exit
 fi
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The paper's tables
+if [[ $TARGET == smoke ]]; then
+  OUT=out/smoke
+  EPOCHS=1
+  STEPS=8
+  GRIDS=0
+  NUM=100
+  DDIM=3
+  REPEATS=1
+  TRIALS=500
+  rm -rf $OUT
+  demo
+  exit
+fi
 
-SCALE=${SCALE:-paper}; PAGES=${ROOT:-out}
+# --------------------------------------------------------------------------------------------------
+# The paper's tables: settings
+
+SCALE=${SCALE:-paper}
+NGPU=${NGPU:-1}
+DATA_DIR=${DATA_DIR:-data}
+FLAGS=${FLAGS:-}
+CM_FLAGS=${CM_FLAGS:-}
+PAGES=${ROOT:-out}
+
 if [[ $SCALE == demo ]]; then
-  if [[ ${DATASET:-digits} != digits ]]; then echo "error: SCALE=demo is on digits; for DATASET=$DATASET name a budget with STEPS and NUM" >&2; exit 2; fi
-  DATASET=digits; IR=${IR:-20}; SEEDS=${SEEDS:-0}; ROOT=${ROOT:-out/paper-demo}; STEPS=${STEPS:-300}; NUM=${NUM:-500}
-  FLAGS="--sample-every 0 ${FLAGS:-}"; FEATURES=$ROOT/classifier/ckpt.pt; EPOCHS=${EPOCHS:-60}; EXTRA=${EXTRA:-500}
+  if [[ ${DATASET:-digits} != digits ]]; then
+    fail "SCALE=demo is on digits; for DATASET=$DATASET name a budget with STEPS and NUM"
+  fi
+  DATASET=digits
+  IR=${IR:-20}
+  SEEDS=${SEEDS:-0}
+  ROOT=${ROOT:-out/paper-demo}
+  STEPS=${STEPS:-300}
+  NUM=${NUM:-500}
+  EPOCHS=${EPOCHS:-60}
+  EXTRA=${EXTRA:-500}
+  FLAGS="--sample-every 0 $FLAGS"
+  FEATURES=$ROOT/classifier/ckpt.pt
   python classify.py --dataset digits --epochs 10 --out "$ROOT/classifier" --if-needed
 else
   case $TARGET in
@@ -70,158 +163,383 @@ else
     table6) DATASET=${DATASET:-artbench10} ;;
     *) DATASET=${DATASET:-cifar100} ;;
   esac
-  case $DATASET in folder) IR=${IR:-1} ;; cub200 | flowers102) IR=${IR:-10} ;; *) IR=${IR:-100} ;; esac       # as train.py's defaults
-  SEEDS=${SEEDS:-0,1,2}; ROOT=${ROOT:-out/paper}
+  case $DATASET in            # as train.py's defaults
+    folder) IR=${IR:-1} ;;
+    cub200 | flowers102) IR=${IR:-10} ;;
+    *) IR=${IR:-100} ;;
+  esac
+  SEEDS=${SEEDS:-0,1,2}
+  ROOT=${ROOT:-out/paper}
 fi
-TRAIN="${STEPS:+--steps $STEPS} ${FLAGS:-}"; EVALUATE=(${NUM:+--num $NUM} ${FEATURES:+--features "$FEATURES"})
-SETTING=$DATASET-ir$IR${RESOLUTION:+-$RESOLUTION}
-if [[ $DATASET == imagenet-lt || $DATASET == inat2018 ]]; then IR=1; RESOLUTION=${RESOLUTION:-64}; SETTING=$DATASET-$RESOLUTION; fi
-case $TARGET in fig1b | dominance | allocation) SEEDS=${SEEDS%%,*} ;; esac       # which look at one network each
-DATA=(--dataset $DATASET --ir $IR --data-dir "${DATA_DIR:-data}" ${RESOLUTION:+--resolution $RESOLUTION}
-      ${CLASS_ORDER:+--class-order "$CLASS_ORDER"})
-PYTHON=python; if (( ${NGPU:-1} > 1 )); then PYTHON="torchrun --nproc_per_node=$NGPU --"; fi
+
+# SETTING: the data set and its ratio, in folders and for report.py
+if [[ $DATASET == imagenet-lt || $DATASET == inat2018 ]]; then
+  # These two are long-tailed as they are
+  IR=1
+  RESOLUTION=${RESOLUTION:-64}
+  SETTING=$DATASET-$RESOLUTION
+else
+  SETTING=$DATASET-ir$IR${RESOLUTION:+-$RESOLUTION}
+fi
+RUNS=$ROOT/$SETTING
+
+# Some targets look at one network of each kind
+FIRST_SEED=${SEEDS%%,*}
+case $TARGET in
+  fig1b | dominance | allocation) SEEDS=$FIRST_SEED ;;
+esac
+
+DATA=(
+  --dataset $DATASET
+  --ir $IR
+  --data-dir "$DATA_DIR"
+  ${RESOLUTION:+--resolution $RESOLUTION}
+  ${CLASS_ORDER:+--class-order "$CLASS_ORDER"}
+)
+
+# --------------------------------------------------------------------------------------------------
+# The paper's tables: how runs become rows, and rows become a page
+
 ROWS=()
 
-# row NAME RUN [train flags] [-- evaluate flags]: train and evaluate each seed of a run, and make it a row of the table
-row() {
-  local name=$1 run=$2 train=() extra=() seed out json cm_flags; shift 2
-  while (( $# )) && [[ $1 != -- ]]; do train+=("${1}"); shift; done
-  if (( $# )); then shift; extra=("$@"); fi
-  case " ${train[*]-} " in *" --cm "*) cm_flags=${CM_FLAGS:-} ;; *) cm_flags= ;; esac
-  json=eval-$(echo "${extra[*]:-plain}" | tr -c 'a-z0-9.\n' _).json
-  for seed in ${SEEDS//,/ }; do
-    out=$ROOT/$SETTING/$run-seed$seed
-    $PYTHON train.py "${DATA[@]}" $TRAIN ${train[@]+"${train[@]//@SEED/$seed}"} $cm_flags --seed $seed --out "$out"
-    case $TARGET in fig1b | dominance) continue ;; esac               # which need no samples
-    $PYTHON evaluate.py --ckpt "$out/ckpt.pt" ${EVALUATE[@]+"${EVALUATE[@]}"} ${extra[@]+"${extra[@]}"} --out-json "$out/$json" --if-needed
-  done
-  ROWS+=(--row "$name=$(printf "$ROOT/$SETTING/$run-seed%s/$json," ${SEEDS//,/ })")
+# launch SCRIPT [flags]: start a script on one GPU, or on several
+launch() {
+  if (( NGPU > 1 )); then
+    torchrun --nproc_per_node=$NGPU -- "$@"
+  else
+    python "$@"
+  fi
 }
 
-# page TABLE: the table's page from the rows so far
+# train RUN SEED [flags of train.py]: train a run with a seed; @SEED in a flag stands for the seed
+train() {
+  local run=$1 seed=$2 cm_flags=
+  shift 2
+  if [[ " $* " == *" --cm "* ]]; then
+    cm_flags=$CM_FLAGS
+  fi
+  launch train.py "${DATA[@]}" ${STEPS:+--steps $STEPS} $FLAGS "${@//@SEED/$seed}" $cm_flags \
+    --seed $seed --out "$RUNS/$run-seed$seed"
+}
+
+# add_row NAME START END: add a row to the page, of the JSON files START<seed>END of all seeds
+add_row() {
+  local name=$1 start=$2 end=$3 files= seed
+  for seed in ${SEEDS//,/ }; do
+    files+="$start$seed$end,"
+  done
+  ROWS+=(--row "$name=$files")
+}
+
+# row NAME RUN [flags of train.py] [-- flags of evaluate.py]:
+# train and evaluate a run with each seed, and add a row to the page
+row() {
+  local name=$1 run=$2 train_flags=() evaluate_flags=() json seed folder
+  shift 2
+  while (( $# )) && [[ $1 != -- ]]; do
+    train_flags+=("$1")
+    shift
+  done
+  if (( $# )); then
+    shift
+    evaluate_flags=("$@")
+  fi
+
+  # One file per way of evaluating: eval-plain.json, eval-__guidance_0.json, ...
+  json=eval-$(echo "${evaluate_flags[*]:-plain}" | tr -c 'a-z0-9.\n' _).json
+  for seed in ${SEEDS//,/ }; do
+    train $run $seed "${train_flags[@]}"
+    if [[ $TARGET == fig1b || $TARGET == dominance ]]; then
+      continue                # these need no samples
+    fi
+    folder=$RUNS/$run-seed$seed
+    launch evaluate.py --ckpt "$folder/ckpt.pt" \
+      ${NUM:+--num $NUM} ${FEATURES:+--features "$FEATURES"} \
+      ${evaluate_flags[@]+"${evaluate_flags[@]}"} --out-json "$folder/$json" --if-needed
+  done
+  add_row "$name" "$RUNS/$run-seed" "/$json"
+}
+
+# The rows that most tables have; flags of train.py or, after --, of evaluate.py may be given
+ddpm() { row DDPM ddpm --base ddpm --no-cm "$@"; }
+cbdm() { row CBDM cbdm --base cbdm --no-cm "$@"; }
+oc() { row OC oc --base oc --no-cm "$@"; }
+cm() { row CM cm --base oc --cm "$@"; }
+
+# classes NAME RUN [flags of classify.py]: train a classifier with each seed, and add a row
+classes() {
+  local name=$1 run=$2 seed
+  shift 2
+  for seed in ${SEEDS//,/ }; do
+    python classify.py "${DATA[@]}" ${EPOCHS:+--epochs $EPOCHS} "${@//@SEED/$seed}" \
+      --seed $seed --out "$RUNS/classify-$run-seed$seed" --if-needed
+  done
+  add_row "$name" "$RUNS/classify-$run-seed" /result.json
+}
+
+# extra_images RUN SEED [flags of train.py]: train a run, and generate images for a classifier
+extra_images() {
+  local run=$1 seed=$2
+  local folder=$RUNS/$run-seed$seed
+  train "$@"
+  launch sample.py --ckpt "$folder/ckpt.pt" --num ${EXTRA:-50000} --seed $seed \
+    --out "$folder/extra" --if-needed
+}
+
+# latent NAME RUN [flags of latent.py train]:
+# fine-tune Stable Diffusion with each seed, sample, evaluate, and add a row
+latent() {
+  local name=$1 run=$2 seed folder
+  shift 2
+  for seed in ${SEEDS//,/ }; do
+    folder=$RUNS/latent-$run-seed$seed
+    launch latent.py train "${DATA[@]}" \
+      ${MODEL:+--model "$MODEL"} ${EPOCHS:+--epochs $EPOCHS} "$@" --seed $seed --out "$folder"
+    launch latent.py sample --ckpt "$folder/ckpt.pt" --num ${NUM:-50000} \
+      --out "$folder/samples" --if-needed
+    launch evaluate.py --samples "$folder/samples/samples.npz" --data-dir "$DATA_DIR" \
+      ${NUM:+--num $NUM} ${FEATURES:+--features "$FEATURES"} --if-needed
+  done
+  add_row "$name" "$RUNS/latent-$run-seed" /samples/eval.json
+}
+
+# page TABLE [FILE]: the page of one of the tables in paper_results.json, from the rows so far
 page() {
-  python report.py --paper $1 --setting $SETTING "${ROWS[@]}" --out "$PAGES/$TARGET/$SETTING/${2:-report}.md"
+  local table=$1 file=${2:-report}
+  python report.py --paper $table --setting $SETTING "${ROWS[@]}" \
+    --out "$PAGES/$TARGET/$SETTING/$file.md"
   ROWS=()
 }
 
-ddpm() { row DDPM ddpm --base ddpm --no-cm "$@"; }
-cbdm() { row CBDM cbdm --base cbdm --no-cm "$@"; }
-oc()   { row OC oc --base oc --no-cm "$@"; }
-cm()   { row CM cm --base oc --cm "$@"; }
-
-# classes NAME SLUG [flags]: classify.py for each seed, and a row of the table
-classes() {
-  local name=$1 slug=$2 seed; shift 2
-  for seed in ${SEEDS//,/ }; do
-    python classify.py "${DATA[@]}" ${EPOCHS:+--epochs $EPOCHS} "${@//@SEED/$seed}" --seed $seed \
-      --out "$ROOT/$SETTING/classify-$slug-seed$seed" --if-needed
-  done
-  ROWS+=(--row "$name=$(printf "$ROOT/$SETTING/classify-$slug-seed%s/result.json," ${SEEDS//,/ })")
-}
-
-# latent NAME RUN [flags]: fine-tune Stable Diffusion, sample and evaluate for each seed, and a row of the table
-latent() {
-  local name=$1 run=$2 seed out; shift 2
-  for seed in ${SEEDS//,/ }; do
-    out=$ROOT/$SETTING/latent-$run-seed$seed
-    $PYTHON latent.py train "${DATA[@]}" ${MODEL:+--model "$MODEL"} ${EPOCHS:+--epochs $EPOCHS} "$@" --seed $seed --out "$out"
-    $PYTHON latent.py sample --ckpt "$out/ckpt.pt" --num ${NUM:-50000} --out "$out/samples" --if-needed
-    $PYTHON evaluate.py --samples "$out/samples/samples.npz" --data-dir "${DATA_DIR:-data}" ${EVALUATE[@]+"${EVALUATE[@]}"} --if-needed
-  done
-  ROWS+=(--row "$name=$(printf "$ROOT/$SETTING/latent-$run-seed%s/samples/eval.json," ${SEEDS//,/ })")
-}
+# --------------------------------------------------------------------------------------------------
+# The paper's tables: one block per target
 
 case $TARGET in
-  table6)       # and G.3: Stable Diffusion on ArtBench-10 (pip install diffusers transformers; MODEL=miniSD's folder or hub name)
-    if [[ $SCALE == demo ]]; then echo "error: table6 fine-tunes Stable Diffusion; there is no demo of it" >&2; exit 2; fi
-    latent DDPM ddpm --base ddpm --no-cm; latent CBDM cbdm --base cbdm --no-cm
-    latent OC oc --base oc --no-cm; latent CM cm --base oc --cm; page table6 ;;
-  tableG8)      # downstream classification with 50,000 generated images
+
+  # Low-rank variants of CBDM
+  table1)
+    ddpm
+    cbdm
+    row "CBDM (theta_g + theta_e)" cbdm-low-rank --base cbdm --cm --lam 0
+    row "CBDM (LoRA)" cbdm-lora --base cbdm --lora --init-from "$RUNS/cbdm-seed@SEED/ckpt.pt"
+    cm
+    page table1
+    ;;
+
+  # Tables 2 and G.1: all baselines
+  table2)
+    ddpm
+    row +ADA ada --base ddpm --no-cm --ada 0.12
+    row +RS rs --base ddpm --no-cm --resample 0.5
+    row +Focal focal --base focal --no-cm
+    cbdm
+    oc
+    cm
+    page table2
+    ;;
+
+  # Tables 3 and G.4, Figure 2(c): Many, Medium and Few
+  table3)
+    ddpm
+    cbdm
+    oc
+    cm
+    page table3
+    ;;
+
+  # Tables 4 and G.2: CelebA-HQ, per class
+  table4)
+    ddpm -- --per-class
+    cbdm -- --per-class
+    oc -- --per-class
+    cm -- --per-class
+    page table4
+    ;;
+
+  # Thousands of classes (DATASET=imagenet-lt or inat2018, RESOLUTION=32 or 64)
+  table5)
+    ddpm
+    cbdm
+    oc
+    cm
+    page table5
+    ;;
+
+  # Tables 6 and G.3: Stable Diffusion on ArtBench-10, after pip install diffusers transformers;
+  # MODEL is miniSD's folder or its name on the hub
+  table6)
+    if [[ $SCALE == demo ]]; then
+      fail "table6 fine-tunes Stable Diffusion; there is no demo of it"
+    fi
+    latent DDPM ddpm --base ddpm --no-cm
+    latent CBDM cbdm --base cbdm --no-cm
+    latent OC oc --base oc --no-cm
+    latent CM cm --base oc --cm
+    page table6
+    ;;
+
+  # Tables 7, G.5 and G.6. Left: theta_g alone. Right: without one of CM's two terms
+  table7)
+    ddpm
+    row "CM (theta_g)" cm --base oc --cm -- --branch general
+    cm
+    page table7-left theta_g
+
+    ddpm
+    oc
+    cm
+    row "CM w/o L_Con" cm-no-con --base oc --cm --w-con 0
+    row "CM w/o L_Div" cm-no-div --base oc --cm --w-div 0
+    page table7-right
+    ;;
+
+  # One low-rank expert per group
+  tableE2)
+    ddpm
+    row "Group-Expert LoRA" experts --base ddpm --no-cm --experts group
+    cm
+    page tableE2
+    ;;
+
+  # Classification with generated images in the training set
+  tableG8)
     classes "No augmentation" plain
-    for S in ${SEEDS//,/ }; do
-      for R in "ddpm --base ddpm --no-cm" "cm --base oc --cm"; do
-        RUN=$ROOT/$SETTING/${R%% *}-seed$S
-        if [[ $R == *--cm ]]; then R="$R ${CM_FLAGS:-}"; fi
-        $PYTHON train.py "${DATA[@]}" $TRAIN ${R#* } --seed $S --out "$RUN"
-        $PYTHON sample.py --ckpt "$RUN/ckpt.pt" --num ${EXTRA:-50000} --seed $S --out "$RUN/extra" --if-needed
-      done
+    for SEED in ${SEEDS//,/ }; do
+      extra_images ddpm $SEED --base ddpm --no-cm
+      extra_images cm $SEED --base oc --cm
     done
-    classes DDPM ddpm --extra "$ROOT/$SETTING/ddpm-seed@SEED/extra/samples.npz"
-    classes CM cm --extra "$ROOT/$SETTING/cm-seed@SEED/extra/samples.npz"
-    page tableG8 ;;
-  tableG13)     # long-tailed recognition (also IR=200)
+    classes DDPM ddpm --extra "$RUNS/ddpm-seed@SEED/extra/samples.npz"
+    classes CM cm --extra "$RUNS/cm-seed@SEED/extra/samples.npz"
+    page tableG8
+    ;;
+
+  # Consistency models
+  tableG9)
+    row "Consistency model" consistency --base consistency --no-cm
+    row "CM on Consistency model" cm-consistency --base consistency --cm
+    page tableG9
+    ;;
+
+  # DPM-Solver with 15 steps
+  tableG10)
+    ddpm -- --sampler dpm++
+    cm -- --sampler dpm++
+    page tableG10
+    ;;
+
+  # Overlap optimisation
+  tableG12)
+    ddpm
+    row "Overlap Opt." rop --base rop --no-cm
+    cm
+    page tableG12
+    ;;
+
+  # Long-tailed recognition (also with IR=200)
+  tableG13)
     classes CE ce --loss ce
     classes "CE + CM" ce-cm --loss ce --cm
     classes LDAM ldam --loss ldam --drw
     classes "LDAM + CM" ldam-cm --loss ldam --drw --cm
     classes LA la --loss la
     classes "LA + CM" la-cm --loss la --cm
-    page tableG13 ;;
-  fig1b)        # and G.1, G.2: what pruning does to each class
-    ddpm; cm
-    python prune_probe.py --ckpt "$ROOT/$SETTING"/{ddpm,cm}-seed${SEEDS%%,*}/ckpt.pt --fractions 0.05,0.1,0.2,0.3 --out "$PAGES/fig1b/$SETTING" ;;
-  theory)       # Theorems 2.1, 3.1, F.1, F.2 against simulation
-    python theory_sim.py --out "$PAGES/theory" ;;
-  dominance)    # Theorem 2.1's question on a trained network's gradients
-    ddpm; cm
-    for R in ddpm cm; do python capacity_probe.py dominance --ckpt "$ROOT/$SETTING/$R-seed${SEEDS%%,*}/ckpt.pt"; done ;;
-  gain)         # not in the paper: what CM adds to DDPM and to OC, seed by seed, without and with guidance
-    for OMEGA in 0 1.5; do
-      ddpm -- --guidance $OMEGA; row "CM on DDPM" cm-ddpm --base ddpm --cm -- --guidance $OMEGA
-      oc -- --guidance $OMEGA; cm -- --guidance $OMEGA; page table3 guidance-$OMEGA
-    done ;;
-  allocation)   # what the reserved part is and does
-    row "CM (theta_g)" cm --base oc --cm -- --branch general; cm
-    CM=$ROOT/$SETTING/cm-seed${SEEDS%%,*}
-    python capacity_probe.py allocation --ckpt "$CM/ckpt.pt" --quality "$CM/eval-plain.json" "$CM/eval-__branch_general.json" ;;
-  table1)       # low-rank variants of CBDM
-    ddpm; cbdm
-    row "CBDM (theta_g + theta_e)" cbdm-low-rank --base cbdm --cm --lam 0
-    row "CBDM (LoRA)" cbdm-lora --base cbdm --lora --init-from "$ROOT/$SETTING/cbdm-seed@SEED/ckpt.pt"
-    cm; page table1 ;;
-  table2)       # and G.1: all baselines
+    page tableG13
+    ;;
+
+  # Figures 1(b), G.1 and G.2: what pruning does to each class
+  fig1b)
     ddpm
+    cm
+    python prune_probe.py \
+      --ckpt "$RUNS/ddpm-seed$FIRST_SEED/ckpt.pt" "$RUNS/cm-seed$FIRST_SEED/ckpt.pt" \
+      --fractions 0.05,0.1,0.2,0.3 --out "$PAGES/fig1b/$SETTING"
+    ;;
+
+  # CM on each baseline
+  fig4a)
+    ddpm
+    row "CM on DDPM" cm-ddpm --base ddpm --cm
     row +ADA ada --base ddpm --no-cm --ada 0.12
+    row "CM on +ADA" cm-ada --base ddpm --cm --ada 0.12
     row +RS rs --base ddpm --no-cm --resample 0.5
+    row "CM on +RS" cm-rs --base ddpm --cm --resample 0.5
     row +Focal focal --base focal --no-cm
-    cbdm; oc; cm; page table2 ;;
-  table3)       # and G.4, Figure 2(c): per split
-    ddpm; cbdm; oc; cm; page table3 ;;
-  table4)       # and G.2: CelebA-HQ, per class (DATASET=celebahq)
-    ddpm -- --per-class; cbdm -- --per-class; oc -- --per-class; cm -- --per-class; page table4 ;;
-  table5)       # thousands of classes (DATASET=imagenet-lt or inat2018, RESOLUTION=32 or 64)
-    ddpm; cbdm; oc; cm; page table5 ;;
-  table7)       # and G.5, G.6: theta_g alone; without either term
-    ddpm; row "CM (theta_g)" cm --base oc --cm -- --branch general; cm; page table7-left theta_g
-    ddpm; oc; cm
-    row "CM w/o L_Con" cm-no-con --base oc --cm --w-con 0
-    row "CM w/o L_Div" cm-no-div --base oc --cm --w-div 0
-    page table7-right ;;
-  tableE2)      # one low-rank expert a group
-    ddpm; row "Group-Expert LoRA" experts --base ddpm --no-cm --experts group; cm; page tableE2 ;;
-  tableG9)      # consistency models
-    row "Consistency model" consistency --base consistency --no-cm
-    row "CM on Consistency model" cm-consistency --base consistency --cm; page tableG9 ;;
-  tableG10)     # DPM-Solver, 15 steps
-    ddpm -- --sampler dpm++; cm -- --sampler dpm++; page tableG10 ;;
-  tableG12)     # overlap optimisation
-    ddpm; row "Overlap Opt." rop --base rop --no-cm; cm; page tableG12 ;;
-  fig4a)        # CM on each baseline
-    ddpm; row "CM on DDPM" cm-ddpm --base ddpm --cm
-    row +ADA ada --base ddpm --no-cm --ada 0.12; row "CM on +ADA" cm-ada --base ddpm --cm --ada 0.12
-    row +RS rs --base ddpm --no-cm --resample 0.5; row "CM on +RS" cm-rs --base ddpm --cm --resample 0.5
-    row +Focal focal --base focal --no-cm; row "CM on +Focal" cm-focal --base focal --cm
-    cbdm; row "CM on CBDM" cm-cbdm --base cbdm --cm
-    oc; cm; page fig4a ;;
-  fig4b)        # and G.3: lambda, which is 1 in CM
-    oc; for L in 0 0.5 0.8 1.2 1.5; do row "lambda $L" cm-lam$L --base oc --cm --lam $L; done; cm; page fig4b ;;
-  fig4c)        # rank ratio, which is 0.1 in CM
-    oc; for R in 0.05 0.2 0.3 0.5; do row "rank $R" cm-rank$R --base oc --cm --rank-ratio $R; done; cm; page fig4c ;;
-  fig4d)        # network widths
-    for M in "1 2 2" "1 2 2 2" "1 2 3 4"; do
-      WIDTH=-mult${M// /}; if [[ $SCALE$M == "paper1 2 2 2" && ${FLAGS:-} != *--ch-mult* ]]; then WIDTH=; fi      # the paper's own: the runs of table2
-      row "OC, $M" oc$WIDTH --base oc --no-cm --ch-mult $M
-      row "CM, $M" cm$WIDTH --base oc --cm --ch-mult $M
-    done; page fig4d ;;
-  *) echo "error: unknown target '$TARGET'; see the head of run_all.sh" >&2; exit 2 ;;
+    row "CM on +Focal" cm-focal --base focal --cm
+    cbdm
+    row "CM on CBDM" cm-cbdm --base cbdm --cm
+    oc
+    cm
+    page fig4a
+    ;;
+
+  # Figures 4(b) and G.3: lambda, which is 1 in CM
+  fig4b)
+    oc
+    for LAM in 0 0.5 0.8 1.2 1.5; do
+      row "lambda $LAM" cm-lam$LAM --base oc --cm --lam $LAM
+    done
+    cm
+    page fig4b
+    ;;
+
+  # The rank ratio, which is 0.1 in CM
+  fig4c)
+    oc
+    for RATIO in 0.05 0.2 0.3 0.5; do
+      row "rank $RATIO" cm-rank$RATIO --base oc --cm --rank-ratio $RATIO
+    done
+    cm
+    page fig4c
+    ;;
+
+  # The network's width
+  fig4d)
+    for MULT in "1 2 2" "1 2 2 2" "1 2 3 4"; do
+      SUFFIX=-mult${MULT// /}
+      # The paper's own width: these are the runs of table2
+      if [[ $SCALE == paper && $MULT == "1 2 2 2" && $FLAGS != *--ch-mult* ]]; then
+        SUFFIX=
+      fi
+      row "OC, $MULT" oc$SUFFIX --base oc --no-cm --ch-mult $MULT
+      row "CM, $MULT" cm$SUFFIX --base oc --cm --ch-mult $MULT
+    done
+    page fig4d
+    ;;
+
+  # Theorems 2.1, 3.1, F.1 and F.2, compared with simulation
+  theory)
+    python theory_sim.py --out "$PAGES/theory"
+    ;;
+
+  # What the reserved part is and does
+  allocation)
+    row "CM (theta_g)" cm --base oc --cm -- --branch general
+    cm
+    CM=$RUNS/cm-seed$FIRST_SEED
+    python capacity_probe.py allocation --ckpt "$CM/ckpt.pt" \
+      --quality "$CM/eval-plain.json" "$CM/eval-__branch_general.json"
+    ;;
+
+  # Theorem 2.1's question, asked of a trained network's gradients
+  dominance)
+    ddpm
+    cm
+    python capacity_probe.py dominance --ckpt "$RUNS/ddpm-seed$FIRST_SEED/ckpt.pt"
+    python capacity_probe.py dominance --ckpt "$RUNS/cm-seed$FIRST_SEED/ckpt.pt"
+    ;;
+
+  # Not in the paper: what CM adds to DDPM and to OC, seed by seed, without and with guidance
+  gain)
+    for OMEGA in 0 1.5; do
+      ddpm -- --guidance $OMEGA
+      row "CM on DDPM" cm-ddpm --base ddpm --cm -- --guidance $OMEGA
+      oc -- --guidance $OMEGA
+      cm -- --guidance $OMEGA
+      page table3 guidance-$OMEGA
+    done
+    ;;
+
+  *)
+    fail "unknown target '$TARGET'; see the head of run_all.sh"
+    ;;
 esac

@@ -178,7 +178,9 @@ def cases_2_1():
     for name, (_, values) in SWEEPS.items():
         for x in values:
             setting = {**BASE, name: math.radians(x) if name == "angle" else x}
-            N, ratio, angle = setting["N"], setting["ratio"], setting["angle"]
+            N = setting["N"]
+            ratio = setting["ratio"]
+            angle = setting["angle"]
             n_1 = round(setting["a"] * N)       # whole samples, and a is the share that they make
             theory = theorem_2_1(n_1 / N, N, ratio, angle)
             counts = np.array([n_1, N - n_1])

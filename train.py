@@ -178,6 +178,7 @@ def resolve(args):
     given = {k for k in preset if getattr(args, k) is not None}
     for key in preset.keys() - given:
         setattr(args, key, preset[key])
+    check_batch_size(args)
     check_sizes(args)
     plain = vars(make_parser().parse_args([]))
     check_method(args, plain)
@@ -186,17 +187,22 @@ def resolve(args):
     return args
 
 
-def check_sizes(args):
-    """Raise UserError where the batch or the network cannot be cut as the flags say."""
+def check_batch_size(args):
+    """Raise UserError where processes and passes cannot share the batch equally."""
     world = int(os.environ.get("WORLD_SIZE", 1))
-    if args.batch_size % (world * args.accumulate):
-        parts = []
-        if world > 1:
-            parts.append(f"{world} processes")
-        if args.accumulate > 1:
-            parts.append(f"--accumulate {args.accumulate}")
-        raise UserError(f"--batch-size {args.batch_size}: not divisible by {' x '.join(parts)}; it "
-                        "counts the images of all of them")
+    if args.batch_size % (world * args.accumulate) == 0:
+        return
+    parts = []
+    if world > 1:
+        parts.append(f"{world} processes")
+    if args.accumulate > 1:
+        parts.append(f"--accumulate {args.accumulate}")
+    raise UserError(f"--batch-size {args.batch_size}: not divisible by {' x '.join(parts)}; it "
+                    "counts the images of all of them")
+
+
+def check_sizes(args):
+    """Raise UserError where the network cannot be built as the flags say."""
     if args.ch % 2:
         raise UserError(f"--ch {args.ch}: must be even; take a multiple of 32")
     highest = len(args.ch_mult) - 1
@@ -427,12 +433,15 @@ def train_step(training, module, batch):
 
     module: the Objective, perhaps compiled and distributed. batch(step, k): pass k's Batch.
     """
-    args, rt, meter = training.args, training.rt, training.meter
+    args = training.args
+    meter = training.meter
     for k in range(args.accumulate):
         b = batch(training.step, k)
         last = k == args.accumulate - 1
-        with module.no_sync() if rt.world > 1 and not last else nullcontext():
-            with rt.autocast():
+        # Processes exchange gradients in the last pass only
+        waits = training.rt.world > 1 and not last
+        with module.no_sync() if waits else nullcontext():
+            with training.rt.autocast():
                 total, terms, D = module(b)
             (total / args.accumulate).backward()
         meter.add(terms, 1 / args.accumulate)
@@ -495,7 +504,9 @@ class Reporter:
 
     def report(self, means):
         """One line on the terminal, in log.jsonl and in TensorBoard; the meter starts anew."""
-        args, rt, step = self.training.args, self.training.rt, self.training.step
+        args = self.training.args
+        rt = self.training.rt
+        step = self.training.step
         runs_away = any(v > 1 for k, v in means.items() if k.startswith("D_"))
         if runs_away and not self.warned:
             rt.print("warning: the two predictions differ by more than the noise itself (D > 1): "
@@ -622,7 +633,8 @@ def make_training(args, rt, net, images, record, old):
 
 def announce(training, net, compiled):
     """Print what is about to be trained, how and where."""
-    args, rt, record = training.args, training.rt, training.record
+    args = training.args
+    rt = training.rt
     names = {n: p.numel() for n, p in net.named_parameters()}
     low_rank = sum(n for name, n in names.items() if name.rsplit(".", 1)[-1] in ("A", "B"))
     words = [f"network: {sum(names.values()) - low_rank:,} parameters"]
@@ -635,7 +647,7 @@ def announce(training, net, compiled):
     if compiled:
         words.append(", compiled")
     rt.print("".join(words))
-    rt.print("config: " + " ".join(f"{k}={v}" for k, v in record["config"].items()))
+    rt.print("config: " + " ".join(f"{k}={v}" for k, v in training.record["config"].items()))
     verb = "resuming" if training.step else "starting"
     rt.print(f"{verb} {args.out} at step {training.step} of {args.steps}")
 

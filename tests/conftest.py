@@ -1,4 +1,7 @@
-"""Shared by all tests: `pytest` from the project's folder; CPU, about five minutes. No network, no data but digits."""
+"""Shared by all tests: `pytest` from the project's folder; CPU, about five minutes.
+
+No network, and no data but scikit-learn's digits.
+"""
 import os
 import sys
 from pathlib import Path
@@ -10,19 +13,22 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import classify            # noqa: E402
-import runtime             # noqa: E402
-import train               # noqa: E402
-from data import load, long_tail            # noqa: E402
-from sample import build_network            # noqa: E402
+import classify
+import runtime
+import train
+from data import load, long_tail
+from sample import build_network
 
-TINY = {"channels": 1, "num_classes": 10, "ch": 16, "ch_mult": [1, 2], "attn": [1], "num_res_blocks": 1, "dropout": 0.1}
-TINY_FLAGS = "--dataset digits --ch 16 --batch-size 16 --log-every 1 --sample-every 0 --device cpu".split()
+TINY = {"channels": 1, "num_classes": 10, "ch": 16, "ch_mult": [1, 2], "attn": [1],
+        "num_res_blocks": 1, "dropout": 0.1}
+TINY_FLAGS = ["--dataset", "digits", "--ch", "16", "--batch-size", "16", "--log-every", "1",
+              "--sample-every", "0", "--device", "cpu"]
 
 
 def call(main, *argv):
-    """Run a script's main() in this process with these flags, as `run` would, but let errors through."""
-    before, sys.argv = sys.argv, ["script"] + [str(a) for a in argv]
+    """Run a script's main() in this process with these flags, as `run` would; errors are raised."""
+    before = sys.argv
+    sys.argv = ["script", *map(str, argv)]
     try:
         main()
     finally:
@@ -30,7 +36,7 @@ def call(main, *argv):
 
 
 def randomize(net, seed=0, scale=0.05):
-    """Give every parameter a normal value, so that no part of the network is (almost) switched off."""
+    """Give every parameter a normal value, so that no part of the network is almost off."""
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in net.parameters():
@@ -60,7 +66,10 @@ def digits(data_dir):
 
 @pytest.fixture(scope="session")
 def cm_run(tmp_path_factory, data_dir):
-    """The folder of a small CM run with its checkpoint: 30 steps, enough to be different from its initial weights."""
+    """The folder of a small CM run with its checkpoint.
+
+    30 steps are enough to be different from its initial weights.
+    """
     out = tmp_path_factory.mktemp("run") / "cm"
     call(train.main, *TINY_FLAGS, "--steps", 30, "--data-dir", data_dir, "--out", out)
     return out
@@ -70,7 +79,8 @@ def cm_run(tmp_path_factory, data_dir):
 def classifier(tmp_path_factory, data_dir):
     """A quickly trained classifier of digits: its checkpoint's path."""
     out = tmp_path_factory.mktemp("classifier")
-    call(classify.main, "--epochs", 6, "--width", 8, "--data-dir", data_dir, "--out", out, "--device", "cpu")
+    call(classify.main, "--epochs", 6, "--width", 8, "--data-dir", data_dir, "--out", out,
+         "--device", "cpu")
     return out / "ckpt.pt"
 
 

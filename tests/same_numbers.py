@@ -1,12 +1,12 @@
-"""Whether two checkouts compute the same, to the last bit: for a change that must not move a number.
+"""Whether two checkouts compute the same to the last bit, for a change that must move no number.
 
-    git worktree add ../before main && python tests/same_numbers.py ../before .     # three minutes
-    python tests/same_numbers.py --write tests/numbers.json .                       # after a change that may
+    git worktree add ../before main && python tests/same_numbers.py ../before .    # three minutes
+    python tests/same_numbers.py --write tests/numbers.json .                      # what one gives
 
-Each checkout trains every base loss with and without CM for ten steps, samples, evaluates, classifies
-and probes, on digits, in float32, on one thread. Then both go on from the first one's checkpoints:
-old runs must load and resume. The second form writes down what a checkout gives; test_numbers.py
-compares with that.
+Each checkout trains every base loss with and without CM for ten steps, samples, evaluates,
+classifies and probes, on digits, in float32, on one thread. Then both go on from the first one's
+checkpoints: old runs must load and resume. The second form writes down what a checkout gives, after
+a change that may move numbers; test_numbers.py compares with that.
 """
 import argparse
 import hashlib
@@ -28,7 +28,8 @@ VARIANTS = {        # name: flags of train.py beyond the defaults
     "augmented": "--ada 0.12 --resample 0.5 --flip".split(),
     "two passes": "--accumulate 2 --rank-ratio 0.3 --seed 3".split(),
     "cbdm by frequency": "--base cbdm --cbdm-y train --cbdm-tau 0.002 --cbdm-gamma 0.5".split(),
-    "other constants": "--base rop --no-cm --rop-weight 0.5 --rop-margin 0.3 --label-drop 0.4".split(),
+    "other constants": ["--base", "rop", "--no-cm", "--rop-weight", "0.5", "--rop-margin", "0.3",
+                        "--label-drop", "0.4"],
     "focal 1": "--base focal --no-cm --focal-gamma 1 --dropout 0 --ema 0.5 --lr 0.003".split(),
     "curriculum": "--base consistency --no-cm --ct-double 2 --warmup 0 --grad-clip 0.1".split(),
     "another draw": "--split-seed 4 --ir 5 --class-order 9,8,7,6,5,4,3,2,1,0".split(),
@@ -103,7 +104,7 @@ def train_all(out, data, steps=10):
     for name, flags in VARIANTS.items():
         call("train", *TRAIN, *flags, "--steps", steps, "--data-dir", data, "--out", out / name)
         result[f"train {name}"] = {**weights_of(out / name), **log_of(out / name)}
-    call("train", *TRAIN, "--base", "cbdm", "--init-from", out / "cbdm-no-cm/ckpt.pt", "--lora",
+    call("train", *TRAIN, "--base", "cbdm", "--init-from", "cbdm-no-cm/ckpt.pt", "--lora",
          "--steps", steps, "--data-dir", data, "--out", out / "lora")
     result["train lora"] = {**weights_of(out / "lora"), **log_of(out / "lora")}
     return result
@@ -114,8 +115,8 @@ def measure_all(runs, out, data):
     import numpy as np
     result = {}
     for name, (run, flags) in SAMPLES.items():
-        call("sample", "--ckpt", runs / run / "ckpt.pt", "--num", 20, "--seed", 5, "--device", "cpu",
-             *flags, "--out", out / name)
+        call("sample", "--ckpt", runs / run / "ckpt.pt", "--num", 20, "--seed", 5, *flags,
+             "--device", "cpu", "--out", out / name)
         with np.load(out / name / "samples.npz") as f:
             result[f"sample {name}"] = {"arrays": digest(dict(f))}
         grid = (out / name / "grid.png").read_bytes()
@@ -150,6 +151,8 @@ def record(code, runs, out, steps):
     import torch
     torch.set_num_threads(1)
     data = out / "data"
+    runs.mkdir(parents=True, exist_ok=True)
+    os.chdir(runs)              # a checkpoint keeps the name of what it was started from
     result = train_all(runs, data, steps)
     return {**result, **measure_all(runs, out, data)}
 
@@ -167,9 +170,10 @@ def run(code, runs, out, steps):
     """`record` in a process of its own: the checkout's files must not meet another's."""
     out.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, __file__, "--record", code, "--runs", runs, "--out", out]
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     with open(out / "log.txt", "w") as log:
-        done = subprocess.run([*map(str, command), "--steps", str(steps)], stdout=log, stderr=log,
-                              env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"})
+        done = subprocess.run([*map(str, command), "--steps", str(steps)], env=env, stdout=log,
+                              stderr=subprocess.STDOUT)
     if done.returncode:
         sys.exit(f"{code}: failed\n" + (out / "log.txt").read_text()[-3000:])
     return json.loads((out / "result.json").read_text())

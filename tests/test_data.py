@@ -1,4 +1,4 @@
-"""data.py: Cao et al.'s draw, packs, splits, batches that are a pure function of (seed, step)."""
+"""data.py, packing.py: Cao et al.'s draw, packs, groups, batches, images in an .npz."""
 import hashlib
 import pickle
 
@@ -12,21 +12,29 @@ from torchvision import transforms
 
 import runtime
 import train
-from data import (Batches, load, load_reference, long_tail, long_tail_counts, read_image, resolve_classes, splits, to_float,
-                  to_uint8)
+from data import (Batches, class_groups, images_of_npz, load, load_reference, long_tail,
+                  long_tail_counts, open_npz, read_samples, resolve_classes, to_float, to_uint8)
+from packing import read_image
 from runtime import UserError
 
 
-@pytest.mark.parametrize("C, ir, total, last", [(10, 100, 12406, 50), (100, 100, 10847, 5), (10, 50, 13996, 100), (100, 50, 12608, 10)])
+# --------------------------------------------------------------------------------------------------
+# Class sizes and groups
+
+@pytest.mark.parametrize("C, ir, total, last", [
+    (10, 100, 12406, 50), (100, 100, 10847, 5), (10, 50, 13996, 100), (100, 50, 12608, 10)])
 def test_long_tail_is_cao_et_als(C, ir, total, last):
     labels = np.random.RandomState(1).permutation(np.arange(50000) % C)
     np.random.seed(5)
     rows = long_tail(labels, ir)
-    assert np.random.rand() == np.random.RandomState(5).rand()          # the global generator is left alone
+    # The global generator is not used
+    assert np.random.rand() == np.random.RandomState(5).rand()
     assert len(rows) == total and (labels[rows] == C - 1).sum() == last
-    np.random.seed(0)                                                   # literally, as published
+    # Literally, as published
+    np.random.seed(0)
     expected = []
-    for c, n in enumerate([int(50000 / C * (1 / ir) ** (c / (C - 1.0))) for c in range(C)]):
+    for c in range(C):
+        n = int(50000 / C * (1 / ir) ** (c / (C - 1.0)))
         idx = np.where(labels == c)[0]
         np.random.shuffle(idx)
         expected.extend(idx[:n])
@@ -34,21 +42,38 @@ def test_long_tail_is_cao_et_als(C, ir, total, last):
 
 
 def test_long_tail_of_unequal_classes():
-    assert long_tail_counts([148, 152, 147, 153, 151, 152, 151, 149, 144, 150], 20).tolist() == [148, 106, 76, 54, 39, 28, 20, 14, 10, 7]
+    available = [148, 152, 147, 153, 151, 152, 151, 149, 144, 150]
+    counts = [148, 106, 76, 54, 39, 28, 20, 14, 10, 7]
+    assert long_tail_counts(available, 20).tolist() == counts
     assert long_tail_counts([10, 90], 2).tolist() == [10, 5]
     with pytest.raises(UserError, match="--ir 2000"):
         long_tail_counts([100, 100], 2000)
 
 
-def test_splits():
-    sizes = {n: {k: (min(v), max(v), len(v)) for k, v in splits(np.arange(n, 0, -1)).items()} for n in (10, 100)}
-    assert sizes[10] == {"Many": (0, 2, 3), "Medium": (3, 5, 3), "Few": (6, 9, 4)}
-    assert sizes[100] == {"Many": (0, 32, 33), "Medium": (33, 65, 33), "Few": (66, 99, 34)}
-    assert splits([1, 9, 5])["Many"] == [1] and splits([5, 1]) == {}
+def test_class_groups():
+    def sizes(C):
+        groups = class_groups(np.arange(C, 0, -1))
+        return {name: (min(v), max(v), len(v)) for name, v in groups.items()}
+    assert sizes(10) == {"Many": (0, 2, 3), "Medium": (3, 5, 3), "Few": (6, 9, 4)}
+    assert sizes(100) == {"Many": (0, 32, 33), "Medium": (33, 65, 33), "Few": (66, 99, 34)}
+    assert class_groups([1, 9, 5])["Many"] == [1]
+    assert class_groups([5, 1]) == {}
 
+
+def test_resolve_classes():
+    names = ["cat", "dog", "owl"]
+    assert resolve_classes("0-1,owl", names) == [0, 1, 2]
+    for text in ("3", "x", "1-", ""):
+        with pytest.raises(UserError, match="--classes"):
+            resolve_classes(text, names)
+
+
+# --------------------------------------------------------------------------------------------------
+# Data sets
 
 def test_digits(data_dir):
-    train, test = load("digits", data_dir), load("digits", data_dir, "test")
+    train = load("digits", data_dir)
+    test = load("digits", data_dir, "test")
     assert len(train.labels) == 1497 and len(test.labels) == 300 and (test.counts == 30).all()
     assert train.images.shape == (1497, 8, 8, 1) and train.images.max() == 255 and not train.flip
     swapped = load("digits", data_dir, class_order="9-9,1-8,0")
@@ -59,48 +84,75 @@ def test_digits(data_dir):
 
 @pytest.fixture
 def small_cifar(tmp_path, monkeypatch):
-    """A folder with a miniature CIFAR-100, official names and pickles; its hashes stand in for the official ones."""
-    folder, kind = tmp_path / "cifar-100-python", torchvision.datasets.CIFAR100
+    """A folder with a miniature CIFAR-100, official names and pickles.
+
+    Its hashes take the place of the official ones.
+    """
+    folder = tmp_path / "cifar-100-python"
+    kind = torchvision.datasets.CIFAR100
     folder.mkdir()
     rng = np.random.RandomState(0)
-    files = {"train": 10_000, "test": 100}
-    for name, n in files.items():
-        data = {"data": rng.randint(0, 256, (n, 3072)).astype(np.uint8), "fine_labels": (np.arange(n) % 100).tolist()}
-        (folder / name).write_bytes(pickle.dumps(data))
-    (folder / "meta").write_bytes(pickle.dumps({"fine_label_names": [f"class{c}" for c in range(100)]}))
-    md5 = {n: hashlib.md5((folder / n).read_bytes()).hexdigest() for n in ("train", "test", "meta")}
-    monkeypatch.setattr(kind, "train_list", [["train", md5["train"]]])
-    monkeypatch.setattr(kind, "test_list", [["test", md5["test"]]])
-    monkeypatch.setattr(kind, "meta", {**kind.meta, "md5": md5["meta"]})
+    for name, n in {"train": 10_000, "test": 100}.items():
+        pixels = rng.randint(0, 256, (n, 3072)).astype(np.uint8)
+        content = {"data": pixels, "fine_labels": (np.arange(n) % 100).tolist()}
+        (folder / name).write_bytes(pickle.dumps(content))
+    names = {"fine_label_names": [f"class{c}" for c in range(100)]}
+    (folder / "meta").write_bytes(pickle.dumps(names))
+
+    def md5(name):
+        return hashlib.md5((folder / name).read_bytes()).hexdigest()
+    monkeypatch.setattr(kind, "train_list", [["train", md5("train")]])
+    monkeypatch.setattr(kind, "test_list", [["test", md5("test")]])
+    monkeypatch.setattr(kind, "meta", {**kind.meta, "md5": md5("meta")})
     return tmp_path
 
 
 def test_cifar_in_its_official_layout(small_cifar):
     images = load("cifar100", small_cifar)
     raw = pickle.loads((small_cifar / "cifar-100-python/train").read_bytes())["data"]
-    assert images.images.shape == (10_000, 32, 32, 3) and images.flip and images.class_names[3] == "class3"
-    assert images.images[7, 1, 2].tolist() == raw[7].reshape(3, 32, 32)[:, 1, 2].tolist()
+    assert images.images.shape == (10_000, 32, 32, 3) and images.flip
+    assert images.class_names[3] == "class3"
+    pixel = raw[7].reshape(3, 32, 32)[:, 1, 2]
+    assert images.images[7, 1, 2].tolist() == pixel.tolist()
 
 
 def test_the_papers_command_on_cifar100(small_cifar, capsys):
-    """`train.py --dataset cifar100 --ir 100` in everything but its network's width, the batch and the number of steps."""
-    call(train.main, "--dataset", "cifar100", "--ir", 100, "--data-dir", small_cifar, "--ch", 32, "--batch-size", 4, "--steps", 1,
-         "--sample-every", 0, "--device", "cpu", "--dtype", "float32", "--out", small_cifar / "run")
+    """`train.py --dataset cifar100 --ir 100`, but for the width, the batch and the steps."""
+    call(train.main, "--dataset", "cifar100", "--ir", 100, "--data-dir", small_cifar, "--ch", 32,
+         "--batch-size", 4, "--steps", 1, "--sample-every", 0, "--device", "cpu",
+         "--dtype", "float32", "--out", small_cifar / "run")
     text = capsys.readouterr().out
-    assert "2,131 images, 100 classes, IR 100" in text and "dropout=0.1" in text and "reserved (A, B)" in text
+    assert "2,131 images, 100 classes, IR 100" in text
+    assert "dropout=0.1" in text and "reserved (A, B)" in text
     config = runtime.read_json(small_cifar / "run/config.json")
-    assert config["config"]["base"] == "oc" and config["config"]["cm"] and config["network"]["ch_mult"] == [1, 2, 2, 2]
+    assert config["config"]["base"] == "oc" and config["config"]["cm"]
+    assert config["network"]["ch_mult"] == [1, 2, 2, 2]
 
 
-def test_batches_are_epochs_of_permutations_and_pure(digits):
-    N, B = len(digits.labels), 64
+# --------------------------------------------------------------------------------------------------
+# Batches
+
+def test_batches_are_epochs_of_permutations(digits):
+    N = len(digits.labels)
+    B = 64
     batches = Batches(digits, B, 0, "cpu")
     rows = np.concatenate([batches.rows(s) for s in range(2 * N // B + 1)])
-    assert sorted(rows[:N]) == sorted(rows[N:2 * N]) == list(range(N)) and not np.array_equal(rows[:N], rows[N:2 * N])
-    fresh = Batches(digits, B, 0, "cpu")
-    assert np.array_equal(fresh.rows(9), batches.rows(9)) and not np.array_equal(Batches(digits, B, 1, "cpu").rows(9), fresh.rows(9))
+    first = rows[:N]
+    second = rows[N:2 * N]
+    assert sorted(first) == sorted(second) == list(range(N))
+    assert not np.array_equal(first, second)
+
+
+def test_batches_are_a_pure_function_of_seed_and_step(digits):
+    used = Batches(digits, 64, 0, "cpu")
+    for step in range(20):
+        used.rows(step)
+    fresh = Batches(digits, 64, 0, "cpu")
+    other = Batches(digits, 64, 1, "cpu")
+    assert np.array_equal(fresh.rows(9), used.rows(9))
+    assert not np.array_equal(other.rows(9), fresh.rows(9))
     x, y = fresh.at(9)
-    x_map, y_map = Batches(digits, B, 0, "cpu", limit=0).at(9)          # from the memory map instead
+    x_map, y_map = Batches(digits, 64, 0, "cpu", limit=0).at(9)     # from the memory map instead
     assert torch.equal(x, x_map) and torch.equal(y, y_map)
     assert torch.equal(to_uint8(x), torch.from_numpy(digits.images[fresh.rows(9)]))
 
@@ -112,72 +164,172 @@ def test_uint8_rounds_and_clips():
     assert torch.equal(to_uint8(to_float(every)), every)
 
 
-def test_resolve_classes():
-    names = ["cat", "dog", "owl"]
-    assert resolve_classes("0-1,owl", names) == [0, 1, 2]
-    for text in ("3", "x", "1-", ""):
-        with pytest.raises(UserError, match="--classes"):
-            resolve_classes(text, names)
+# --------------------------------------------------------------------------------------------------
+# Samples in an .npz
+
+def noise(n=4, channels=3):
+    """n images of random pixels, 8 x 8."""
+    return np.random.RandomState(0).randint(0, 256, (n, 8, 8, channels), np.uint8)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+def test_open_npz(tmp_path):
+    np.savez(tmp_path / "a.npz", arr_0=noise(), more=np.arange(3))
+    content = open_npz(tmp_path / "a.npz", "--samples")
+    assert content.keys() == {"arr_0", "more"}
+    assert np.array_equal(content["arr_0"], noise())
+    assert content["more"].tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("kind", ["missing", "a folder", "empty", "text", "cut", "objects", "crc"])
+def test_open_npz_refuses(tmp_path, kind):
+    path = tmp_path / "a.npz"
+    np.savez(path, arr_0=noise())
+    whole = path.read_bytes()
+    path.unlink()
+    if kind == "a folder":
+        path.mkdir()
+    elif kind == "objects":
+        np.savez(path, arr_0=np.array([{"not": "a number"}], dtype=object))
+    elif kind != "missing":
+        damaged = whole[:500] + b"damaged" + whole[507:]
+        content = {"empty": b"", "text": b"hello", "cut": whole[:len(whole) // 2], "crc": damaged}
+        path.write_bytes(content[kind])
+    with pytest.raises(UserError) as e:
+        open_npz(path, "--extra")
+    assert str(e.value).startswith(f"--extra {path}: cannot be read as an .npz (")
+
+
+def test_images_of_npz():
+    def read(**content):
+        return images_of_npz(content, "a.npz", "--samples")
+    got, labels = read(arr_0=noise())
+    assert np.array_equal(got, noise()) and labels is None
+    got, labels = read(arr_0=noise(channels=1), arr_1=np.array([3, 0, 1, 1], np.int16))
+    assert got.shape == (4, 8, 8, 1) and labels.tolist() == [3, 0, 1, 1]
+
+
+@pytest.mark.parametrize("content, says", [
+    ({"images": noise()}, "has no arr_0"),
+    ({"arr_0": noise().astype(np.float32)}, r"arr_0 is float32 of shape \[4, 8, 8, 3\]"),
+    ({"arr_0": noise()[..., 0]}, r"of shape \[4, 8, 8\]; it must be uint8, N x H x W x 3"),
+    ({"arr_0": noise(channels=4)}, r"of shape \[4, 8, 8, 4\]"),
+    ({"arr_0": noise().transpose(0, 3, 1, 2)}, r"of shape \[4, 3, 8, 8\]"),
+    ({"arr_0": noise(), "arr_1": np.arange(3)}, "arr_1 must hold 4 whole numbers"),
+    ({"arr_0": noise(), "arr_1": np.zeros((4, 10), int)}, "arr_1 must hold 4 whole numbers"),
+    ({"arr_0": noise(), "arr_1": np.zeros(4)}, "arr_1 must hold 4 whole numbers"),
+])
+def test_images_of_npz_refuses(content, says):
+    with pytest.raises(UserError, match=f"^--extra a.npz: .*{says}"):
+        images_of_npz(content, "a.npz", "--extra")
+
+
+def test_read_samples(tmp_path):
+    path = tmp_path / "samples.npz"
+    np.savez(path, arr_0=noise(channels=1), arr_1=np.array([0, 1, 0, 1]))
+    record = {"settings": {"seed": 0}, "data": {"class_names": ["a", "b"]}}
+    runtime.write_json(tmp_path / "samples.json", {**record, "seconds": 1.5})
+    got, labels, read = read_samples(path)
+    assert np.array_equal(got, noise(channels=1).repeat(3, 3))
+    assert labels.tolist() == [0, 1, 0, 1] and read == record
+
+
+def test_read_samples_refuses(tmp_path):
+    path = tmp_path / "samples.npz"
+    with pytest.raises(UserError, match="^--pair .*cannot be read as an .npz"):
+        read_samples(path, "--pair")
+    np.savez(path, arr_0=noise().astype(float))
+    with pytest.raises(UserError, match="^--pair .*arr_0 is float64"):
+        read_samples(path, "--pair")
+    np.savez(path, arr_0=noise())
+    with pytest.raises(UserError, match="^--samples .*the .json that sample.py writes"):
+        read_samples(path)
+    for not_ours in ([1, 2], {"data": {}}, {"settings": "none", "data": {}}):
+        runtime.write_json(tmp_path / "samples.json", not_ours)
+        with pytest.raises(UserError, match="^--samples .*the .json that sample.py writes"):
+            read_samples(path)
+    (tmp_path / "samples.json").write_text("{")
+    with pytest.raises(UserError, match="^--samples .*the .json that sample.py writes"):
+        read_samples(path)
+
+
+# --------------------------------------------------------------------------------------------------
 # Anyone's images
+
+KINDS = {       # the suffix of each kind of file
+    "png": "png", "jpeg": "jpg", "cmyk": "jpg", "exif": "jpg", "palette": "png", "gif": "gif",
+    "rgba": "png", "grey": "png", "grey16": "png"}
+TOLERANCE = {"png": 8, "grey": 8, "grey16": 8}      # the others, 16, lose something
+
 
 def gradient(w, h):
     """A colour image whose red grows to the right, green downwards."""
     x = np.zeros((h, w, 3), np.uint8)
-    x[..., 0], x[..., 1], x[..., 2] = np.linspace(0, 255, w)[None], np.linspace(0, 255, h)[:, None], 90
+    x[..., 0] = np.linspace(0, 255, w)[None]
+    x[..., 1] = np.linspace(0, 255, h)[:, None]
+    x[..., 2] = 90
     return Image.fromarray(x)
+
+
+def half_transparent(image):
+    """The image with an alpha channel: its lower half is transparent."""
+    rgba = image.convert("RGBA")
+    alpha = np.zeros((image.height, image.width), np.uint8)
+    alpha[:image.height // 2] = 255
+    rgba.putalpha(Image.fromarray(alpha))
+    return rgba
 
 
 def save_as(folder, kind, image):
     """Write an image in one of the ways in which people's files come; returns its path."""
-    path = folder / f"{kind}.{'jpg' if kind in ('jpeg', 'cmyk', 'exif') else 'gif' if kind == 'gif' else 'png'}"
-    if kind == "jpeg":
-        image.save(path, quality=95)
-    elif kind == "cmyk":
-        image.convert("CMYK").save(path, quality=95)
+    path = folder / f"{kind}.{KINDS[kind]}"
+    options = {"quality": 95} if KINDS[kind] == "jpg" else {}
+    if kind == "cmyk":
+        image = image.convert("CMYK")
     elif kind == "exif":                                # stored on its side, as a telephone does
         exif = Image.Exif()
         exif[0x0112] = 6                                # to be turned by 90 degrees clockwise
-        image.transpose(Image.ROTATE_90).save(path, quality=95, exif=exif)
+        image = image.transpose(Image.ROTATE_90)
+        options["exif"] = exif
     elif kind in ("palette", "gif"):
-        image.quantize(256).save(path)
+        image = image.quantize(256)
     elif kind == "rgba":
-        rgba = image.convert("RGBA")
-        rgba.putalpha(Image.fromarray(np.where(np.arange(image.height)[:, None] < image.height // 2, 255, 0).astype(np.uint8)
-                                      * np.ones((1, image.width), np.uint8)))
-        rgba.save(path)
+        image = half_transparent(image)
     elif kind == "grey":
-        image.convert("L").save(path)
+        image = image.convert("L")
     elif kind == "grey16":
-        Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257).save(path)
-    else:
-        image.save(path)
+        image = Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257)
+    image.save(path, **options)
     return path
 
 
-@pytest.mark.parametrize("kind", ["png", "jpeg", "cmyk", "exif", "palette", "gif", "rgba", "grey", "grey16"])
+def by_torchvision(image, R):
+    """An independent resize and crop, with antialiasing: (R, R, 3) float."""
+    whole = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    resized = transforms.functional.resize(whole, R, antialias=True)
+    cropped = transforms.functional.center_crop(resized, [R, R])
+    return cropped.permute(1, 2, 0).numpy().astype(float)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("size", [(64, 64), (96, 64), (40, 200), (7, 5)])
 def test_every_kind_and_size_of_image(tmp_path, kind, size):
-    image, R = gradient(*size), 16
+    image = gradient(*size)
+    R = 16
     got = read_image(save_as(tmp_path, kind, image), R).astype(float)
     assert got.shape == (R, R, 3)
     if kind.startswith("grey"):
         image = image.convert("L").convert("RGB")
-    scale = R / min(size)                               # an independent resize: torchvision's, with antialiasing
-    whole = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-    expected = transforms.functional.center_crop(transforms.functional.resize(whole, R, antialias=True), [R, R])
-    expected = expected.permute(1, 2, 0).numpy().astype(float)
+    error = np.abs(got - by_torchvision(image, R))
+    scale = max(1, R / min(size))                       # enlarged images ring
     if kind == "rgba":
-        assert (got[-2:] == 255).all() and np.abs(got[:R // 2 - 3] - expected[:R // 2 - 3]).max() < 14 * max(1, scale)
+        assert (got[-2:] == 255).all() and error[:R // 2 - 3].max() < 14 * scale
         return
-    tolerance = {"png": 8, "grey": 8, "grey16": 8}.get(kind, 16) * max(1, scale)    # lossy kinds; enlarged ones ring
-    assert np.abs(got - expected).mean() < tolerance / 4 and np.abs(got - expected).max() < 3 * tolerance
+    tolerance = TOLERANCE.get(kind, 16) * scale
+    assert error.mean() < tolerance / 4 and error.max() < 3 * tolerance
 
 
 def make_folder(root, sizes):
-    """A folder with one sub-folder a class, of so many small images."""
+    """A folder with one sub-folder per class, of so many small images."""
     for c, n in enumerate(sizes):
         (root / f"class{c}").mkdir(parents=True)
         for i in range(n):
@@ -191,37 +343,51 @@ def test_folder(tmp_path):
     root = make_folder(tmp_path / "set", [30, 20, 12])
     (root / "class1" / "deeper").mkdir()
     gradient(30, 30).save(root / "class1/deeper/x.JPG", format="jpeg")
-    read = lambda: load("folder", root, resolution=8, pack_dir=tmp_path / "packed")
+
+    def read():
+        return load("folder", root, resolution=8, pack_dir=tmp_path / "packed")
     images = read()
-    assert images.class_names == ["class0", "class1", "class2"] and images.counts.tolist() == [30, 21, 12] and images.flip
+    assert images.class_names == ["class0", "class1", "class2"]
+    assert images.counts.tolist() == [30, 21, 12] and images.flip
     assert images.images.shape == (63, 8, 8, 3)
     assert np.array_equal(images.images[0], read_image(root / "class0/000.png", 8))
+    # Packed once
     packed = next((tmp_path / "packed").glob("*.npy"))
     before = packed.stat().st_mtime_ns
-    assert np.array_equal(read().images, images.images) and packed.stat().st_mtime_ns == before     # packed once
-    (root / "class2/000.png").unlink()                                                              # another name
+    assert np.array_equal(read().images, images.images)
+    assert packed.stat().st_mtime_ns == before
+    # Packed anew where a file's name or size is another
+    (root / "class2/000.png").unlink()
     assert read().counts.tolist() == [30, 21, 11]
-    gradient(200, 200).save(root / "class0/000.png")                                                # another size
+    gradient(200, 200).save(root / "class0/000.png")
     assert not np.array_equal(read().images[0], images.images[0])
 
 
 def test_balanced_reference(tmp_path, data_dir):
+    packed = tmp_path / "packed"
     root = make_folder(tmp_path / "set", [30, 20, 12])
-    images, words = load_reference("folder", root, None, 8, tmp_path / "packed")
-    assert images.counts.tolist() == [12, 12, 12] and words == "training set, 12 images of each class"
-    split = tmp_path / "split"
-    make_folder(split / "train", [30, 20, 12]), make_folder(split / "test", [5, 5, 5])
-    assert load("folder", split, resolution=8, pack_dir=tmp_path / "packed").counts.tolist() == [30, 20, 12]
-    images, words = load_reference("folder", split, None, 8, tmp_path / "packed")
+    images, words = load_reference("folder", root, None, 8, packed)
+    assert images.counts.tolist() == [12, 12, 12]
+    assert words == "training set, 12 images of each class"
+    # A folder with a test set
+    root = tmp_path / "split"
+    make_folder(root / "train", [30, 20, 12])
+    make_folder(root / "test", [5, 5, 5])
+    images = load("folder", root, resolution=8, pack_dir=packed)
+    assert images.counts.tolist() == [30, 20, 12]
+    images, words = load_reference("folder", root, None, 8, packed)
     assert images.counts.tolist() == [5, 5, 5] and words == "full test set"
+    # Digits
     images, words = load_reference("digits", data_dir)
     assert len(images.labels) == 1497 and words == "full training set"
 
 
 def test_training_on_a_folder(tmp_path, capsys):
     root = make_folder(tmp_path / "birds", [30, 20, 12])
-    flags = ["--dataset", "folder", "--data-dir", root, "--pack-dir", tmp_path / "packed", "--resolution", 8, "--ch", 16, "--ch-mult", 1, 2,
-             "--num-res-blocks", 1, "--batch-size", 8, "--device", "cpu", "--sample-every", 2, "--out", tmp_path / "run"]
+    data = ["--dataset", "folder", "--data-dir", root]
+    flags = [*data, "--pack-dir", tmp_path / "packed", "--resolution", 8, "--ch", 16,
+             "--ch-mult", 1, 2, "--num-res-blocks", 1, "--batch-size", 8, "--device", "cpu",
+             "--sample-every", 2, "--out", tmp_path / "run"]
     call(train.main, *flags, "--steps", 2)
     text = capsys.readouterr().out
     assert "class sizes 30 20 12" in text and "Few 12" in text
@@ -229,4 +395,5 @@ def test_training_on_a_folder(tmp_path, capsys):
     gradient(9, 9).save(root / "class0/new.png")
     with pytest.raises(UserError, match="--data-dir .*not the images"):
         call(train.main, *flags, "--steps", 3)
-    assert train.resolve(train.make_parser().parse_args([str(f) for f in flags[:4]])).out.startswith("out/birds-ir1-oc-cm-seed0")
+    args = train.make_parser().parse_args([str(f) for f in data])
+    assert train.resolve(args).out.startswith("out/birds-ir1-oc-cm-seed0")

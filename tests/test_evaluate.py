@@ -1,51 +1,65 @@
-"""evaluate.py, metrics.py and inception.py against torch-fidelity and closed forms; the pool; the whole path to JSON and report."""
+"""evaluate.py, metrics.py and inception.py against torch-fidelity and closed forms.
+
+Also the pool of images that a checkpoint is measured on, and the whole path to JSON and report.
+"""
 import numpy as np
 import pytest
 import torch
 import torch_fidelity
 from conftest import call
+from PIL import Image
 from torch_fidelity import metric_fid, metric_isc, metric_kid, metric_prc
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
+import classify
 import evaluate
 import inception
 import metrics
 import report
 import runtime
 import sample
-from data import load, splits
+from data import class_groups, load
+from evaluate import Features
 from runtime import UserError
 from test_mistakes import refuses
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Metrics on features
 
 
 def gaussian_features(n, m, D=32, shift=0.2, scale=1.3):
     rng = np.random.RandomState(0)
-    return rng.randn(n, D).astype(np.float32), (rng.randn(m, D) * scale + shift).astype(np.float32)
+    a = rng.randn(n, D).astype(np.float32)
+    b = (rng.randn(m, D) * scale + shift).astype(np.float32)
+    return a, b
 
 
 def test_frechet_closed_form():
-    d = metrics.frechet_distance(np.array([1.0, 2.0]), np.diag([4.0, 9.0]), np.array([0.0, 0.0]), np.diag([1.0, 16.0]))
+    mu_1, sigma_1 = np.array([1.0, 2.0]), np.diag([4.0, 9.0])
+    mu_2, sigma_2 = np.array([0.0, 0.0]), np.diag([1.0, 16.0])
+    d = metrics.frechet_distance(mu_1, sigma_1, mu_2, sigma_2)
     assert d == pytest.approx(5 + (2 - 1) ** 2 + (3 - 4) ** 2)
 
 
-@pytest.mark.parametrize("n, D", [(1500, 32), (20, 64)])        # 20 samples of 64 dimensions: singular covariances
+# 20 samples of 64 dimensions: singular covariances
+@pytest.mark.parametrize("n, D", [(1500, 32), (20, 64)])
 def test_frechet_equals_torch_fidelitys(n, D):
     a, b = gaussian_features(n, n + 5, D)
-    theirs = metric_fid.fid_statistics_to_metric(*(metric_fid.fid_features_to_statistics(torch.from_numpy(x)) for x in (a, b)), False)
-    assert metrics.distance_of(a, b) == pytest.approx(theirs["frechet_inception_distance"], rel=1e-4)
+    statistics = [metric_fid.fid_features_to_statistics(torch.from_numpy(x)) for x in (a, b)]
+    theirs = metric_fid.fid_statistics_to_metric(*statistics, False)["frechet_inception_distance"]
+    assert metrics.distance_of(a, b) == pytest.approx(theirs, rel=1e-4)
     assert abs(metrics.distance_of(a, a)) < 1e-3
 
 
 def test_kernel_distance_equals_torch_fidelitys():
     a, b = gaussian_features(1500, 1300)
-    theirs = metric_kid.kid_features_to_metric(torch.from_numpy(a), torch.from_numpy(b), kid_subsets=20, kid_subset_size=500, verbose=False)
+    theirs = metric_kid.kid_features_to_metric(torch.from_numpy(a), torch.from_numpy(b),
+                                               kid_subsets=20, kid_subset_size=500, verbose=False)
+    expected = [theirs[f"kernel_inception_distance_{what}"] for what in ("mean", "std")]
     mean, std, size = metrics.kernel_distance(a, b, 20, 500)
     assert size == 500
-    assert (mean, std) == pytest.approx((theirs["kernel_inception_distance_mean"], theirs["kernel_inception_distance_std"]), rel=1e-3)
+    assert [mean, std] == pytest.approx(expected, rel=1e-3)
     assert metrics.kernel_distance(a[:300], b, 3)[2] == 300
 
 
@@ -53,9 +67,13 @@ def literal_precision_recall(fake, real, k):
     """Kynkaanniemi et al., word by word, in float64."""
     def d(x, y):
         return np.sqrt(((x[:, None].astype(float) - y[None]) ** 2).sum(2))
-    radius = lambda x: np.sort(d(x, x), axis=1)[:, k]               # column 0 is the point itself
+
+    def radius(x):
+        return np.sort(d(x, x), axis=1)[:, k]               # column 0 is the point itself
     cross = d(fake, real)
-    return (cross <= radius(real)[None]).any(1).mean(), (cross <= radius(fake)[:, None]).any(0).mean()
+    precision = (cross <= radius(real)[None]).any(1).mean()
+    recall = (cross <= radius(fake)[:, None]).any(0).mean()
+    return precision, recall
 
 
 @pytest.mark.parametrize("k", [3, 5])
@@ -63,15 +81,17 @@ def test_precision_and_recall(k):
     a, b = gaussian_features(400, 350, D=6, shift=0.5)
     got = metrics.precision_recall(a, b, k, block=64)
     assert got == pytest.approx(literal_precision_recall(a, b, k), abs=1e-12)
-    theirs = metric_prc.prc_features_to_metric(torch.from_numpy(a), torch.from_numpy(b), prc_neighborhood=k, verbose=False)
+    theirs = metric_prc.prc_features_to_metric(torch.from_numpy(a), torch.from_numpy(b),
+                                               prc_neighborhood=k, verbose=False)
     assert got == pytest.approx((theirs["precision"], theirs["recall"]), abs=2 / 350)
     assert 0.2 < got[0] < 1 and 0.2 < got[1] < 1
     assert metrics.precision_recall(a, a, k) == (1, 1)
 
 
-def test_a_collapsed_generator_is_precise_and_recalls_nothing():
+def test_a_collapsed_generator_has_precision_and_no_recall():
     real = gaussian_features(500, 500, D=8)[1]
-    collapsed = np.repeat(real[:1], 500, 0) + np.random.RandomState(1).randn(500, 8).astype(np.float32) * 1e-3
+    noise = np.random.RandomState(1).randn(500, 8).astype(np.float32)
+    collapsed = np.repeat(real[:1], 500, 0) + noise * 1e-3
     precision, recall = metrics.precision_recall(collapsed, real)
     assert precision == 1 and recall < 0.02
 
@@ -79,20 +99,22 @@ def test_a_collapsed_generator_is_precise_and_recalls_nothing():
 def test_inception_score():
     logits = np.random.RandomState(0).randn(1000, 20).astype(np.float32) * 3
     theirs = metric_isc.isc_features_to_metric(torch.from_numpy(logits))
+    expected = (theirs["inception_score_mean"], theirs["inception_score_std"])
     got = metrics.inception_score(logits)
-    assert got == pytest.approx((theirs["inception_score_mean"], theirs["inception_score_std"]), rel=1e-4)
+    assert got == pytest.approx(expected, rel=1e-4)
     by_class = logits[np.argsort(logits.argmax(1), kind="stable")]
     assert metrics.inception_score(by_class)[0] == pytest.approx(got[0], rel=0.02)
-    sure = np.eye(10, dtype=np.float32)[np.arange(1000) % 10] * 100             # ten classes, certain and equally frequent
-    assert metrics.inception_score(sure, count=1)[0] == pytest.approx(10)
+    # Ten classes, certain and equally frequent
+    certain = np.eye(10, dtype=np.float32)[np.arange(1000) % 10] * 100
+    assert metrics.inception_score(certain, count=1)[0] == pytest.approx(10)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The extractor, with one random weight file in torch-fidelity's and in ours
+# --------------------------------------------------------------------------------------------------
+# The extractor, with one random weight file in torch-fidelity's network and in ours
 
 @pytest.fixture(scope="session")
 def weights(tmp_path_factory):
-    """A weight file in the published one's layout; its activations keep their size from layer to layer."""
+    """A weight file in the published layout; activations keep their size from layer to layer."""
     torch.manual_seed(0)
     net = inception.Inception()
     with torch.no_grad():
@@ -100,7 +122,10 @@ def weights(tmp_path_factory):
             if isinstance(m, torch.nn.Conv2d):
                 torch.nn.init.kaiming_normal_(m.weight, nonlinearity="relu")
             elif isinstance(m, torch.nn.BatchNorm2d):
-                m.weight.uniform_(0.8, 1.2), m.bias.normal_(0, 0.2), m.running_mean.normal_(0, 0.2), m.running_var.uniform_(0.8, 1.2)
+                m.weight.uniform_(0.8, 1.2)
+                m.bias.normal_(0, 0.2)
+                m.running_mean.normal_(0, 0.2)
+                m.running_var.uniform_(0.8, 1.2)
         net.fc.weight.normal_(0, 0.2)
     path = tmp_path_factory.mktemp("weights") / inception.FILE
     torch.save(net.state_dict(), path)
@@ -108,67 +133,45 @@ def weights(tmp_path_factory):
 
 
 def random_images(n, h, w, seed=0):
-    """Smooth random colour images (n, h, w, 3) uint8, each its own."""
+    """Smooth random colour images (n, h, w, 3) uint8, each different."""
     g = torch.Generator().manual_seed(seed)
-    x = torch.nn.functional.interpolate(torch.rand(n, 3, 5, 5, generator=g), (h, w), mode="bicubic") * 0.8
-    return ((x + 0.2 * torch.rand(n, 3, h, w, generator=g)).clamp(0, 1) * 255).byte().permute(0, 2, 3, 1).numpy()
+    coarse = torch.rand(n, 3, 5, 5, generator=g)
+    smooth = torch.nn.functional.interpolate(coarse, (h, w), mode="bicubic") * 0.8
+    x = (smooth + 0.2 * torch.rand(n, 3, h, w, generator=g)).clamp(0, 1)
+    return (x * 255).byte().permute(0, 2, 3, 1).numpy()
+
+
+def shapes(net):
+    """The names and shapes in a network's state dict."""
+    return {name: value.shape for name, value in net.state_dict().items()}
 
 
 def test_the_weight_file_has_the_published_layout(weights):
     assert len(torch.load(weights, weights_only=True)) == 566
-    theirs = FeatureExtractorInceptionV3("x", ["2048"], feature_extractor_weights_path=weights)     # loads strictly
-    assert {k: v.shape for k, v in theirs.state_dict().items()} == {k: v.shape for k, v in inception.Inception().state_dict().items()}
+    theirs = FeatureExtractorInceptionV3("x", ["2048"], feature_extractor_weights_path=weights)
+    assert shapes(theirs) == shapes(inception.Inception())      # they load the file strictly
 
 
-@pytest.mark.parametrize("size", [(8, 8), (32, 32), (64, 64), (299, 299), (40, 25), (600, 320)])
+SIZES = [(8, 8), (32, 32), (64, 64), (299, 299), (40, 25), (600, 320)]
+
+
+@pytest.mark.parametrize("size", SIZES)
 def test_resize_features_and_logits_equal_torch_fidelitys(weights, size):
     images = torch.from_numpy(random_images(2, *size)).permute(0, 3, 1, 2).contiguous()
-    theirs = interpolate_bilinear_2d_like_tensorflow1x(images.float(), (299, 299), align_corners=False)
+    theirs = interpolate_bilinear_2d_like_tensorflow1x(images.float(), (299, 299),
+                                                       align_corners=False)
     assert (inception.resize(images.float()) - theirs).abs().max() < 1e-4 * 255
-    expected = FeatureExtractorInceptionV3("x", ["2048", "logits_unbiased"], feature_extractor_weights_path=weights)(images)
+    extractor = FeatureExtractorInceptionV3("x", ["2048", "logits_unbiased"],
+                                            feature_extractor_weights_path=weights)
+    expected = extractor(images)
     net, digest = inception.load_inception(weights, trust=True)
     got = net(images)
-    assert digest == runtime.sha256(weights) and got[0].shape == (2, 2048) and got[1].shape == (2, 1008)
+    assert digest == runtime.sha256(weights)
+    assert got[0].shape == (2, 2048) and got[1].shape == (2, 1008)
     for a, b in zip(got, expected):
         assert (a - b).abs().max() < 1e-4 * b.abs().max() and b.std() > 0.01
-    assert (net(images[:1])[0] - got[0][:1]).abs().max() < 1e-5 * got[0].abs().max()        # the batch size does not matter
-
-
-def test_whole_metrics_equal_torch_fidelitys(weights, tmp_path, capsys):
-    """From images on disk to numbers, ours and theirs: FID, KID, IS, precision, recall."""
-    for name, seed, n in (("a", 1, 60), ("b", 2, 70)):
-        np.savez(tmp_path / f"{name}.npz", random_images(n, 24, 24, seed))
-    call(evaluate.main, "--samples", tmp_path / "a.npz", "--reference", tmp_path / "b.npz", "--features", "inception",
-         "--inception-weights", weights, "--trust-weights", "--device", "cpu", "--save-stats", tmp_path / "b.stats.npz")
-    ours = runtime.read_json(tmp_path / "eval.json")
-    tensors = [torch.from_numpy(np.load(tmp_path / f"{n}.npz")["arr_0"]).permute(0, 3, 1, 2) for n in "ab"]
-    theirs = torch_fidelity.calculate_metrics(
-        input1=Pictures(tensors[0]), input2=Pictures(tensors[1]), isc=True, fid=True, kid=True, prc=True, kid_subset_size=60,
-        feature_extractor="inception-v3-compat", feature_extractor_weights_path=weights, cuda=False, cache=False,
-        verbose=False, save_cpu_ram=True)
-    for mine, key in (("fid", "frechet_inception_distance"), ("kid", "kernel_inception_distance_mean"),
-                      ("kid_std", "kernel_inception_distance_std"), ("is", "inception_score_mean"), ("is_std", "inception_score_std")):
-        assert ours[mine] == pytest.approx(theirs[key], rel=1e-3, abs=1e-9), mine
-    for key in ("precision", "recall"):
-        assert ours[key] == pytest.approx(theirs[key], abs=2 / 60)
-    text = capsys.readouterr().out
-    assert not (torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32)
-    assert "FID (60)" in text and "warning: overall: fewer than 2,048" in text and "subsets are of 60" in text and "about" in text
-    settings = ours["settings"]
-    assert settings["features_sha256"] == runtime.sha256(weights) and settings["k"] == 3 and settings["kid_subsets"] == 100
-    assert ours["num"] == 60 and ours["num_real"] == 70 and {"torch", "numpy", "scipy"} == set(ours["versions"])
-
-    # the same again from saved statistics, from a folder, and with another batch size
-    common = ("--features", "inception", "--inception-weights", weights, "--trust-weights", "--device", "cpu", "--out-json", tmp_path / "again.json")
-    folder = tmp_path / "flat"
-    folder.mkdir()
-    for i, image in enumerate(tensors[0].permute(0, 2, 3, 1).numpy()):
-        sample.Image.fromarray(image).save(folder / f"{i:03d}.png")
-    for more in (("--samples", tmp_path / "a.npz", "--reference", tmp_path / "b.stats.npz", "--features-batch-size", 7),
-                 ("--samples", folder, "--reference", tmp_path / "b.stats.npz")):
-        call(evaluate.main, *more, *common)
-        again = runtime.read_json(tmp_path / "again.json")
-        assert all(again[k] == pytest.approx(ours[k], rel=1e-4, abs=1e-6) for k in ("fid", "kid", "precision", "recall", "is"))
+    alone = net(images[:1])[0]              # the batch size does not matter
+    assert (alone - got[0][:1]).abs().max() < 1e-5 * got[0].abs().max()
 
 
 class Pictures(torch.utils.data.Dataset):
@@ -184,169 +187,312 @@ class Pictures(torch.utils.data.Dataset):
         return self.tensors[i]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+def torch_fidelity_numbers(a, b, weights):
+    """{our name: torch-fidelity's number} for images (N, 3, H, W), with this weight file."""
+    theirs = torch_fidelity.calculate_metrics(
+        input1=Pictures(a), input2=Pictures(b), isc=True, fid=True, kid=True, prc=True,
+        kid_subset_size=60, feature_extractor="inception-v3-compat",
+        feature_extractor_weights_path=weights, cuda=False, cache=False, verbose=False,
+        save_cpu_ram=True)
+    names = {"fid": "frechet_inception_distance", "kid": "kernel_inception_distance_mean",
+             "kid_std": "kernel_inception_distance_std", "is": "inception_score_mean",
+             "is_std": "inception_score_std", "precision": "precision", "recall": "recall"}
+    return {ours: theirs[name] for ours, name in names.items()}
+
+
+def test_whole_metrics_equal_torch_fidelitys(weights, tmp_path, capsys):
+    """From images on disk to numbers, ours and theirs: FID, KID, IS, precision, recall."""
+    images = {"a": random_images(60, 24, 24, seed=1), "b": random_images(70, 24, 24, seed=2)}
+    for name, value in images.items():
+        np.savez(tmp_path / f"{name}.npz", value)
+    inception_flags = ("--features", "inception", "--inception-weights", weights,
+                       "--trust-weights", "--device", "cpu")
+    stats = tmp_path / "b.stats.npz"
+    call(evaluate.main, "--samples", tmp_path / "a.npz", "--reference", tmp_path / "b.npz",
+         *inception_flags, "--save-stats", stats)
+    ours = runtime.read_json(tmp_path / "eval.json")
+    tensors = [torch.from_numpy(images[name]).permute(0, 3, 1, 2) for name in "ab"]
+    for name, value in torch_fidelity_numbers(*tensors, weights).items():
+        share = name in ("precision", "recall")
+        close = {"abs": 2 / 60} if share else {"rel": 1e-3, "abs": 1e-9}
+        assert ours[name] == pytest.approx(value, **close), name
+    text = capsys.readouterr().out
+    assert not torch.backends.cudnn.allow_tf32
+    assert not torch.backends.cuda.matmul.allow_tf32
+    assert "FID (60)" in text and "about" in text
+    assert "warning: overall: fewer than 2,048" in text and "subsets are of 60" in text
+    settings = ours["settings"]
+    assert settings["features_sha256"] == runtime.sha256(weights)
+    assert settings["k"] == 3 and settings["kid_subsets"] == 100
+    assert ours["num"] == 60 and ours["num_real"] == 70
+    assert {"torch", "numpy", "scipy"} == set(ours["versions"])
+
+    # the same again from saved features, from a folder, and with another batch size
+    folder = tmp_path / "flat"
+    folder.mkdir()
+    for i, image in enumerate(images["a"]):
+        Image.fromarray(image).save(folder / f"{i:03d}.png")
+    for samples, *more in ((tmp_path / "a.npz", "--features-batch-size", 7), (folder,)):
+        call(evaluate.main, "--samples", samples, *more, "--reference", stats, *inception_flags,
+             "--out-json", tmp_path / "again.json")
+        again = runtime.read_json(tmp_path / "again.json")
+        for name in ("fid", "kid", "precision", "recall", "is"):
+            assert again[name] == pytest.approx(ours[name], rel=1e-4, abs=1e-6)
+
+
+# --------------------------------------------------------------------------------------------------
 # The protocol
 
 def test_pool_is_the_papers():
     for C, many, few in ((100, 607, 589), (10, 6667, 5000)):
-        groups = splits(np.arange(C, 0, -1))
+        groups = class_groups(np.arange(C, 0, -1))
         sizes = evaluate.pool_sizes(50_000, 20_000, groups, C)
-        assert set(sizes[groups["Many"]]) == set(sizes[groups["Medium"]]) == {many} and set(sizes[groups["Few"]]) == {few}
+        assert set(sizes[groups["Many"]]) == set(sizes[groups["Medium"]]) == {many}
+        assert set(sizes[groups["Few"]]) == {few}
     labels, numbers = evaluate.pool_of(np.array([2, 1, 3]))
     assert list(zip(labels, numbers)) == [(0, 0), (1, 1), (2, 2), (0, 3), (2, 5), (2, 8)]
 
 
 def test_groups_are_measured_on_their_own_images():
-    """Overall: num images, the first of each class; a split and a class: all that there are, against their own real images."""
-    rng, labels = np.random.RandomState(0), np.repeat(np.arange(6), [30, 30, 20, 20, 20, 20])
-    features, real = rng.randn(140, 4).astype(np.float32), rng.randn(120, 4).astype(np.float32)
+    """Overall: num images, the first ones of each class. A group and a class: all images that there
+    are, against their own real images.
+    """
+    rng = np.random.RandomState(0)
+    labels = np.repeat(np.arange(6), [30, 30, 20, 20, 20, 20])
+    features = rng.randn(140, 4).astype(np.float32)
+    real = rng.randn(120, 4).astype(np.float32)
     order, real_labels = rng.permutation(140), np.arange(120) % 6
     features, labels = features[order], labels[order]
-    fake, logits = (features, features, labels), rng.randn(120, 4).astype(np.float32)
-    result = evaluate.measure_all(fake, (real, logits, real_labels), {"Many": [0, 1], "Few": [4, 5]}, {"c3": 3}, 120, True, 3, "cpu", 0)
+    sides = (Features(features, features, labels),
+             Features(real, rng.randn(120, 4).astype(np.float32), real_labels))
+    result = evaluate.measure_all(*sides, 120, {"Many": [0, 1], "Few": [4, 5]}, {"c3": 3},
+                                  evaluate.Metrics(inception=True))
     first = np.concatenate([np.flatnonzero(labels == c)[:20] for c in range(6)])
-    assert result["num"] == 120 and result["fid"] == pytest.approx(metrics.distance_of(features[first], real))
-    uneven = evaluate.measure_all(fake, (real, logits, real_labels), {}, {}, 117, True, 3, "cpu", 0)      # not divisible by the classes
-    chosen = np.concatenate([np.flatnonzero(labels == c)[:19] for c in range(6)])
-    chosen = np.concatenate([chosen, sorted(np.flatnonzero(labels == c)[19] for c in range(6))[:3]])
-    assert uneven["num"] == 117 and uneven["fid"] == pytest.approx(metrics.distance_of(features[chosen], real))
-    many = result["splits"]["Many"]
+    assert result["num"] == 120
+    assert result["fid"] == pytest.approx(metrics.distance_of(features[first], real))
+    many = result["groups"]["Many"]
     assert many["num"] == 60 and many["num_real"] == 40 and "is" not in many and "is" in result
-    assert many["fid"] == pytest.approx(metrics.distance_of(features[labels < 2], real[real_labels < 2]))
-    assert result["classes"]["c3"]["recall"] == metrics.precision_recall(features[labels == 3], real[real_labels == 3])[1]
+    expected = metrics.distance_of(features[labels < 2], real[real_labels < 2])
+    assert many["fid"] == pytest.approx(expected)
+    recall = metrics.precision_recall(features[labels == 3], real[real_labels == 3])[1]
+    assert result["classes"]["c3"]["recall"] == recall
+
+    # a number that the number of classes does not divide
+    uneven = evaluate.measure_all(*sides, 117, {}, {}, evaluate.Metrics(inception=True))
+    chosen = np.concatenate([np.flatnonzero(labels == c)[:19] for c in range(6)])
+    twentieth = sorted(np.flatnonzero(labels == c)[19] for c in range(6))
+    chosen = np.concatenate([chosen, twentieth[:3]])
+    assert uneven["num"] == 117
+    assert uneven["fid"] == pytest.approx(metrics.distance_of(features[chosen], real))
 
 
 def test_checkpoint_samples_and_report_agree(cm_run, classifier, data_dir, tmp_path, capsys):
-    draw = ("--ckpt", cm_run / "ckpt.pt", "--num", 60, "--steps", 3, "--device", "cpu", "--dtype", "float32")
-    common = ("--features", classifier, "--data-dir", data_dir, "--device", "cpu", "--dtype", "float32", "--floor", 2)
-    call(evaluate.main, *draw, "--features", classifier, "--per-class", "--out-json", tmp_path / "direct.json")
+    in_float32 = ("--device", "cpu", "--dtype", "float32")
+    source = ("--ckpt", cm_run / "ckpt.pt", "--num", 60, "--steps", 3, *in_float32)
+    common = ("--features", classifier, "--data-dir", data_dir, *in_float32, "--floor", 2)
+    call(evaluate.main, *source, "--features", classifier, "--per-class",
+         "--out-json", tmp_path / "direct.json")
     text = capsys.readouterr().out
-    assert "60 images of" in text and "FD (60)" in text and "FID" not in text and "full training set" in text
+    assert "60 images of" in text and "FD (60)" in text and "FID" not in text
+    assert "full training set" in text
     rows = []
     for branch in ("full", "general"):
-        call(sample.main, *draw, "--branch", branch, "--out", tmp_path / branch)
+        call(sample.main, *source, "--branch", branch, "--out", tmp_path / branch)
         call(evaluate.main, "--samples", tmp_path / branch / "samples.npz", *common)
         rows += ["--row", f"{branch}={tmp_path / branch / 'eval.json'}"]
-    direct, saved = runtime.read_json(tmp_path / "direct.json"), runtime.read_json(tmp_path / "full/eval.json")
-    assert saved["fd"] == pytest.approx(direct["fd"], rel=1e-3) and saved["splits"].keys() == {"Many", "Medium", "Few"}
+    direct = runtime.read_json(tmp_path / "direct.json")
+    saved = runtime.read_json(tmp_path / "full/eval.json")
+    assert saved["fd"] == pytest.approx(direct["fd"], rel=1e-3)
+    assert saved["groups"].keys() == {"Many", "Medium", "Few"}
     assert len(direct["classes"]) == 10 and direct["classes"]["7"]["num"] == 6
-    assert {"ckpt_sha256", "features_sha256", "guidance", "steps", "reference", "branch", "weights", "grid"} <= set(saved["settings"])
-    assert saved["floor"] < saved["fd"]                 # thirty steps do not draw digits
-    call(report.main, *rows, "--out", tmp_path / "page/report.md", "--pair", tmp_path / "general/samples.npz",
-         tmp_path / "full/samples.npz")
+    assert {"ckpt_sha256", "features_sha256", "guidance", "steps", "reference", "branch", "weights",
+            "grid"} <= set(saved["settings"])
+    assert saved["floor"] < saved["fd"]                 # thirty steps do not learn digits
+    call(report.main, *rows, "--out", tmp_path / "page/report.md",
+         "--pair", tmp_path / "general/samples.npz", tmp_path / "full/samples.npz")
     page = (tmp_path / "page/report.md").read_text()
-    assert f"| full | 1.5 | {saved['fd']:.2f} |" in page and (tmp_path / "page/theta_g_theta.png").exists()
-    call(sample.main, *draw, "--png", "--out", tmp_path / "png")
-    call(evaluate.main, "--samples", tmp_path / "png/png", "--reference", "digits", *common, "--out-json", tmp_path / "png.json")
-    assert runtime.read_json(tmp_path / "png.json")["splits"]["Few"]["fd"] == pytest.approx(saved["splits"]["Few"]["fd"], rel=1e-3)
+    assert f"| full | 1.5 | {saved['fd']:.2f} |" in page
+    assert (tmp_path / "page/theta_g_theta.png").exists()
+
+    # from the folders of --png, whose class names carry numbers
+    call(sample.main, *source, "--png", "--out", tmp_path / "png")
+    call(evaluate.main, "--samples", tmp_path / "png/png", "--reference", "digits", *common,
+         "--out-json", tmp_path / "png.json")
+    few = runtime.read_json(tmp_path / "png.json")["groups"]["Few"]["fd"]
+    assert few == pytest.approx(saved["groups"]["Few"]["fd"], rel=1e-3)
+
+
+def test_an_older_result_is_up_to_date(cm_run, classifier, data_dir, tmp_path, capsys):
+    """Older files say "splits" and "num_split"; the older flag --num-split is accepted as well."""
+    path = tmp_path / "eval.json"
+    flags = ("--ckpt", cm_run / "ckpt.pt", "--num", 20, "--steps", 2, "--features", classifier,
+             "--data-dir", data_dir, "--device", "cpu", "--out-json", path, "--if-needed")
+    call(evaluate.main, *flags, "--num-group", 9)
+    result = runtime.read_json(path)
+    result["splits"] = result.pop("groups")
+    result["settings"]["num_split"] = result["settings"].pop("num_group")
+    runtime.write_json(path, result)
+    before = path.read_bytes()
+    for flag in ("--num-group", "--num-split"):
+        capsys.readouterr()
+        call(evaluate.main, *flags, flag, 9)
+        assert "up to date" in capsys.readouterr().out and path.read_bytes() == before
+    call(evaluate.main, *flags, "--num-group", 8)
+    assert "groups" in runtime.read_json(path) and (tmp_path / "eval-1.json").exists()
 
 
 def test_real_images_score_well(classifier, data_dir, tmp_path, cm_run):
-    """The held-out digits as samples, by the data set's name: nearly all of their own class, and near the training set."""
-    call(evaluate.main, "--samples", "digits:test", "--reference", "digits", "--reference-split", "test", "--features", classifier,
-         "--data-dir", data_dir, "--device", "cpu", "--out-json", tmp_path / "test.json")
+    """The held-out digits as samples, by the data set's name: most are classified correctly, and
+    they are near the training set.
+    """
+    common = ("--samples", "digits:test", "--reference", "digits", "--features", classifier,
+              "--data-dir", data_dir, "--device", "cpu")
+    call(evaluate.main, *common, "--reference-split", "test", "--out-json", tmp_path / "test.json")
     result = runtime.read_json(tmp_path / "test.json")
-    assert abs(result["fd"]) < 1e-3 and (result["num"], result["recall"], result["precision"]) == (300, 1, 1) and result["accuracy"] > 0.9
-    call(evaluate.main, "--samples", "digits:test", "--reference", "digits", "--features", classifier, "--data-dir", data_dir,
-         "--device", "cpu", "--out-json", tmp_path / "train.json")
+    assert abs(result["fd"]) < 1e-3 and result["accuracy"] > 0.9
+    assert (result["num"], result["recall"], result["precision"]) == (300, 1, 1)
+    call(evaluate.main, *common, "--out-json", tmp_path / "train.json")
     against_train = runtime.read_json(tmp_path / "train.json")
-    assert (against_train["num"], against_train["num_real"]) == (300, 1497) and against_train["fd"] > 0.1
+    assert (against_train["num"], against_train["num_real"]) == (300, 1497)
+    assert against_train["fd"] > 0.1
 
 
 def test_accuracy_knows_the_classifiers_own_order_of_classes(classifier, data_dir, tmp_path):
-    """Samples whose class 0 is "9" and so on, judged by a classifier whose class 0 is "0"."""
+    """Samples whose class 0 is "9" and so on; for the classifier, class 0 is "0"."""
     test = load("digits", data_dir, "test", class_order="9,8,7,6,5,4,3,2,1,0")
     np.savez(tmp_path / "samples.npz", np.repeat(test.images, 3, 3), test.labels)
-    runtime.write_json(tmp_path / "samples.json", {"settings": {}, "data": {"dataset": "digits", "class_names": test.class_names}})
-    call(evaluate.main, "--samples", tmp_path / "samples.npz", "--features", classifier, "--data-dir", data_dir, "--device", "cpu", "--per-class")
+    data = {"dataset": "digits", "class_names": test.class_names}
+    runtime.write_json(tmp_path / "samples.json", {"settings": {}, "data": data})
+    call(evaluate.main, "--samples", tmp_path / "samples.npz", "--features", classifier,
+         "--data-dir", data_dir, "--device", "cpu", "--per-class")
     result = runtime.read_json(tmp_path / "eval.json")
-    assert result["accuracy"] > 0.9 and result["classes"]["9"]["accuracy"] > 0.7 and result["classes"]["9"]["num_real"] == 150
+    nine = result["classes"]["9"]
+    assert result["accuracy"] > 0.9 and nine["accuracy"] > 0.7 and nine["num_real"] == 150
 
 
 def test_a_group_of_one_image_is_left_out(classifier, data_dir, tmp_path):
     test = load("digits", data_dir, "test")
-    rows = np.flatnonzero((test.labels != 3) | (np.arange(300) == np.flatnonzero(test.labels == 3)[0]))
+    first_three = np.flatnonzero(test.labels == 3)[0]
+    rows = np.flatnonzero((test.labels != 3) | (np.arange(300) == first_three))
     np.savez(tmp_path / "x.npz", np.repeat(test.images[rows], 3, 3), test.labels[rows])
-    call(evaluate.main, "--samples", tmp_path / "x.npz", "--reference", "digits", "--features", classifier, "--data-dir", data_dir,
-         "--device", "cpu", "--per-class", "--out-json", tmp_path / "x.json")
+    call(evaluate.main, "--samples", tmp_path / "x.npz", "--reference", "digits",
+         "--features", classifier, "--data-dir", data_dir, "--device", "cpu", "--per-class",
+         "--out-json", tmp_path / "x.json")
     result = runtime.read_json(tmp_path / "x.json")
     assert len(result["classes"]) == 9 and "3" not in result["classes"] and result["num"] == 271
 
 
+def write_colour_classifier(classifier, path):
+    """Write a copy of the digits' classifier that takes colour images."""
+    ckpt = torch.load(classifier, weights_only=True)
+    net = classify.load_classifier(classifier, "cpu")[0]
+    net.conv1 = torch.nn.Conv2d(3, net.conv1.out_channels, 3, padding=1, bias=False)
+    network = {**ckpt["network"], "channels": 3}
+    torch.save({**ckpt, "network": network, "model": net.state_dict()}, path)
+
+
 def test_folder_data_set_gets_a_balanced_reference(tmp_path, classifier, cm_run):
-    """The checkpoint of a run on a folder: evaluate finds the folder, its resolution and a balanced reference by itself."""
+    """A checkpoint of a run on a folder: the folder, its resolution and a balanced reference are
+    found without flags.
+    """
     import train
     rng, root = np.random.RandomState(0), tmp_path / "set"
     for c, n in enumerate((30, 16, 12)):
         (root / f"c{c}").mkdir(parents=True)
         for i in range(n):
-            sample.Image.fromarray(np.repeat(rng.randint(0, 256, (9, 9, 1), np.uint8), 3, 2)).save(root / f"c{c}/{i}.png")
-    call(train.main, "--dataset", "folder", "--data-dir", root, "--pack-dir", tmp_path / "packed", "--resolution", 8, "--ch", 16, "--ch-mult",
-         1, 2, "--num-res-blocks", 1, "--batch-size", 8, "--steps", 2, "--device", "cpu", "--sample-every", 0, "--out", tmp_path / "run")
-    weights_of = torch.load(classifier, weights_only=True)
-    net = evaluate.load_classifier(classifier, "cpu")[0]
-    net.conv1 = torch.nn.Conv2d(3, net.conv1.out_channels, 3, padding=1, bias=False)         # a classifier of colour images
-    torch.save({**weights_of, "network": {**weights_of["network"], "channels": 3}, "model": net.state_dict()}, tmp_path / "colour.pt")
-    call(evaluate.main, "--ckpt", tmp_path / "run/ckpt.pt", "--features", tmp_path / "colour.pt", "--num", 30, "--num-split", 0,
-         "--steps", 2, "--device", "cpu")
+            grey = rng.randint(0, 256, (9, 9, 1), np.uint8)
+            Image.fromarray(np.repeat(grey, 3, 2)).save(root / f"c{c}/{i}.png")
+    folders = ("--data-dir", root, "--pack-dir", tmp_path / "packed")
+    call(train.main, "--dataset", "folder", *folders, "--resolution", 8, "--ch", 16,
+         "--ch-mult", 1, 2, "--num-res-blocks", 1, "--batch-size", 8, "--steps", 2,
+         "--device", "cpu", "--sample-every", 0, "--out", tmp_path / "run")
+    features = ("--features", tmp_path / "colour.pt", "--device", "cpu")
+    write_colour_classifier(classifier, tmp_path / "colour.pt")
+    call(evaluate.main, "--ckpt", tmp_path / "run/ckpt.pt", *features, "--num", 30,
+         "--num-group", 0, "--steps", 2)
     result = runtime.read_json(tmp_path / "run/eval.json")
-    assert result["settings"]["reference"] == "folder, training set, 12 images of each class" and result["num_real"] == 36
-    np.savez(tmp_path / "theirs.npz", np.random.RandomState(0).randint(0, 256, (30, 8, 8, 3), np.uint8))      # no .json: 8 pixels, as they are
-    call(evaluate.main, "--samples", tmp_path / "theirs.npz", "--reference", "folder", "--data-dir", root, "--pack-dir", tmp_path / "packed",
-         "--features", tmp_path / "colour.pt", "--device", "cpu")
+    reference = result["settings"]["reference"]
+    assert reference == "folder, training set, 12 images of each class"
+    assert result["num_real"] == 36
+
+    # samples without a .json: the reference is read at their size, 8 pixels
+    theirs = np.random.RandomState(0).randint(0, 256, (30, 8, 8, 3), np.uint8)
+    np.savez(tmp_path / "theirs.npz", theirs)
+    call(evaluate.main, "--samples", tmp_path / "theirs.npz", "--reference", "folder", *folders,
+         *features)
     assert runtime.read_json(tmp_path / "eval.json")["num_real"] == 36
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Mistakes
 
-def test_bad_images(capsys, tmp_path, classifier, data_dir):
-    flags = ("--reference", "digits", "--data-dir", data_dir, "--features", classifier, "--device", "cpu")
+@pytest.fixture
+def against_digits(data_dir, classifier):
+    """The flags that compare --samples with digits."""
+    return ("--reference", "digits", "--data-dir", data_dir, "--features", classifier,
+            "--device", "cpu")
+
+
+def test_bad_arrays(capsys, tmp_path, data_dir, against_digits):
     good = np.repeat(load("digits", data_dir, "test").images, 3, 3)
+    path = tmp_path / "x.npz"
 
     def check(*says, **arrays):
-        np.savez(tmp_path / "x.npz", **arrays)
-        refuses(capsys, evaluate.main, "--samples", tmp_path / "x.npz", *flags, says=["--samples", *says])
+        np.savez(path, **arrays)
+        refuses(capsys, evaluate.main, "--samples", path, *against_digits,
+                says=["--samples", *says])
     check("arr_0 is float64", arr_0=good / 255)
-    np.savez(tmp_path / "large.npz", good.repeat(2, 1).repeat(2, 2))
-    refuses(capsys, evaluate.main, "--samples", tmp_path / "large.npz", *flags, says=["--features", "8 pixels", "16"])
     check("shape [300, 8, 8]", arr_0=good[..., 0])
     check("no arr_0", images=good)
     check("arr_1 must hold 300", arr_0=good, arr_1=np.arange(7))
     check("labels run from 0 to 299", "10 classes", arr_0=good, arr_1=np.arange(300))
+
+
+def test_bad_images(capsys, tmp_path, data_dir, against_digits):
+    good = np.repeat(load("digits", data_dir, "test").images, 3, 3)
+
+    def check(path, *says):
+        refuses(capsys, evaluate.main, "--samples", path, *against_digits, says=says)
+    np.savez(tmp_path / "large.npz", good.repeat(2, 1).repeat(2, 2))
+    check(tmp_path / "large.npz", "--features", "8 pixels", "16")
     folder = tmp_path / "mixed"
     folder.mkdir()
     for n in (8, 9):
-        sample.Image.new("RGB", (n, n)).save(folder / f"{n}.png")
-    refuses(capsys, evaluate.main, "--samples", folder, *flags, says=["--samples", "9.png has 9 x 9", "one size"])
-    refuses(capsys, evaluate.main, "--samples", tmp_path / "nothing", *flags, says=["--samples", "neither a file or folder nor a data set"])
+        Image.new("RGB", (n, n)).save(folder / f"{n}.png")
+    check(folder, "--samples", "9.png has 9 x 9", "one size")
+    check(tmp_path / "nothing", "--samples", "neither a file or folder nor a data set")
     np.savez(tmp_path / "x.npz", good)
-    refuses(capsys, evaluate.main, "--samples", tmp_path / "x.npz", "--device", "cpu", says=["--reference", "name what"])
+    refuses(capsys, evaluate.main, "--samples", tmp_path / "x.npz", "--device", "cpu",
+            says=["--reference", "name what"])
     (tmp_path / "cut.npz").write_bytes((tmp_path / "x.npz").read_bytes()[:5000])
-    refuses(capsys, evaluate.main, "--samples", tmp_path / "cut.npz", *flags, says=["--samples", "cannot be read"])
+    check(tmp_path / "cut.npz", "--samples", "cannot be read")
 
 
-def test_the_long_tailed_set_is_no_reference(capsys, tmp_path, classifier, data_dir, digits, cm_run):
+def test_the_long_tailed_set_is_no_reference(capsys, tmp_path, classifier, digits, cm_run):
     np.savez(tmp_path / "train.npz", np.repeat(digits.images, 3, 3), digits.labels)
-    refuses(capsys, evaluate.main, "--ckpt", cm_run / "ckpt.pt", "--reference", tmp_path / "train.npz", "--features", classifier,
-            "--device", "cpu", says=["--reference", "long-tailed set that the model was trained on"])
+    refuses(capsys, evaluate.main, "--ckpt", cm_run / "ckpt.pt",
+            "--reference", tmp_path / "train.npz", "--features", classifier, "--device", "cpu",
+            says=["--reference", "long-tailed set that the model was trained on"])
 
 
 def test_inception_weights(capsys, tmp_path, weights, cm_run, monkeypatch):
-    flags = ("--ckpt", cm_run / "ckpt.pt", "--features", "inception", "--device", "cpu")
-    refuses(capsys, evaluate.main, *flags, "--inception-weights", weights, says=["--inception-weights", "SHA-256", "--trust-weights"])
+    def check(*flags, says):
+        refuses(capsys, evaluate.main, "--ckpt", cm_run / "ckpt.pt", "--features", "inception",
+                "--device", "cpu", *flags, says=["--inception-weights", *says])
+    check("--inception-weights", weights, says=["SHA-256", "--trust-weights"])
     (tmp_path / "cut.pth").write_bytes(weights.read_bytes()[:10_000])
-    torch.save({k: v for k, v in inception.Inception().state_dict().items() if "fc" not in k}, tmp_path / "other.pth")
+    without_fc = {k: v for k, v in inception.Inception().state_dict().items() if "fc" not in k}
+    torch.save(without_fc, tmp_path / "other.pth")
     for name in ("cut", "other"):
-        refuses(capsys, evaluate.main, *flags, "--inception-weights", tmp_path / f"{name}.pth", "--trust-weights",
-                says=["--inception-weights", "not the weights of the 2015 Inception graph"])
-    refuses(capsys, evaluate.main, *flags, "--inception-weights", tmp_path / "none.pth", says=["--inception-weights", "no such file", "https://"])
+        check("--inception-weights", tmp_path / f"{name}.pth", "--trust-weights",
+              says=["not the weights of the 2015 Inception graph"])
+    check("--inception-weights", tmp_path / "none.pth", says=["no such file", "https://"])
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
 
     def offline(*_, **__):
         raise OSError("network is unreachable")
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
-    refuses(capsys, evaluate.main, *flags, says=["--inception-weights", inception.FILE, str(tmp_path / "hub/checkpoints")])
+    check(says=[inception.FILE, str(tmp_path / "hub/checkpoints")])
+    (tmp_path / "hub/checkpoints" / inception.FILE).write_bytes(b"x")
     with pytest.raises(UserError, match="SHA-256"):
-        (tmp_path / "hub/checkpoints" / inception.FILE).write_bytes(b"x")
         inception.load_inception()

@@ -1,4 +1,7 @@
-"""latent.py on a tiny random Stable Diffusion in diffusers' layout: the cut network, the two low-rank parts, training, samples."""
+"""latent.py on a tiny random Stable Diffusion in diffusers' layout.
+
+The cut network, its two low-rank parts, training, samples.
+"""
 import json
 
 import numpy as np
@@ -10,50 +13,72 @@ from test_mistakes import refuses
 from test_processes import assert_same_losses, torchrun
 from torch.testing import assert_close
 
+import classify
 import evaluate
 import latent
 import runtime
 from cm_layers import count, general_only, merge, reserved
-from losses import Objective, draw
+from losses import Objective, bind, draw_batch
 
-FLAGS = "--dataset folder --ir 1 --resolution 16 --rank 6 --cm-rank 2 --batch-size 8 --log-every 1 --device cpu --dtype float32".split()
+FLAGS = ("--dataset folder --ir 1 --resolution 16 --rank 6 --cm-rank 2 --batch-size 8 "
+         "--log-every 1 --device cpu --dtype float32").split()
+NAMES = ["old_master", "pop", "realism"]
+COUNTS = [12, 6, 3]
+CONFIG = {"prompt": "a {} painting", "rank": 6, "cm": True, "cm_rank": 2, "model": "tiny"}
 
+
+# --------------------------------------------------------------------------------------------------
+# A tiny Stable Diffusion, and images for it
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """The folder of a Stable Diffusion with 8 x 8 latents, its parts drawn at random."""
+    """The folder of a Stable Diffusion with 8 x 8 latents, its weights drawn at random."""
     import diffusers
-    import transformers
     folder = tmp_path_factory.mktemp("sd")
     torch.manual_seed(0)
-    diffusers.UNet2DConditionModel(
-        sample_size=8, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8, cross_attention_dim=16, attention_head_dim=8,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D")).save_pretrained(folder / "unet")
-    diffusers.AutoencoderKL(
-        block_out_channels=(8, 16), norm_num_groups=4, latent_channels=4, down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2).save_pretrained(folder / "vae")
-    diffusers.DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear").save_pretrained(folder / "scheduler")
-    letters = [chr(c) for c in range(33, 127)]
-    vocabulary = ["<|startoftext|>", "<|endoftext|>", *letters, *(c + "</w>" for c in letters)]
-    (folder / "tokenizer").mkdir()
-    (folder / "tokenizer/vocab.json").write_text(json.dumps({w: i for i, w in enumerate(vocabulary)}))
-    (folder / "tokenizer/merges.txt").write_text("#version: 0.2\n")
-    (folder / "tokenizer/tokenizer_config.json").write_text(json.dumps({"model_max_length": 20, "tokenizer_class": "CLIPTokenizer"}))
-    transformers.CLIPTextModel(transformers.CLIPTextConfig(
-        vocab_size=len(vocabulary), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-        max_position_embeddings=20, eos_token_id=1, bos_token_id=0)).save_pretrained(folder / "text_encoder")
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=8, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8,
+        cross_attention_dim=16, attention_head_dim=8,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"))
+    unet.save_pretrained(folder / "unet")
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(8, 16), norm_num_groups=4, latent_channels=4,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2)
+    vae.save_pretrained(folder / "vae")
+    schedule = diffusers.DDIMScheduler(beta_start=0.00085, beta_end=0.012,
+                                       beta_schedule="scaled_linear")
+    schedule.save_pretrained(folder / "scheduler")
+    write_text_encoder(folder)
     return folder
+
+
+def write_text_encoder(folder):
+    """A tokenizer of single letters, and a text encoder of one layer."""
+    import transformers
+    letters = [chr(c) for c in range(33, 127)]
+    ends = [letter + "</w>" for letter in letters]
+    vocabulary = ["<|startoftext|>", "<|endoftext|>", *letters, *ends]
+    settings = {"model_max_length": 20, "tokenizer_class": "CLIPTokenizer"}
+    runtime.write_json(folder / "tokenizer/vocab.json", {w: i for i, w in enumerate(vocabulary)})
+    runtime.write_json(folder / "tokenizer/tokenizer_config.json", settings)
+    runtime.write_text(folder / "tokenizer/merges.txt", "#version: 0.2\n")
+    config = transformers.CLIPTextConfig(
+        vocab_size=len(vocabulary), hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=2, max_position_embeddings=20, eos_token_id=1, bos_token_id=0)
+    transformers.CLIPTextModel(config).save_pretrained(folder / "text_encoder")
 
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    """Three classes of 12, 6 and 3 small pictures."""
-    folder, rng = tmp_path_factory.mktemp("pictures"), np.random.RandomState(0)
-    for c, (name, n) in enumerate((("old_master", 12), ("pop", 6), ("realism", 3))):
+    """Three classes of 12, 6 and 3 small images: of noise, each class in one colour."""
+    folder = tmp_path_factory.mktemp("pictures")
+    rng = np.random.RandomState(0)
+    for name, n, colour in zip(NAMES, COUNTS, np.eye(3) * 180):
         (folder / name).mkdir()
         for i in range(n):
-            pixels = np.clip(rng.randint(0, 60, (16, 16, 3)) + np.eye(3)[c] * 180, 0, 255).astype(np.uint8)
-            Image.fromarray(pixels).save(folder / name / f"{i}.png")
+            pixels = np.clip(rng.randint(0, 60, (16, 16, 3)) + colour, 0, 255)
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / name / f"{i}.png")
     return folder
 
 
@@ -62,36 +87,43 @@ def model(tiny):
     return latent.Model(str(tiny), torch.device("cpu"))
 
 
-NAMES = ["old_master", "pop", "realism"]
-CONFIG = {"prompt": "a {} painting", "rank": 6, "cm": True, "cm_rank": 2, "model": "tiny"}
+@pytest.fixture
+def net(model):
+    """The tiny model's LatentUNet with CM, its low-rank parts untrained."""
+    return model.network(NAMES, CONFIG)
 
+
+# --------------------------------------------------------------------------------------------------
+# The network
 
 def test_the_cut_network_is_the_whole_one(model, tiny):
-    """encode and decode are diffusers' forward, label by label, with the texts that diffusers' own encoder gives."""
+    """encode and decode are diffusers' forward, label by label, with its text encoder's states."""
     import diffusers
     whole = diffusers.UNet2DConditionModel.from_pretrained(tiny / "unet").eval()
     net = model.network(NAMES, CONFIG).eval()
-    x, t, y = torch.randn(4, 4, 8, 8), torch.tensor([0, 10, 500, 999]), torch.tensor([0, 2, 1, -1])
+    x = torch.randn(4, 4, 8, 8)
+    t = torch.tensor([0, 10, 500, 999])
+    y = torch.tensor([0, 2, 1, -1])
     texts = ["a old master painting", "a realism painting", "a pop painting", ""]
     ids = model.tokenizer(texts, padding="max_length", max_length=20, return_tensors="pt").input_ids
     with torch.no_grad():
         assert_close(net(x, t, y), whole(x, t, model.text(ids)[0]).sample)
 
 
-def test_what_is_trained(model):
-    """W_0 is frozen; a LoRA on every attention projection; a reserved part on those of the up-sampling half."""
-    net = model.network(NAMES, CONFIG)
-    layers = [n for n, m in net.named_modules() if n.endswith(latent.PROJECTIONS)]
+def test_what_is_trained(net):
+    """W_0 is frozen; every attention projection has a LoRA, the decoder's a reserved part too."""
+    layers = [name for name, _ in net.named_modules() if name.endswith(latent.PROJECTIONS)]
+    in_decoder = [name for name in layers if name.startswith("decoder")]
     names = set(latent.adapters(net))
     assert {n for n, p in net.named_parameters() if p.requires_grad} == names
-    assert sum(".0.A" in n for n in names) == len(layers) and all(n.startswith("decoder") for n in names if ".1.A" in n)
-    assert len(list(reserved(net))) == sum(n.startswith("decoder") for n in layers) > 0
+    assert sum(".0.A" in n for n in names) == len(layers)           # .0 is the LoRA
+    assert all(n.startswith("decoder") for n in names if ".1.A" in n)       # .1 the reserved part
+    assert len(list(reserved(net))) == len(in_decoder) > 0
     assert {p.rank for _, _, p in reserved(net)} == {2}
 
 
-def test_theta_g_has_the_lora_and_not_the_reserved_part(model):
-    net = model.network(NAMES, CONFIG)
-    layer = next(m for n, m in net.decoder.named_modules() if n.endswith("to_q"))
+def test_theta_g_has_the_lora_and_not_the_reserved_part(net):
+    layer = next(m for name, m in net.decoder.named_modules() if name.endswith("to_q"))
     for p in latent.adapters(net).values():
         torch.nn.init.normal_(p, std=0.1)
     lora, low_rank = layer.parametrizations.weight
@@ -99,110 +131,190 @@ def test_theta_g_has_the_lora_and_not_the_reserved_part(model):
     assert_close(layer.weight, W_0 + lora.B @ lora.A + low_rank.B @ low_rank.A)
     with general_only(net.decoder):
         assert_close(layer.weight, W_0 + lora.B @ lora.A)
-    x, y = torch.randn(2, 4, 8, 8), torch.tensor([0, -1])
+
+
+def test_merging_theta_g_changes_nothing(net):
+    """merge(net, "general") computes what general_only does; count tells the two parts apart."""
+    for p in latent.adapters(net).values():
+        torch.nn.init.normal_(p, std=0.1)
+    x = torch.randn(2, 4, 8, 8)
+    y = torch.tensor([0, -1])
+    t = y + 5
     with torch.no_grad(), general_only(net):
-        general = net(x, y + 5, y)
-    expert = count(net)["expert"]
-    assert expert == sum(p.A.numel() + p.B.numel() for _, _, p in reserved(net)) > 0
+        general = net(x, t, y)
+    parts = [p for _, _, p in reserved(net)]
+    assert count(net)["expert"] == sum(p.A.numel() + p.B.numel() for p in parts) > 0
     with torch.no_grad():
-        assert_close(merge(net, "general")(x, y + 5, y), general)
+        assert_close(merge(net, "general")(x, t, y), general)
     assert not list(reserved(net))
 
 
 @pytest.mark.parametrize("base", ["ddpm", "cbdm", "oc"])
-def test_every_loss_trains_only_low_rank_parts(model, base):
-    net = model.network(NAMES, CONFIG)
-    o = Objective(net, base, [12, 6, 3], model.alphas_bar)
-    b = draw(torch.randn(6, 4, 8, 8), torch.tensor([0, 0, 0, 1, 1, 2]), o, seed=0, step=1)
-    o(b)[0].backward()
-    grads = {n for n, p in net.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
-    assert grads and all(n.endswith(".B") for n in grads)               # B = 0 as yet, so that A has none
-    assert {n for n, p in net.named_parameters() if p.grad is not None} == set(latent.adapters(net))
+def test_every_loss_trains_only_low_rank_parts(model, net, base):
+    objective = Objective(net=net, base=bind(base), counts=COUNTS, alphas_bar=model.alphas_bar)
+    x_0 = torch.randn(6, 4, 8, 8)
+    y = torch.tensor([0, 0, 0, 1, 1, 2])
+    total, _, _ = objective(draw_batch(x_0, y, objective, seed=0, step=1))
+    total.backward()
+    grads = {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
+    assert set(grads) == set(latent.adapters(net))
+    moved = [name for name, grad in grads.items() if grad.abs().sum() > 0]
+    assert moved
+    assert all(name.endswith(".B") for name in moved)       # B = 0 as yet, so that A has none
 
 
-def test_latents_round_trip(model):
-    images, rt = np.random.RandomState(0).randint(0, 256, (5, 16, 16, 3), np.uint8), runtime.Runtime(torch.device("cpu"), torch.float32)
-    moments = model.encode(images, rt, batch_size=2)
-    law = model.vae.encode(torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1).latent_dist
+def test_latents_round_trip(model, cpu):
+    """encode and decode, in parts, are the autoencoder's own, times its scaling factor."""
+    images = np.random.RandomState(0).randint(0, 256, (5, 16, 16, 3), np.uint8)
+    moments = model.encode(images, cpu, batch_size=2)
     assert moments.shape == (5, 2, 4, 8, 8)
-    assert_close(moments, model.vae.config.scaling_factor * torch.stack([law.mean, law.std], 1), rtol=1e-4, atol=1e-5)
-    assert_close(model.decode(moments[:, 0], batch_size=2), model.vae.decode(law.mean).sample, rtol=1e-3, atol=1e-4)
+    x = torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1
+    whole = model.vae.encode(x).latent_dist
+    scaled = model.vae.config.scaling_factor * torch.stack([whole.mean, whole.std], 1)
+    assert_close(moments, scaled, rtol=1e-4, atol=1e-5)
+    decoded = model.vae.decode(whole.mean).sample
+    assert_close(model.decode(moments[:, 0], batch_size=2), decoded, rtol=1e-3, atol=1e-4)
 
+
+# --------------------------------------------------------------------------------------------------
+# Training
 
 @pytest.fixture(scope="module")
 def run_of(tmp_path_factory, tiny, pictures):
-    """Train for some epochs: (flags) -> the folder of the run."""
+    """Train for some epochs: (name, flags) -> the folder of the run."""
     root = tmp_path_factory.mktemp("latent")
 
     def train(name, *more):
-        call(latent.main, "train", *FLAGS, "--model", tiny, "--data-dir", pictures, "--pack-dir", root / "pack", "--out", root / name, *more)
+        call(latent.main, "train", *FLAGS, "--model", tiny, "--data-dir", pictures,
+             "--pack-dir", root / "pack", "--out", root / name, *more)
         return root / name
     return train
 
 
-def test_train_resume_sample_measure(run_of, tmp_path, pictures, classifier, capsys):
-    whole = run_of("whole", "--epochs", 3, "--lr", 0.01)
+@pytest.fixture(scope="module")
+def whole(run_of):
+    """A CM run of three epochs without a break."""
+    return run_of("whole", "--epochs", 3, "--lr", 0.01)
+
+
+@pytest.fixture(scope="module")
+def plain(run_of):
+    """A run without CM, of one epoch."""
+    return run_of("plain", "--no-cm", "--base", "ddpm", "--epochs", 1)
+
+
+def test_train_and_resume(run_of, whole, capsys):
     for epochs in (1, 3):
         parts = run_of("parts", "--epochs", epochs, "--lr", 0.01)
-    a, b = (runtime.load(f / "ckpt.pt", ["latent"]) for f in (whole, parts))
+    a = runtime.load(whole / "ckpt.pt", ["latent"])
+    b = runtime.load(parts / "ckpt.pt", ["latent"])
     assert a["step"] == b["step"] == 8                                  # ceil(3 x 21 / 8)
-    assert all(torch.equal(a[k][n], b[k][n]) for k in ("adapters", "ema") for n in a["ema"])
+    assert a["adapters"].keys() == a["ema"].keys()
+    for key in ("adapters", "ema"):
+        assert all(torch.equal(value, b[key][name]) for name, value in a[key].items())
     log = [json.loads(line) for line in (whole / "log.jsonl").open()]
-    assert [r["step"] for r in log] == list(range(1, 9)) and {"base", "con", "div", "D_Many", "D_Few"} <= set(log[-1])
-    assert (whole / "ckpt.pt").stat().st_size < 1 << 20                 # the low-rank parts, not the model
+    assert [record["step"] for record in log] == list(range(1, 9))
+    assert {"base", "con", "div", "D_Many", "D_Few"} <= set(log[-1])
+    assert (whole / "ckpt.pt").stat().st_size < 1 << 20     # the low-rank parts, not the model
+    capsys.readouterr()
     run_of("parts", "--epochs", 3, "--lr", 0.01)
     assert "finished, step 8 of 8" in capsys.readouterr().out
 
-    made = {}
-    for branch, batch in (("full", 5), ("full", 2), ("general", 5)):
-        out = tmp_path / f"{branch}{batch}"
-        call(latent.main, "sample", "--ckpt", whole / "ckpt.pt", "--num", 6, "--steps", 3, "--branch", branch, "--batch-size", batch, "--out", out,
-             "--device", "cpu", "--png")
-        made[branch, batch] = np.load(out / "samples.npz")["arr_0"].astype(int)
-        assert len(list((out / "png").rglob("*.png"))) == 6
-    assert made["full", 5].shape == (6, 16, 16, 3) and np.abs(made["full", 5] - made["full", 2]).max() <= 1
-    assert (made["full", 5] != made["general", 5]).any()
-    capsys.readouterr()
-    call(latent.main, "sample", "--ckpt", whole / "ckpt.pt", "--num", 6, "--steps", 3, "--batch-size", 5, "--out", tmp_path / "full5", "--if-needed", "--device", "cpu")
-    assert "up to date" in capsys.readouterr().out
+
+def test_an_older_run_is_resumed(run_of, whole):
+    """Older checkpoints say split_seed for tail_seed."""
+    run = run_of("older", "--epochs", 1, "--lr", 0.01)
+    old = torch.load(run / "ckpt.pt", weights_only=True)
+    old["config"]["split_seed"] = old["config"].pop("tail_seed")
+    torch.save(old, run / "ckpt.pt")
+    run_of("older", "--epochs", 3, "--lr", 0.01)
+    a = runtime.load(whole / "ckpt.pt", ["latent"])
+    b = runtime.load(run / "ckpt.pt", ["latent"])
+    assert a["config"] == b["config"]
+    assert all(torch.equal(value, b["ema"][name]) for name, value in a["ema"].items())
 
 
 def test_two_processes_and_two_passes_are_the_same_run(run_of, tmp_path, tiny, pictures):
-    one, passes = run_of("one", "--epochs", 2), run_of("passes", "--epochs", 2, "--accumulate", 2)
-    p = torchrun("latent.py", "train", *FLAGS, "--epochs", 2, "--model", tiny, "--data-dir", pictures, "--pack-dir", tmp_path / "pack", "--out", tmp_path / "two")
+    one = run_of("one", "--epochs", 2)
+    passes = run_of("passes", "--epochs", 2, "--accumulate", 2)
+    two = tmp_path / "two"
+    p = torchrun("latent.py", "train", *FLAGS, "--epochs", 2, "--model", tiny,
+                 "--data-dir", pictures, "--pack-dir", tmp_path / "pack", "--out", two)
     text = p.communicate(timeout=120)[0]
     assert p.returncode == 0, text
-    assert_same_losses(one, tmp_path / "two")
+    assert_same_losses(one, two)
     assert_same_losses(one, passes)
 
 
-def test_evaluate_finds_its_reference(run_of, tmp_path, pictures, capsys):
+# --------------------------------------------------------------------------------------------------
+# Samples
+
+def sample(ckpt, out, *more):
+    """Generate six images in few steps: int (6, H, W, 3)."""
+    call(latent.main, "sample", "--ckpt", ckpt, "--num", 6, "--steps", 3, "--out", out,
+         "--device", "cpu", *more)
+    return np.load(out / "samples.npz")["arr_0"].astype(int)
+
+
+def test_sample(whole, tmp_path, capsys):
+    """The batch size changes nothing but the last digit; theta^g alone gives other images."""
+    ckpt = whole / "ckpt.pt"
+    full = sample(ckpt, tmp_path / "full", "--batch-size", 5, "--png")
+    small_batches = sample(ckpt, tmp_path / "small", "--batch-size", 2, "--png")
+    general = sample(ckpt, tmp_path / "general", "--batch-size", 5, "--png", "--branch", "general")
+    for name in ("full", "small", "general"):
+        assert len(list((tmp_path / name / "png").rglob("*.png"))) == 6
+    assert full.shape == (6, 16, 16, 3)
+    assert np.abs(full - small_batches).max() <= 1
+    assert (full != general).any()
+    capsys.readouterr()
+    sample(ckpt, tmp_path / "full", "--batch-size", 5, "--if-needed")
+    assert "up to date" in capsys.readouterr().out
+
+
+def test_evaluate_finds_its_reference(plain, tmp_path, pictures):
     """samples.json says which data the samples belong to."""
-    import classify
-    call(classify.main, "--dataset", "folder", "--data-dir", pictures, "--pack-dir", tmp_path / "pack", "--resolution", 16, "--epochs", 1, "--width", 8,
-         "--out", tmp_path / "c", "--device", "cpu")
-    run = run_of("plain", "--no-cm", "--base", "ddpm", "--epochs", 1)
-    call(latent.main, "sample", "--ckpt", run / "ckpt.pt", "--num", 9, "--steps", 2, "--device", "cpu")
-    call(evaluate.main, "--samples", run / "samples/samples.npz", "--data-dir", pictures, "--pack-dir", tmp_path / "pack", "--features", tmp_path / "c/ckpt.pt",
+    data = ("--data-dir", pictures, "--pack-dir", tmp_path / "pack", "--device", "cpu")
+    call(classify.main, "--dataset", "folder", *data, "--resolution", 16, "--epochs", 1,
+         "--width", 8, "--out", tmp_path / "c")
+    call(latent.main, "sample", "--ckpt", plain / "ckpt.pt", "--num", 9, "--steps", 2,
          "--device", "cpu")
-    result = runtime.read_json(run / "samples/eval.json")
-    assert result["num"] == 9 and result["settings"]["steps"] == 2 and len(result["splits"]) == 3
+    call(evaluate.main, "--samples", plain / "samples/samples.npz", *data,
+         "--features", tmp_path / "c/ckpt.pt")
+    result = runtime.read_json(plain / "samples/eval.json")
+    assert result["num"] == 9
+    assert result["settings"]["steps"] == 2
+    assert len(result["groups"]) == 3
 
 
-def test_mistakes(run_of, tmp_path, tiny, pictures, cm_run, capsys):
-    run = run_of("mistakes", "--no-cm", "--epochs", 1)
-    common = (*FLAGS, "--data-dir", pictures, "--pack-dir", tmp_path / "pack")
-    refuses(capsys, latent.main, "train", *common, "--model", tiny, "--out", run, says=["--cm", "--out"])
-    refuses(capsys, latent.main, "train", *common, "--model", tmp_path / "nothing", "--out", tmp_path / "x", says=["--model", "diffusers"])
-    refuses(capsys, latent.main, "train", *common, "--model", tiny, "--accumulate", 3, "--out", tmp_path / "x", says=["--batch-size 8", "--accumulate"])
-    refuses(capsys, latent.main, "sample", "--ckpt", run / "ckpt.pt", "--branch", "general", says=["--branch general", "--no-cm"])
-    refuses(capsys, latent.main, "sample", "--ckpt", cm_run / "ckpt.pt", says=["--ckpt", "not a latent"])
-    refuses(capsys, latent.main, "paint", says=["train or sample"])
-    config = json.loads((tiny / "scheduler/scheduler_config.json").read_text())
-    velocity = tmp_path / "v"
-    velocity.mkdir()
+# --------------------------------------------------------------------------------------------------
+# Mistakes
+
+def test_train_refuses(plain, tmp_path, tiny, pictures, capsys):
+    def check(model, out, *more, says):
+        refuses(capsys, latent.main, "train", *FLAGS, "--data-dir", pictures,
+                "--pack-dir", tmp_path / "pack", "--model", model, "--out", out, *more, says=says)
+    new = tmp_path / "new"
+    check(tiny, plain, "--base", "ddpm", says=["--cm", "--out"])
+    check(tmp_path / "nothing", new, says=["--model", "diffusers"])
+    check(tiny, new, "--accumulate", 3, says=["--batch-size 8", "--accumulate"])
+    check(velocity_model(tiny, tmp_path / "v"), new, says=["--model", "v_prediction", "epsilon"])
+
+
+def velocity_model(tiny, folder):
+    """The tiny Stable Diffusion, described as one that predicts the velocity."""
+    folder.mkdir()
     for part in ("unet", "vae", "text_encoder", "tokenizer"):
-        (velocity / part).symlink_to(tiny / part)
-    (velocity / "scheduler").mkdir()
-    (velocity / "scheduler/scheduler_config.json").write_text(json.dumps({**config, "prediction_type": "v_prediction"}))
-    refuses(capsys, latent.main, "train", *common, "--model", velocity, "--out", tmp_path / "x", says=["--model", "v_prediction", "epsilon"])
+        (folder / part).symlink_to(tiny / part)
+    config = runtime.read_json(tiny / "scheduler/scheduler_config.json")
+    runtime.write_json(folder / "scheduler/scheduler_config.json",
+                       {**config, "prediction_type": "v_prediction"})
+    return folder
+
+
+def test_sample_refuses(plain, cm_run, capsys):
+    refuses(capsys, latent.main, "sample", "--ckpt", plain / "ckpt.pt", "--branch", "general",
+            says=["--branch general", "--no-cm"])
+    refuses(capsys, latent.main, "sample", "--ckpt", cm_run / "ckpt.pt",
+            says=["--ckpt", "not a latent"])
+    refuses(capsys, latent.main, "paint", says=["train or sample"])

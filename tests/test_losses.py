@@ -1,166 +1,299 @@
-"""losses.py against a slow NumPy version of the corrected equations.
+"""losses.py against a slow NumPy version of the corrected equations; the table of base losses.
 
-Corrections: (D.3) printed as x_t / sqrt(a_t) - x_ref, here (x_t - sqrt(ab) x_ref) / sqrt(1 - ab); Algorithm C.1 printed
-with sqrt(a_t) x + (1 - a_t) eps, here sqrt(ab) x_0 + sqrt(1 - ab) eps; Eq. (2)'s divergence printed without a bound.
+Corrections: (D.3) is printed as x_t / sqrt(a_t) - x_ref, here (x_t - sqrt(ab) x_ref) / sqrt(1 -
+ab). Algorithm C.1 is printed with sqrt(a_t) x + (1 - a_t) eps, here sqrt(ab) x_0 + sqrt(1 - ab)
+eps. Eq. (2)'s divergence is printed without a bound.
 """
+import json
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_net
+from conftest import ROOT, tiny_net
 from torch import nn
 
 from cm_layers import general_only, reserved
 from data import to_float
-from losses import Objective, class_weights, distance, draw, oc_target
-from model import make_alphas_bar, q_sample
+from losses import (BASES, FLAGS, CMConfig, Objective, Predictions, bind, cbdm, class_weights,
+                    cm_terms, draw_batch, oc_target, options_of)
+from model import distance, make_alphas_bar, q_sample
 
 COUNTS = [148, 106, 76, 54, 39, 28, 20, 14, 10, 7]
 AB = make_alphas_bar()
 
 
-def setup(digits, base="ddpm", rank_ratio=0.1, dropout=0.0, **options):
-    """An objective on a random tiny network, and a batch of 12 digits."""
-    o = Objective(tiny_net(rank_ratio, dropout=dropout), base, COUNTS, AB, **options)
+# --------------------------------------------------------------------------------------------------
+# A step, and what NumPy makes of it
+
+def setup(digits, base="ddpm", *, rank_ratio=0.1, dropout=0.0, cm=None, label_drop=0.1, **options):
+    """An objective on a random tiny network, and a batch of 12 digits. options: the base's own."""
+    assert set(options) <= set(options_of(BASES[base]))
+    objective = Objective(net=tiny_net(rank_ratio, dropout=dropout), base=bind(base, options),
+                          counts=COUNTS, alphas_bar=AB, cm=cm, label_drop=label_drop)
     rows = np.linspace(0, len(digits.labels) - 1, 12).astype(int)
-    x_0, y = to_float(torch.from_numpy(digits.images[rows])), torch.from_numpy(digits.labels[rows])
-    return o, draw(x_0, y, o, seed=0, step=3)
+    x_0 = to_float(torch.from_numpy(digits.images[rows]))
+    y = torch.from_numpy(digits.labels[rows])
+    return objective, draw_batch(x_0, y, objective, seed=0, step=3)
 
 
-def numpy_x_t(b):
-    x_t = np.empty(b.x_0.shape)
-    for i, t in enumerate(b.t.tolist()):
-        a = math.prod(1 - (1e-4 + (0.02 - 1e-4) * s / 999) for s in range(t + 1))
-        x_t[i] = math.sqrt(a) * b.x_0[i].numpy() + math.sqrt(1 - a) * b.eps[i].numpy()
+def numpy_x_t(batch):
+    """x_t of a batch, (B, C, H, W) float64, from the betas."""
+    x_t = np.empty(batch.x_0.shape)
+    for i, t in enumerate(batch.t.tolist()):
+        ab = math.prod(1 - (1e-4 + (0.02 - 1e-4) * s / 999) for s in range(t + 1))
+        x_t[i] = math.sqrt(ab) * batch.x_0[i].numpy() + math.sqrt(1 - ab) * batch.eps[i].numpy()
     return x_t
 
 
-def predictions(o, b, y):
+def predictions(objective, batch, y):
+    """What the network predicts for a batch under labels y, as an array."""
+    x_t = torch.from_numpy(numpy_x_t(batch)).float()
     with torch.no_grad():
-        return o.net(torch.from_numpy(numpy_x_t(b)).float(), b.t, y).numpy()
+        return objective.net(x_t, batch.t, y).numpy()
 
 
 def mse(a, b):
+    """Mean squared difference per image: (B,)."""
     return np.array([np.mean((p - q) ** 2) for p, q in zip(a, b)])
 
 
+# --------------------------------------------------------------------------------------------------
+# Base losses
+
 def test_ddpm(digits):
-    o, b = setup(digits, rank_ratio=None)
-    total, terms, _ = o(b)
-    assert terms["base"].item() == pytest.approx(mse(predictions(o, b, b.y_in), b.eps.numpy()).mean(), rel=1e-4)
-    assert total.item() == terms["base"].item() and set(terms) == {"base"}
+    objective, batch = setup(digits, rank_ratio=None)
+    total, terms, _ = objective(batch)
+    errors = mse(predictions(objective, batch, batch.y_in), batch.eps.numpy())
+    assert terms["base"].item() == pytest.approx(errors.mean(), rel=1e-4)
+    assert total.item() == terms["base"].item()
+    assert set(terms) == {"base"}
 
 
 def test_cbdm(digits):
-    o, b = setup(digits, "cbdm", rank_ratio=None, tau=0.002, gamma=0.25)
-    own, other = predictions(o, b, b.y_in), predictions(o, b, b.y_prime)
-    cb = np.mean([t * (y >= 0) * 1.25 * m for t, y, m in zip(b.t.tolist(), b.y_in.tolist(), mse(own, other))])
-    total, terms, _ = o(b)
+    objective, batch = setup(digits, "cbdm", rank_ratio=None, cbdm_tau=0.002, cbdm_gamma=0.25)
+    own = predictions(objective, batch, batch.y_in)
+    other = predictions(objective, batch, batch.y_prime)
+    per_image = zip(batch.t.tolist(), batch.y_in.tolist(), mse(own, other))
+    cb = np.mean([t * (y >= 0) * 1.25 * error for t, y, error in per_image])
+    total, terms, _ = objective(batch)
     assert terms["cb"].item() == pytest.approx(cb, rel=1e-4)
     assert total.item() == pytest.approx(terms["base"].item() + 0.002 * cb, rel=1e-4)
 
 
 def test_cbdm_stops_gradients_as_printed(digits):
-    o, b = setup(digits, "cbdm", rank_ratio=None, gamma=0.0)
-    b = b._replace(y_in=b.y, y_prime=(b.y + 1) % 10)
-    from losses import Predictions, cbdm
-    p = Predictions(o.net, b, q_sample(b.x_0, b.t, b.eps, AB))
-    grad = torch.autograd.grad(cbdm(p, b, o)["cb"], p.eps)[0]
+    objective, batch = setup(digits, "cbdm", rank_ratio=None)
+    batch = batch._replace(y_in=batch.y, y_prime=(batch.y + 1) % 10)
+    pred = Predictions(objective.net, batch, q_sample(batch.x_0, batch.t, batch.eps, AB))
+    _, terms = cbdm(pred, batch, objective, cbdm_gamma=0.0)
+    grad = torch.autograd.grad(terms["cb"], pred.eps)[0]
     with torch.no_grad():
-        expected = 2 * b.t[:, None, None, None] * (p.eps - p.under(b.y_prime)) / p.eps[0].numel() / len(b.t)
-    torch.testing.assert_close(grad, expected)
+        difference = pred.eps - pred.under(batch.y_prime)
+        scale = 2 * batch.t[:, None, None, None] / pred.eps[0].numel() / len(batch.t)
+    torch.testing.assert_close(grad, scale * difference)
 
 
 def test_oc_target(digits):
-    o, b = setup(digits, "oc")
-    x_t, target = numpy_x_t(b), oc_target(q_sample(b.x_0, b.t, b.eps, AB), b, o).numpy()
+    objective, batch = setup(digits, "oc")
+    x_t = numpy_x_t(batch)
+    target = oc_target(q_sample(batch.x_0, batch.t, batch.eps, AB), batch, objective).numpy()
     moved = 0
-    for i, t in enumerate(b.t.tolist()):
-        a = float(AB[t])
-        log_q = [-((x_t[i] - math.sqrt(a) * x.numpy()) ** 2).sum() / (2 * (1 - a)) for x in b.pool_x_0]
-        j = int(np.argmax(np.array(log_q) + b.gumbel[i].numpy()))
-        keep = COUNTS[b.pool_y[j]] >= COUNTS[b.y[i]]
-        expected = (x_t[i] - math.sqrt(a) * b.pool_x_0[j].numpy()) / math.sqrt(1 - a) if keep else b.eps[i].numpy()
+    for i, t in enumerate(batch.t.tolist()):
+        ab = float(AB[t])
+        squares = [((x_t[i] - math.sqrt(ab) * x.numpy()) ** 2).sum() for x in batch.pool_x_0]
+        log_q = -np.array(squares) / (2 * (1 - ab))
+        j = int(np.argmax(log_q + batch.gumbel[i].numpy()))
+        expected = batch.eps[i].numpy()
+        if COUNTS[batch.pool_y[j]] >= COUNTS[batch.y[i]]:
+            expected = (x_t[i] - math.sqrt(ab) * batch.pool_x_0[j].numpy()) / math.sqrt(1 - ab)
         assert np.allclose(target[i], expected, atol=1e-3)
         moved += j != i
     assert moved >= 3
 
 
-def test_oc_draw_follows_eq_d4():
-    """Gumbel-max over log q is a draw from softmax(log q): frequencies against the probabilities."""
-    g, log_q = torch.Generator().manual_seed(0), torch.tensor([0.0, -1.0, -2.0, -0.5])
+def test_the_choice_of_a_reference_follows_eq_d4():
+    """Gumbel-max over log q draws from softmax(log q): frequencies and probabilities agree."""
+    g = torch.Generator().manual_seed(0)
+    log_q = torch.tensor([0.0, -1.0, -2.0, -0.5])
     gumbel = -torch.empty(20000, 4).exponential_(generator=g).log()
     frequency = torch.bincount((log_q + gumbel).argmax(1), minlength=4) / 20000
     assert (frequency - log_q.softmax(0)).abs().max() < 0.015
 
 
 def test_choosing_oneself_gives_eps_and_as_printed_it_does_not(digits):
-    o, b = setup(digits, "oc")
-    b = b._replace(gumbel=torch.full((12, 12), -1e9).fill_diagonal_(1e9))
-    x_t = q_sample(b.x_0, b.t, b.eps, AB)
-    torch.testing.assert_close(oc_target(x_t, b, o), b.eps, atol=1e-4, rtol=1e-4)
-    a = AB.sqrt()[b.t].float()[:, None, None, None]
-    assert distance(x_t / a - b.x_0, b.eps).max() > 0.5
+    objective, batch = setup(digits, "oc")
+    batch = batch._replace(gumbel=torch.full((12, 12), -1e9).fill_diagonal_(1e9))
+    x_t = q_sample(batch.x_0, batch.t, batch.eps, AB)
+    target = oc_target(x_t, batch, objective)
+    torch.testing.assert_close(target, batch.eps, atol=1e-4, rtol=1e-4)
+    signal = AB.sqrt()[batch.t].float()[:, None, None, None]
+    assert distance(x_t / signal - batch.x_0, batch.eps).max() > 0.5
 
+
+def test_focal(digits):
+    objective, batch = setup(digits, "focal", rank_ratio=None, focal_gamma=1.5)
+    errors = mse(predictions(objective, batch, batch.y_in), batch.eps.numpy())
+    weights = (1 - np.exp(-errors)) ** 1.5
+    assert objective(batch)[0].item() == pytest.approx((weights * errors).mean(), rel=1e-4)
+    objective.base = bind("focal", {"focal_gamma": 0.0})
+    assert objective(batch)[0].item() == pytest.approx(errors.mean(), rel=1e-4)
+
+
+def kl_weights():
+    """KL of two Gaussians of variance beta_t whose means differ as eps does, over its mean."""
+    betas = np.linspace(1e-4, 0.02, 1000)
+    kl = []
+    for beta, ab in zip(betas, np.cumprod(1 - betas)):
+        shift = beta / math.sqrt(1 - ab) / math.sqrt(1 - beta)
+        kl.append(shift ** 2 / (2 * beta))
+    return np.array(kl) / np.mean(kl)
+
+
+def test_overlap(digits):
+    objective, batch = setup(digits, "rop", rank_ratio=None, rop_margin=0.05, rop_weight=0.3)
+    own = predictions(objective, batch, batch.y_in)
+    other = predictions(objective, batch, batch.y_prime)
+    active = (batch.y_in.numpy() >= 0) & (batch.y_prime.numpy() != batch.y.numpy())
+    hinge = np.maximum(0, 0.05 - mse(own, other)) * active
+    expected = np.mean(kl_weights()[batch.t.numpy()] * hinge)
+    total, terms, _ = objective(batch)
+    assert expected > 0
+    assert terms["overlap"].item() == pytest.approx(expected, rel=1e-3)
+    assert total.item() == pytest.approx(terms["base"].item() + 0.3 * expected, rel=1e-4)
+    # Nothing is pushed beyond the margin
+    objective.base = bind("rop", {"rop_margin": 1e-12, "rop_weight": 0.3})
+    assert objective(batch)[1]["overlap"].item() == pytest.approx(0, abs=1e-9)
+
+
+# --------------------------------------------------------------------------------------------------
+# Capacity manipulation
 
 @pytest.mark.parametrize("bound", [0.0, 0.0005, 100.0])
 def test_cm_terms_and_total(digits, bound):
-    o, b = setup(digits, lam=0.7, w_con=1.5, w_div=0.5, div_bound=bound)
-    for _, _, part in reserved(o.net.decoder):
+    cm = CMConfig(lam=0.7, w_con=1.5, w_div=0.5, div_bound=bound)
+    objective, batch = setup(digits, cm=cm)
+    for _, _, part in reserved(objective.net.decoder):
         nn.init.normal_(part.B, std=0.1, generator=torch.Generator().manual_seed(1))
-    full = predictions(o, b, b.y_in)
-    with general_only(o.net.decoder):
-        D = mse(full, predictions(o, b, b.y_in))
-    N, C = sum(COUNTS), len(COUNTS)
-    con = np.mean([C * COUNTS[y] / N * d for y, d in zip(b.y.tolist(), D)])
-    div = np.mean([-C / (COUNTS[y] * sum(1 / n for n in COUNTS)) * (min(d, bound) if bound else d) for y, d in zip(b.y.tolist(), D)])
-    total, terms, distances = o(b)
-    assert np.allclose(distances.numpy(), D, rtol=1e-3) and D.min() > 0
-    assert terms["con"].item() == pytest.approx(con, rel=1e-3) and terms["div"].item() == pytest.approx(div, rel=1e-3)
-    assert total.item() == pytest.approx(terms["base"].item() + 0.7 * (1.5 * con + 0.5 * div), rel=1e-3)
+    full = predictions(objective, batch, batch.y_in)
+    with general_only(objective.net.decoder):
+        D = mse(full, predictions(objective, batch, batch.y_in))
+    counts = np.array(COUNTS, float)[batch.y.numpy()]
+    C = len(COUNTS)
+    w_con = C * counts / sum(COUNTS)
+    w_div = C / (counts * sum(1 / n for n in COUNTS))
+    con = np.mean(w_con * D)
+    div = np.mean(-w_div * (np.minimum(D, bound) if bound else D))
+    total, terms, distances = objective(batch)
+    assert np.allclose(distances.numpy(), D, rtol=1e-3)
+    assert D.min() > 0
+    assert terms["con"].item() == pytest.approx(con, rel=1e-3)
+    assert terms["div"].item() == pytest.approx(div, rel=1e-3)
+    expected = terms["base"].item() + 0.7 * (1.5 * con + 0.5 * div)
+    assert total.item() == pytest.approx(expected, rel=1e-3)
 
 
 def test_the_bound_stops_the_divergence_gradient_above_it_only(digits):
-    from losses import cm
-    o, b = setup(digits, div_bound=0.01)
+    objective, batch = setup(digits)
     D = torch.tensor([0.009, 0.011] * 6, requires_grad=True)
-    grad = torch.autograd.grad(cm(D, b, o)["div"], D)[0]
-    assert (grad[::2] < 0).all() and (grad[1::2] == 0).all()
+    terms = cm_terms(D, batch.y, objective.w_con_y, objective.w_div_y, 0.01)
+    grad = torch.autograd.grad(terms["div"], D)[0]
+    assert (grad[::2] < 0).all()
+    assert (grad[1::2] == 0).all()
 
 
 def test_d_is_exactly_zero_while_b_is_zero(digits):
-    o, b = setup(digits, dropout=0.1)
-    for _, _, part in reserved(o.net.decoder):
+    objective, batch = setup(digits, dropout=0.1)
+    for _, _, part in reserved(objective.net.decoder):
         nn.init.zeros_(part.B)
-    assert (o(b)[2] == 0).all()                     # the same masks in both passes
-    o.independent_dropout = True
-    b2 = draw(b.pool_x_0, b.pool_y, o, 0, 3)
-    assert (o(b2)[2] > 0).all()                     # independent masks put a floor under D
+    assert (objective(batch)[2] == 0).all()             # the same masks in both passes
+    objective.cm = CMConfig(independent_dropout=True)
+    again = draw_batch(batch.pool_x_0, batch.pool_y, objective, seed=0, step=3)
+    assert (objective(again)[2] > 0).all()              # independent masks put a floor under D
 
 
 def test_class_weights():
     cifar100 = [int(500 * 0.01 ** (c / 99)) for c in range(100)]
     con, div = class_weights(cifar100)
-    assert con.mean().item() == pytest.approx(1) and div.mean().item() == pytest.approx(1)
+    assert con.mean().item() == pytest.approx(1)
+    assert div.mean().item() == pytest.approx(1)
     difference = con - div
-    assert difference[0].item() == pytest.approx(4.57, abs=0.01) and difference[-1].item() == pytest.approx(-4.34, abs=0.01)
+    assert difference[0].item() == pytest.approx(4.57, abs=0.01)
+    assert difference[-1].item() == pytest.approx(-4.34, abs=0.01)
     assert all((w == 1).all() for w in class_weights([7, 7, 7]))
 
 
-def test_draw_is_pure_and_shared_between_ranks(digits):
-    o, b = setup(digits)
-    again = draw(b.pool_x_0, b.pool_y, o, 0, 3)
-    assert all(torch.equal(u, v) for u, v in zip(b[:9], again[:9]))
-    halves = [draw(b.pool_x_0, b.pool_y, o, 0, 3, rank, 2) for rank in (0, 1)]
-    for k, name in enumerate(b._fields[:9]):
+# --------------------------------------------------------------------------------------------------
+# Batches
+
+def test_a_batch_is_pure_and_shared_between_ranks(digits):
+    objective, batch = setup(digits)
+    pool = (batch.pool_x_0, batch.pool_y, objective)
+    again = draw_batch(*pool, seed=0, step=3)
+    assert all(torch.equal(u, v) for u, v in zip(batch[:9], again[:9]))
+    halves = [draw_batch(*pool, seed=0, step=3, part=part, parts=2) for part in (0, 1)]
+    for k, name in enumerate(batch._fields[:9]):
         if not name.startswith("pool"):
-            assert torch.equal(torch.cat([h[k] for h in halves]), b[k]), name
-    assert not torch.equal(draw(b.pool_x_0, b.pool_y, o, 0, 4).eps, b.eps)
+            assert torch.equal(torch.cat([half[k] for half in halves]), batch[k]), name
+    assert not torch.equal(draw_batch(*pool, seed=0, step=4).eps, batch.eps)
 
 
 def test_label_drop_is_per_image(digits):
-    o, _ = setup(digits, label_drop=0.5)
+    objective, _ = setup(digits, label_drop=0.5)
     y = torch.arange(1000) % 10
-    y_in = draw(torch.zeros(1000, 1, 8, 8), y, o, 0, 0).y_in
-    assert 400 < (y_in == -1).sum() < 600 and ((y_in == -1) | (y_in == y)).all()
+    y_in = draw_batch(torch.zeros(1000, 1, 8, 8), y, objective, seed=0, step=0).y_in
+    assert 400 < (y_in == -1).sum() < 600
+    assert ((y_in == -1) | (y_in == y)).all()
+
+
+# --------------------------------------------------------------------------------------------------
+# The table of base losses
+
+def own_options(base):
+    """{name: value} that the two functions of a bound base were given."""
+    return {**base.loss.keywords, **base.draw_t.keywords}
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_bind_takes_a_bases_own_options_and_refuses_none(name):
+    everything = {**dict.fromkeys(FLAGS, 3), "seed": 1, "lam": 2.0, "nonsense": None}
+    assert own_options(bind(name, everything)) == dict.fromkeys(options_of(BASES[name]), 3)
+    assert own_options(bind(name)) == {}
+    assert own_options(bind(name, {"nonsense": None})) == {}
+
+
+def test_options_of_other_bases_change_nothing(digits):
+    objective, batch = setup(digits, "cbdm", cbdm_tau=0.002)
+    expected = objective(batch)[0]
+    objective.base = bind("cbdm", {"cbdm_tau": 0.002, "focal_gamma": 9.0, "ct_double": 7})
+    assert torch.equal(objective(batch)[0], expected)
+
+
+def test_every_hyper_parameter_has_a_flag_and_every_flag_a_base():
+    found = [name for base in BASES.values() for name in options_of(base)]
+    assert sorted(found) == sorted(FLAGS)
+
+
+def after_importing(module):
+    """What an interpreter of its own has after `import module`: its table, and its modules."""
+    code = f"""
+import json, sys, {module}
+modules = sorted(sys.modules)
+import losses
+bases = {{k: [f.__module__ + "." + f.__qualname__ for f in b] for k, b in losses.BASES.items()}}
+print(json.dumps([bases, modules]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
+                          check=True)
+    return json.loads(done.stdout)
+
+
+def test_the_table_does_not_depend_on_what_is_imported():
+    """No module enters losses into another's table; sampling needs no losses."""
+    bases_of_sample, modules_of_sample = after_importing("sample")
+    bases_of_train, modules_of_train = after_importing("train")
+    assert bases_of_sample == bases_of_train
+    assert list(bases_of_train) == list(BASES)
+    assert "losses" not in modules_of_sample
+    assert "losses" in modules_of_train

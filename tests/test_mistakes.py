@@ -1,5 +1,9 @@
-"""A user's mistake: one line on stderr that names the flag and the fix, exit code 2, no traceback, nothing lost."""
+"""A user's mistake: one line on stderr with the flag and the fix, exit code 2, no traceback.
+
+Nothing is lost. And what users have stays valid: their files, and files of older versions.
+"""
 import errno
+import json
 import os
 import shutil
 import subprocess
@@ -9,10 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torchvision
 from conftest import ROOT, TINY_FLAGS, call
 from PIL import Image
 
 import capacity_probe
+import classify
 import evaluate
 import prune_probe
 import report
@@ -24,7 +30,10 @@ from runtime import UserError
 
 
 def refuses(capsys, main, *flags, says):
-    """Run a script as its command line would; it must exit with code 2 after one line that holds every word of `says`."""
+    """Run a script as its command line would; it must exit with code 2 after one error line.
+
+    says: words that the line must hold, each of them.
+    """
     with pytest.raises(SystemExit) as e:
         runtime.run(lambda: call(main, *flags))
     text = capsys.readouterr().err
@@ -33,6 +42,9 @@ def refuses(capsys, main, *flags, says):
     for word in says:
         assert word in lines[0], lines[0]
 
+
+# --------------------------------------------------------------------------------------------------
+# Flags
 
 TRAIN = {       # flags -> what the line must say
     "unknown data set": (["--dataset", "imagenot"], ["--dataset imagenot", "cifar100"]),
@@ -49,7 +61,8 @@ TRAIN = {       # flags -> what the line must say
     "attention on a level that is not": (["--attn", 5], ["--attn 5", "levels 0 to 1"]),
     "too many levels": (["--ch-mult", 1, 1, 1, 1, 1], ["--ch-mult", "8 pixels"]),
     "resolution of a fixed set": (["--resolution", 16], ["--resolution 16", "8 x 8"]),
-    "class order names half": (["--class-order", "0-4"], ["--class-order", "each of the 10 classes"]),
+    "class order names half": (["--class-order", "0-4"],
+                               ["--class-order", "each of the 10 classes"]),
     "accumulate does not divide": (["--accumulate", 7], ["--batch-size 16", "--accumulate 7"]),
     "device": (["--device", "tpu9"], ["--device tpu9"]),
     "unknown flag": (["--learning-rate", 1], ["--learning-rate"]),
@@ -59,104 +72,75 @@ TRAIN = {       # flags -> what the line must say
 @pytest.mark.parametrize("case", TRAIN)
 def test_train_refuses(case, capsys, data_dir, tmp_path):
     flags, says = TRAIN[case]
-    refuses(capsys, train.main, *TINY_FLAGS, "--steps", 2, "--data-dir", data_dir, "--out", tmp_path / "run", *flags, says=says)
-    assert not (tmp_path / "run").exists()
+    out = tmp_path / "run"
+    refuses(capsys, train.main, *TINY_FLAGS, "--steps", 2, "--data-dir", data_dir, "--out", out,
+            *flags, says=says)
+    assert not out.exists()
 
 
 def test_batch_size_and_processes(capsys, data_dir, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
-    refuses(capsys, train.main, *TINY_FLAGS, "--data-dir", data_dir, "--out", tmp_path, says=["--batch-size 16", "3 processes"])
-
-
-def test_data_folder(capsys, tmp_path):
-    def check(*says):
-        refuses(capsys, train.main, "--dataset", "folder", "--data-dir", tmp_path / "set", "--pack-dir", tmp_path / "packed", "--resolution",
-                8, "--out", tmp_path / "run", says=["--data-dir", *says])
-    check("no such folder")
-    (tmp_path / "set/cat").mkdir(parents=True)
-    check("no sub-folder with images")
-    Image.new("RGB", (9, 9)).save(tmp_path / "set/cat/1.png")
-    check("only one class", "cat")
-    (tmp_path / "set/dog").mkdir()
-    for name, content in (("broken.jpg", b"no image"), ("cut.png", (tmp_path / "set/cat/1.png").read_bytes()[:40]), ("empty.png", b"")):
-        (tmp_path / "set/dog" / name).write_bytes(content)
-        check(f"dog/{name}", "mend or remove")
-        (tmp_path / "set/dog" / name).unlink()
-    assert not list(tmp_path.glob("packed/*")) and not (tmp_path / "run").exists()
-
-
-def test_no_network_and_no_data(capsys, tmp_path, monkeypatch):
-    import torchvision
-    def offline(*_, **__):
-        raise OSError("network is unreachable")
-    monkeypatch.setattr(torchvision.datasets.cifar, "download_and_extract_archive", offline)
-    refuses(capsys, train.main, "--dataset", "cifar100", "--data-dir", tmp_path, "--out", tmp_path / "run", "--device", "cpu",
-            says=["--data-dir", "put cifar-100-python.tar.gz", "https://", "unreachable"])
-
-
-def broken_checkpoints(folder, good):
-    """{what: (file, what the line must say)} of everything that is not a checkpoint of ours."""
-    content = good.read_bytes()
-    (folder / "cut.pt").write_bytes(content[:len(content) // 2])
-    (folder / "empty.pt").write_bytes(b"")
-    (folder / "text.pt").write_text("hello")
-    torch.save({"model": {}}, folder / "foreign.pt")
-    state = runtime.load(good, ["diffusion"])
-    runtime.save(folder / "architecture.pt", {**state, "network": {**state["network"], "ch": 32}})
-    return {"missing.pt": "no such file", "cut.pt": "not a whole checkpoint", "empty.pt": "not a whole checkpoint",
-            "text.pt": "not a whole checkpoint", "foreign.pt": "not a diffusion", "architecture.pt": "do not fit the network"}
-
-
-@pytest.mark.parametrize("main", [sample.main, evaluate.main])
-def test_checkpoints(capsys, cm_run, tmp_path, main):
-    for name, words in broken_checkpoints(tmp_path, cm_run / "ckpt.pt").items():
-        more = ["--features", tmp_path / "text.pt"] if main is evaluate.main and name == "architecture.pt" else []
-        if not more:
-            refuses(capsys, main, "--ckpt", tmp_path / name, "--device", "cpu", says=["--ckpt", words])
-
-
-def test_a_run_whose_checkpoint_is_cut_is_not_overwritten(capsys, cm_run, data_dir, tmp_path):
-    content = (cm_run / "ckpt.pt").read_bytes()[:1000]
-    (tmp_path / "ckpt.pt").write_bytes(content)
-    refuses(capsys, train.main, *TINY_FLAGS, "--data-dir", data_dir, "--out", tmp_path, says=["--out", "not a whole checkpoint"])
-    assert (tmp_path / "ckpt.pt").read_bytes() == content
+    refuses(capsys, train.main, *TINY_FLAGS, "--data-dir", data_dir, "--out", tmp_path,
+            says=["--batch-size 16", "3 processes"])
 
 
 @pytest.mark.parametrize("flags, says", [
-    (["--classes", "3-12"], ["--classes 3-12", "0 to 9"]), (["--classes", "cat"], ["--classes cat", "neither"]),
-    (["--num", 0], ["--num", "at least 1"]), (["--steps", 0], ["--steps", "at least 1"]),
-    (["--grid", "cubic"], ["--grid"]), (["--guidance", "nan"], ["--guidance"])])
+    (["--classes", "3-12"], ["--classes 3-12", "0 to 9"]),
+    (["--classes", "cat"], ["--classes cat", "neither"]),
+    (["--num", 0], ["--num", "at least 1"]),
+    (["--steps", 0], ["--steps", "at least 1"]),
+    (["--grid", "cubic"], ["--grid"]),
+    (["--guidance", "nan"], ["--guidance"])])
 def test_sample_refuses(capsys, cm_run, tmp_path, flags, says):
-    refuses(capsys, sample.main, "--ckpt", cm_run / "ckpt.pt", "--device", "cpu", "--out", tmp_path / "s", *flags, says=says)
-    assert not (tmp_path / "s").exists()
+    out = tmp_path / "s"
+    refuses(capsys, sample.main, "--ckpt", cm_run / "ckpt.pt", "--device", "cpu", "--out", out,
+            *flags, says=says)
+    assert not out.exists()
 
 
 def test_evaluate_and_report_refuse(capsys, cm_run, tmp_path):
     (tmp_path / "a.npz").write_bytes(b"PK")
-    refuses(capsys, evaluate.main, "--samples", tmp_path / "a.npz", "--device", "cpu", says=["--samples"])
-    refuses(capsys, evaluate.main, "--ckpt", cm_run / "ckpt.pt", "--features", tmp_path / "none.pt", "--device", "cpu",
-            says=["--features", "classify.py"])
+    refuses(capsys, evaluate.main, "--samples", tmp_path / "a.npz", "--device", "cpu",
+            says=["--samples"])
+    refuses(capsys, evaluate.main, "--ckpt", cm_run / "ckpt.pt", "--features",
+            tmp_path / "none.pt", "--device", "cpu", says=["--features", "classify.py"])
     refuses(capsys, report.main, "--row", "DDPM", says=["--row DDPM", "NAME=FILE"])
 
 
-def test_a_folder_that_cannot_be_written(capsys, cm_run, data_dir, tmp_path, monkeypatch):
-    """No space left while a checkpoint is written: the old one stands, no half-written file stays behind."""
-    shutil.copytree(cm_run, tmp_path / "run")
-    before = (tmp_path / "run/ckpt.pt").read_bytes()
+# --------------------------------------------------------------------------------------------------
+# Data
 
-    def full_disk(value, path):
-        Path(path).write_bytes(b"half of it")
-        raise OSError(errno.ENOSPC, "No space left on device")
-    monkeypatch.setattr(torch, "save", full_disk)
-    refuses(capsys, train.main, *TINY_FLAGS, "--data-dir", data_dir, "--out", tmp_path / "run", "--steps", 31, says=["--out", "No space left"])
-    assert (tmp_path / "run/ckpt.pt").read_bytes() == before and not list((tmp_path / "run").glob(".*tmp"))
-    (tmp_path / "file").write_text("in the way")
-    refuses(capsys, train.main, *TINY_FLAGS, "--data-dir", data_dir, "--out", tmp_path / "file/run", "--steps", 2, says=["--out"])
+def test_data_folder(capsys, tmp_path):
+    root = tmp_path / "set"
+
+    def check(*says):
+        refuses(capsys, train.main, "--dataset", "folder", "--data-dir", root,
+                "--pack-dir", tmp_path / "packed", "--resolution", 8, "--out", tmp_path / "run",
+                says=["--data-dir", *says])
+    check("no such folder")
+    (root / "cat").mkdir(parents=True)
+    check("no sub-folder with images")
+    Image.new("RGB", (9, 9)).save(root / "cat/1.png")
+    check("only one class", "cat")
+    (root / "dog").mkdir()
+    whole = (root / "cat/1.png").read_bytes()
+    broken = {"broken.jpg": b"no image", "cut.png": whole[:40], "empty.png": b""}
+    for name, content in broken.items():
+        path = root / "dog" / name
+        path.write_bytes(content)
+        check(f"dog/{name}", "fix or remove")
+        path.unlink()
+    assert not list(tmp_path.glob("packed/*")) and not (tmp_path / "run").exists()
 
 
-def test_a_log_that_cannot_be_written(capsys, data_dir, tmp_path, monkeypatch):
-    (tmp_path / "log.jsonl").mkdir()                # a read-only file would not stop root, who may run this
-    refuses(capsys, train.main, *TINY_FLAGS, "--data-dir", data_dir, "--out", tmp_path, "--steps", 2, says=["--out", "log.jsonl"])
+def test_no_network_and_no_data(capsys, tmp_path, monkeypatch):
+    def offline(*_, **__):
+        raise OSError("network is unreachable")
+    cifar = torchvision.datasets.cifar
+    monkeypatch.setattr(cifar, "download_and_extract_archive", offline)
+    refuses(capsys, train.main, "--dataset", "cifar100", "--data-dir", tmp_path,
+            "--out", tmp_path / "run", "--device", "cpu",
+            says=["--data-dir", "put cifar-100-python.tar.gz", "https://", "unreachable"])
 
 
 def test_a_pack_cut_in_half_is_packed_anew(tmp_path):
@@ -167,20 +151,83 @@ def test_a_pack_cut_in_half_is_packed_anew(tmp_path):
         assert np.array_equal(load("digits", tmp_path).images, whole)
 
 
-def test_a_log_cut_in_half(cm_run, data_dir, tmp_path):
-    shutil.copytree(cm_run, tmp_path / "run")
-    log = tmp_path / "run/log.jsonl"
-    os.truncate(log, log.stat().st_size - 40)       # in the middle of the last line
-    call(train.main, *TINY_FLAGS, "--data-dir", data_dir, "--out", tmp_path / "run", "--steps", 32)
-    steps = [line["step"] for line in map(runtime.json.loads, log.open())]
-    assert steps == [*range(1, 30), 31, 32]
+def make_folder(root, sizes):
+    """A folder with a sub-folder of small images for each of {class name: number of images}."""
+    for name, n in sizes.items():
+        (root / name).mkdir(parents=True)
+        for i in range(n):
+            Image.new("RGB", (8, 8), (i * 20, 90, 10)).save(root / name / f"{i}.png")
+
+
+def test_probes_want_the_checkpoints_classes(tmp_path, capsys):
+    make_folder(tmp_path / "one", {"cat": 6, "dog": 5, "one": 4})
+    make_folder(tmp_path / "two", {"cat": 6, "dog": 3, "two": 4})
+    call(train.main, "--dataset", "folder", "--data-dir", tmp_path / "one",
+         "--pack-dir", tmp_path / "packed", "--resolution", 8, "--ch", 16, "--ch-mult", 1, 2,
+         "--num-res-blocks", 1, "--batch-size", 4, "--steps", 1, "--sample-every", 0,
+         "--device", "cpu", "--out", tmp_path / "run")
+    probes = [[prune_probe.main], [capacity_probe.main, "allocation"],
+              [capacity_probe.main, "dominance"]]
+    for main, *command in probes:
+        refuses(capsys, main, *command, "--ckpt", tmp_path / "run/ckpt.pt",
+                "--data-dir", tmp_path / "two", "--device", "cpu", says=["--data-dir"])
+
+
+# --------------------------------------------------------------------------------------------------
+# Checkpoints
+
+BROKEN = {      # files that are not a checkpoint of ours -> what the line must say
+    "missing.pt": "no such file", "cut.pt": "not a whole checkpoint",
+    "empty.pt": "not a whole checkpoint", "text.pt": "not a whole checkpoint",
+    "foreign.pt": "not a diffusion", "architecture.pt": "do not fit the network"}
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory, cm_run):
+    """A folder with the files in BROKEN."""
+    folder = tmp_path_factory.mktemp("broken")
+    good = cm_run / "ckpt.pt"
+    content = good.read_bytes()
+    (folder / "cut.pt").write_bytes(content[:len(content) // 2])
+    (folder / "empty.pt").write_bytes(b"")
+    (folder / "text.pt").write_text("hello")
+    torch.save({"model": {}}, folder / "foreign.pt")
+    state = runtime.load(good, ["diffusion"])
+    wider = {**state["network"], "ch": 32}
+    runtime.save(folder / "architecture.pt", {**state, "network": wider})
+    return folder
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_sample_refuses_a_broken_checkpoint(capsys, broken, name):
+    refuses(capsys, sample.main, "--ckpt", broken / name, "--device", "cpu",
+            says=["--ckpt", BROKEN[name]])
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_evaluate_refuses_a_broken_checkpoint(capsys, broken, name, classifier, data_dir):
+    refuses(capsys, evaluate.main, "--ckpt", broken / name, "--features", classifier,
+            "--data-dir", data_dir, "--device", "cpu", says=["--ckpt", BROKEN[name]])
+
+
+def test_a_run_whose_checkpoint_is_cut_is_not_overwritten(capsys, cm_run, data_dir, tmp_path):
+    content = (cm_run / "ckpt.pt").read_bytes()[:1000]
+    (tmp_path / "ckpt.pt").write_bytes(content)
+    refuses(capsys, train.main, *TINY_FLAGS, "--data-dir", data_dir, "--out", tmp_path,
+            says=["--out", "not a whole checkpoint"])
+    assert (tmp_path / "ckpt.pt").read_bytes() == content
 
 
 KILLS = """
 import os, random, signal, sys, time, torch, runtime
-path, moments = sys.argv[1], random.Random(0)
+
+path = sys.argv[1]
+moments = random.Random(0)
+
 def save(step):
-    runtime.save(path, {"kind": "diffusion", "step": step, "model": {str(i): torch.full((1000,), step) for i in range(50)}})
+    model = {str(i): torch.full((1000,), step) for i in range(50)}
+    runtime.save(path, {"kind": "diffusion", "step": step, "model": model})
+
 save(0)
 for kill in range(20):
     first = runtime.load(path, ["diffusion"])["step"]
@@ -192,27 +239,76 @@ for kill in range(20):
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     state = runtime.load(path, ["diffusion"])
-    assert len(state["model"]) == 50 and all((v == state["step"]).all() for v in state["model"].values())
-    assert state["step"] > first
-    print(state["step"])
+    step = state["step"]
+    assert len(state["model"]) == 50
+    assert all((v == step).all() for v in state["model"].values())
+    assert step > first
+    print(step)
 """
 
 
 def test_twenty_kills_while_saving(tmp_path):
-    """kill -9 at twenty random moments of writing: the checkpoint on disk always loads, is whole and goes forwards."""
-    done = subprocess.run([sys.executable, "-c", KILLS, tmp_path / "ckpt.pt"], capture_output=True, text=True, cwd=ROOT)
+    """kill -9 at twenty random moments of writing.
+
+    The checkpoint on disk can always be loaded, is whole and goes forwards.
+    """
+    done = subprocess.run([sys.executable, "-c", KILLS, tmp_path / "ckpt.pt"],
+                          capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0 and len(done.stdout.split()) == 20, done.stderr
 
 
 def test_nodes_that_do_not_share_the_folder(monkeypatch):
     """Ranks that find runs at different steps would train different steps."""
     rt = runtime.Runtime(torch.device("cpu"), torch.float32, rank=0, world=2)
-    others = iter([500, 0, 500, -500])          # the other rank's share of each maximum: at step 500; then at 500 as well
+    # The other rank's share of each maximum: it is at step 500 both times
+    others = iter([500, 0, 500, -500])
     monkeypatch.setattr(runtime.Runtime, "maximum", lambda self, value: max(value, next(others)))
-    with pytest.raises(runtime.UserError, match="share this folder"):
+    with pytest.raises(UserError, match="share this folder"):
         rt.agree(0, "out/x")
     rt.agree(500, "out/x")
 
+
+# --------------------------------------------------------------------------------------------------
+# Disks and logs
+
+def test_a_folder_that_cannot_be_written(capsys, cm_run, data_dir, tmp_path, monkeypatch):
+    """No space left while a checkpoint is written: the old one stays, and no half-written file."""
+    run = tmp_path / "run"
+    shutil.copytree(cm_run, run)
+    before = (run / "ckpt.pt").read_bytes()
+
+    def full_disk(value, path):
+        Path(path).write_bytes(b"half of it")
+        raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(torch, "save", full_disk)
+    common = (*TINY_FLAGS, "--data-dir", data_dir)
+    refuses(capsys, train.main, *common, "--out", run, "--steps", 31,
+            says=["--out", "No space left"])
+    assert (run / "ckpt.pt").read_bytes() == before and not list(run.glob(".*tmp"))
+    (tmp_path / "file").write_text("in the way")
+    refuses(capsys, train.main, *common, "--out", tmp_path / "file/run", "--steps", 2,
+            says=["--out"])
+
+
+def test_a_log_that_cannot_be_written(capsys, data_dir, tmp_path):
+    # A read-only file would not stop root, who may run this
+    (tmp_path / "log.jsonl").mkdir()
+    refuses(capsys, train.main, *TINY_FLAGS, "--data-dir", data_dir, "--out", tmp_path,
+            "--steps", 2, says=["--out", "log.jsonl"])
+
+
+def test_a_log_cut_in_half(cm_run, data_dir, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(cm_run, run)
+    log = run / "log.jsonl"
+    os.truncate(log, log.stat().st_size - 40)           # in the middle of the last line
+    call(train.main, *TINY_FLAGS, "--data-dir", data_dir, "--out", run, "--steps", 32)
+    steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
+    assert steps == [*range(1, 30), 31, 32]
+
+
+# --------------------------------------------------------------------------------------------------
+# What users have is kept
 
 def test_what_users_have_is_kept(tmp_path, cm_run, data_dir, classifier, capsys):
     """sample.py removes its own pictures only; evaluate.py keeps numbers of other settings."""
@@ -220,35 +316,99 @@ def test_what_users_have_is_kept(tmp_path, cm_run, data_dir, classifier, capsys)
     for name in ("holiday/1.png", "me.png"):
         Image.new("RGB", (9, 9)).save(tmp_path / "png" / name)
     for num in (12, 3):
-        call(sample.main, "--ckpt", cm_run / "ckpt.pt", "--num", num, "--steps", 2, "--png", "--out", tmp_path, "--device", "cpu")
+        call(sample.main, "--ckpt", cm_run / "ckpt.pt", "--num", num, "--steps", 2, "--png",
+             "--out", tmp_path, "--device", "cpu")
     assert len(list((tmp_path / "png").rglob("*.png"))) == 3 + 2
-    flags = ("--samples", tmp_path / "samples.npz", "--data-dir", data_dir, "--features", classifier, "--device", "cpu")
     for k in (1, 2, 2):
-        call(evaluate.main, *flags, "--k", k)
+        call(evaluate.main, "--samples", tmp_path / "samples.npz", "--data-dir", data_dir,
+             "--features", classifier, "--device", "cpu", "--k", k)
     assert "are kept as eval-1.json" in capsys.readouterr().out
-    ks = sorted((runtime.read_json(f)["settings"]["k"], f.name == "eval.json") for f in tmp_path.glob("eval*.json"))
-    assert ks == [(1, False), (2, True)]
+    files = tmp_path.glob("eval*.json")
+    k_and_newest = [(runtime.read_json(f)["settings"]["k"], f.name == "eval.json") for f in files]
+    assert sorted(k_and_newest) == [(1, False), (2, True)]
 
 
 def test_a_json_of_someone_else_beside_the_samples(tmp_path, data_dir, classifier, capsys):
-    np.savez(tmp_path / "theirs.npz", np.random.RandomState(0).randint(0, 256, (30, 8, 8, 1), np.uint8).repeat(3, 3))
-    flags = ("--samples", tmp_path / "theirs.npz", "--reference", "digits", "--data-dir", data_dir, "--features", classifier, "--device", "cpu")
-    for content in ({"class_names": ["a"], "labels": [1], "n": 3, "data": "cifar"}, [1, 2]):
+    grey = np.random.RandomState(0).randint(0, 256, (30, 8, 8, 1), np.uint8)
+    np.savez(tmp_path / "theirs.npz", grey.repeat(3, 3))
+    flags = ("--reference", "digits", "--data-dir", data_dir, "--features", classifier,
+             "--device", "cpu")
+    theirs = {"class_names": ["a"], "labels": [1], "n": 3, "data": "cifar"}
+    for content in (theirs, [1, 2]):
         runtime.write_json(tmp_path / "theirs.json", content)
-        call(evaluate.main, *flags)
+        call(evaluate.main, "--samples", tmp_path / "theirs.npz", *flags)
         assert runtime.read_json(tmp_path / "eval.json")["num"] == 30
     np.savez(tmp_path / "bare.npz", features=np.zeros((30, 64)))
-    refuses(capsys, evaluate.main, "--samples", tmp_path / "bare.npz", *flags[2:], says=["--samples", "--save-stats"])
+    refuses(capsys, evaluate.main, "--samples", tmp_path / "bare.npz", *flags,
+            says=["--samples", "--save-stats"])
 
 
-def test_probes_want_the_checkpoints_classes(tmp_path, capsys):
-    for name, dogs in (("one", 5), ("two", 3)):
-        for c, n in (("cat", 6), ("dog", dogs), (name, 4)):
-            (tmp_path / name / c).mkdir(parents=True)
-            for i in range(n):
-                Image.new("RGB", (8, 8), (i * 20, 90, 10)).save(tmp_path / name / c / f"{i}.png")
-    pack = ("--pack-dir", tmp_path / "packed")
-    call(train.main, "--dataset", "folder", "--data-dir", tmp_path / "one", *pack, "--resolution", 8, "--ch", 16, "--ch-mult", 1, 2, "--num-res-blocks", 1,
-         "--batch-size", 4, "--steps", 1, "--sample-every", 0, "--device", "cpu", "--out", tmp_path / "run")
-    for main, *words in ((prune_probe.main,), (capacity_probe.main, "allocation"), (capacity_probe.main, "dominance")):
-        refuses(capsys, main, *words, "--ckpt", tmp_path / "run/ckpt.pt", "--data-dir", tmp_path / "two", "--device", "cpu", says=["--data-dir"])
+# --------------------------------------------------------------------------------------------------
+# Files and flags of older versions: the names changed, what they hold is read as before
+
+OLD = {"split_seed": 3, "split_rule": "thirds", "num_split": 2, "seed": 0}
+NEW = {"tail_seed": 3, "group_rule": "thirds", "num_group": 2, "seed": 0}
+
+
+def test_read_result_translates_old_names(tmp_path):
+    path = tmp_path / "eval.json"
+    values = {"Many": {"fid": 1.0}, "Few": {"fid": 2.0}}
+    new = {"settings": NEW, "groups": values, "fid": 3.0}
+    runtime.write_json(path, {"settings": OLD, "splits": values, "fid": 3.0})
+    assert runtime.read_result(path) == new
+    runtime.write_json(path, new)
+    assert runtime.read_result(path) == new
+    runtime.write_json(path, {"splits": values})            # without settings
+    assert runtime.read_result(path) == {"groups": values}
+
+
+def test_read_result_of_what_is_none(tmp_path):
+    path = tmp_path / "eval.json"
+    assert runtime.read_result(path) is None
+    for text in ("", "{", "[1, 2]", "3", '"splits"'):
+        path.write_text(text)
+        assert runtime.read_result(path) is None
+
+
+def test_up_to_date_accepts_old_names(tmp_path):
+    path = tmp_path / "samples.json"
+    for made_with in (OLD, NEW):
+        runtime.write_json(path, {"settings": made_with})
+        assert runtime.up_to_date(path, NEW)
+        for other in ({**NEW, "tail_seed": 4}, {**NEW, "num_group": 3}, {"seed": 0}):
+            assert not runtime.up_to_date(path, other)
+
+
+def test_up_to_date_compares_as_json(tmp_path):
+    path = tmp_path / "samples.json"
+    assert not runtime.up_to_date(path, {})                 # no such file
+    runtime.write_json(path, {"settings": {"classes": (1, 2)}})
+    assert runtime.up_to_date(path, {"classes": [1, 2]})
+    assert runtime.up_to_date(path, {"classes": (1, 2)})
+    for content in ({}, [1], {"settings": None}):
+        runtime.write_json(path, content)
+        assert not runtime.up_to_date(path, {})
+
+
+def test_checkpoints_with_old_names_are_read_and_go_on(cm_run, data_dir, tmp_path, capsys):
+    """A run that was started when --tail-seed was --split-seed."""
+    state = runtime.load(cm_run / "ckpt.pt", ["diffusion"])
+    config = dict(state["config"])
+    config["split_seed"] = config.pop("tail_seed")
+    runtime.save(tmp_path / "ckpt.pt", {**state, "config": config})
+    translated = runtime.load(tmp_path / "ckpt.pt", ["diffusion"])
+    assert translated["config"] == state["config"]
+    common = (*TINY_FLAGS, "--data-dir", data_dir, "--out", tmp_path, "--steps", 31)
+    refuses(capsys, train.main, *common, "--tail-seed", 1, says=["--tail-seed 1", "with 0"])
+    call(train.main, *common)
+    assert runtime.load(tmp_path / "ckpt.pt", ["diffusion"])["step"] == 31
+
+
+@pytest.mark.parametrize("script, required, flag, value", [
+    (train, [], "tail-seed", 3), (classify, [], "tail-seed", 3),
+    (classify, [], "group-rule", "thirds"), (evaluate, ["--ckpt", "x.pt"], "num-group", 2)])
+def test_old_flags_are_accepted(script, required, flag, value):
+    old = flag.replace("tail-", "split-").replace("group", "split")
+    for word in (flag, old):
+        args = script.make_parser().parse_args([*required, f"--{word}", str(value)])
+        assert getattr(args, flag.replace("-", "_")) == value

@@ -1,74 +1,139 @@
-"""model.py: the peers' network to the parameter, conditioned at every level; the forward process."""
+"""model.py: the peers' network to the parameter, conditioned at every level; forward process."""
 import math
 
+import numpy as np
 import pytest
 import torch
 from conftest import TINY, randomize, tiny_net
 from torch.testing import assert_close
 
-from model import ResBlock, UNet, UNetConfig, make_alphas_bar, q_sample, sinusoid
+from model import (ResBlock, UNet, UNetConfig, distance, make_alphas_bar, q_sample, sinusoid,
+                   stratified_timesteps)
+
+
+def parameters(**settings):
+    """The number of parameters of a UNet with these settings."""
+    return sum(p.numel() for p in UNet(UNetConfig(**settings)).parameters())
+
+
+def two_images():
+    """x_t, t, y of two noisy digits."""
+    return torch.randn(2, 1, 8, 8), torch.tensor([5, 900]), torch.tensor([1, 2])
 
 
 def test_parameter_counts_are_the_papers():
-    count = lambda **k: sum(p.numel() for p in UNet(UNetConfig(**k)).parameters())
-    assert count() == 35_797_507                # the peers count 128,000 more: a fixed sinusoid table
-    assert count(num_classes=10) == 35_797_507 - 90 * 512
-    assert count(ch_mult=(1, 2, 2)) < count() < count(ch_mult=(1, 2, 3, 4))     # Fig. 4(d)
+    # The peers count 128,000 more: a fixed sinusoid table
+    assert parameters() == 35_797_507
+    assert parameters(num_classes=10) == 35_797_507 - 90 * 512
+    smaller = parameters(ch_mult=(1, 2, 2))
+    larger = parameters(ch_mult=(1, 2, 3, 4))
+    assert smaller < parameters() < larger              # Fig. 4(d)
 
+
+# --------------------------------------------------------------------------------------------------
+# Forward process
 
 def test_schedule_is_the_products_of_a_linear_schedule():
-    ab, product = make_alphas_bar(), 1.0
+    alphas_bar = make_alphas_bar()
+    product = 1.0
     for t in range(1000):
         product *= 1 - (1e-4 + (0.02 - 1e-4) * t / 999)
-        assert math.isclose(float(ab[t]), product, rel_tol=1e-12)
-    assert ab.dtype == torch.float64 and len(ab) == 1000
+        assert math.isclose(float(alphas_bar[t]), product, rel_tol=1e-12)
+    assert alphas_bar.dtype == torch.float64 and len(alphas_bar) == 1000
 
 
 def test_q_sample_against_the_equation():
-    ab, g = make_alphas_bar(), torch.Generator().manual_seed(0)
-    x_0, eps, t = torch.randn(4, 3, 2, 2, generator=g), torch.randn(4, 3, 2, 2, generator=g), torch.tensor([0, 10, 500, 999])
-    x_t = q_sample(x_0, t, eps, ab)
+    alphas_bar = make_alphas_bar()
+    g = torch.Generator().manual_seed(0)
+    x_0 = torch.randn(4, 3, 2, 2, generator=g)
+    eps = torch.randn(4, 3, 2, 2, generator=g)
+    t = torch.tensor([0, 10, 500, 999])
+    x_t = q_sample(x_0, t, eps, alphas_bar)
     for i in range(4):
-        a = float(ab[t[i]])
+        a = float(alphas_bar[t[i]])
         assert_close(x_t[i], math.sqrt(a) * x_0[i] + math.sqrt(1 - a) * eps[i])
+
+
+def test_distance_is_a_mean_square_per_image():
+    g = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, 3, 2, 4, 5, generator=g)
+    expected = [((a[i] - b[i]) ** 2).sum() / (2 * 4 * 5) for i in range(3)]
+    assert_close(distance(a, b), torch.stack(expected))
+
+
+@pytest.mark.parametrize("n, repeats", [(1, 1), (3, 1), (7, 10), (256, 3), (5000, 10)])
+@pytest.mark.parametrize("T", [1000, 37])
+def test_stratified_timesteps_are_the_literal_formula(n, repeats, T):
+    """Bit for bit what NumPy gives."""
+    offset = (np.arange(n) * 0.6180339887498949) % 1
+    expected = ((np.arange(repeats)[None] + offset[:, None]) * T / repeats).astype(np.int64)
+    t = stratified_timesteps(n, repeats, T)
+    assert t.dtype == torch.int64 and t.shape == (n, repeats)
+    assert np.array_equal(t.numpy(), expected)
+    assert 0 <= t.min() and t.max() < T
+
+
+def test_stratified_timesteps_take_one_from_each_part_of_the_range():
+    t = stratified_timesteps(300, 10)
+    assert torch.equal(t, stratified_timesteps(300, 10, 1000))
+    assert torch.equal(t // 100, torch.arange(10).expand(300, 10))
 
 
 def test_sinusoid_has_the_frequencies_of_the_ddpm_code():
     emb = sinusoid(torch.tensor([7]), 8)[0]
     angles = [7 * 10000 ** (-2 * i / 8) for i in range(4)]
-    assert_close(emb, torch.tensor([math.sin(a) for a in angles] + [math.cos(a) for a in angles]))
+    expected = [math.sin(a) for a in angles] + [math.cos(a) for a in angles]
+    assert_close(emb, torch.tensor(expected))
 
 
-@pytest.mark.parametrize("ch, ch_mult, size", [(8, (1, 2), 8), (16, (1, 2, 2), 8), (32, (1, 2, 3, 4), 16), (64, (1, 2), 4)])
+# --------------------------------------------------------------------------------------------------
+# The U-Net
+
+NETWORKS = [        # ch, ch_mult, pixels per side
+    (8, (1, 2), 8), (16, (1, 2, 2), 8), (32, (1, 2, 3, 4), 16), (64, (1, 2), 4)]
+
+
+@pytest.mark.parametrize("ch, ch_mult, size", NETWORKS)
 def test_every_block_depends_on_t_and_y(ch, ch_mult, size):
-    """With 32 groups on 32 channels, group norm would remove the added embedding exactly; here every block feels it."""
-    cfg = UNetConfig(channels=1, num_classes=10, ch=ch, ch_mult=ch_mult, attn=(1,), num_res_blocks=1)
+    """With 32 groups on 32 channels, group norm would remove the added embedding exactly.
+
+    Here every block depends on it.
+    """
+    cfg = UNetConfig(channels=1, num_classes=10, ch=ch, ch_mult=ch_mult, attn=(1,),
+                     num_res_blocks=1)
     net = randomize(UNet(cfg), scale=0.1)
-    x, t, y = torch.randn(1, 1, size, size, generator=torch.Generator().manual_seed(0)), torch.tensor([300]), torch.tensor([3])
+    x = torch.randn(1, 1, size, size, generator=torch.Generator().manual_seed(0))
+    t = torch.tensor([300])
+    y = torch.tensor([3])
+    others = [(torch.tensor([310]), y), (t, torch.tensor([4])), (t, torch.tensor([-1]))]
     blocks = [m for m in net.modules() if isinstance(m, ResBlock)]
     weights = [b.emb_proj.weight.detach().clone() for b in blocks]
-    for kept in range(len(blocks)):             # only this block sees the embedding
-        for b, w, k in zip(blocks, weights, range(len(blocks))):
+    for kept, block in enumerate(blocks):
+        # Only this block sees the embedding
+        for k, (b, w) in enumerate(zip(blocks, weights)):
             b.emb_proj.weight.data = w if k == kept else torch.zeros_like(w)
         with torch.no_grad():
             out = net(x, t, y)
-            for other in (net(x, torch.tensor([310]), y), net(x, t, torch.tensor([4])), net(x, t, torch.tensor([-1]))):
-                assert (out - other).abs().max() > 1e-5, f"block {kept} at level {blocks[kept].level}"
+            for other_t, other_y in others:
+                change = (out - net(x, other_t, other_y)).abs().max()
+                assert change > 1e-5, f"block {kept} at level {block.level}"
 
 
 def test_null_label_adds_no_embedding():
     net = tiny_net(None)
-    x, t, y = torch.randn(2, 1, 8, 8), torch.tensor([5, 900]), torch.tensor([-1, -1])
-    before = net(x, t, y)
+    x, t, _ = two_images()
+    null = torch.tensor([-1, -1])
+    before = net(x, t, null)
     with torch.no_grad():
         net.encoder.embedding.label.weight.add_(1.0)
-    assert_close(net(x, t, y), before)
-    assert (net(x, t, torch.tensor([0, -1]))[1] - before[1]).abs().max() < 1e-6
+    assert_close(net(x, t, null), before)
+    one_null = net(x, t, torch.tensor([0, -1]))
+    assert (one_null[1] - before[1]).abs().max() < 1e-6
 
 
 def test_forward_is_decode_of_encode_and_train_mode_changes_nothing():
     net = tiny_net(None)
-    x, t, y = torch.randn(2, 1, 8, 8), torch.tensor([5, 900]), torch.tensor([1, 2])
+    x, t, y = two_images()
     encoded = net.encode(x, t, y)
     assert_close(net.decode(*encoded), net(x, t, y))
     assert_close(net.decode(*encoded), net(x, t, y))        # decode does not consume the encoding
@@ -78,24 +143,39 @@ def test_forward_is_decode_of_encode_and_train_mode_changes_nothing():
 def test_dropout_masks():
     net = tiny_net(None, dropout=0.25)
     encode, decode = net.draw_masks(64, 8, torch.Generator().manual_seed(0))
-    assert (len(encode), len(decode)) == (4, 4)             # 2 levels + 2 middle blocks; 2 x 2 up blocks
+    assert (len(encode), len(decode)) == (4, 4)     # 2 levels + 2 middle blocks; 2 x 2 up blocks
     values = torch.cat([m.flatten() for m in encode + decode])
     assert_close(values.unique(), torch.tensor([0.0, 1 / 0.75]))
     assert abs((values == 0).float().mean() - 0.25) < 0.005
-    x, t, y = torch.randn(64, 1, 8, 8), torch.full((64,), 100), torch.zeros(64, dtype=torch.int64)
-    run = lambda e, d: net.decode(*net.encode(x, t, y, e), d)
-    assert torch.equal(run(encode, decode), run(encode, decode))
-    for masks in (encode, decode):                          # each mask reaches the output
-        for i in range(len(masks)):
-            off = [torch.ones_like(m) if j == i else m for j, m in enumerate(masks)]
-            other = run(off, decode) if masks is encode else run(encode, off)
-            assert (other - run(encode, decode)).abs().max() > 1e-7
     assert tiny_net(None, dropout=0.0).draw_masks(2, 8, torch.Generator()) == ([], [])
 
 
+def test_each_dropout_mask_reaches_the_output():
+    net = tiny_net(None, dropout=0.25)
+    encode, decode = net.draw_masks(64, 8, torch.Generator().manual_seed(0))
+    x = torch.randn(64, 1, 8, 8)
+    t = torch.full((64,), 100)
+    y = torch.zeros(64, dtype=torch.int64)
+
+    def predict(encode, decode):
+        return net.decode(*net.encode(x, t, y, encode), decode)
+
+    def without(masks, i):
+        return [torch.ones_like(m) if j == i else m for j, m in enumerate(masks)]
+    masked = predict(encode, decode)
+    assert torch.equal(predict(encode, decode), masked)
+    for i in range(len(encode)):
+        assert (predict(without(encode, i), decode) - masked).abs().max() > 1e-7
+    for i in range(len(decode)):
+        assert (predict(encode, without(decode, i)) - masked).abs().max() > 1e-7
+
+
 def test_any_channels_and_sizes_and_a_clear_error():
-    net = UNet(UNetConfig(channels=2, num_classes=3, ch=8, ch_mult=(1, 2, 2), attn=(0, 2), num_res_blocks=2))
-    assert net(torch.randn(2, 2, 12, 20), torch.tensor([1, 2]), torch.tensor([0, -1])).shape == (2, 2, 12, 20)
+    cfg = UNetConfig(channels=2, num_classes=3, ch=8, ch_mult=(1, 2, 2), attn=(0, 2),
+                     num_res_blocks=2)
+    net = UNet(cfg)
+    eps = net(torch.randn(2, 2, 12, 20), torch.tensor([1, 2]), torch.tensor([0, -1]))
+    assert eps.shape == (2, 2, 12, 20)
     with pytest.raises(AssertionError, match="not divisible by 4"):
         net(torch.randn(1, 2, 10, 10), torch.tensor([1]), torch.tensor([0]))
     with pytest.raises(ValueError, match="group norm cannot split 130"):

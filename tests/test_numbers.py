@@ -1,7 +1,7 @@
 """Ten steps of every loss, samples, metrics, classifiers and probes give what they gave before.
 
-numbers.json was written by `python tests/same_numbers.py --write tests/numbers.json .`. On a machine
-like the one that wrote it every bit must agree; elsewhere numbers may differ in their last digits.
+`python tests/same_numbers.py --write tests/numbers.json .` wrote numbers.json. On a machine like
+the one that wrote it every bit must agree; elsewhere the last digits of numbers may differ.
 """
 import json
 

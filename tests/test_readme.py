@@ -1,48 +1,132 @@
-"""The README's "Hack it" blocks run as printed, and its file map names every file."""
+"""README.md and RESULTS.md: "Hack it" works as its text says, in a fresh copy of the checkout; the
+file map is whole; every printed command is one that the scripts understand."""
+import importlib
 import re
+import shlex
+import shutil
+import subprocess
+import sys
 
 import pytest
-import torch
 from conftest import ROOT, TINY_FLAGS, call
 
-import losses
-import readers
 import runtime
-import train
 
 TEXT = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", TEXT.split("## Hack it")[1], re.S)
+HACK_IT = TEXT.split("## Hack it")[1].split("\n## ")[0]
+BLOCKS = re.findall(r"```python\n(.*?)```", HACK_IT, re.S)
+RESULTS = (ROOT / "RESULTS.md").read_text()
+COMMANDS = re.findall(r"`python (my_run\.py.*?)`", HACK_IT)
+LAST_LINE = "import train; train.run(train.main)"
+FEW_STEPS = [*TINY_FLAGS[2:], "--steps", "2", "--out", "run"]      # without --dataset digits
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A fresh copy of the checkout: the files that git tracks, or would."""
+    copy = tmp_path / "copy"
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:                   # a downloaded archive, without .git
+        skipped = shutil.ignore_patterns("out", "data", "__pycache__", ".*")
+        return shutil.copytree(ROOT, copy, ignore=skipped)
+    for name in listed.stdout.splitlines():
+        if (ROOT / name).exists():          # else it is being deleted
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, copy / name)
+    return copy
+
+
+def run_snippet(checkout, number, *more):
+    """Do what the text above snippet `number` says; return what was printed."""
+    assert not (checkout / "my_run.py").exists()
+    (checkout / "my_run.py").write_text(BLOCKS[number])
+    command = [sys.executable, *shlex.split(COMMANDS[number]), *map(str, more)]
+    done = subprocess.run(command, cwd=checkout, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def test_file_map():
-    for path in [*ROOT.glob("*.py"), ROOT / "run_all.sh"]:
-        assert f"`{path.name}`" in TEXT, path.name
+    core, around = TEXT.split("**Core**")[1].split("\n## ")[0].split("**Around it**")
+    for path in [*ROOT.glob("*.py"), ROOT / "run_all.sh", ROOT / "paper_results.json"]:
+        assert (f"`{path.name}`" in core) != (f"`{path.name}`" in around), path.name
+
+
+def test_size():
+    lines = TEXT.splitlines()
+    assert len(lines) <= 200
+    assert all(len(line) <= 100 for line in lines if not line.startswith("|"))
+
+
+def test_pictures_and_links():
+    for text in (TEXT, RESULTS):
+        targets = re.findall(r"\]\(([^)#]+)", text)
+        assert targets
+        for target in targets:
+            assert (ROOT / target).exists(), target
+
+
+def printed_commands(text):
+    """[(script, [its flags])] of the commands of a Markdown text that start a script of ours."""
+    blocks = re.findall(r"```bash\n(.*?)```", text, re.S)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    prose = re.sub(r"```.*?```", "", text, flags=re.S)
+    lines += re.findall(r"`((?:python|torchrun) [^`]*)`", prose)
+    found = []
+    for line in lines:
+        words = shlex.split(line, comments=True)
+        scripts = [word for word in words if word.endswith(".py") and (ROOT / word).exists()]
+        if not scripts or scripts[0].startswith("tests/") or words[-1] == "...":
+            continue
+        found.append((scripts[0], words[words.index(scripts[0]) + 1:]))
+    return found
+
+
+@pytest.mark.parametrize("name", ["README.md", "RESULTS.md"])
+def test_every_command_is_understood(monkeypatch, name):
+    class Understood(Exception):
+        pass
+
+    parse = runtime.Parser.parse_args
+
+    def parse_and_stop(self, *args):
+        parse(self, *args)
+        raise Understood
+
+    monkeypatch.setattr(runtime.Parser, "parse_args", parse_and_stop)
+    commands = printed_commands((ROOT / name).read_text())
+    assert len(commands) > 10
+    for script, flags in commands:
+        module = importlib.import_module(script.removesuffix(".py"))
+        with pytest.raises(Understood):
+            call(module.main, *flags)
+
+
+def test_the_text_says_how():
+    assert f"`my_run.py`, which ends in `{LAST_LINE}`" in HACK_IT.replace("\n", " ")
+    assert len(BLOCKS) == len(COMMANDS) == 3
+    assert [block.rstrip().endswith(LAST_LINE) for block in BLOCKS] == [True, True, False]
+    for block in BLOCKS:
+        assert len([line for line in block.splitlines() if line.strip()]) <= 10
 
 
 @pytest.mark.parametrize("cm", ["--cm", "--no-cm"])
-def test_a_loss_of_your_own(tmp_path, data_dir, monkeypatch, cm):
-    monkeypatch.setattr(losses, "BASES", losses.BASES.copy())
-    monkeypatch.setattr(train, "BASES", losses.BASES)
-    exec(BLOCKS[0], {})
-    call(train.main, *TINY_FLAGS, "--base", "huber", cm, "--steps", 2, "--data-dir", data_dir, "--out", tmp_path)
-    ckpt = runtime.load(tmp_path / "ckpt.pt", ["diffusion"])
-    assert (ckpt["step"], ckpt["config"]["base"], ckpt["rank_ratio"]) == (2, "huber", 0.1 if cm == "--cm" else None)
+def test_a_loss_of_your_own(checkout, data_dir, cm):
+    run_snippet(checkout, 0, *FEW_STEPS, cm, "--data-dir", data_dir)
+    ckpt = runtime.load(checkout / "run/ckpt.pt", ["diffusion"])
+    assert ckpt["step"] == 2
+    assert ckpt["config"]["base"] == "huber"
+    assert ckpt["config"]["huber_delta"] == 0.5
+    assert ckpt["rank_ratio"] == (0.1 if cm == "--cm" else None)
 
 
-def test_a_data_set_of_your_own(tmp_path, monkeypatch):
-    exec(BLOCKS[1], {})
-    monkeypatch.setitem(readers.READERS, "stripes", readers.READERS.pop("stripes"))         # gone again afterwards
-    flags = [*TINY_FLAGS, "--dataset", "stripes", "--ir", 10, "--ch-mult", 1, 2, "--num-res-blocks", 1, "--steps", 2]
-    call(train.main, *flags, "--data-dir", tmp_path, "--out", tmp_path / "run")
-    record = runtime.load(tmp_path / "run/ckpt.pt", ["diffusion"])["data"]
-    assert record["class_names"] == ["top", "middle", "bottom"] and record["class_counts"] == [100, 31, 10]
+def test_a_data_set_of_your_own(checkout):
+    run_snippet(checkout, 1, *FEW_STEPS, "--num-res-blocks", 1, "--ir", 10)
+    record = runtime.load(checkout / "run/ckpt.pt", ["diffusion"])["data"]
+    assert record["class_names"] == ["top", "middle", "bottom"]
+    assert record["class_counts"] == [100, 31, 10]
 
 
-def test_cm_on_your_own_network():
-    scope = {}
-    exec(BLOCKS[2], scope)
-    assert torch.equal(scope["full"], scope["general"])             # B = 0: nothing has been trained
-
-
-def test_blocks_are_short():
-    assert len(BLOCKS) == 3 and all(len([l for l in b.splitlines() if l.strip()]) <= 10 for b in BLOCKS)
+def test_cm_on_your_own_network(checkout):
+    assert run_snippet(checkout, 2).split() == ["True"]     # B = 0: nothing has been trained

@@ -1,7 +1,6 @@
-"""train.py: exact resume, refusals, signals, divergence, and that it learns."""
+"""train.py: exact resume, refusals, signals, divergence, its flags, and that it learns."""
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -9,9 +8,11 @@ import time
 
 import pytest
 import torch
+from conftest import ROOT, TINY_FLAGS, call, randomize
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from conftest import ROOT, TINY_FLAGS, call
+from test_mistakes import refuses
 
+import losses
 import runtime
 import train
 from runtime import UserError
@@ -19,100 +20,190 @@ from runtime import UserError
 
 def start(out, data_dir, *flags):
     """train.py as a process of its own."""
-    command = [sys.executable, ROOT / "train.py", *TINY_FLAGS, "--data-dir", data_dir, "--out", out, *flags]
-    return subprocess.Popen([str(c) for c in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    command = [sys.executable, ROOT / "train.py", *TINY_FLAGS, "--data-dir", data_dir, "--out", out,
+               *flags]
+    return subprocess.Popen([str(word) for word in command], stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, text=True,
                             env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
-def read_log(out):
-    return [{k: v for k, v in json.loads(line).items() if k != "images_per_s"} for line in (out / "log.jsonl").open()]
+def wait_for(path, process):
+    """Wait until a file exists; the process that writes it must be running."""
+    while not path.exists():
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.02)
 
+
+def read_log(out):
+    """The logged numbers of a run but for its speed: a list of dicts."""
+    records = [json.loads(line) for line in (out / "log.jsonl").open()]
+    return [{k: v for k, v in record.items() if k != "images_per_s"} for record in records]
+
+
+def load(out):
+    """The checkpoint of a run."""
+    return runtime.load(out / "ckpt.pt", ["diffusion"])
+
+
+def resolved(*flags):
+    """The settings that these flags mean."""
+    return train.resolve(train.make_parser().parse_args(list(flags)))
+
+
+# --------------------------------------------------------------------------------------------------
+# Resuming, signals
 
 def test_ten_steps_are_five_and_kill_and_five(tmp_path, data_dir):
     straight, killed = tmp_path / "a", tmp_path / "b"
-    flags = ("--steps", 10, "--log-every", 2, "--save-every", 5)
-    assert start(straight, data_dir, *flags).wait() == 0
-    p = start(killed, data_dir, "--steps", 100000, "--log-every", 2, "--save-every", 5)
-    while not (killed / "ckpt.pt").exists():
-        assert p.poll() is None
-        time.sleep(0.02)
+    often = ("--log-every", 2, "--save-every", 5)
+    assert start(straight, data_dir, "--steps", 10, *often).wait() == 0
+    p = start(killed, data_dir, "--steps", 100000, *often)
+    wait_for(killed / "ckpt.pt", p)
     p.kill()
     p.wait()
-    step = runtime.load(killed / "ckpt.pt", ["diffusion"])["step"]
+    step = load(killed)["step"]
     assert step % 5 == 0
-    total = ("--steps", step + 5, "--log-every", 2, "--save-every", 5)
-    assert start(killed, data_dir, *total).wait() == 0
-    assert start(straight, data_dir, *total).wait() == 0
-    a, b = (runtime.load(out / "ckpt.pt", ["diffusion"]) for out in (straight, killed))
+    assert start(killed, data_dir, "--steps", step + 5, *often).wait() == 0
+    assert start(straight, data_dir, "--steps", step + 5, *often).wait() == 0
+    a, b = load(straight), load(killed)
     for part in ("model", "ema"):
         assert all(torch.equal(a[part][k], b[part][k]) for k in a[part])
     for k, state in a["optimizer"]["state"].items():
         assert all(torch.equal(v, b["optimizer"]["state"][k][n]) for n, v in state.items())
-    shared = {r["step"]: r for r in read_log(straight)}
-    assert [r for r in read_log(killed) if r["step"] % 2 == 0 and r["step"] in shared] == [
-        shared[r["step"]] for r in read_log(killed) if r["step"] % 2 == 0]
+    # The last line of a command is at its last step, which may be odd
+    expected = {record["step"]: record for record in read_log(straight)}
+    even = [record for record in read_log(killed) if record["step"] % 2 == 0]
+    common = [record for record in even if record["step"] in expected]
+    assert common == [expected[record["step"]] for record in even]
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_signals_save_and_exit(tmp_path, data_dir, number, code):
     p = start(tmp_path, data_dir, "--steps", 100000)
-    while not (tmp_path / "log.jsonl").exists():
-        assert p.poll() is None
-        time.sleep(0.02)
+    wait_for(tmp_path / "log.jsonl", p)
     p.send_signal(number)
-    assert p.wait(60) == code and "saved" in p.stdout.read()
-    assert runtime.load(tmp_path / "ckpt.pt", ["diffusion"])["step"] == read_log(tmp_path)[-1]["step"]
+    assert p.wait(60) == code
+    assert "saved" in p.stdout.read()
+    assert load(tmp_path)["step"] == read_log(tmp_path)[-1]["step"]
 
 
-def test_changed_settings_are_refused_and_finished_runs_skipped(cm_run, data_dir, tmp_path, capsys):
+def test_changed_settings_are_refused_and_finished_runs_skipped(cm_run, data_dir, capsys):
     same = (*TINY_FLAGS, "--data-dir", data_dir, "--out", cm_run)
     call(train.main, *same, "--steps", 30)
     assert "finished" in capsys.readouterr().out
-    for flags, word in ((("--lr", 0.5), "--lr 0.5"), (("--no-cm",), "--cm False"), (("--seed", 3), "--seed 3")):
-        with pytest.raises(UserError, match=word):
+    changes = {"--lr 0.5": ("--lr", 0.5), "--cm False": ("--no-cm",), "--seed 3": ("--seed", 3)}
+    for words, flags in changes.items():
+        with pytest.raises(UserError, match=words):
             call(train.main, *same, "--steps", 40, *flags)
-    ckpt = runtime.load(cm_run / "ckpt.pt", ["diffusion"])
-    assert ckpt["step"] == 30
-    for name in ("resample", "ema"):                   # a checkpoint from before these flags: they were what they are by default
+    assert load(cm_run)["step"] == 30
+
+
+def test_a_checkpoint_from_before_a_flag_is_resumed(cm_run, data_dir, tmp_path):
+    """Settings that it does not have were what they are by default."""
+    ckpt = load(cm_run)
+    for name in ("resample", "ema"):
         ckpt["config"].pop(name)
     runtime.save(tmp_path / "ckpt.pt", ckpt)
-    call(train.main, *same[:-1], tmp_path, "--steps", 31)
-    assert runtime.load(tmp_path / "ckpt.pt", ["diffusion"])["step"] == 31
+    flags = (*TINY_FLAGS, "--data-dir", data_dir, "--out", tmp_path)
+    call(train.main, *flags, "--steps", 31)
+    assert load(tmp_path)["step"] == 31
     with pytest.raises(UserError, match="--resample 0.5: .* was started with 1.0"):
-        call(train.main, *same[:-1], tmp_path, "--steps", 32, "--resample", 0.5)
+        call(train.main, *flags, "--steps", 32, "--resample", 0.5)
 
+
+def with_split_seed(cm_run, out, seed):
+    """Write a checkpoint of cm_run as it was when --tail-seed was called --split-seed."""
+    ckpt = load(cm_run)
+    assert "split_seed" not in ckpt["config"]
+    assert ckpt["config"].pop("tail_seed") == 0
+    ckpt["config"]["split_seed"] = seed
+    runtime.save(out / "ckpt.pt", ckpt)
+
+
+def test_a_checkpoint_with_a_split_seed_is_resumed(cm_run, data_dir, tmp_path):
+    with_split_seed(cm_run, tmp_path, 0)
+    call(train.main, *TINY_FLAGS, "--data-dir", data_dir, "--out", tmp_path, "--steps", 31)
+    # Read without runtime.load, which translates
+    ckpt = torch.load(tmp_path / "ckpt.pt", weights_only=True)
+    assert ckpt["step"] == 31
+    assert ckpt["config"]["tail_seed"] == 0
+    assert "split_seed" not in ckpt["config"]
+
+
+def test_a_checkpoint_with_another_split_seed_is_refused(cm_run, data_dir, tmp_path, capsys):
+    with_split_seed(cm_run, tmp_path, 4)
+    refuses(capsys, train.main, *TINY_FLAGS, "--data-dir", data_dir, "--out", tmp_path,
+            "--steps", 31, says=["--tail-seed 0", "was started with 4"])
+    assert load(tmp_path)["step"] == 30
+
+
+def test_split_seed_means_tail_seed():
+    old = resolved("--split-seed", "4")
+    assert old.tail_seed == 4
+    assert old == resolved("--tail-seed", "4")
+    assert old != resolved()
+
+
+# --------------------------------------------------------------------------------------------------
+# Learning
 
 def test_it_learns(tmp_path, data_dir):
-    call(train.main, *TINY_FLAGS, "--base", "ddpm", "--steps", 200, "--log-every", 50, "--data-dir", data_dir, "--out", tmp_path)
-    first, last = (read_log(tmp_path)[i] for i in (0, -1))
-    assert last["base"] < 0.3 < first["base"]
-    assert {"base", "con", "div", "D_Many", "D_Few", "grad_norm", "lr", "step"} <= set(last)
-    assert list(tmp_path.glob("events*")) and (tmp_path / "config.json").exists()
+    call(train.main, *TINY_FLAGS, "--base", "ddpm", "--steps", 200, "--log-every", 50,
+         "--data-dir", data_dir, "--out", tmp_path)
+    log = read_log(tmp_path)
+    assert log[-1]["base"] < 0.3 < log[0]["base"]
+    names = {"base", "con", "div", "D_Many", "D_Few", "grad_norm", "lr", "step"}
+    assert names <= set(log[-1])
+    assert list(tmp_path.glob("events*"))
+    assert (tmp_path / "config.json").exists()
 
 
 @pytest.mark.parametrize("base", ["ddpm", "cbdm", "oc"])
 @pytest.mark.parametrize("cm", ["--cm", "--no-cm"])
 def test_every_base_trains(tmp_path, data_dir, base, cm):
-    call(train.main, *TINY_FLAGS, "--base", base, cm, "--steps", 3, "--data-dir", data_dir, "--out", tmp_path)
+    call(train.main, *TINY_FLAGS, "--base", base, cm, "--steps", 3, "--data-dir", data_dir,
+         "--out", tmp_path)
     assert ("con" in read_log(tmp_path)[-1]) == (cm == "--cm")
 
 
+PAIRS = {       # flags -> whether L_CM's terms are logged
+    "--cm": True,
+    "--cm --resample 0.5": True,
+    "--cm --ada 0.12": True,
+    "--no-cm --experts group": False,
+    "--cm --lam 0": False,
+    "--w-con 0": True,
+    "--w-div 0": True,
+}
+
+
+@pytest.mark.parametrize("base", ["ddpm", "cbdm", "oc", "focal", "rop", "consistency"])
+@pytest.mark.parametrize("more", PAIRS)
+def test_every_pair_trains(tmp_path, data_dir, base, more):
+    """CM on any base, with +RS, with +ADA, its ablations; group experts: ten steps, learning."""
+    call(train.main, *TINY_FLAGS, "--base", base, *more.split(), "--steps", 10, "--log-every", 5,
+         "--lr", 0.003, "--warmup", 0, "--data-dir", data_dir, "--out", tmp_path)
+    first, last = read_log(tmp_path)
+    assert last["base"] < first["base"]
+    assert ("con" in last) == PAIRS[more]
+
+
 def test_divergence_stops_and_keeps_the_last_good_checkpoint(tmp_path, data_dir):
-    flags = (*TINY_FLAGS, "--base", "ddpm", "--no-cm", "--data-dir", data_dir, "--out", tmp_path, "--warmup", 0, "--lr", 1e6)
+    flags = (*TINY_FLAGS, "--base", "ddpm", "--no-cm", "--data-dir", data_dir, "--out", tmp_path,
+             "--warmup", 0, "--lr", 1e6)
     call(train.main, *flags, "--steps", 1)
     with pytest.raises(UserError, match="base is .*diverged.*--lr"):
         call(train.main, *flags, "--steps", 50)
-    assert runtime.load(tmp_path / "ckpt.pt", ["diffusion"])["step"] < 50
+    assert load(tmp_path)["step"] < 50
 
 
-def test_default_names_and_paper_defaults():
-    parse = lambda *a: train.resolve(train.make_parser().parse_args(list(a)))
-    paper = parse()
-    assert (paper.dataset, paper.ir, paper.base, paper.cm, paper.lam, paper.rank_ratio) == ("cifar100", 100, "oc", True, 1, 0.1)
-    assert (paper.steps, paper.lr, paper.warmup, paper.batch_size, paper.ema, paper.dropout) == (300000, 2e-4, 5000, 64, 0.9999, 0.1)
-    assert paper.out == "out/cifar100-ir100-oc-cm-seed0"
-    assert parse("--lam", "0.5").out != paper.out and parse("--seed", "2").out.endswith("seed2")
-    assert parse("--ch", "64").out != paper.out and parse("--steps", "9").out == paper.out
+def test_the_unbounded_divergence_runs_away(tmp_path, data_dir, capsys):
+    """Eq. (2) as printed, at a large learning rate: a warning, then a stop that names the bound."""
+    with pytest.raises(UserError, match="diverged; bound the divergence with --div-bound"):
+        call(train.main, *TINY_FLAGS, "--base", "ddpm", "--steps", 60, "--div-bound", 0,
+             "--lr", 0.02, "--warmup", 0, "--w-con", 0, "--data-dir", data_dir, "--out", tmp_path)
+    warning = "warning: the two predictions differ by more than the noise itself"
+    assert warning in capsys.readouterr().out
 
 
 def test_a_compiler_that_is_missing(tmp_path, data_dir, monkeypatch, capsys):
@@ -125,26 +216,78 @@ def test_a_compiler_that_is_missing(tmp_path, data_dir, monkeypatch, capsys):
     call(train.main, *flags, tmp_path / "eager")
     monkeypatch.setattr(torch, "compile", broken)
     call(train.main, *flags, tmp_path / "broken", "--compile")
-    assert "--compile: cannot compile here (RuntimeError: no C++ compiler found), going on without" in capsys.readouterr().out
+    line = ("--compile: cannot compile here (RuntimeError: no C++ compiler found), going on "
+            "without")
+    assert line in capsys.readouterr().out
     assert read_log(tmp_path / "eager") == read_log(tmp_path / "broken")
 
 
 def test_snapshots_and_grids(tmp_path, data_dir):
-    call(train.main, *TINY_FLAGS, "--steps", 4, "--keep-every", 2, "--data-dir", data_dir, "--out", tmp_path, "--sample-every", 4)
-    assert [runtime.load(p, ["diffusion"])["step"] for p in sorted(tmp_path.glob("ckpt-*.pt"))] == [2, 4]
+    call(train.main, *TINY_FLAGS, "--steps", 4, "--keep-every", 2, "--data-dir", data_dir,
+         "--out", tmp_path, "--sample-every", 4)
+    snapshots = sorted(tmp_path.glob("ckpt-*.pt"))
+    assert [runtime.load(path, ["diffusion"])["step"] for path in snapshots] == [2, 4]
     board = EventAccumulator(str(tmp_path)).Reload()
-    assert board.Images("samples")[0].step == 4 and {"base", "div", "D_Few", "lr"} <= set(board.Tags()["scalars"])
-    assert (tmp_path / "grid-0000004.png").read_bytes()[:4] == board.Images("samples")[0].encoded_image_string[:4]
+    image = board.Images("samples")[0]
+    assert image.step == 4
+    assert {"base", "div", "D_Few", "lr"} <= set(board.Tags()["scalars"])
+    grid = (tmp_path / "grid-0000004.png").read_bytes()
+    assert grid[:4] == image.encoded_image_string[:4]
 
 
-def test_the_unbounded_divergence_runs_away(tmp_path, data_dir, capsys):
-    """Eq. (2) as printed, at a large learning rate: first a warning, then the run stops and names the bound."""
-    with pytest.raises(UserError, match="diverged; bound the divergence with --div-bound"):
-        call(train.main, *TINY_FLAGS, "--steps", 60, "--div-bound", 0, "--lr", 0.02, "--warmup", 0, "--w-con", 0, "--base", "ddpm",
-             "--data-dir", data_dir, "--out", tmp_path)
-    assert "warning: the two predictions differ by more than the noise itself" in capsys.readouterr().out
+# --------------------------------------------------------------------------------------------------
+# Flags
+
+def test_default_names_and_paper_defaults():
+    paper = vars(resolved())
+    expected = {"dataset": "cifar100", "ir": 100, "base": "oc", "cm": True, "lam": 1,
+                "rank_ratio": 0.1, "steps": 300000, "lr": 2e-4, "warmup": 5000, "batch_size": 64,
+                "ema": 0.9999, "dropout": 0.1, "out": "out/cifar100-ir100-oc-cm-seed0"}
+    assert {k: paper[k] for k in expected} == expected
+    assert resolved("--lam", "0.5").out != paper["out"]
+    assert resolved("--seed", "2").out.endswith("seed2")
+    assert resolved("--ch", "64").out != paper["out"]
+    assert resolved("--steps", "9").out == paper["out"]
 
 
 def test_help_names_every_flag_with_a_text():
     for action in train.make_parser()._actions:
-        assert action.help and not re.search(r"default: None", action.help)
+        assert action.help
+        assert "default: None" not in action.help
+
+
+def test_flags_of_the_base_losses_have_their_defaults():
+    args = vars(train.make_parser().parse_args([]))
+    for base in losses.BASES.values():
+        for name, default in losses.options_of(base).items():
+            # ct_double's is a quarter of --steps, filled in for the one base that has it
+            assert args[name] == (None if name == "ct_double" else default)
+
+
+VALUES = {      # of each base's own hyper-parameters, none the default
+    "cbdm_tau": 0.1, "cbdm_gamma": 3, "focal_gamma": 0.5, "rop_weight": 2, "rop_margin": 2,
+    "ct_double": 2,
+}
+
+
+def total_of_step_3(monkeypatch, data_dir, out, *flags):
+    """The loss that a run of train.py with these flags has at step 3, with random weights."""
+    totals = []
+
+    def loop(training, module, batch, log, after_step):
+        randomize(module.net)
+        totals.append(module(batch(3, 0))[0].item())
+    monkeypatch.setattr(train, "loop", loop)
+    call(train.main, *TINY_FLAGS, "--no-cm", "--label-drop", 0, "--steps", 4,
+         "--data-dir", data_dir, "--out", out, *flags)
+    return totals[0]
+
+
+@pytest.mark.parametrize("name", losses.FLAGS)
+def test_a_flag_reaches_its_loss_and_no_other(name, monkeypatch, data_dir, tmp_path):
+    flag = "--" + name.replace("_", "-")
+    for base, entry in losses.BASES.items():
+        same = (monkeypatch, data_dir, tmp_path / base, "--base", base)
+        without = total_of_step_3(*same)
+        given = total_of_step_3(*same, flag, VALUES[name])
+        assert (given != without) == (name in losses.options_of(entry)), base

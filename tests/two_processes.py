@@ -1,4 +1,7 @@
-"""What test_processes.py starts under torchrun with two gloo processes: several runs in one pair of interpreters."""
+"""What test_processes.py starts under torchrun with two gloo processes.
+
+Several runs share one pair of interpreters.
+"""
 import json
 import sys
 from pathlib import Path

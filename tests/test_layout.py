@@ -1,0 +1,118 @@
+"""How the project is laid out: imports go downwards only; lines and functions are short."""
+import ast
+
+import pytest
+from conftest import ROOT
+
+SCRIPTS = sorted(path.name for path in ROOT.glob("*.py"))
+TEXTS = sorted(str(path.relative_to(ROOT))
+               for pattern in ("*.py", "tests/*.py", "*.sh", "*.md") for path in ROOT.glob(pattern))
+
+FLOORS = (      # from the ground up: a file imports files of lower floors, and runtime
+    ("model", "cm_layers", "augment", "metrics", "inception", "readers", "packing", "runtime",
+     "theory_sim"),
+    ("consistency", "experts", "data"),
+    ("losses", "sample"),
+    ("train", "classify"),
+    ("evaluate", "prune_probe", "capacity_probe", "latent", "bench"),
+    ("report",),
+)
+CORE = {        # all that a file of the floors 1 and 2 imports, besides runtime
+    "consistency": {"model"},
+    "experts": {"cm_layers"},
+    "data": {"readers", "packing"},
+    "losses": {"model", "cm_layers", "augment", "consistency"},
+    "sample": {"model", "cm_layers", "experts", "consistency", "data"},
+}
+
+
+def parse(name):
+    """The syntax tree of a file."""
+    return ast.parse((ROOT / name).read_text())
+
+
+def ours(tree):
+    """{module: names taken from it} of the project's files that a file imports, anywhere in it."""
+    files = {name.removesuffix(".py") for name in SCRIPTS}
+    found = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                found.setdefault(alias.name, set())
+        elif isinstance(node, ast.ImportFrom):
+            found.setdefault(node.module, set()).update(alias.name for alias in node.names)
+    return {module: names for module, names in found.items() if module in files}
+
+
+def allowed(module):
+    """What a file may import."""
+    floor = next(k for k, files in enumerate(FLOORS) if module in files)
+    if module == "runtime":
+        return set()
+    if module in CORE:
+        return {"runtime"} | CORE[module]
+    return {"runtime"}.union(*FLOORS[:floor])
+
+
+def test_every_file_has_a_floor():
+    listed = [f"{module}.py" for files in FLOORS for module in files]
+    assert sorted(listed) == SCRIPTS
+
+
+def test_the_core_is_itself_laid_downwards():
+    for floor, files in enumerate(FLOORS[1:3], 1):
+        for module in files:
+            assert CORE[module] <= set().union(*FLOORS[:floor])
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_imports_go_downwards_only(name):
+    imported = ours(parse(name))
+    assert set(imported) <= allowed(name.removesuffix(".py"))
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_no_file_uses_the_main_of_another(name):
+    tree = parse(name)
+    imported = ours(tree)
+    assert not [module for module, names in imported.items() if "main" in names]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and node.attr == "main":
+            assert not (isinstance(node.value, ast.Name) and node.value.id in imported)
+
+
+# --------------------------------------------------------------------------------------------------
+# Lines and functions
+
+def may_be_long(line, name):
+    """Whether a line of a Markdown file is a table's row, an image or a link."""
+    return name.endswith(".md") and (line.startswith("|") or "](" in line)
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_no_line_is_over_100_characters(name):
+    lines = (ROOT / name).read_text().splitlines()
+    long = [k for k, line in enumerate(lines, 1) if len(line) > 100 and not may_be_long(line, name)]
+    assert not long, f"{name}: lines {long}"
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_no_function_is_over_60_lines(name):
+    functions = [node for node in ast.walk(parse(name))
+                 if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    lengths = {f.name: f.end_lineno - f.lineno + 1 for f in functions}
+    assert not {f: length for f, length in lengths.items() if length > 60}
+
+
+def unpacks_many(node):
+    """Whether a statement is like `a, b, c = 1, 2, 3`."""
+    literal = (ast.Tuple, ast.List)
+    if not isinstance(node, ast.Assign) or not isinstance(node.value, literal):
+        return False
+    return any(isinstance(target, literal) and len(target.elts) >= 3 for target in node.targets)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_no_assignment_unpacks_three_values_from_a_literal(name):
+    lines = [node.lineno for node in ast.walk(parse(name)) if unpacks_many(node)]
+    assert not lines, f"{name}: lines {lines}"
