@@ -27,6 +27,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import metrics
+import disk
 import runtime
 import train
 from data import Batches, ImageSet, long_tail_counts
@@ -379,7 +380,7 @@ def main():
               f"{peak_memory():.1f} GiB\n")
     print_tables(rows, sampling, args.methods[0])
     out = Path(args.out or "out/bench")
-    runtime.write_json(out / "bench.json", {"device": name, "torch": torch.__version__,
+    disk.write_json(out / "bench.json", {"device": name, "torch": torch.__version__,
                                             "rows": rows, "sampling": sampling})
 
 

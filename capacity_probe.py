@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from scipy.stats import norm
 
+import disk
 import runtime
 from cm_layers import general_only, is_reserved, reserved
 from data import class_groups, load_long_tailed, load_reference, to_classes, to_float
@@ -304,7 +305,7 @@ def read_quality(paths):
 
     paths: evaluate.py's JSON of --branch full, and of --branch general.
     """
-    full, general = (runtime.read_result(path) for path in paths)
+    full, general = (disk.read_result(path) for path in paths)
     if not (full and general and "groups" in full and "groups" in general):
         raise UserError("--quality: give evaluate.py's JSON of --branch full and of --branch "
                         "general")
@@ -338,7 +339,7 @@ def print_quality(metric, quality):
 
 def allocation_figure(result, path):
     """Left: the size of each reserved part. Right: D per group over the timesteps."""
-    plt = runtime.pyplot()
+    plt = disk.pyplot()
     fig, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8), constrained_layout=True)
     left.bar(range(len(result["layers"])), [r["ratio"] for r in result["layers"]])
     left.set(xlabel="reserved weights, from the middle to the output", ylabel="||BA|| / ||W||",
@@ -350,7 +351,7 @@ def allocation_figure(result, path):
     right.legend(fontsize=8)
     for ax in (left, right):
         ax.spines[["top", "right"]].set_visible(False)
-    runtime.save_figure(fig, path)
+    disk.save_figure(fig, path)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -380,7 +381,7 @@ def main():
     out = Path(args.out or Path(args.ckpt).parent / "probe")
 
     # What is measured
-    ckpt = runtime.load(args.ckpt, ["diffusion"])
+    ckpt = disk.load(args.ckpt, ["diffusion"])
     rt = runtime.setup(args.device, dtype_of(args, ckpt))
     net = load_unmerged(ckpt, args.weights, rt.device).eval()
 
@@ -397,7 +398,7 @@ def main():
 
     # Write
     written = str(out / f"{args.what}.json")
-    runtime.write_json(written, {**result, "ckpt": args.ckpt, "weights": args.weights,
+    disk.write_json(written, {**result, "ckpt": args.ckpt, "weights": args.weights,
                                  "seconds": round(time.time() - start, 1)})
     if args.what == "allocation":
         allocation_figure(result, out / "allocation.png")

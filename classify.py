@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from torch.utils.tensorboard import SummaryWriter
 from torchvision.models.resnet import BasicBlock, ResNet
 
+import disk
 import runtime
 from cm_layers import general_only, merge, reserve
 from data import (Batches, ImageSet, add_data_flags, class_groups, images_of_npz, load,
@@ -98,7 +99,7 @@ def features_and_logits(net, x):
 
 def load_classifier(path, device, flag="--features"):
     """The network of a checkpoint, in eval mode, and the checkpoint itself. Raises UserError."""
-    ckpt = runtime.load(path, ["classifier"], flag)
+    ckpt = disk.load(path, ["classifier"], flag)
     net = make_resnet(**ckpt["network"])
     net.load_state_dict(ckpt["model"])
     return net.to(device).eval().requires_grad_(False), ckpt
@@ -361,7 +362,7 @@ def default_folder(args):
     if args.cm:
         words.append("cm")
     if args.extra:
-        content = runtime.sha256(args.extra)[:8] if Path(args.extra).is_file() else ""
+        content = disk.sha256(args.extra)[:8] if Path(args.extra).is_file() else ""
         words.append("extra" + content)
     if args.seed != 0:
         words.append(f"seed{args.seed}")
@@ -392,7 +393,7 @@ def refuse_unused(args):
 def settings_of(args):
     """What a run's result depends on: {name: value}, with a hash of the extra images' file."""
     settings = {key: value for key, value in vars(args).items() if key not in RESUMABLE}
-    return {**settings, "extra_sha256": args.extra and runtime.sha256(args.extra)}
+    return {**settings, "extra_sha256": args.extra and disk.sha256(args.extra)}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -533,7 +534,7 @@ def set_up(sets, settings, old, args, rt):
     """The Training of a run: a new one, or the one of the checkpoint `old`, where it stopped."""
     if old:
         defaults = {**vars(make_parser().parse_args([])), **preset_of(args.dataset)}
-        runtime.refuse_changes(old["config"], settings, args.out, defaults, RESUMABLE)
+        disk.refuse_changes(old["config"], settings, args.out, defaults, RESUMABLE)
     training = start(sets, settings, args, rt)
     if old and old["training"]:
         training.restore(old["training"])
@@ -689,7 +690,7 @@ def save(training, state, args):
     merged.load_state_dict(training.net.state_dict())
     merge(merged)
     content = {**training.record, "model": merged.state_dict(), "training": state}
-    runtime.save(Path(args.out) / "ckpt.pt", content)
+    disk.save(Path(args.out) / "ckpt.pt", content)
     return merged
 
 
@@ -747,7 +748,7 @@ def confusion_picture(matrix, counts, names, path):
 
     Each row is divided by its sum.
     """
-    plt = runtime.pyplot()
+    plt = disk.pyplot()
     order = np.argsort(-np.asarray(counts), kind="stable")
     share = (matrix / np.maximum(1, matrix.sum(1, keepdims=True)))[order][:, order]
     fig, ax = plt.subplots(figsize=(5.4, 4.8), constrained_layout=True)
@@ -759,7 +760,7 @@ def confusion_picture(matrix, counts, names, path):
     ax.set_yticks(ticks, [f"{names[c]} ({counts[c]})" for c in shown], fontsize=7)
     ax.set_xticks(ticks, [names[c] for c in shown], fontsize=7, rotation=90)
     ax.set(xlabel="predicted", ylabel="true class (training images)")
-    runtime.save_figure(fig, path)
+    disk.save_figure(fig, path)
 
 
 def report_test(net, sets, args, rt):
@@ -805,13 +806,13 @@ def main():
     begin = time.time()
     args = resolve(make_parser().parse_args())
     out = Path(args.out)
-    old, rt = runtime.resume(args, ["classifier"])
+    old, rt = disk.resume(args, ["classifier"])
     if args.batch_size % rt.world:
         raise UserError(f"--batch-size {args.batch_size}: not divisible by {rt.world} processes; "
                         f"it counts the images of all of them")
     sets = load_sets(args, rt)
     settings = settings_of(args)
-    finished = (out / "ckpt.pt").exists() and runtime.up_to_date(out / "result.json", settings)
+    finished = (out / "ckpt.pt").exists() and disk.up_to_date(out / "result.json", settings)
     if args.if_needed and finished:
         return rt.print(f"{out}: up to date")
 
@@ -821,7 +822,7 @@ def main():
         result = report(training, sets, args, rt)
         result.update(command=runtime.command_line("classify.py"),
                       seconds=round(time.time() - begin, 1))
-        runtime.write_json(out / "result.json", result)
+        disk.write_json(out / "result.json", result)
 
 
 if __name__ == "__main__":

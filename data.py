@@ -20,7 +20,8 @@ from torch import Tensor
 
 from packing import fingerprint, read_pack, write_pack
 from readers import READERS, NoSuchSplit, read_artbench10, read_folder
-from runtime import Parser, UserError, integer, number, read_json, run, seed_of
+from disk import read_json
+from runtime import Parser, UserError, integer, number, run, seed_of
 
 
 # --------------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ import scipy
 import torch
 from PIL import Image
 
+import disk
 import runtime
 from classify import features_and_logits, load_classifier
 from data import (class_groups, images_of_npz, load_reference, open_npz, read_record, to_classes,
@@ -105,7 +106,7 @@ def read_npz(name, path, flag):
     record = read_record(path)
     class_names = record.get("data", {}).get("class_names")
     return Images(name, len(images), lambda rows: to_rgb(images[rows]), labels, class_names,
-                  about={"sha256": runtime.sha256(path), **record})
+                  about={"sha256": disk.sha256(path), **record})
 
 
 def read_stats(name, content, path, flag):
@@ -371,7 +372,7 @@ class Extractor:
                             f"make one with: python classify.py --dataset NAME")
         self.net, ckpt = load_classifier(path, self.rt.device)
         self.name = str(path)
-        self.sha256 = runtime.sha256(path)
+        self.sha256 = disk.sha256(path)
         self.channels = ckpt["network"]["channels"]
         self.class_names = ckpt["data"]["class_names"]
         self.size = ckpt["data"].get("resolution")
@@ -676,7 +677,7 @@ def settings_of(args, comparison, extractor, rt):
 def is_done(args, out_json, settings):
     """Whether an earlier call with these settings wrote everything that this one would write."""
     stats_exist = not args.save_stats or Path(args.save_stats).exists()
-    return stats_exist and runtime.up_to_date(out_json, settings)
+    return stats_exist and disk.up_to_date(out_json, settings)
 
 
 def save_stats(path, real, comparison, extractor):
@@ -687,13 +688,13 @@ def save_stats(path, real, comparison, extractor):
               "about": np.array(json.dumps(about))}
     if real.labels is not None:
         arrays["labels"] = real.labels
-    runtime.write_npz(path, "--save-stats", **arrays)
+    disk.write_npz(path, "--save-stats", **arrays)
     print(f"wrote {path}: name it with --reference")
 
 
 def keep_earlier(out_json, settings):
     """Rename an earlier result of other settings, which may be hours of work: eval-1.json, ..."""
-    if not runtime.read_json(out_json) or runtime.up_to_date(out_json, settings):
+    if not disk.read_json(out_json) or disk.up_to_date(out_json, settings):
         return
     names = (out_json.with_name(f"{out_json.stem}-{i}.json") for i in count(1))
     kept = next(path for path in names if not path.exists())
@@ -704,7 +705,7 @@ def keep_earlier(out_json, settings):
 def write_result(out_json, result, settings, seconds):
     """Write the numbers, and what is needed to get them again."""
     keep_earlier(out_json, settings)
-    runtime.write_json(out_json, {
+    disk.write_json(out_json, {
         **result, "settings": settings, "command": runtime.command_line("evaluate.py"),
         "seconds": {what: round(value, 1) for what, value in seconds.items()},
         "versions": {"torch": torch.__version__, "numpy": np.__version__,
@@ -785,7 +786,7 @@ def resolve(args, ckpt):
 def main():
     """Find out what is measured and against what; measure; write."""
     args = make_parser().parse_args()
-    ckpt = runtime.load(args.ckpt, DEFAULTS) if args.ckpt else None
+    ckpt = disk.load(args.ckpt, DEFAULTS) if args.ckpt else None
     rt = runtime.setup(args.device, dtype_of(args, ckpt) if ckpt else args.dtype)
     resolve(args, ckpt)
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-import runtime
+import disk
 from runtime import UserError
 
 FILE = "weights-inception-2015-12-05-6726825d.pth"
@@ -266,7 +266,7 @@ def load_inception(path=None, device="cpu", trust=False):
     weights are the published ones.
     """
     path = find_weights(path)
-    digest = runtime.sha256(path)
+    digest = disk.sha256(path)
     if digest != SHA256 and not trust:
         raise UserError(
             f"--inception-weights {path}: its SHA-256 is {digest[:16]}..., not the published "

@@ -28,6 +28,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+import disk
 import runtime
 from cm_layers import LowRank, count, general_only, matrices, reserve
 from data import Batches, add_data_flags, load_long_tailed, refuse_other_data, to_float
@@ -351,11 +352,11 @@ def run_name(args):
 def resume(args):
     """(the run's checkpoint or None, the Runtime); its settings must be this command's."""
     check_batch_size(args)
-    old, rt = runtime.resume(args, ["latent"])
+    old, rt = disk.resume(args, ["latent"])
     rt.agree(old["step"] if old else 0, args.out)
     if old:
         defaults = vars(make_train_parser().parse_args([]))
-        runtime.refuse_changes(old["config"], config_of(args), args.out, defaults, RESUMABLE)
+        disk.refuse_changes(old["config"], config_of(args), args.out, defaults, RESUMABLE)
     return old, rt
 
 
@@ -476,7 +477,7 @@ def load_network(model, ckpt, weights):
 def main_sample(argv):
     """Generate the images that the flags ask for: sample.py's main, through the autoencoder."""
     args = make_sample_parser().parse_args(argv)
-    ckpt = runtime.load(args.ckpt, ["latent"])
+    ckpt = disk.load(args.ckpt, ["latent"])
     rt = runtime.setup(args.device, dtype_of(args, ckpt))
     data = ckpt["data"]
     settings = sampling_settings(args, "diffusion")

@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from runtime import UserError, progress, read_json, write_atomic, write_json, writing
+from disk import read_json, write_atomic, write_json, writing
+from runtime import UserError, progress
 
 
 # --------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ import torch
 from scipy.stats import spearmanr
 from torch import nn
 
+import disk
 import runtime
 from data import class_groups, load_reference, to_classes, to_float
 from model import distance, make_alphas_bar, q_sample, stratified_timesteps
@@ -194,7 +195,7 @@ def bar_figure(kind, results, fraction, path):
 
     kind: one of BARS. results: {name of the checkpoint: what `changes` returned for `fraction`}.
     """
-    plt = runtime.pyplot()
+    plt = disk.pyplot()
     classes = next(iter(results.values()))["classes"]
     sizes = {name: c["train_images"] for name, c in classes.items()}
     names = sorted(sizes, key=lambda name: -sizes[name])
@@ -213,7 +214,7 @@ def bar_figure(kind, results, fraction, path):
            title="" if kind == "raw" else f"{fraction:.0%} of the weights set to zero")
     ax.legend(fontsize=7)
     ax.spines[["top", "right"]].set_visible(False)
-    runtime.save_figure(fig, path)
+    disk.save_figure(fig, path)
 
 
 def curve_figure(results, path):
@@ -221,7 +222,7 @@ def curve_figure(results, path):
 
     One line each for Many, Medium and Few, or for each class where there are too few for groups.
     """
-    plt = runtime.pyplot()
+    plt = disk.pyplot()
     fig, axes = plt.subplots(1, len(results), figsize=(4.2 * len(results), 3.4),
                              constrained_layout=True, squeeze=False, sharey=True)
     for ax, (name, by_fraction) in zip(axes[0], results.items()):
@@ -239,7 +240,7 @@ def curve_figure(results, path):
         ax.legend(fontsize=8)
         ax.spines[["top", "right"]].set_visible(False)
     axes[0, 0].set_ylabel("relative loss change (%), mean over classes")
-    runtime.save_figure(fig, path)
+    disk.save_figure(fig, path)
 
 
 def write_figures(results, fractions, fraction, out):
@@ -339,7 +340,7 @@ def main():
     start = time.time()
 
     # What is measured, and on which images
-    ckpts = [runtime.load(path, ["diffusion"]) for path in args.ckpt]
+    ckpts = [disk.load(path, ["diffusion"]) for path in args.ckpt]
     rt = runtime.setup(args.device, dtype_of(args, ckpts[0]))
     names = names_of(args)
     refuse_different_data(args.ckpt, ckpts)
@@ -367,7 +368,7 @@ def main():
                 "num": len(labels), "repeats": args.repeats, "scope": args.scope,
                 "tensors": args.tensors, "pruned_of": numel, "weights": args.weights,
                 "seed": args.seed, "dtype": str(rt.dtype)}
-    runtime.write_json(out / "probe.json", {"results": results, "settings": settings,
+    disk.write_json(out / "probe.json", {"results": results, "settings": settings,
                                             "seconds": round(time.time() - start, 1)})
     print(f"{settings['images']}: {len(labels):,} images x {args.repeats} timesteps; {args.scope} "
           f"threshold over {args.tensors} ({numel:,} numbers)")

@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from scipy import stats
 
-import runtime
+import disk
 from data import read_samples
 from runtime import Parser, UserError, run
 from sample import grid_image
@@ -44,7 +44,7 @@ def read_row(text):
     paths = []
     for pattern in patterns.split(","):
         paths += sorted(glob.glob(pattern))
-    results = [runtime.read_result(path) for path in paths]
+    results = [disk.read_result(path) for path in paths]
     all_valid = all(result is not None and "num_real" in result for result in results)
     if not name or not results or not all_valid:
         raise UserError(f"--row {text}: give NAME=FILE, with a JSON file that evaluate.py wrote")
@@ -251,7 +251,7 @@ def draw_panel(ax, rows, column, numbers, paper):
 
 def paper_figure(rows, columns, paper, title, path):
     """Write a PNG and a PDF: one panel per FID column, or per column if there are none."""
-    plt = runtime.pyplot()
+    plt = disk.pyplot()
     columns = [column for column in columns if column.endswith("fid")] or columns
     summary = summarise(rows, columns)
     panels_across = min(2, len(columns))
@@ -264,7 +264,7 @@ def paper_figure(rows, columns, paper, title, path):
     for ax in axes.flat[len(columns):]:
         ax.remove()
     fig.suptitle(title)
-    runtime.save_figure(fig, path, ("png", "pdf"))
+    disk.save_figure(fig, path, ("png", "pdf"))
 
 
 def columns_of(table, setting):
@@ -311,7 +311,7 @@ def notes_of(rows, paper):
 
 def paper_page(args, rows):
     """Write the page of one of the paper's tables; returns its table."""
-    tables = runtime.read_json(PAPER)["tables"]
+    tables = disk.read_json(PAPER)["tables"]
     if args.paper not in tables:
         raise UserError(f"--paper {args.paper}: choose one of {', '.join(tables)}")
     table = tables[args.paper]
@@ -333,7 +333,7 @@ def paper_page(args, rows):
         "## The first seed's commands\n",
         f"```bash\n{commands_of(rows)}\n```\n",
     ]
-    runtime.write_text(page, "\n".join(parts))
+    disk.write_text(page, "\n".join(parts))
     return text
 
 
@@ -406,7 +406,7 @@ def draw_groups(ax, rows, floors):
 
 def demo_figure(rows, path):
     """Write a PNG with one panel per guidance strength."""
-    plt = runtime.pyplot()
+    plt = disk.pyplot()
     floors = {group: part["floor"] for group, part in rows[0][1]["groups"].items()}
     strengths = guidance_strengths(rows)
     size = (5.2 * len(strengths), 3.8)
@@ -418,7 +418,7 @@ def demo_figure(rows, path):
         ax.set_title(f"guidance {strength:g}")
     axes[0, 0].set_ylabel("FD (classifier features), lower is better")
     axes[0, 0].legend(fontsize=8)
-    runtime.save_figure(fig, path)
+    disk.save_figure(fig, path)
 
 
 def side_by_side(general, full, path, columns=6):
@@ -453,12 +453,12 @@ def side_by_side(general, full, path, columns=6):
         center = (x + picture.width // 2, title_height // 2)
         pen.text(center, title, fill="black", anchor="mm", font=font)
         x += picture.width + gap
-    runtime.write_png(path, page)
+    disk.write_png(path, page)
 
 
 def copy_file(source, path):
     """Copy a file, atomically."""
-    runtime.write_atomic(path, lambda temporary: shutil.copyfile(source, temporary))
+    disk.write_atomic(path, lambda temporary: shutil.copyfile(source, temporary))
 
 
 def sample_grids(rows, folder, first_number):
@@ -504,7 +504,7 @@ def demo_page(args, rows):
         "having fewer images on either side, it lies above the true floor. "
         "Accuracy is the share of samples "
         "that the classifier takes for the class asked for.\n",
-        "![FD and accuracy per group](groups.png)\n",
+        "![FD per group](groups.png)\n",
     ]
     demo_figure(rows, folder / "groups.png")
     if args.pair:
@@ -512,7 +512,7 @@ def demo_page(args, rows):
         parts.append("## Samples of theta_g and of theta from the same noise\n\n"
                      "![theta_g and theta](theta_g_theta.png)\n")
     parts += sample_grids(rows, folder, first_number=len(parts))
-    runtime.write_text(page, "\n".join(parts))
+    disk.write_text(page, "\n".join(parts))
     return table
 
 

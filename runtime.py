@@ -1,23 +1,19 @@
-"""What the scripts would otherwise each repeat: errors, devices, processes, seeds, files, resuming.
+"""What the scripts would otherwise each repeat: errors, flags, devices, processes, seeds.
 
 Every script's last line is `run(main)`: a user's mistake (UserError) becomes one line on stderr
 and exit code 2.
 """
 import argparse
 import hashlib
-import json
 import math
 import os
-import pickle
 import shlex
 import signal
 import sys
 import warnings
-import zipfile
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -25,9 +21,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-FORMAT = "capacity-manipulation/1"      # the first thing in every file that torch.save writes here
-RENAMED = {     # settings in older checkpoints and results: what they are called now
-    "split_seed": "tail_seed", "split_rule": "group_rule", "num_split": "num_group"}
+DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -42,20 +36,18 @@ def run(main):
     code = 0
     try:
         main()
-    except UserError as e:
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"error: {e}", file=sys.stderr, flush=True)
-        code = 2
-    except torch.OutOfMemoryError as e:
-        why = str(e).splitlines()[0]
-        print("error: out of memory on the device; take a smaller --batch-size, or in train.py a "
-              f"larger --accumulate ({why})", file=sys.stderr, flush=True)
-        code = 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         code = 130
     except SystemExit as e:
         code = e.code or 0
+    except Exception as e:
+        line = error_line(e)
+        if line is None:
+            raise
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(f"error: {line}", file=sys.stderr, flush=True)
+        code = 2
     finally:
         distributed = dist.is_initialized()
         if distributed:
@@ -69,6 +61,20 @@ def run(main):
         sys.exit(code)
 
 
+def error_line(error):
+    """What to tell the user of an exception, in one line; None for a mistake of the program."""
+    first = next(iter(str(error).splitlines()), "")
+    if isinstance(error, UserError):
+        return " ".join(str(error).split("\n"))
+    if isinstance(error, torch.OutOfMemoryError):
+        return ("out of memory on the device; take a smaller --batch-size, or in train.py a "
+                f"larger --accumulate ({first})")
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+        return ("out of memory on this machine; take smaller numbers: --batch-size, --num, --ch "
+                f"({first[:200]})")
+    return None
+
+
 class Parser(argparse.ArgumentParser):
     """argparse with one-line errors, no abbreviations, and the flags that every script has."""
 
@@ -78,6 +84,23 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         raise UserError(message)
+
+    def parse_args(self, args=None, namespace=None):
+        """As argparse's; `given` then has the names of the flags that the command line names."""
+        words = [str(w) for w in (sys.argv[1:] if args is None else args)]
+        flags = [self._option_string_actions.get(w.partition("=")[0]) for w in words]
+        self.given = {action.dest for action in flags if action}
+        namespace, unknown = self.parse_known_args(words, namespace)
+        if unknown:
+            self.error(self.what_is_unknown(unknown[0], words))
+        return namespace
+
+    def what_is_unknown(self, word, words):
+        """What to say of a word that no flag takes."""
+        before = words[words.index(word) - 1] if words.index(word) else ""
+        if before in self._option_string_actions and not word.startswith("-"):
+            return f"{before}: takes no value here, and {word!r} follows it"
+        return f"unrecognized arguments: {word}"
 
     def add_common(self, out):
         """--device --dtype --seed --out; `out` is the help text of --out."""
@@ -121,6 +144,21 @@ def number(low=-math.inf, high=math.inf, above=-math.inf):
     return parse
 
 
+def flag_of(name):
+    """ "--num-group" for "num_group"."""
+    return "--" + name.replace("_", "-")
+
+
+def refuse_unused(given, unused):
+    """Raise UserError for the first flag that was given and does nothing.
+
+    given: Parser.given. unused: {flag's name: why it does nothing}.
+    """
+    for name, why in unused.items():
+        if name in given:
+            raise UserError(f"{flag_of(name)}: {why}; leave it out")
+
+
 def command_line(script):
     """The command of this process as one would type it: "python SCRIPT --flag value ..."."""
     return shlex.join(["python", script, *sys.argv[1:]])
@@ -160,12 +198,26 @@ class Runtime:
 
     @contextmanager
     def rank_0_first(self):
-        """Within, rank 0 runs while the others wait, then they run: for a file that all read."""
-        if self.rank > 0:
-            self.maximum(0)
-        yield
+        """Within, rank 0 runs while the others wait, then they run: for a file that all read.
+
+        Where rank 0 fails, it says why, and the others leave with exit code 2.
+        """
+        if self.rank > 0 and self.maximum(0):
+            sys.exit(2)
+        try:
+            yield
+        except BaseException:
+            if self.rank == 0:
+                self.maximum(1)
+            raise
         if self.rank == 0:
             self.maximum(0)
+
+    def on_rank_0(self, work):
+        """work() on rank 0; where it fails, the others leave with exit code 2."""
+        with self.rank_0_first():
+            if self.rank == 0:
+                work()
 
     def gather(self, arrays):
         """Every rank's list of arrays, concatenated in order of rank, on rank 0; None elsewhere."""
@@ -218,6 +270,8 @@ def find_device(name):
         name = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
+        if device.type not in DEVICES:
+            raise RuntimeError(f"not one of {', '.join(DEVICES)}")
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", local_rank)
         # The noise schedule is kept in float64, which not every device has
@@ -230,8 +284,7 @@ def find_device(name):
 
 def setup(device="auto", dtype="auto"):
     """Join torchrun's processes if there are any, choose device and dtype; return a Runtime."""
-    rank = int(os.environ.get("RANK", 0))
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    rank, world = find_rank()
     device = find_device(device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -243,6 +296,18 @@ def setup(device="auto", dtype="auto"):
         dist.init_process_group(backend, timeout=timedelta(hours=12))
     bfloat16 = dtype == "bfloat16" or (dtype == "auto" and computes_bfloat16(device))
     return Runtime(device, torch.bfloat16 if bfloat16 else torch.float32, rank, world)
+
+
+def find_rank():
+    """(RANK, WORLD_SIZE) of torchrun, or (0, 1) without it. Raises UserError for half of them."""
+    needed = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    if "RANK" not in os.environ:
+        return 0, 1
+    missing = [name for name in needed if not os.environ.get(name)]
+    if missing:
+        raise UserError(f"RANK is set in the environment and {missing[0]} is not: unset RANK, or "
+                        "start with torchrun, which sets both")
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
 def computes_bfloat16(device):
@@ -312,183 +377,3 @@ def seed_of(*parts):
 def generator(device, *parts):
     """A torch.Generator on `device`, seeded by seed_of(*parts)."""
     return torch.Generator(device=device).manual_seed(seed_of(*parts))
-
-
-# --------------------------------------------------------------------------------------------------
-# Files: written under a temporary name and renamed, so that a file under its real name is whole
-
-def write_atomic(path, write, flag="--out"):
-    """Call write(temporary path), then rename it to `path`; on failure the old file remains.
-
-    Raises UserError that names `flag`.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with writing(path, flag):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write(temporary)
-            os.replace(temporary, path)
-        finally:
-            with suppress(OSError):
-                temporary.unlink()              # what is left where writing failed
-
-
-@contextmanager
-def writing(path, flag="--out"):
-    """Within, a failure to write becomes a UserError that names the file and the flag."""
-    try:
-        yield
-    except (OSError, RuntimeError) as e:        # torch.save reports a full disk as a RuntimeError
-        raise UserError(f"{flag}: cannot write {path} ({e}); free some space or choose another "
-                        f"folder with {flag}") from e
-
-
-def write_text(path, text, flag="--out"):
-    """Write a text file, atomically."""
-    write_atomic(path, lambda p: p.write_text(text), flag)
-
-
-def write_json(path, value, flag="--out"):
-    """Write `value` as indented JSON, atomically."""
-    write_text(path, json.dumps(value, indent=1) + "\n", flag)
-
-
-def write_npz(path, flag="--out", **arrays):
-    """Write named arrays as an .npz, atomically."""
-    def write(temporary):
-        with open(temporary, "wb") as f:
-            np.savez(f, **arrays)
-    write_atomic(path, write, flag)
-
-
-def write_png(path, picture):
-    """Write a PIL image as a PNG, atomically."""
-    write_atomic(path, lambda p: picture.save(p, format="png"))
-
-
-def pyplot():
-    """matplotlib.pyplot, for figures that go to files only."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    return pyplot
-
-
-def save_figure(fig, path, suffixes=("png",), dpi=120):
-    """Write a matplotlib figure beside `path` once per suffix, atomically, and close it."""
-    for suffix in suffixes:
-        def write(temporary, suffix=suffix):
-            fig.savefig(temporary, dpi=dpi, format=suffix)
-        write_atomic(Path(path).with_suffix("." + suffix), write)
-    pyplot().close(fig)
-
-
-def read_json(path):
-    """The value in a JSON file, or None where there is no such file or it is not JSON."""
-    try:
-        return json.loads(Path(path).read_text())
-    except (OSError, ValueError):
-        return None
-
-
-def renamed(settings):
-    """A dict of settings with today's names, from one with names of any age."""
-    return {RENAMED.get(key, key): value for key, value in settings.items()}
-
-
-def read_result(path):
-    """The JSON that evaluate.py, classify.py or prune_probe.py wrote, with today's names; or None.
-
-    Older files call the groups Many, Medium and Few "splits".
-    """
-    result = read_json(path)
-    if not isinstance(result, dict):
-        return None
-    if "splits" in result:
-        result = {"groups" if key == "splits" else key: value for key, value in result.items()}
-    if isinstance(result.get("settings"), dict):
-        result["settings"] = renamed(result["settings"])
-    return result
-
-
-def same_settings(a, b):
-    """Whether two dicts of settings are equal, as JSON and under today's names."""
-    def plain(settings):
-        return json.loads(json.dumps(renamed(settings)))
-    return plain(a) == plain(b)
-
-
-def up_to_date(path, settings):
-    """Whether a JSON file says under "settings" that its output was made with just `settings`."""
-    result = read_json(path)
-    made_with = result.get("settings") if isinstance(result, dict) else None
-    return isinstance(made_with, dict) and same_settings(made_with, settings)
-
-
-def sha256(path):
-    """The SHA-256 of a file, as hex."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as f:
-        while block := f.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-# --------------------------------------------------------------------------------------------------
-# Checkpoints, and runs that go on
-
-def save(path, value):
-    """torch.save a dict of tensors and plain types, marked as ours, atomically."""
-    write_atomic(path, lambda p: torch.save({"format": FORMAT, **value}, p))
-
-
-def load(path, kinds, flag="--ckpt"):
-    """Read what `save` wrote, on the CPU, with weights_only=True. Raises UserError with `flag`.
-
-    kinds: what may stand under "kind" in the file, some of "diffusion", "consistency", "latent"
-    and "classifier". Its "config" has today's names of the settings.
-    """
-    if Path(path).is_dir():
-        raise UserError(f"{flag} {path}: a folder; name the ckpt.pt in it")
-    if not Path(path).is_file():
-        raise UserError(f"{flag} {path}: there is no such file")
-    try:
-        value = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError,
-            zipfile.BadZipFile) as e:
-        raise UserError(f"{flag} {path}: not a whole checkpoint (cut short, damaged or of another "
-                        "program)") from e
-    ours = isinstance(value, dict) and value.get("format") == FORMAT
-    if not ours or value.get("kind") not in kinds:
-        raise UserError(f"{flag} {path}: not a {' or '.join(kinds)} checkpoint of this project")
-    if "config" in value:
-        value["config"] = renamed(value["config"])
-    return value
-
-
-def resume(args, kinds):
-    """(the checkpoint in args.out or None, a Runtime): a run goes on in the dtype it began with.
-
-    args.dtype becomes what "auto" came to, so that the run keeps it on any device.
-    """
-    path = Path(args.out) / "ckpt.pt"
-    old = load(path, kinds, "--out") if path.exists() else None
-    keeps = old is not None and args.dtype == "auto"
-    rt = setup(args.device, old["config"]["dtype"] if keeps else args.dtype)
-    args.dtype = dtype_name(rt.dtype)
-    return old, rt
-
-
-def refuse_changes(old, config, out, defaults, resumable):
-    """Raise UserError for the first setting that is not the one of the run in `out`.
-
-    old, config: settings of the checkpoint and of this command. resumable: names of those that may
-    change. defaults: what a flag was that did not exist when the checkpoint was made.
-    """
-    for key, value in config.items():
-        was = old.get(key, defaults.get(key))
-        if key not in resumable and was != value:
-            flag = "--" + key.removesuffix("_sha256").replace("_", "-")
-            raise UserError(f"{flag} {value}: the run in {out} was started with {was}; repeat that "
-                            "to resume it, or choose another folder with --out")

@@ -18,6 +18,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 import consistency
+import disk
 import runtime
 from cm_layers import merge, reserve
 from data import class_groups, resolve_classes, to_rgb, to_uint8
@@ -157,7 +158,7 @@ def build_network(network, rank_ratio=None, experts=None):
 def load_unmerged(ckpt, weights="ema", device="cpu"):
     """The network of a checkpoint as it was trained, W^g and BA apart, on `device`.
 
-    ckpt: the dict that runtime.load returns. weights: "ema" or "raw". Raises UserError where the
+    ckpt: the dict that disk.load returns. weights: "ema" or "raw". Raises UserError where the
     weights do not fit.
     """
     net = build_network(ckpt["network"], ckpt["rank_ratio"], ckpt["experts"])
@@ -194,7 +195,7 @@ def export(ckpt, net, path):
     state = {name: p.detach().cpu().contiguous() for name, p in net.state_dict().items()}
     kept = {k: ckpt[k] for k in ("kind", "step", "command", "config", "data", "network")}
     plain = {"rank_ratio": None, "experts": None, "model": state, "ema": state}
-    runtime.save(path, {**kept, **plain})
+    disk.save(path, {**kept, **plain})
 
 
 # --------------------------------------------------------------------------------------------------
@@ -297,7 +298,7 @@ def write_pngs(images, labels, class_names, folder):
     """One PNG per image, FOLDER/<class number>-<class name>/<image number>.png."""
     for i, (image, c) in enumerate(zip(images, labels)):
         path = Path(folder) / f"{c:04d}-{class_names[c]}" / f"{i:06d}.png"
-        runtime.write_png(path, Image.fromarray(image.squeeze()))
+        disk.write_png(path, Image.fromarray(image.squeeze()))
 
 
 def remove_pngs(folder):
@@ -313,10 +314,10 @@ def write_samples(out, images, labels, names, record, data, seconds, png=False):
     images: (N, H, W, C) uint8. labels: a list of N. names: the class names. record, data: what made
     them, and the record of the training data. Prints what was written.
     """
-    runtime.write_npz(out / "samples.npz", arr_0=to_rgb(images), arr_1=np.array(labels))
+    disk.write_npz(out / "samples.npz", arr_0=to_rgb(images), arr_1=np.array(labels))
     classes = list(dict.fromkeys(labels))
     picture = grid_image(images, labels, names, None if len(classes) > 10 else classes)
-    runtime.write_png(out / "grid.png", picture)
+    disk.write_png(out / "grid.png", picture)
     if (out / "samples.json").exists():
         # An earlier call's files go: a metric must not find two calls' images
         remove_pngs(out / "png")
@@ -324,7 +325,7 @@ def write_samples(out, images, labels, names, record, data, seconds, png=False):
     if png:
         write_pngs(images, labels, names, out / "png")
         files.append("png/")
-    runtime.write_json(out / "samples.json",
+    disk.write_json(out / "samples.json",
                        {"settings": record, "data": data, "seconds": round(seconds, 2)})
     dtype = record["dtype"].removeprefix("torch.")
     print(f"wrote {len(labels)} images, generated in {dtype}, to {out}: {', '.join(files)}")
@@ -392,7 +393,7 @@ def dtype_of(args, ckpt):
 
 def describe(args, ckpt, settings):
     """What made these images: everything that moves a number measured on them, for the JSON."""
-    return {"ckpt": str(args.ckpt), "ckpt_sha256": runtime.sha256(args.ckpt),
+    return {"ckpt": str(args.ckpt), "ckpt_sha256": disk.sha256(args.ckpt),
             "step": ckpt["step"], "command": ckpt["command"],
             "dataset": ckpt["config"]["dataset"], "weights": args.weights, "branch": args.branch,
             **settings}
@@ -425,14 +426,14 @@ def add_output_flags(parser):
 
 def is_up_to_date(out, record):
     """Whether a folder holds samples that were made with these settings."""
-    made = runtime.up_to_date(out / "samples.json", record)
+    made = disk.up_to_date(out / "samples.json", record)
     return made and (out / "samples.npz").exists()
 
 
 def main():
     """Generate the images that the flags ask for, or export the network."""
     args = make_parser().parse_args()
-    ckpt = runtime.load(args.ckpt, DEFAULTS)
+    ckpt = disk.load(args.ckpt, DEFAULTS)
     rt = runtime.setup(args.device, dtype_of(args, ckpt))
     net = load_network(ckpt, args.weights, args.branch, rt.device)
     if args.export:

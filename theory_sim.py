@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy.stats import binomtest, norm
 
-import runtime
+import disk
 from runtime import Parser, integer, run
 
 DIMENSION = 32          # of a weight matrix; only the span of the means matters
@@ -309,7 +309,7 @@ def plot_sweep(ax, sweep, points):
 
 def figure(points, path):
     """Plot all sweeps, one panel per sweep; written as PNG and PDF."""
-    plt = runtime.pyplot()
+    plt = disk.pyplot()
     sweeps = list(dict.fromkeys(p["sweep"] for p in points))
     columns = 5
     rows = math.ceil(len(sweeps) / columns)
@@ -320,7 +320,7 @@ def figure(points, path):
     for ax in axes.flat[len(sweeps):]:
         ax.remove()
     fig.supylabel("share of matrices that class 1 dominates")
-    runtime.save_figure(fig, path, suffixes=("png", "pdf"), dpi=110)
+    disk.save_figure(fig, path, suffixes=("png", "pdf"), dpi=110)
 
 
 def print_summary(points, seconds):
@@ -350,9 +350,9 @@ def main():
     points = results(args.trials, args.seed)
     text = table(points)
     figure(points, out / "theory.png")
-    runtime.write_text(out / "table.md", text + "\n")
+    disk.write_text(out / "table.md", text + "\n")
     settings = {"trials": args.trials, "seed": args.seed}
-    runtime.write_json(out / "theory.json", {"settings": settings, "points": points})
+    disk.write_json(out / "theory.json", {"settings": settings, "points": points})
     print(text)
     print_summary(points, time.time() - start)
     print(f"wrote {out}: table.md, theory.json, theory.png, theory.pdf")

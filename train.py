@@ -26,6 +26,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 import augment
 import losses
+import disk
 import runtime
 from data import Batches, add_data_flags, class_groups, load_long_tailed, refuse_other_data
 from experts import freeze_all_but_low_rank
@@ -340,11 +341,11 @@ class Log:
 
     def __init__(self, out, step):
         self.path = Path(out) / "log.jsonl"
-        with runtime.writing(self.path):
+        with disk.writing(self.path):
             if self.path.exists():
                 lines = self.path.read_text(errors="replace").splitlines(True)
                 kept = [line for line in lines if self.is_whole(line, step)]
-                runtime.write_text(self.path, "".join(kept))
+                disk.write_text(self.path, "".join(kept))
             self.board = SummaryWriter(out, purge_step=step + 1)
 
     @staticmethod
@@ -357,7 +358,7 @@ class Log:
 
     def write(self, step, record):
         """Append one record to both."""
-        with runtime.writing(self.path):
+        with disk.writing(self.path):
             with open(self.path, "a") as f:
                 f.write(json.dumps({"step": step, **record}) + "\n")
             for name, value in record.items():
@@ -476,7 +477,7 @@ def loop(training, module, batch, log, after_step=None):
         if logs:
             reporter.report(means)
         if rt.rank == 0 and saves:
-            runtime.save(path, training.state())
+            disk.save(path, training.state())
         if rt.rank == 0 and after_step:
             after_step()
     if log:
@@ -529,7 +530,7 @@ def start_log(training):
         return None
     out = Path(training.args.out)
     config = {**training.record, "torch": torch.__version__}
-    runtime.write_json(out / "config.json", config)
+    disk.write_json(out / "config.json", config)
     return Log(out, training.step)
 
 
@@ -538,14 +539,14 @@ def start_log(training):
 
 def resume(args):
     """(the run's checkpoint or None, the Runtime); its settings must be this command's."""
-    old, rt = runtime.resume(args, DEFAULTS)
+    old, rt = disk.resume(args, DEFAULTS)
     if args.base == "consistency" and args.ct_double is None:
         args.ct_double = old["config"]["ct_double"] if old else max(1, args.steps // 4)
     rt.agree(old["step"] if old else 0, args.out)
     if old:
         plain = vars(make_parser().parse_args([]))
         defaults = {**plain, **PRESETS["paper"], **PRESETS.get(args.dataset, {})}
-        runtime.refuse_changes(old["config"], config_of(args), args.out, defaults, RESUMABLE)
+        disk.refuse_changes(old["config"], config_of(args), args.out, defaults, RESUMABLE)
     return old, rt
 
 
@@ -593,7 +594,7 @@ def start_from(net, path, kind):
 
     Raises UserError where they do not fit.
     """
-    source = load_network(runtime.load(path, [kind], "--init-from"))
+    source = load_network(disk.load(path, [kind], "--init-from"))
     try:
         net.load_state_dict(source.state_dict())
     except RuntimeError as e:
@@ -614,7 +615,7 @@ def save_grid(state, args, rt, log):
     images = generate(net, labels, range(len(labels)), image_shape(state), alone, len(labels),
                       title=None, **settings)
     picture = grid_image(images, labels, names, classes)
-    runtime.write_png(Path(args.out) / f"grid-{state['step']:07d}.png", picture)
+    disk.write_png(Path(args.out) / f"grid-{state['step']:07d}.png", picture)
     log.picture(picture, state["step"])
 
 
@@ -704,7 +705,7 @@ def main():
     def after_step():
         step = training.step
         if args.keep_every and step % args.keep_every == 0:
-            runtime.save(out / f"ckpt-{step:07d}.pt", training.state())
+            disk.save(out / f"ckpt-{step:07d}.pt", training.state())
         if args.sample_every and (step % args.sample_every == 0 or step == args.steps):
             save_grid(training.state(), args, rt, log)
     loop(training, rt.parallel(module), batch, log, after_step)

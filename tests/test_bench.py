@@ -4,7 +4,7 @@ import pytest
 from conftest import call
 
 import bench
-import runtime
+import disk
 import train
 from data import ImageSet
 
@@ -12,7 +12,7 @@ from data import ImageSet
 def test_bench_measures_the_papers_network(tmp_path, capsys):
     call(bench.main, "--batch-size", 1, "--rounds", 1, "--dtype", "float32", "--device", "cpu",
          "--methods", "DDPM", "CM on DDPM", "--out", tmp_path)
-    ddpm, cm = runtime.read_json(tmp_path / "bench.json")["rows"]
+    ddpm, cm = disk.read_json(tmp_path / "bench.json")["rows"]
     assert ddpm["ratio"] == 1
     assert cm["ratio"] == pytest.approx(cm["step_ms"] / ddpm["step_ms"])
     assert cm["images_per_s"] > 0

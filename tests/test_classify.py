@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 import classify
+import disk
 import runtime
 from cm_layers import general_only, merge, reserve, reserved
 from data import load
@@ -169,7 +170,7 @@ def test_merging_changes_no_logit():
 def test_merged_is_a_plain_resnet(tmp_path, data_dir):
     flags = ("--cm", "--loss", "la", "--data-dir", data_dir, "--out", tmp_path)
     call(classify.main, *FAST, *flags)
-    ckpt = runtime.load(tmp_path / "ckpt.pt", ["classifier"])
+    ckpt = disk.load(tmp_path / "ckpt.pt", ["classifier"])
     plain = classify.make_resnet(1, 10, 4)
     plain.load_state_dict(ckpt["model"], strict=True)
     assert not list(reserved(plain))
@@ -177,7 +178,7 @@ def test_merged_is_a_plain_resnet(tmp_path, data_dir):
     test = load("digits", data_dir, "test")
     rt = runtime.Runtime(torch.device("cpu"), torch.float32)
     accuracy = 100 * float((classify.predict(net, test, rt) == test.labels).mean())
-    result = runtime.read_json(tmp_path / "result.json")
+    result = disk.read_json(tmp_path / "result.json")
     assert result["accuracy"] == pytest.approx(accuracy) == pytest.approx(result["recall"])
     assert (tmp_path / "confusion.png").exists()
 
@@ -191,7 +192,7 @@ def test_every_loss_learns(tmp_path, data_dir):
         for more in ((), ("--cm",), ("--drw",)):
             out = tmp_path / (loss + "".join(more))
             call(classify.main, *FAST, *size, "--loss", loss, *more, "--out", out)
-            result = runtime.read_json(out / "result.json")
+            result = disk.read_json(out / "result.json")
             assert result["accuracy"] > 25
             assert set(result["groups"]) == {"Many", "Medium", "Few"}
 
@@ -213,7 +214,7 @@ def test_resume_is_exact(tmp_path, data_dir):
     p.send_signal(signal.SIGINT)
     assert p.wait() == 130
     assert start(tmp_path / "b").wait() == 0
-    a, b = (runtime.load(tmp_path / f / "ckpt.pt", ["classifier"])["model"] for f in "ab")
+    a, b = (disk.load(tmp_path / f / "ckpt.pt", ["classifier"])["model"] for f in "ab")
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
@@ -222,14 +223,14 @@ def test_runs_from_before_the_renaming(tmp_path, data_dir, capsys):
     flags = (*FAST, "--split-seed", 1, "--split-rule", "thirds", "--data-dir", data_dir)
     old_words = {"tail_seed": "split_seed", "group_rule": "split_rule"}
     call(classify.main, *flags, "--out", tmp_path)
-    ckpt = runtime.load(tmp_path / "ckpt.pt", ["classifier"])
+    ckpt = disk.load(tmp_path / "ckpt.pt", ["classifier"])
     settings = {old_words.get(key, key): value for key, value in ckpt["config"].items()}
     assert settings["split_seed"] == 1 and settings["split_rule"] == "thirds"
     data = {key: ckpt["data"][key] for key in ("dataset", "class_names", "resolution")}
-    runtime.save(tmp_path / "ckpt.pt", {**ckpt, "config": settings, "data": data})
-    result = runtime.read_json(tmp_path / "result.json")
+    disk.save(tmp_path / "ckpt.pt", {**ckpt, "config": settings, "data": data})
+    result = disk.read_json(tmp_path / "result.json")
     result["splits"] = result.pop("groups")
-    runtime.write_json(tmp_path / "result.json", {**result, "settings": settings})
+    disk.write_json(tmp_path / "result.json", {**result, "settings": settings})
     before = (tmp_path / "ckpt.pt").read_bytes()
     capsys.readouterr()
     call(classify.main, *flags, "--out", tmp_path, "--if-needed")
@@ -238,7 +239,7 @@ def test_runs_from_before_the_renaming(tmp_path, data_dir, capsys):
             says=["--tail-seed 2", "started with 1"])
     assert (tmp_path / "ckpt.pt").read_bytes() == before
     call(classify.main, *flags, "--out", tmp_path)
-    again = runtime.load(tmp_path / "ckpt.pt", ["classifier"])["model"]
+    again = disk.load(tmp_path / "ckpt.pt", ["classifier"])["model"]
     assert all(torch.equal(again[k], ckpt["model"][k]) for k in again)
 
 
@@ -343,16 +344,16 @@ def test_extra_classes_are_matched_by_name(extra, digits, data_dir, tmp_path, ca
     path, images, labels = extra
     names = [str(c) for c in range(10)]
     backwards = {"data": {"class_names": names[::-1]}}      # of a run with another --class-order
-    runtime.write_json(tmp_path / "reversed.json", backwards)
+    disk.write_json(tmp_path / "reversed.json", backwards)
     np.savez(tmp_path / "reversed.npz", images, 9 - labels)
     joined = classify.with_extra(digits, tmp_path / "reversed.npz", "all", 0)
     again = classify.with_extra(digits, path, "all", 0)
     assert np.array_equal(joined.labels, again.labels)
     assert np.array_equal(joined.images, again.images)
-    runtime.write_json(tmp_path / "reversed.json", [backwards])     # a JSON of another program
+    disk.write_json(tmp_path / "reversed.json", [backwards])     # a JSON of another program
     joined = classify.with_extra(digits, tmp_path / "reversed.npz", "all", 0)
     assert np.array_equal(joined.labels[502:], np.sort(9 - labels))
-    runtime.write_json(tmp_path / "others.json", {"data": {"class_names": ["cat"] * 10}})
+    disk.write_json(tmp_path / "others.json", {"data": {"class_names": ["cat"] * 10}})
     np.savez(tmp_path / "others.npz", images, labels)
     refuses(capsys, classify.main, *FAST, "--extra", tmp_path / "others.npz",
             "--data-dir", data_dir, "--out", tmp_path / "y", says=["--extra", "class cat", "10"])
@@ -361,10 +362,10 @@ def test_extra_classes_are_matched_by_name(extra, digits, data_dir, tmp_path, ca
 def test_a_run_with_extra_images(extra, data_dir, tmp_path, capsys):
     flags = ("--extra", extra[0], "--data-dir", data_dir, "--out", tmp_path)
     call(classify.main, *FAST, *flags)
-    result = runtime.read_json(tmp_path / "result.json")
+    result = disk.read_json(tmp_path / "result.json")
     assert result["num"] == 802
     assert set(result["groups"]) == {"Many", "Medium", "Few"}       # by the real images' numbers
-    ckpt = runtime.load(tmp_path / "ckpt.pt", ["classifier"])
+    ckpt = disk.load(tmp_path / "ckpt.pt", ["classifier"])
     assert ckpt["data"]["class_counts"] == COUNTS
     before = (tmp_path / "ckpt.pt").read_bytes()
     refuses(capsys, classify.main, *FAST, "--lr", 0.05, *flags,

@@ -13,7 +13,7 @@ import capacity_probe
 import consistency
 import evaluate
 import prune_probe
-import runtime
+import disk
 import sample
 import train
 from losses import Predictions, draw_batch
@@ -208,7 +208,7 @@ def train_here(data_dir, out, *flags):
 
 def load(out):
     """The checkpoint of a run."""
-    return runtime.load(out / "ckpt.pt", ["consistency"])
+    return disk.load(out / "ckpt.pt", ["consistency"])
 
 
 @pytest.fixture(scope="module")
@@ -240,14 +240,14 @@ def test_samples_and_metrics(runs, tmp_path, data_dir, classifier, capsys):
     for name, branch in (("plain", "full"), ("cm", "full"), ("cm", "general")):
         call(sample.main, "--ckpt", runs / name / "ckpt.pt", "--branch", branch, "--num", 20,
              "--out", tmp_path / name, "--device", "cpu")
-        settings = runtime.read_json(tmp_path / name / "samples.json")["settings"]
+        settings = disk.read_json(tmp_path / name / "samples.json")["settings"]
         assert settings["sampler"] == "consistency"
         assert settings["steps"] == 2
         assert settings["guidance"] == 0
     call(evaluate.main, "--ckpt", runs / "cm/ckpt.pt", "--num", 40, "--steps", 1,
          "--data-dir", data_dir, "--features", classifier, "--device", "cpu",
          "--out-json", tmp_path / "e.json")
-    assert runtime.read_json(tmp_path / "e.json")["settings"]["steps"] == 1
+    assert disk.read_json(tmp_path / "e.json")["settings"]["steps"] == 1
 
 
 def test_mistakes_in_sampling(runs, cm_run, capsys):

@@ -10,7 +10,7 @@ from conftest import call
 from PIL import Image
 from torchvision import transforms
 
-import runtime
+import disk
 import train
 from data import (Batches, class_groups, images_of_npz, load, load_reference, long_tail,
                   long_tail_counts, open_npz, read_samples, resolve_classes, to_float, to_uint8)
@@ -124,7 +124,7 @@ def test_the_papers_command_on_cifar100(small_cifar, capsys):
     text = capsys.readouterr().out
     assert "2,131 images, 100 classes, IR 100" in text
     assert "dropout=0.1" in text and "reserved (A, B)" in text
-    config = runtime.read_json(small_cifar / "run/config.json")
+    config = disk.read_json(small_cifar / "run/config.json")
     assert config["config"]["base"] == "oc" and config["config"]["cm"]
     assert config["network"]["ch_mult"] == [1, 2, 2, 2]
 
@@ -227,7 +227,7 @@ def test_read_samples(tmp_path):
     path = tmp_path / "samples.npz"
     np.savez(path, arr_0=noise(channels=1), arr_1=np.array([0, 1, 0, 1]))
     record = {"settings": {"seed": 0}, "data": {"class_names": ["a", "b"]}}
-    runtime.write_json(tmp_path / "samples.json", {**record, "seconds": 1.5})
+    disk.write_json(tmp_path / "samples.json", {**record, "seconds": 1.5})
     got, labels, read = read_samples(path)
     assert np.array_equal(got, noise(channels=1).repeat(3, 3))
     assert labels.tolist() == [0, 1, 0, 1] and read == record
@@ -244,7 +244,7 @@ def test_read_samples_refuses(tmp_path):
     with pytest.raises(UserError, match="^--samples .*the .json that sample.py writes"):
         read_samples(path)
     for not_ours in ([1, 2], {"data": {}}, {"settings": "none", "data": {}}):
-        runtime.write_json(tmp_path / "samples.json", not_ours)
+        disk.write_json(tmp_path / "samples.json", not_ours)
         with pytest.raises(UserError, match="^--samples .*the .json that sample.py writes"):
             read_samples(path)
     (tmp_path / "samples.json").write_text("{")

@@ -17,7 +17,7 @@ import evaluate
 import inception
 import metrics
 import report
-import runtime
+import disk
 import sample
 from data import class_groups, load
 from evaluate import Features
@@ -166,7 +166,7 @@ def test_resize_features_and_logits_equal_torch_fidelitys(weights, size):
     expected = extractor(images)
     net, digest = inception.load_inception(weights, trust=True)
     got = net(images)
-    assert digest == runtime.sha256(weights)
+    assert digest == disk.sha256(weights)
     assert got[0].shape == (2, 2048) and got[1].shape == (2, 1008)
     for a, b in zip(got, expected):
         assert (a - b).abs().max() < 1e-4 * b.abs().max() and b.std() > 0.01
@@ -210,7 +210,7 @@ def test_whole_metrics_equal_torch_fidelitys(weights, tmp_path, capsys):
     stats = tmp_path / "b.stats.npz"
     call(evaluate.main, "--samples", tmp_path / "a.npz", "--reference", tmp_path / "b.npz",
          *inception_flags, "--save-stats", stats)
-    ours = runtime.read_json(tmp_path / "eval.json")
+    ours = disk.read_json(tmp_path / "eval.json")
     tensors = [torch.from_numpy(images[name]).permute(0, 3, 1, 2) for name in "ab"]
     for name, value in torch_fidelity_numbers(*tensors, weights).items():
         share = name in ("precision", "recall")
@@ -222,7 +222,7 @@ def test_whole_metrics_equal_torch_fidelitys(weights, tmp_path, capsys):
     assert "FID (60)" in text and "about" in text
     assert "warning: overall: fewer than 2,048" in text and "subsets are of 60" in text
     settings = ours["settings"]
-    assert settings["features_sha256"] == runtime.sha256(weights)
+    assert settings["features_sha256"] == disk.sha256(weights)
     assert settings["k"] == 3 and settings["kid_subsets"] == 100
     assert ours["num"] == 60 and ours["num_real"] == 70
     assert {"torch", "numpy", "scipy"} == set(ours["versions"])
@@ -235,7 +235,7 @@ def test_whole_metrics_equal_torch_fidelitys(weights, tmp_path, capsys):
     for samples, *more in ((tmp_path / "a.npz", "--features-batch-size", 7), (folder,)):
         call(evaluate.main, "--samples", samples, *more, "--reference", stats, *inception_flags,
              "--out-json", tmp_path / "again.json")
-        again = runtime.read_json(tmp_path / "again.json")
+        again = disk.read_json(tmp_path / "again.json")
         for name in ("fid", "kid", "precision", "recall", "is"):
             assert again[name] == pytest.approx(ours[name], rel=1e-4, abs=1e-6)
 
@@ -300,8 +300,8 @@ def test_checkpoint_samples_and_report_agree(cm_run, classifier, data_dir, tmp_p
         call(sample.main, *source, "--branch", branch, "--out", tmp_path / branch)
         call(evaluate.main, "--samples", tmp_path / branch / "samples.npz", *common)
         rows += ["--row", f"{branch}={tmp_path / branch / 'eval.json'}"]
-    direct = runtime.read_json(tmp_path / "direct.json")
-    saved = runtime.read_json(tmp_path / "full/eval.json")
+    direct = disk.read_json(tmp_path / "direct.json")
+    saved = disk.read_json(tmp_path / "full/eval.json")
     assert saved["fd"] == pytest.approx(direct["fd"], rel=1e-3)
     assert saved["groups"].keys() == {"Many", "Medium", "Few"}
     assert len(direct["classes"]) == 10 and direct["classes"]["7"]["num"] == 6
@@ -318,7 +318,7 @@ def test_checkpoint_samples_and_report_agree(cm_run, classifier, data_dir, tmp_p
     call(sample.main, *source, "--png", "--out", tmp_path / "png")
     call(evaluate.main, "--samples", tmp_path / "png/png", "--reference", "digits", *common,
          "--out-json", tmp_path / "png.json")
-    few = runtime.read_json(tmp_path / "png.json")["groups"]["Few"]["fd"]
+    few = disk.read_json(tmp_path / "png.json")["groups"]["Few"]["fd"]
     assert few == pytest.approx(saved["groups"]["Few"]["fd"], rel=1e-3)
 
 
@@ -328,17 +328,17 @@ def test_an_older_result_is_up_to_date(cm_run, classifier, data_dir, tmp_path, c
     flags = ("--ckpt", cm_run / "ckpt.pt", "--num", 20, "--steps", 2, "--features", classifier,
              "--data-dir", data_dir, "--device", "cpu", "--out-json", path, "--if-needed")
     call(evaluate.main, *flags, "--num-group", 9)
-    result = runtime.read_json(path)
+    result = disk.read_json(path)
     result["splits"] = result.pop("groups")
     result["settings"]["num_split"] = result["settings"].pop("num_group")
-    runtime.write_json(path, result)
+    disk.write_json(path, result)
     before = path.read_bytes()
     for flag in ("--num-group", "--num-split"):
         capsys.readouterr()
         call(evaluate.main, *flags, flag, 9)
         assert "up to date" in capsys.readouterr().out and path.read_bytes() == before
     call(evaluate.main, *flags, "--num-group", 8)
-    assert "groups" in runtime.read_json(path) and (tmp_path / "eval-1.json").exists()
+    assert "groups" in disk.read_json(path) and (tmp_path / "eval-1.json").exists()
 
 
 def test_real_images_score_well(classifier, data_dir, tmp_path, cm_run):
@@ -348,11 +348,11 @@ def test_real_images_score_well(classifier, data_dir, tmp_path, cm_run):
     common = ("--samples", "digits:test", "--reference", "digits", "--features", classifier,
               "--data-dir", data_dir, "--device", "cpu")
     call(evaluate.main, *common, "--reference-split", "test", "--out-json", tmp_path / "test.json")
-    result = runtime.read_json(tmp_path / "test.json")
+    result = disk.read_json(tmp_path / "test.json")
     assert abs(result["fd"]) < 1e-3 and result["accuracy"] > 0.9
     assert (result["num"], result["recall"], result["precision"]) == (300, 1, 1)
     call(evaluate.main, *common, "--out-json", tmp_path / "train.json")
-    against_train = runtime.read_json(tmp_path / "train.json")
+    against_train = disk.read_json(tmp_path / "train.json")
     assert (against_train["num"], against_train["num_real"]) == (300, 1497)
     assert against_train["fd"] > 0.1
 
@@ -362,10 +362,10 @@ def test_accuracy_knows_the_classifiers_own_order_of_classes(classifier, data_di
     test = load("digits", data_dir, "test", class_order="9,8,7,6,5,4,3,2,1,0")
     np.savez(tmp_path / "samples.npz", np.repeat(test.images, 3, 3), test.labels)
     data = {"dataset": "digits", "class_names": test.class_names}
-    runtime.write_json(tmp_path / "samples.json", {"settings": {}, "data": data})
+    disk.write_json(tmp_path / "samples.json", {"settings": {}, "data": data})
     call(evaluate.main, "--samples", tmp_path / "samples.npz", "--features", classifier,
          "--data-dir", data_dir, "--device", "cpu", "--per-class")
-    result = runtime.read_json(tmp_path / "eval.json")
+    result = disk.read_json(tmp_path / "eval.json")
     nine = result["classes"]["9"]
     assert result["accuracy"] > 0.9 and nine["accuracy"] > 0.7 and nine["num_real"] == 150
 
@@ -378,7 +378,7 @@ def test_a_group_of_one_image_is_left_out(classifier, data_dir, tmp_path):
     call(evaluate.main, "--samples", tmp_path / "x.npz", "--reference", "digits",
          "--features", classifier, "--data-dir", data_dir, "--device", "cpu", "--per-class",
          "--out-json", tmp_path / "x.json")
-    result = runtime.read_json(tmp_path / "x.json")
+    result = disk.read_json(tmp_path / "x.json")
     assert len(result["classes"]) == 9 and "3" not in result["classes"] and result["num"] == 271
 
 
@@ -410,7 +410,7 @@ def test_folder_data_set_gets_a_balanced_reference(tmp_path, classifier, cm_run)
     write_colour_classifier(classifier, tmp_path / "colour.pt")
     call(evaluate.main, "--ckpt", tmp_path / "run/ckpt.pt", *features, "--num", 30,
          "--num-group", 0, "--steps", 2)
-    result = runtime.read_json(tmp_path / "run/eval.json")
+    result = disk.read_json(tmp_path / "run/eval.json")
     reference = result["settings"]["reference"]
     assert reference == "folder, training set, 12 images of each class"
     assert result["num_real"] == 36
@@ -420,7 +420,7 @@ def test_folder_data_set_gets_a_balanced_reference(tmp_path, classifier, cm_run)
     np.savez(tmp_path / "theirs.npz", theirs)
     call(evaluate.main, "--samples", tmp_path / "theirs.npz", "--reference", "folder", *folders,
          *features)
-    assert runtime.read_json(tmp_path / "eval.json")["num_real"] == 36
+    assert disk.read_json(tmp_path / "eval.json")["num_real"] == 36
 
 
 # --------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from test_train import read_log
 from torch.testing import assert_close
 
 import experts
-import runtime
+import disk
 import sample
 import train
 
@@ -70,7 +70,7 @@ def test_experts_resume_sample_and_do_not_merge(tmp_path, data_dir, capsys):
     call(train.main, *flags, "--steps", 3)
     call(train.main, *flags, "--steps", 5)
     path = tmp_path / "run/ckpt.pt"
-    ckpt = runtime.load(path, ["diffusion"])
+    ckpt = disk.load(path, ["diffusion"])
     assert ckpt["step"] == 5
     assert ckpt["experts"][:2] == [148, 106]
     common = ("--ckpt", path, "--device", "cpu")
@@ -87,8 +87,8 @@ def test_lora_trains_low_rank_parts_only(tmp_path, data_dir, capsys):
     call(train.main, *flags, "--steps", 5)
     assert "frozen" in capsys.readouterr().out
     call(train.main, *flags, "--steps", 8)                              # and resumes
-    before = runtime.load(full / "ckpt.pt", ["diffusion"])["ema"]
-    after = runtime.load(lora / "ckpt.pt", ["diffusion"])["model"]
+    before = disk.load(full / "ckpt.pt", ["diffusion"])["ema"]
+    after = disk.load(lora / "ckpt.pt", ["diffusion"])["model"]
     plain = {k.replace("parametrizations.weight.original", "weight"): v for k, v in after.items()}
     # What it started from is what it was, and every B has moved
     assert all(torch.equal(plain[k], v) for k, v in before.items())

@@ -16,7 +16,7 @@ from torch.testing import assert_close
 import classify
 import evaluate
 import latent
-import runtime
+import disk
 from cm_layers import count, general_only, merge, reserved
 from losses import Objective, bind, draw_batch
 
@@ -60,9 +60,9 @@ def write_text_encoder(folder):
     ends = [letter + "</w>" for letter in letters]
     vocabulary = ["<|startoftext|>", "<|endoftext|>", *letters, *ends]
     settings = {"model_max_length": 20, "tokenizer_class": "CLIPTokenizer"}
-    runtime.write_json(folder / "tokenizer/vocab.json", {w: i for i, w in enumerate(vocabulary)})
-    runtime.write_json(folder / "tokenizer/tokenizer_config.json", settings)
-    runtime.write_text(folder / "tokenizer/merges.txt", "#version: 0.2\n")
+    disk.write_json(folder / "tokenizer/vocab.json", {w: i for i, w in enumerate(vocabulary)})
+    disk.write_json(folder / "tokenizer/tokenizer_config.json", settings)
+    disk.write_text(folder / "tokenizer/merges.txt", "#version: 0.2\n")
     config = transformers.CLIPTextConfig(
         vocab_size=len(vocabulary), hidden_size=16, intermediate_size=16, num_hidden_layers=1,
         num_attention_heads=2, max_position_embeddings=20, eos_token_id=1, bos_token_id=0)
@@ -206,8 +206,8 @@ def plain(run_of):
 def test_train_and_resume(run_of, whole, capsys):
     for epochs in (1, 3):
         parts = run_of("parts", "--epochs", epochs, "--lr", 0.01)
-    a = runtime.load(whole / "ckpt.pt", ["latent"])
-    b = runtime.load(parts / "ckpt.pt", ["latent"])
+    a = disk.load(whole / "ckpt.pt", ["latent"])
+    b = disk.load(parts / "ckpt.pt", ["latent"])
     assert a["step"] == b["step"] == 8                                  # ceil(3 x 21 / 8)
     assert a["adapters"].keys() == a["ema"].keys()
     for key in ("adapters", "ema"):
@@ -228,8 +228,8 @@ def test_an_older_run_is_resumed(run_of, whole):
     old["config"]["split_seed"] = old["config"].pop("tail_seed")
     torch.save(old, run / "ckpt.pt")
     run_of("older", "--epochs", 3, "--lr", 0.01)
-    a = runtime.load(whole / "ckpt.pt", ["latent"])
-    b = runtime.load(run / "ckpt.pt", ["latent"])
+    a = disk.load(whole / "ckpt.pt", ["latent"])
+    b = disk.load(run / "ckpt.pt", ["latent"])
     assert a["config"] == b["config"]
     assert all(torch.equal(value, b["ema"][name]) for name, value in a["ema"].items())
 
@@ -281,7 +281,7 @@ def test_evaluate_finds_its_reference(plain, tmp_path, pictures):
          "--device", "cpu")
     call(evaluate.main, "--samples", plain / "samples/samples.npz", *data,
          "--features", tmp_path / "c/ckpt.pt")
-    result = runtime.read_json(plain / "samples/eval.json")
+    result = disk.read_json(plain / "samples/eval.json")
     assert result["num"] == 9
     assert result["settings"]["steps"] == 2
     assert len(result["groups"]) == 3
@@ -306,8 +306,8 @@ def velocity_model(tiny, folder):
     folder.mkdir()
     for part in ("unet", "vae", "text_encoder", "tokenizer"):
         (folder / part).symlink_to(tiny / part)
-    config = runtime.read_json(tiny / "scheduler/scheduler_config.json")
-    runtime.write_json(folder / "scheduler/scheduler_config.json",
+    config = disk.read_json(tiny / "scheduler/scheduler_config.json")
+    disk.write_json(folder / "scheduler/scheduler_config.json",
                        {**config, "prediction_type": "v_prediction"})
     return folder
 

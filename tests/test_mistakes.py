@@ -22,6 +22,7 @@ import classify
 import evaluate
 import prune_probe
 import report
+import disk
 import runtime
 import sample
 import train
@@ -192,9 +193,9 @@ def broken(tmp_path_factory, cm_run):
     (folder / "empty.pt").write_bytes(b"")
     (folder / "text.pt").write_text("hello")
     torch.save({"model": {}}, folder / "foreign.pt")
-    state = runtime.load(good, ["diffusion"])
+    state = disk.load(good, ["diffusion"])
     wider = {**state["network"], "ch": 32}
-    runtime.save(folder / "architecture.pt", {**state, "network": wider})
+    disk.save(folder / "architecture.pt", {**state, "network": wider})
     return folder
 
 
@@ -226,11 +227,11 @@ moments = random.Random(0)
 
 def save(step):
     model = {str(i): torch.full((1000,), step) for i in range(50)}
-    runtime.save(path, {"kind": "diffusion", "step": step, "model": model})
+    disk.save(path, {"kind": "diffusion", "step": step, "model": model})
 
 save(0)
 for kill in range(20):
-    first = runtime.load(path, ["diffusion"])["step"]
+    first = disk.load(path, ["diffusion"])["step"]
     child = os.fork()
     if not child:
         for step in range(first + 1, 10 ** 9):
@@ -238,7 +239,7 @@ for kill in range(20):
     time.sleep(0.1 + 0.05 * moments.random())
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    state = runtime.load(path, ["diffusion"])
+    state = disk.load(path, ["diffusion"])
     step = state["step"]
     assert len(state["model"]) == 50
     assert all((v == step).all() for v in state["model"].values())
@@ -324,7 +325,7 @@ def test_what_users_have_is_kept(tmp_path, cm_run, data_dir, classifier, capsys)
              "--features", classifier, "--device", "cpu", "--k", k)
     assert "are kept as eval-1.json" in capsys.readouterr().out
     files = tmp_path.glob("eval*.json")
-    k_and_newest = [(runtime.read_json(f)["settings"]["k"], f.name == "eval.json") for f in files]
+    k_and_newest = [(disk.read_json(f)["settings"]["k"], f.name == "eval.json") for f in files]
     assert sorted(k_and_newest) == [(1, False), (2, True)]
 
 
@@ -335,9 +336,9 @@ def test_a_json_of_someone_else_beside_the_samples(tmp_path, data_dir, classifie
              "--device", "cpu")
     theirs = {"class_names": ["a"], "labels": [1], "n": 3, "data": "cifar"}
     for content in (theirs, [1, 2]):
-        runtime.write_json(tmp_path / "theirs.json", content)
+        disk.write_json(tmp_path / "theirs.json", content)
         call(evaluate.main, "--samples", tmp_path / "theirs.npz", *flags)
-        assert runtime.read_json(tmp_path / "eval.json")["num"] == 30
+        assert disk.read_json(tmp_path / "eval.json")["num"] == 30
     np.savez(tmp_path / "bare.npz", features=np.zeros((30, 64)))
     refuses(capsys, evaluate.main, "--samples", tmp_path / "bare.npz", *flags,
             says=["--samples", "--save-stats"])
@@ -354,54 +355,54 @@ def test_read_result_translates_old_names(tmp_path):
     path = tmp_path / "eval.json"
     values = {"Many": {"fid": 1.0}, "Few": {"fid": 2.0}}
     new = {"settings": NEW, "groups": values, "fid": 3.0}
-    runtime.write_json(path, {"settings": OLD, "splits": values, "fid": 3.0})
-    assert runtime.read_result(path) == new
-    runtime.write_json(path, new)
-    assert runtime.read_result(path) == new
-    runtime.write_json(path, {"splits": values})            # without settings
-    assert runtime.read_result(path) == {"groups": values}
+    disk.write_json(path, {"settings": OLD, "splits": values, "fid": 3.0})
+    assert disk.read_result(path) == new
+    disk.write_json(path, new)
+    assert disk.read_result(path) == new
+    disk.write_json(path, {"splits": values})            # without settings
+    assert disk.read_result(path) == {"groups": values}
 
 
 def test_read_result_of_what_is_none(tmp_path):
     path = tmp_path / "eval.json"
-    assert runtime.read_result(path) is None
+    assert disk.read_result(path) is None
     for text in ("", "{", "[1, 2]", "3", '"splits"'):
         path.write_text(text)
-        assert runtime.read_result(path) is None
+        assert disk.read_result(path) is None
 
 
 def test_up_to_date_accepts_old_names(tmp_path):
     path = tmp_path / "samples.json"
     for made_with in (OLD, NEW):
-        runtime.write_json(path, {"settings": made_with})
-        assert runtime.up_to_date(path, NEW)
+        disk.write_json(path, {"settings": made_with})
+        assert disk.up_to_date(path, NEW)
         for other in ({**NEW, "tail_seed": 4}, {**NEW, "num_group": 3}, {"seed": 0}):
-            assert not runtime.up_to_date(path, other)
+            assert not disk.up_to_date(path, other)
 
 
 def test_up_to_date_compares_as_json(tmp_path):
     path = tmp_path / "samples.json"
-    assert not runtime.up_to_date(path, {})                 # no such file
-    runtime.write_json(path, {"settings": {"classes": (1, 2)}})
-    assert runtime.up_to_date(path, {"classes": [1, 2]})
-    assert runtime.up_to_date(path, {"classes": (1, 2)})
+    assert not disk.up_to_date(path, {})                 # no such file
+    disk.write_json(path, {"settings": {"classes": (1, 2)}})
+    assert disk.up_to_date(path, {"classes": [1, 2]})
+    assert disk.up_to_date(path, {"classes": (1, 2)})
     for content in ({}, [1], {"settings": None}):
-        runtime.write_json(path, content)
-        assert not runtime.up_to_date(path, {})
+        disk.write_json(path, content)
+        assert not disk.up_to_date(path, {})
 
 
 def test_checkpoints_with_old_names_are_read_and_go_on(cm_run, data_dir, tmp_path, capsys):
     """A run that was started when --tail-seed was --split-seed."""
-    state = runtime.load(cm_run / "ckpt.pt", ["diffusion"])
+    state = disk.load(cm_run / "ckpt.pt", ["diffusion"])
     config = dict(state["config"])
     config["split_seed"] = config.pop("tail_seed")
-    runtime.save(tmp_path / "ckpt.pt", {**state, "config": config})
-    translated = runtime.load(tmp_path / "ckpt.pt", ["diffusion"])
+    disk.save(tmp_path / "ckpt.pt", {**state, "config": config})
+    translated = disk.load(tmp_path / "ckpt.pt", ["diffusion"])
     assert translated["config"] == state["config"]
     common = (*TINY_FLAGS, "--data-dir", data_dir, "--out", tmp_path, "--steps", 31)
     refuses(capsys, train.main, *common, "--tail-seed", 1, says=["--tail-seed 1", "with 0"])
     call(train.main, *common)
-    assert runtime.load(tmp_path / "ckpt.pt", ["diffusion"])["step"] == 31
+    assert disk.load(tmp_path / "ckpt.pt", ["diffusion"])["step"] == 31
 
 
 @pytest.mark.parametrize("script, required, flag, value", [

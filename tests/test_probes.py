@@ -14,6 +14,7 @@ from torch.testing import assert_close
 
 import capacity_probe as cp
 import prune_probe as pp
+import disk
 import runtime
 import train
 from cm_layers import merge, reserved
@@ -121,7 +122,7 @@ def test_prune_probe_end_to_end(cm_run, data_dir, tmp_path, capsys):
     assert {p.name for p in tmp_path.iterdir()} == {
         "probe.json", "relative.png", "absolute.png", "raw.png", "curve.png"}
     assert "Spearman with class size" in capsys.readouterr().out
-    probe = runtime.read_json(tmp_path / "probe.json")
+    probe = disk.read_json(tmp_path / "probe.json")
     assert probe["results"]["a"] == probe["results"]["b"]
     assert set(probe["results"]["a"]) == {"0.1", "0.4"}
     # The checkpoint's dtype, whatever this machine is fast in
@@ -134,9 +135,9 @@ def test_prune_probe_end_to_end(cm_run, data_dir, tmp_path, capsys):
 
 def test_prune_probe_refuses(cm_run, data_dir, tmp_path):
     ckpt = cm_run / "ckpt.pt"
-    other = runtime.load(ckpt, ["diffusion"])
+    other = disk.load(ckpt, ["diffusion"])
     other["data"] = {**other["data"], "class_names": other["data"]["class_names"][::-1]}
-    runtime.save(tmp_path / "other.pt", other)
+    disk.save(tmp_path / "other.pt", other)
     flags = ("--data-dir", data_dir, "--device", "cpu", "--out", tmp_path)
     with pytest.raises(UserError, match="trained on other data"):
         call(pp.main, "--ckpt", ckpt, tmp_path / "other.pt", "--names", "a", "b", *flags)
@@ -231,7 +232,7 @@ def test_compare_is_the_theorems_question():
 def test_dominance_end_to_end(cm_run, data_dir, tmp_path):
     call(cp.main, "dominance", "--ckpt", cm_run / "ckpt.pt", "--data-dir", data_dir,
          "--repeats", 1, "--device", "cpu", "--out", tmp_path)
-    result = runtime.read_json(tmp_path / "dominance.json")
+    result = disk.read_json(tmp_path / "dominance.json")
     assert set(result["pairs"]) == {"class 1 against class K", "Many against Few"}
     assert set(result["pairs"]["Many against Few"]) == {"W", "W^g", "A", "B"}
     assert result["images"] == 502
@@ -281,11 +282,11 @@ def test_distances_are_eq_2s(digits, cpu):
 def test_allocation_end_to_end(key, cm_run, data_dir, tmp_path, capsys):
     for branch, fd in (("full", 4.0), ("general", 10.0)):
         groups = {"Many": {"fd": 2.0}, "Few": {"fd": fd}}
-        runtime.write_json(tmp_path / f"{branch}.json", {key: groups})
+        disk.write_json(tmp_path / f"{branch}.json", {key: groups})
     call(cp.main, "allocation", "--ckpt", cm_run / "ckpt.pt", "--data-dir", data_dir,
          "--device", "cpu", "--out", tmp_path,
          "--quality", tmp_path / "full.json", tmp_path / "general.json")
-    result = runtime.read_json(tmp_path / "allocation.json")
+    result = disk.read_json(tmp_path / "allocation.json")
     assert set(result["distance"]) == {"Many", "Medium", "Few"}
     assert len(result["layers"]) == len(list(reserved(tiny_net(0.1).decoder)))
     assert "Few 10.00 / 4.00 = 2.50" in capsys.readouterr().out

@@ -15,7 +15,7 @@ from conftest import ROOT, TINY_FLAGS, call
 from test_train import read_log, wait_for
 
 import evaluate
-import runtime
+import disk
 import sample
 import train
 
@@ -117,7 +117,7 @@ def test_samples_and_numbers_are_one_processes(two, cm_run, classifier, data_dir
 
     call(evaluate.main, *pair, "--num", 50, "--features", classifier, "--data-dir", data_dir,
          "--out-json", tmp_path / "eval.json")
-    a, b = (runtime.read_json(folder / "eval.json") for folder in (tmp_path, two))
+    a, b = (disk.read_json(folder / "eval.json") for folder in (tmp_path, two))
     assert a["num"] == b["num"] == 50
     assert a["fd"] == pytest.approx(b["fd"], rel=1e-3)
     assert a["groups"]["Few"]["fd"] == pytest.approx(b["groups"]["Few"]["fd"], rel=1e-3)
@@ -134,7 +134,7 @@ def children(pid):
 
 def step_of(out):
     """The step of a run's checkpoint."""
-    return runtime.load(out / "ckpt.pt", ["diffusion"])["step"]
+    return disk.load(out / "ckpt.pt", ["diffusion"])["step"]
 
 
 def test_a_killed_rank_ends_the_job_and_the_checkpoint_is_whole(tmp_path, data_dir):

@@ -10,6 +10,7 @@ import sys
 import pytest
 from conftest import ROOT, TINY_FLAGS, call
 
+import disk
 import runtime
 
 TEXT = (ROOT / "README.md").read_text()
@@ -114,7 +115,7 @@ def test_the_text_says_how():
 @pytest.mark.parametrize("cm", ["--cm", "--no-cm"])
 def test_a_loss_of_your_own(checkout, data_dir, cm):
     run_snippet(checkout, 0, *FEW_STEPS, cm, "--data-dir", data_dir)
-    ckpt = runtime.load(checkout / "run/ckpt.pt", ["diffusion"])
+    ckpt = disk.load(checkout / "run/ckpt.pt", ["diffusion"])
     assert ckpt["step"] == 2
     assert ckpt["config"]["base"] == "huber"
     assert ckpt["config"]["huber_delta"] == 0.5
@@ -123,7 +124,7 @@ def test_a_loss_of_your_own(checkout, data_dir, cm):
 
 def test_a_data_set_of_your_own(checkout):
     run_snippet(checkout, 1, *FEW_STEPS, "--num-res-blocks", 1, "--ir", 10)
-    record = runtime.load(checkout / "run/ckpt.pt", ["diffusion"])["data"]
+    record = disk.load(checkout / "run/ckpt.pt", ["diffusion"])["data"]
     assert record["class_names"] == ["top", "middle", "bottom"]
     assert record["class_counts"] == [100, 31, 10]
 

@@ -8,9 +8,9 @@ from conftest import ROOT, call
 from test_mistakes import refuses
 
 import report
-import runtime
+import disk
 
-PAPER = runtime.read_json(ROOT / "paper_results.json")["tables"]
+PAPER = disk.read_json(ROOT / "paper_results.json")["tables"]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -90,7 +90,7 @@ def three_rows(tmp_path):
     fids = {"ddpm": [10, 11, 12], "oc": [9, 9, 9], "cm": [8, 8.5, 9]}
     for name, values in fids.items():
         for seed, fid in enumerate(values):
-            runtime.write_json(tmp_path / f"{name}-{seed}.json", fake_result(fid, seed))
+            disk.write_json(tmp_path / f"{name}-{seed}.json", fake_result(fid, seed))
     return [
         f"DDPM={tmp_path}/ddpm-*.json",
         f"OC={tmp_path}/oc-0.json,{tmp_path}/oc-[12].json,",
@@ -117,7 +117,7 @@ def test_the_better_of_two_rows_is_in_bold(tmp_path, three_rows):
 
 def test_a_dash_where_the_paper_has_no_number(tmp_path):
     for seed, fid in enumerate([10, 11, 12]):
-        runtime.write_json(tmp_path / f"rs-{seed}.json", fake_result(fid, seed))
+        disk.write_json(tmp_path / f"rs-{seed}.json", fake_result(fid, seed))
     row = f"+RS={tmp_path}/rs-*.json"
     page = make_page(tmp_path / "figure.md", "fig4a", "cifar100-ir100", row)
     assert "| +RS | 3 | 14.000 ± 1.000 | - |" in page
@@ -139,8 +139,8 @@ def test_rows_of_different_budgets_are_called_so(tmp_path):
     short = fake_result(9, 0)
     long = fake_result(8, 0)
     long["settings"]["step"] = 300_000
-    runtime.write_json(tmp_path / "short.json", short)
-    runtime.write_json(tmp_path / "long.json", long)
+    disk.write_json(tmp_path / "short.json", short)
+    disk.write_json(tmp_path / "long.json", long)
     rows = [f"{name}={tmp_path}/{name}.json" for name in ("short", "long")]
     page = make_page(tmp_path / "p.md", "table2", "cifar10-ir7", *rows)
     assert "Different budgets: the rows' checkpoints are at steps 9, 300,000." in page
@@ -151,7 +151,7 @@ def test_rows_of_different_budgets_are_called_so(tmp_path):
 def test_a_row_of_images_that_are_not_ours(tmp_path):
     """What evaluate.py measured on images that sample.py did not generate: no sampler, no step."""
     settings = {"samples": "peer.npz", "reference": "cifar100, full training set"}
-    runtime.write_json(tmp_path / "peer.json", {**fake_result(7.5, 0), "settings": settings})
+    disk.write_json(tmp_path / "peer.json", {**fake_result(7.5, 0), "settings": settings})
     row = f"Peer={tmp_path / 'peer.json'}"
     page = make_page(tmp_path / "p.md", "table3", "cifar100-ir100", row)
     assert "20 samples against 30 real images (cifar100" in page
@@ -160,11 +160,11 @@ def test_a_row_of_images_that_are_not_ours(tmp_path):
 def test_files_from_before_groups_were_called_groups(tmp_path):
     """Older files have "splits": they give the same page."""
     result = fake_result(9, 0)
-    runtime.write_json(tmp_path / "row.json", result)
+    disk.write_json(tmp_path / "row.json", result)
     row = f"CM={tmp_path}/row.json"
     page = make_page(tmp_path / "p.md", "table3", "cifar100-ir100", row)
     result["splits"] = result.pop("groups")
-    runtime.write_json(tmp_path / "row.json", result)
+    disk.write_json(tmp_path / "row.json", result)
     assert make_page(tmp_path / "p.md", "table3", "cifar100-ir100", row) == page
     assert "| 14.000 | 18.729 ± 0.141 |" in page            # Few
 
@@ -204,7 +204,7 @@ def demo_result(fd):
 
 def test_demo_page(tmp_path):
     for name, fd in (("ddpm", 9.0), ("cm", 8.0)):
-        runtime.write_json(tmp_path / f"{name}.json", demo_result(fd))
+        disk.write_json(tmp_path / f"{name}.json", demo_result(fd))
     call(report.main, "--row", f"DDPM={tmp_path}/ddpm.json", "--row", f"CM={tmp_path}/cm.json",
          "--out", tmp_path / "page/report.md")
     page = (tmp_path / "page/report.md").read_text()
@@ -217,13 +217,13 @@ def test_demo_page(tmp_path):
 def test_demo_page_refuses_images_of_others(tmp_path, capsys):
     result = demo_result(9.0)
     del result["settings"]["guidance"]
-    runtime.write_json(tmp_path / "short.json", result)
+    disk.write_json(tmp_path / "short.json", result)
     refuses(capsys, report.main, "--row", f"short={tmp_path}/short.json",
             "--out", tmp_path / "p.md", says=["--row short", "sample.py"])
 
 
 def test_demo_page_refuses_fid(tmp_path, capsys):
-    runtime.write_json(tmp_path / "short.json", fake_result(9, 0))
+    disk.write_json(tmp_path / "short.json", fake_result(9, 0))
     refuses(capsys, report.main, "--row", f"short={tmp_path}/short.json",
             "--out", tmp_path / "p.md", says=["--row", "--floor"])
 

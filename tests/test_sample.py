@@ -8,7 +8,7 @@ from conftest import call
 from PIL import Image
 from torch.testing import assert_close
 
-import runtime
+import disk
 import sample
 from cm_layers import general_only, merge, reserved
 from model import UNet, UNetConfig, make_alphas_bar
@@ -77,7 +77,7 @@ def test_ddpm_is_algorithm_c1():
 
 def checkpoint(cm_run):
     """The checkpoint of a run."""
-    return runtime.load(cm_run / "ckpt.pt", ["diffusion"])
+    return disk.load(cm_run / "ckpt.pt", ["diffusion"])
 
 
 def network(cm_run, **options):
@@ -222,7 +222,7 @@ def test_remove_pngs_removes_its_own_files_only(tmp_path):
 def test_export_is_a_plain_network_that_generates_the_same_images(cm_run, cpu, tmp_path):
     path = tmp_path / "merged.pt"
     call(sample.main, "--ckpt", cm_run / "ckpt.pt", "--export", path, "--device", "cpu")
-    exported = runtime.load(path, ["diffusion"])
+    exported = disk.load(path, ["diffusion"])
     plain = UNet(UNetConfig(**exported["network"]))
     plain.load_state_dict(exported["model"], strict=True)
 

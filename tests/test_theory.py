@@ -7,7 +7,7 @@ import pytest
 from conftest import call
 from scipy.stats import binomtest
 
-import runtime
+import disk
 import theory_sim as ts
 
 
@@ -91,5 +91,5 @@ def test_files_and_seed(tmp_path, capsys):
     assert "points above the printed bound" in capsys.readouterr().out
     for name in ("theory.png", "theory.pdf"):
         assert (tmp_path / "a" / name).exists()
-    a, b, c = (runtime.read_json(tmp_path / f / "theory.json")["points"] for f in "abc")
+    a, b, c = (disk.read_json(tmp_path / f / "theory.json")["points"] for f in "abc")
     assert a == b != c

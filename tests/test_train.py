@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_mistakes import refuses
 
 import losses
-import runtime
+import disk
 import train
 from runtime import UserError
 
@@ -42,7 +42,7 @@ def read_log(out):
 
 def load(out):
     """The checkpoint of a run."""
-    return runtime.load(out / "ckpt.pt", ["diffusion"])
+    return disk.load(out / "ckpt.pt", ["diffusion"])
 
 
 def resolved(*flags):
@@ -103,7 +103,7 @@ def test_a_checkpoint_from_before_a_flag_is_resumed(cm_run, data_dir, tmp_path):
     ckpt = load(cm_run)
     for name in ("resample", "ema"):
         ckpt["config"].pop(name)
-    runtime.save(tmp_path / "ckpt.pt", ckpt)
+    disk.save(tmp_path / "ckpt.pt", ckpt)
     flags = (*TINY_FLAGS, "--data-dir", data_dir, "--out", tmp_path)
     call(train.main, *flags, "--steps", 31)
     assert load(tmp_path)["step"] == 31
@@ -117,13 +117,13 @@ def with_split_seed(cm_run, out, seed):
     assert "split_seed" not in ckpt["config"]
     assert ckpt["config"].pop("tail_seed") == 0
     ckpt["config"]["split_seed"] = seed
-    runtime.save(out / "ckpt.pt", ckpt)
+    disk.save(out / "ckpt.pt", ckpt)
 
 
 def test_a_checkpoint_with_a_split_seed_is_resumed(cm_run, data_dir, tmp_path):
     with_split_seed(cm_run, tmp_path, 0)
     call(train.main, *TINY_FLAGS, "--data-dir", data_dir, "--out", tmp_path, "--steps", 31)
-    # Read without runtime.load, which translates
+    # Read without disk.load, which translates
     ckpt = torch.load(tmp_path / "ckpt.pt", weights_only=True)
     assert ckpt["step"] == 31
     assert ckpt["config"]["tail_seed"] == 0
@@ -226,7 +226,7 @@ def test_snapshots_and_grids(tmp_path, data_dir):
     call(train.main, *TINY_FLAGS, "--steps", 4, "--keep-every", 2, "--data-dir", data_dir,
          "--out", tmp_path, "--sample-every", 4)
     snapshots = sorted(tmp_path.glob("ckpt-*.pt"))
-    assert [runtime.load(path, ["diffusion"])["step"] for path in snapshots] == [2, 4]
+    assert [disk.load(path, ["diffusion"])["step"] for path in snapshots] == [2, 4]
     board = EventAccumulator(str(tmp_path)).Reload()
     image = board.Images("samples")[0]
     assert image.step == 4

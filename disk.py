@@ -1,0 +1,293 @@
+"""Files: written whole or not at all, read without surprises; results that name what made them.
+
+    disk.write_json(path, value)            # under a temporary name, then renamed
+    ckpt = disk.load(path, ["diffusion"])   # tensors and plain types only
+    with disk.claim(out, rt): ...           # no other process writes to this folder
+
+A file under its real name is whole. What is reused says what it was made from: `up_to_date`.
+"""
+import hashlib
+import json
+import os
+import pickle
+import sys
+import zipfile
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from runtime import UserError, dtype_name, flag_of, setup
+
+try:
+    import fcntl
+except ImportError:         # Windows: no locks there
+    fcntl = None
+
+FORMAT = "capacity-manipulation/1"      # the first thing in every file that torch.save writes here
+REQUIRED = {    # what a file of each kind must hold
+    "diffusion": {"network", "rank_ratio", "experts", "model", "ema", "config", "data", "step"},
+    "latent": {"adapters", "ema", "config", "data", "step"},
+    "classifier": {"network", "model", "config", "data"},
+}
+REQUIRED["consistency"] = REQUIRED["diffusion"]
+RENAMED = {     # settings in older checkpoints and results: what they are called now
+    "split_seed": "tail_seed", "split_rule": "group_rule", "num_split": "num_group"}
+
+
+# --------------------------------------------------------------------------------------------------
+# Files: written under a temporary name and renamed, so that a file under its real name is whole
+
+def write_atomic(path, write, flag="--out"):
+    """Call write(temporary path), then rename it to `path`; on failure the old file remains.
+
+    Raises UserError that names `flag`.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with writing(path, flag):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write(temporary)
+            os.replace(temporary, path)
+        finally:
+            with suppress(OSError):
+                temporary.unlink()              # what is left where writing failed
+
+
+@contextmanager
+def writing(path, flag="--out"):
+    """Within, a failure to write becomes a UserError that names the file and the flag."""
+    try:
+        yield
+    except (OSError, RuntimeError) as e:        # torch.save reports a full disk as a RuntimeError
+        raise UserError(f"{flag}: cannot write {path} ({e}); free some space or choose another "
+                        f"folder with {flag}") from e
+
+
+def check_writable(path, flag="--out"):
+    """Raise UserError where no file can be written at `path`: before the work, not after it."""
+    if Path(path).is_dir():
+        raise UserError(f"{flag} {path}: a folder; name a file")
+    write_atomic(Path(path).with_name(f".{Path(path).name}.try"), lambda p: p.touch(), flag)
+    Path(path).with_name(f".{Path(path).name}.try").unlink()
+
+
+def refuse_overwriting(path, is_same_kind, flag, kind):
+    """Raise UserError where `path` holds a file of another kind, which writing would destroy.
+
+    is_same_kind(path) -> bool. kind: what the flag writes, in words.
+    """
+    if Path(path).exists() and not is_same_kind(path):
+        raise UserError(f"{flag} {path}: there is a file that is not {kind}; choose another name, "
+                        "or remove it")
+
+
+@contextmanager
+def lock(path, busy=None):
+    """Within, this process alone holds the lock file `path`; the lock of a dead process is none.
+
+    busy: the UserError where another process holds it; None waits for it, and says so.
+    """
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a") as f:
+        if fcntl:
+            try:
+                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as e:
+                if busy:
+                    raise UserError(busy) from e
+                print(f"waiting for the process that holds {path}", file=sys.stderr, flush=True)
+                fcntl.flock(f, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def claim(out, rt, flag="--out"):
+    """Within, this run alone writes to the folder `out`; what killed runs left half-written goes.
+
+    Raises UserError, on every rank, where another process has the folder.
+    """
+    out = Path(out)
+    held = None
+
+    def take():
+        nonlocal held
+        busy = f"{flag} {out}: another process is writing there; wait for it, or choose another"
+        with writing(out, flag):
+            held = lock(out / ".lock", busy)
+            held.__enter__()
+        for path in out.glob(".*.tmp"):
+            path.unlink(missing_ok=True)
+    rt.on_rank_0(take)
+    try:
+        yield
+    finally:
+        if held:
+            held.__exit__(None, None, None)
+
+
+def write_text(path, text, flag="--out"):
+    """Write a text file, atomically."""
+    write_atomic(path, lambda p: p.write_text(text, encoding="utf-8"), flag)
+
+
+def write_json(path, value, flag="--out"):
+    """Write `value` as indented JSON, atomically."""
+    write_text(path, json.dumps(value, indent=1) + "\n", flag)
+
+
+def write_npz(path, flag="--out", **arrays):
+    """Write named arrays as an .npz, atomically."""
+    def write(temporary):
+        with open(temporary, "wb") as f:
+            np.savez(f, **arrays)
+    write_atomic(path, write, flag)
+
+
+def write_png(path, picture):
+    """Write a PIL image as a PNG, atomically."""
+    write_atomic(path, lambda p: picture.save(p, format="png"))
+
+
+def pyplot():
+    """matplotlib.pyplot, for figures that go to files only."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    return pyplot
+
+
+def save_figure(fig, path, suffixes=("png",), dpi=120):
+    """Write a matplotlib figure beside `path` once per suffix, atomically, and close it."""
+    for suffix in suffixes:
+        def write(temporary, suffix=suffix):
+            fig.savefig(temporary, dpi=dpi, format=suffix)
+        write_atomic(Path(path).with_suffix("." + suffix), write)
+    pyplot().close(fig)
+
+
+def read_json(path):
+    """The value in a JSON file, or None where there is no such file or it is not JSON."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def renamed(settings):
+    """A dict of settings with today's names, from one with names of any age."""
+    return {RENAMED.get(key, key): value for key, value in settings.items()}
+
+
+def read_result(path):
+    """The JSON that evaluate.py, classify.py or prune_probe.py wrote, with today's names; or None.
+
+    Older files call the groups Many, Medium and Few "splits".
+    """
+    result = read_json(path)
+    if not isinstance(result, dict):
+        return None
+    if "splits" in result:
+        result = {"groups" if key == "splits" else key: value for key, value in result.items()}
+    if isinstance(result.get("settings"), dict):
+        result["settings"] = renamed(result["settings"])
+    return result
+
+
+def same_settings(a, b):
+    """Whether two dicts of settings are equal, as JSON and under today's names."""
+    def plain(settings):
+        return json.loads(json.dumps(renamed(settings)))
+    return plain(a) == plain(b)
+
+
+def up_to_date(path, settings):
+    """Whether a JSON file says under "settings" that its output was made with just `settings`."""
+    result = read_json(path)
+    made_with = result.get("settings") if isinstance(result, dict) else None
+    return isinstance(made_with, dict) and same_settings(made_with, settings)
+
+
+def fingerprint(paths, root):
+    """A hash of the names, sizes and times of change of files: the identity of a folder's content.
+
+    Raises OSError for a file that is not there.
+    """
+    digest = hashlib.sha256()
+    for path in paths:
+        stat = os.stat(path)
+        name = os.path.relpath(path, root)
+        digest.update(os.fsencode(f"{name} {stat.st_size} {stat.st_mtime_ns}\n"))
+    return digest.hexdigest()
+
+
+def sha256(path):
+    """The SHA-256 of a file, as hex."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while block := f.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+# --------------------------------------------------------------------------------------------------
+# Checkpoints, and runs that go on
+
+def save(path, value):
+    """torch.save a dict of tensors and plain types, marked as ours, atomically."""
+    write_atomic(path, lambda p: torch.save({"format": FORMAT, **value}, p))
+
+
+def load(path, kinds, flag="--ckpt"):
+    """Read what `save` wrote, on the CPU, with weights_only=True. Raises UserError with `flag`.
+
+    kinds: what may stand under "kind" in the file, some of "diffusion", "consistency", "latent"
+    and "classifier". Its "config" has today's names of the settings.
+    """
+    if Path(path).is_dir():
+        raise UserError(f"{flag} {path}: a folder; name the ckpt.pt in it")
+    if not Path(path).is_file():
+        raise UserError(f"{flag} {path}: there is no such file")
+    try:
+        value = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError,
+            zipfile.BadZipFile) as e:
+        raise UserError(f"{flag} {path}: not a whole checkpoint (cut short, damaged or of another "
+                        "program)") from e
+    ours = isinstance(value, dict) and value.get("format") == FORMAT
+    if not ours or value.get("kind") not in kinds:
+        raise UserError(f"{flag} {path}: not a {' or '.join(kinds)} checkpoint of this project")
+    missing = sorted(REQUIRED[value["kind"]] - set(value))
+    if missing:
+        raise UserError(f"{flag} {path}: not a whole checkpoint (it lacks {missing[0]!r})")
+    value["config"] = renamed(value["config"])
+    return value
+
+
+def resume(args, kinds):
+    """(the checkpoint in args.out or None, a Runtime): a run goes on in the dtype it began with.
+
+    args.dtype becomes what "auto" came to, so that the run keeps it on any device.
+    """
+    path = Path(args.out) / "ckpt.pt"
+    old = load(path, kinds, "--out") if path.exists() else None
+    keeps = old is not None and args.dtype == "auto"
+    rt = setup(args.device, old["config"]["dtype"] if keeps else args.dtype)
+    args.dtype = dtype_name(rt.dtype)
+    return old, rt
+
+
+def refuse_changes(old, config, out, defaults, resumable):
+    """Raise UserError for the first setting that is not the one of the run in `out`.
+
+    old, config: settings of the checkpoint and of this command. resumable: names of those that may
+    change. defaults: what a flag was that did not exist when the checkpoint was made.
+    """
+    for key, value in config.items():
+        was = old.get(key, defaults.get(key))
+        if key not in resumable and was != value:
+            flag = flag_of(key.removesuffix("_sha256"))
+            raise UserError(f"{flag} {value}: the run in {out} was started with {was}; repeat that "
+                            "to resume it, or choose another folder with --out")
