@@ -306,12 +306,18 @@ def read_quality(paths):
     paths: evaluate.py's JSON of --branch full, and of --branch general.
     """
     full, general = (disk.read_result(path) for path in paths)
-    if not (full and general and "groups" in full and "groups" in general):
+    key = "fid" if full and "fid" in full else "fd"
+    try:
+        branches = [result["settings"]["branch"] for result in (full, general)]
+        quality = {name: {"theta": part[key], "theta_g": general["groups"][name][key]}
+                   for name, part in full["groups"].items()}
+    except (KeyError, TypeError, AttributeError) as e:
         raise UserError("--quality: give evaluate.py's JSON of --branch full and of --branch "
-                        "general")
-    key = "fid" if "fid" in full else "fd"
-    return key, {name: {"theta": full["groups"][name][key],
-                        "theta_g": general["groups"][name][key]} for name in full["groups"]}
+                        "general, in the same features") from e
+    if branches != ["full", "general"]:
+        raise UserError(f"--quality: these are of --branch {branches[0]} and --branch "
+                        f"{branches[1]}; give full first, then general")
+    return key, quality
 
 
 def print_allocation(result):
@@ -376,12 +382,18 @@ def make_parser():
 
 def main():
     """Run one of the two probes; print and write what it found."""
-    args = make_parser().parse_args()
+    parser = make_parser()
+    args = parser.parse_args()
+    other = {"dominance": "quality", "allocation": "repeats"}[args.what]
+    runtime.refuse_unused(parser.given, {other: f"{args.what} does not use it"})
     start = time.time()
     out = Path(args.out or Path(args.ckpt).parent / "probe")
 
     # What is measured
     ckpt = disk.load(args.ckpt, ["diffusion"])
+    quality = read_quality(args.quality) if args.quality else None
+    written = str(out / f"{args.what}.json")
+    disk.check_writable(written)
     rt = runtime.setup(args.device, dtype_of(args, ckpt))
     net = load_unmerged(ckpt, args.weights, rt.device).eval()
 
@@ -392,14 +404,14 @@ def main():
     else:
         result = allocation(args, rt, ckpt, net)
         print_allocation(result)
-        if args.quality:
-            metric, result["quality"] = read_quality(args.quality)
-            print_quality(metric, result["quality"])
+        if quality:
+            print_quality(*quality)
+            result["quality"] = quality[1]
 
     # Write
-    written = str(out / f"{args.what}.json")
     disk.write_json(written, {**result, "ckpt": args.ckpt, "weights": args.weights,
-                                 "seconds": round(time.time() - start, 1)})
+                              "ckpt_sha256": disk.sha256(args.ckpt),
+                              "seconds": round(time.time() - start, 1)})
     if args.what == "allocation":
         allocation_figure(result, out / "allocation.png")
         written += " and allocation.png"

@@ -223,6 +223,12 @@ def fingerprint(paths, root):
     return digest.hexdigest()
 
 
+def path_id(path):
+    """ "images-1a2b3c4d" for a path that ends in images: other folders of this name differ."""
+    path = Path(path).resolve()
+    return f"{path.name}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:8]}"
+
+
 def sha256(path):
     """The SHA-256 of a file, as hex."""
     digest = hashlib.sha256()

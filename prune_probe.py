@@ -350,6 +350,8 @@ def main():
     labels = to_classes(images.labels, images.class_names, data["class_names"], "--data-dir")
     counts = np.array(data["class_counts"])
     fractions = args.fractions or [args.fraction]
+    out = Path(args.out or Path(args.ckpt[0]).parent / "prune")
+    disk.check_writable(out / "probe.json")
 
     # Measure
     results = {}
@@ -359,20 +361,21 @@ def main():
         results[name] = {f"{f:g}": changes(raw, losses, labels, data["class_names"], counts)
                          for f, losses in pruned.items()}
 
-    # Write
-    out = Path(args.out or Path(args.ckpt[0]).parent / "prune")
+    # Print and write
     shown = args.fraction if args.fraction in fractions else fractions[0]
-    pictures = write_figures(results, fractions, shown, out)
     numel = sum(p.numel() for p in prunable(net, args.tensors).values())
-    settings = {"ckpt": [str(path) for path in args.ckpt], "images": f"{data['dataset']}, {words}",
-                "num": len(labels), "repeats": args.repeats, "scope": args.scope,
-                "tensors": args.tensors, "pruned_of": numel, "weights": args.weights,
-                "seed": args.seed, "dtype": str(rt.dtype)}
-    disk.write_json(out / "probe.json", {"results": results, "settings": settings,
-                                            "seconds": round(time.time() - start, 1)})
+    settings = {"ckpt": [str(path) for path in args.ckpt],
+                "ckpt_sha256": [disk.sha256(path) for path in args.ckpt],
+                "images": f"{data['dataset']}, {words}", "num": len(labels),
+                "repeats": args.repeats, "scope": args.scope, "tensors": args.tensors,
+                "pruned_of": numel, "weights": args.weights, "seed": args.seed,
+                "dtype": str(rt.dtype)}
     print(f"{settings['images']}: {len(labels):,} images x {args.repeats} timesteps; {args.scope} "
           f"threshold over {args.tensors} ({numel:,} numbers)")
     print_results(results)
+    disk.write_json(out / "probe.json", {"results": results, "settings": settings,
+                                         "seconds": round(time.time() - start, 1)})
+    pictures = write_figures(results, fractions, shown, out)
     print(f"wrote {out}: {', '.join(['probe.json', *pictures])}")
 
 

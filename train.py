@@ -32,7 +32,7 @@ from data import Batches, add_data_flags, class_groups, load_long_tailed, refuse
 from experts import freeze_all_but_low_rank
 from losses import BASES, CMConfig, Objective, add_cm_flags, bind, draw_batch
 from model import UNet, UNetConfig, make_alphas_bar
-from runtime import Parser, UserError, integer, number, run
+from runtime import Parser, UserError, integer, number, refuse_unused, run
 from sample import (DEFAULTS, STEPS, add_low_rank, generate, grid_image, image_shape, load_network,
                     ten_classes)
 
@@ -170,20 +170,20 @@ def add_log_flags(parser):
     g.add_argument("--log-every", type=integer(1), help="steps between log lines")
 
 
-def resolve(args):
+def resolve(args, given=()):
     """Fill in the data set's defaults and the run's folder; check what depends on several flags.
 
-    Raises UserError.
+    given: Parser.given. Raises UserError.
     """
     preset = {**PRESETS["paper"], **PRESETS.get(args.dataset, {})}
-    given = {k for k in preset if getattr(args, k) is not None}
-    for key in preset.keys() - given:
-        setattr(args, key, preset[key])
+    for key, value in preset.items():
+        if getattr(args, key) is None:
+            setattr(args, key, value)
     check_batch_size(args)
     check_sizes(args)
-    plain = vars(make_parser().parse_args([]))
-    check_method(args, plain)
+    check_method(args, given)
     if args.out is None:
+        plain = vars(make_parser().parse_args([]))
         args.out = "out/" + run_name(args, {**plain, **preset})
     return args
 
@@ -212,34 +212,40 @@ def check_sizes(args):
             raise UserError(f"--attn {level}: --ch-mult has levels 0 to {highest} only")
 
 
-def check_method(args, plain):
-    """Raise UserError for flags that mean nothing together. plain: the flags' defaults.
+def check_method(args, given):
+    """Raise UserError for flags that mean nothing together.
 
     --lora is CM's network without L_CM; --experts takes the place of CM.
     """
+    own = losses.options_of(BASES[args.base])
+    refuse_unused(given, {name: f"belongs to another base than {args.base}"
+                          for name in losses.FLAGS if name not in own})
+    if args.base not in ("cbdm", "rop"):
+        refuse_unused(given, {"cbdm_y": f"--base {args.base} compares no other class"})
     if args.lora and not args.init_from:
         raise UserError("--lora: name the trained network that it starts from with --init-from "
                         "CKPT")
+    if args.lora and args.experts:
+        raise UserError("--experts: --lora trains CM's low-rank parts; leave one of the two out")
     if args.lora:
+        refuse_unused(given, {"cm": "--lora is CM's network without L_CM",
+                              **{name: "--lora has no L_CM" for name in CM_ONLY}})
         args.cm = True
         args.lam = 0.0
     if args.experts:
+        if "cm" in given and args.cm:
+            raise UserError("--cm: --experts takes its place; leave one of the two out")
         args.cm = False
-    if args.cm:
-        return
-    unused = CM_ONLY if args.experts else (*CM_ONLY, "rank_ratio")
-    for key in unused:
-        if getattr(args, key) != plain[key]:
-            flag = "--" + key.replace("_", "-")
-            raise UserError(f"{flag}: means something with --cm only; leave it out, or leave out "
-                            "--no-cm")
+    if not args.cm:
+        unused = CM_ONLY if args.experts else (*CM_ONLY, "rank_ratio")
+        refuse_unused(given, {name: "means something with --cm only" for name in unused})
 
 
 def run_name(args, defaults):
     """A folder name made of the settings: data, IR, base, cm, seed, and what is not a default."""
     dataset = args.dataset
     if dataset == "folder":
-        dataset = Path(args.data_dir).resolve().name
+        dataset = disk.path_id(args.data_dir)
     words = [dataset, f"ir{args.ir:g}", args.base]
     if args.cm:
         words.append("cm")
@@ -311,15 +317,20 @@ def check(means, step, args):
     """Raise UserError where a logged mean is not finite or too large, before anything is saved."""
     limits = {"base": MAX_BASE, **{k: MAX_D for k in means if k.startswith("D_")}}
     for name, value in means.items():
-        if abs(value) <= limits.get(name, float("inf")):        # false for NaN
-            continue
-        unbounded = args.cm and not args.div_bound
-        fix = "bound the divergence with --div-bound 0.01" if unbounded else "lower --lr"
-        kept = ""
-        if (Path(args.out) / "ckpt.pt").exists():
-            kept = f"; the last good checkpoint is kept in {args.out}"
-        raise UserError(f"stopped at step {step}: {name} is {value:.4g}, the run has diverged; "
-                        f"{fix}{kept}")
+        if not abs(value) <= limits.get(name, float("inf")):        # also true of NaN
+            raise diverged(name, value, step, args)
+
+
+def diverged(name, value, step, args):
+    """The UserError of a run that has diverged at a step, seen by one logged number."""
+    fix = "lower --lr"
+    if args.cm and not args.div_bound:
+        fix = "bound the divergence with --div-bound 0.01"
+    kept = ""
+    if (Path(args.out) / "ckpt.pt").exists():
+        kept = f"; the last good checkpoint is kept in {args.out}"
+    return UserError(f"stopped at step {step}: {name} is {value:.4g}, the run has diverged; "
+                     f"{fix}{kept}")
 
 
 def format_line(step, args, means, lr, speed, seconds_left):
@@ -454,6 +465,21 @@ def train_step(training, module, batch):
     training.step += 1
 
 
+def check_weights(training, module, batch):
+    """Raise UserError where the weights of this step no longer predict, before they are saved.
+
+    The logged losses are those before the update: the next batch says what the update did.
+    """
+    args = training.args
+    module = getattr(module, "module", module)              # of DistributedDataParallel
+    objective = getattr(module, "_orig_mod", module)        # of torch.compile
+    with torch.no_grad(), training.rt.autocast():
+        _, terms, _ = objective(batch(training.step, 0))
+    base = terms["base"].item()
+    if training.rt.maximum(int(not abs(base) <= MAX_BASE)):
+        raise diverged("base", base, training.step, args)
+
+
 def loop(training, module, batch, log, after_step=None):
     """Train to args.steps, logging and saving; where a signal comes, save and leave the process.
 
@@ -476,6 +502,8 @@ def loop(training, module, batch, log, after_step=None):
             check(means, step, args)
         if logs:
             reporter.report(means)
+        if saves:
+            check_weights(training, module, batch)
         if rt.rank == 0 and saves:
             disk.save(path, training.state())
         if rt.rank == 0 and after_step:
@@ -547,7 +575,20 @@ def resume(args):
         plain = vars(make_parser().parse_args([]))
         defaults = {**plain, **PRESETS["paper"], **PRESETS.get(args.dataset, {})}
         disk.refuse_changes(old["config"], config_of(args), args.out, defaults, RESUMABLE)
+    if old and old["step"] > args.steps:
+        raise UserError(f"--steps {args.steps}: the run in {args.out} is at step {old['step']} "
+                        "already; raise it, or choose another folder with --out")
     return old, rt
+
+
+def is_finished(old, args, rt):
+    """Whether the run of a checkpoint has nothing left to do; says so."""
+    if not old or old["step"] < args.steps:
+        return False
+    if rt.rank == 0:
+        save_due(old["step"], lambda: old, args, rt, missing_only=True)
+    rt.print(f"{args.out}: finished, step {old['step']} of {args.steps}")
+    return True
 
 
 def config_of(args):
@@ -603,20 +644,39 @@ def start_from(net, path, kind):
                         "--ch-mult, --attn, --num-res-blocks and data set") from e
 
 
-def save_grid(state, args, rt, log):
-    """Generate EMA samples of up to ten classes on fixed noise: grid-STEP.png, and TensorBoard."""
+def save_grid(state, path, rt, log=None):
+    """Generate EMA samples of up to ten classes on fixed noise: a PNG, and TensorBoard's copy.
+
+    state: a checkpoint. log: a Log, or None for the PNG alone.
+    """
     net = load_network(state, device=rt.device)
     names = state["data"]["class_names"]
     classes = ten_classes(len(names))
     labels = classes * 10
     defaults = DEFAULTS[state["kind"]]
-    settings = {**defaults, "steps": STEPS[defaults["sampler"]], "seed": args.seed}
+    settings = {**defaults, "steps": STEPS[defaults["sampler"]], "seed": state["config"]["seed"]}
     alone = runtime.Runtime(rt.device, rt.dtype)        # rank 0 generates all of it
     images = generate(net, labels, range(len(labels)), image_shape(state), alone, len(labels),
                       title=None, **settings)
     picture = grid_image(images, labels, names, classes)
-    disk.write_png(Path(args.out) / f"grid-{state['step']:07d}.png", picture)
-    log.picture(picture, state["step"])
+    disk.write_png(path, picture)
+    if log:
+        log.picture(picture, state["step"])
+
+
+def save_due(step, state, args, rt, log=None, missing_only=False):
+    """Write what is due at a step beside ckpt.pt: a snapshot that is kept, a grid of samples.
+
+    state(): the checkpoint. missing_only: what a run that was killed at this step did not get to.
+    """
+    snapshot = Path(args.out) / f"ckpt-{step:07d}.pt"
+    grid = Path(args.out) / f"grid-{step:07d}.png"
+    snapshot_due = args.keep_every and step % args.keep_every == 0
+    grid_due = args.sample_every and (step % args.sample_every == 0 or step == args.steps)
+    if snapshot_due and not (missing_only and snapshot.exists()):
+        disk.save(snapshot, state())
+    if grid_due and not (missing_only and grid.exists()):
+        save_grid(state(), grid, rt, log)
 
 
 def make_training(args, rt, net, images, record, old):
@@ -655,17 +715,17 @@ def announce(training, net, compiled):
 
 def main():
     """Resume or start; data; network; loop."""
-    args = resolve(make_parser().parse_args())
-    out = Path(args.out)
+    parser = make_parser()
+    args = resolve(parser.parse_args(), parser.given)
     old, rt = resume(args)
-    if old and old["step"] >= args.steps:
-        return rt.print(f"{out}: finished, step {old['step']} of {args.steps}")
 
     # Data
     with rt.rank_0_first():
         images = load_long_tailed(args)
     if old:
         refuse_other_data(old["data"], images.record(), args)
+    if is_finished(old, args, rt):
+        return
     groups = class_groups(images.counts)
     sizes = [f"; {name} {images.counts[classes].sum():,}" for name, classes in groups.items()]
     rt.print(images.summary() + "".join(sizes))
@@ -685,7 +745,6 @@ def main():
         net=net, base=bind(args.base, vars(args)), counts=images.counts,
         alphas_bar=make_alphas_bar(), cm=CMConfig.of(args), label_drop=args.label_drop,
         ada=args.ada, y_prime=args.cbdm_y).to(rt.device)
-
     record = {"kind": kind, "command": runtime.command_line("train.py"), "config": config_of(args),
               "data": images.record(), "network": network, **low_rank}
     training = make_training(args, rt, net, images, record, old)
@@ -700,15 +759,18 @@ def main():
     if runtime.wants_compile(args, rt):
         module = runtime.compile_or_not(objective, lambda m: m(batch(training.step, 0))[0], rt)
     announce(training, net, compiled=module is not objective)
-    log = start_log(training)
+    with disk.claim(args.out, rt):
+        run_loop(training, rt.parallel(module), batch, old)
 
-    def after_step():
-        step = training.step
-        if args.keep_every and step % args.keep_every == 0:
-            disk.save(out / f"ckpt-{step:07d}.pt", training.state())
-        if args.sample_every and (step % args.sample_every == 0 or step == args.steps):
-            save_grid(training.state(), args, rt, log)
-    loop(training, rt.parallel(module), batch, log, after_step)
+
+def run_loop(training, module, batch, old):
+    """The loop, with the snapshots and grids that the flags ask for."""
+    args, rt = training.args, training.rt
+    log = start_log(training)
+    if old and rt.rank == 0:
+        save_due(old["step"], lambda: old, args, rt, log, missing_only=True)
+    loop(training, module, batch, log,
+         after_step=lambda: save_due(training.step, training.state, args, rt, log))
 
 
 if __name__ == "__main__":

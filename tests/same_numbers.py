@@ -136,9 +136,9 @@ def measure_all(runs, out, data):
     probe = ["--data-dir", data, "--device", "cpu"]
     call("prune_probe", "--ckpt", runs / "ddpm-no-cm/ckpt.pt", runs / "oc-cm/ckpt.pt", *probe,
          "--fractions", "0.1,0.3", "--repeats", 1, "--out", out / "prune")
-    for what in ("allocation", "dominance"):
-        call("capacity_probe", what, "--ckpt", runs / "oc-cm/ckpt.pt", *probe, "--repeats", 1,
-             "--out", out)
+    probe += ["--ckpt", runs / "oc-cm/ckpt.pt", "--out", out]
+    call("capacity_probe", "allocation", *probe)
+    call("capacity_probe", "dominance", *probe, "--repeats", 1)
     call("theory_sim", "--trials", 200, "--out", out)
     for name in ("drawn", "given", "kept", "prune/probe", "allocation", "dominance", "theory"):
         result[name] = numbers_of(json.loads((out / f"{name}.json").read_text()))

@@ -66,6 +66,8 @@ TRAIN = {       # flags -> what the line must say
                                ["--class-order", "each of the 10 classes"]),
     "accumulate does not divide": (["--accumulate", 7], ["--batch-size 16", "--accumulate 7"]),
     "device": (["--device", "tpu9"], ["--device tpu9"]),
+    "device without numbers": (["--device", "meta"], ["--device meta", "not one of cpu"]),
+    "a value for a flag without one": (["--cm", "False"], ["--cm", "takes no value", "False"]),
     "unknown flag": (["--learning-rate", 1], ["--learning-rate"]),
 }
 
@@ -110,6 +112,29 @@ def test_evaluate_and_report_refuse(capsys, cm_run, tmp_path):
 
 # --------------------------------------------------------------------------------------------------
 # Data
+
+def test_rank_without_torchrun(capsys, data_dir, tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    refuses(capsys, train.main, *TINY_FLAGS, "--data-dir", data_dir, "--out", tmp_path,
+            says=["RANK", "WORLD_SIZE", "torchrun"])
+
+
+def test_a_checkpoint_of_ours_that_lacks_a_part(capsys, cm_run, tmp_path):
+    state = disk.load(cm_run / "ckpt.pt", ["diffusion"])
+    for key in ("ema", "network", "config"):
+        disk.save(tmp_path / "part.pt", {k: v for k, v in state.items() if k != key})
+        refuses(capsys, sample.main, "--ckpt", tmp_path / "part.pt", "--device", "cpu",
+                says=["--ckpt", "not a whole checkpoint", key])
+
+
+def test_out_of_memory_on_the_cpu_is_one_line(capsys):
+    def main():
+        torch.empty(1 << 50)
+    with pytest.raises(SystemExit) as e:
+        runtime.run(main)
+    text = capsys.readouterr().err
+    assert e.value.code == 2 and text.startswith("error: out of memory on this machine")
+
 
 def test_data_folder(capsys, tmp_path):
     root = tmp_path / "set"
@@ -220,14 +245,15 @@ def test_a_run_whose_checkpoint_is_cut_is_not_overwritten(capsys, cm_run, data_d
 
 
 KILLS = """
-import os, random, signal, sys, time, torch, runtime
+import os, random, signal, sys, time, torch, disk
 
 path = sys.argv[1]
 moments = random.Random(0)
 
 def save(step):
     model = {str(i): torch.full((1000,), step) for i in range(50)}
-    disk.save(path, {"kind": "diffusion", "step": step, "model": model})
+    parts = {**dict.fromkeys(disk.REQUIRED["diffusion"]), "config": {}}
+    disk.save(path, {**parts, "kind": "diffusion", "step": step, "model": model})
 
 save(0)
 for kill in range(20):

@@ -282,7 +282,8 @@ def test_distances_are_eq_2s(digits, cpu):
 def test_allocation_end_to_end(key, cm_run, data_dir, tmp_path, capsys):
     for branch, fd in (("full", 4.0), ("general", 10.0)):
         groups = {"Many": {"fd": 2.0}, "Few": {"fd": fd}}
-        disk.write_json(tmp_path / f"{branch}.json", {key: groups})
+        settings = {"branch": branch}
+        disk.write_json(tmp_path / f"{branch}.json", {key: groups, "settings": settings})
     call(cp.main, "allocation", "--ckpt", cm_run / "ckpt.pt", "--data-dir", data_dir,
          "--device", "cpu", "--out", tmp_path,
          "--quality", tmp_path / "full.json", tmp_path / "general.json")
@@ -291,6 +292,27 @@ def test_allocation_end_to_end(key, cm_run, data_dir, tmp_path, capsys):
     assert len(result["layers"]) == len(list(reserved(tiny_net(0.1).decoder)))
     assert "Few 10.00 / 4.00 = 2.50" in capsys.readouterr().out
     assert (tmp_path / "allocation.png").exists()
+
+
+def test_quality_is_checked_before_the_work(cm_run, tmp_path, capsys, monkeypatch):
+    def no_work(*_):
+        raise AssertionError("the work has begun")
+    monkeypatch.setattr(cp, "allocation", no_work)
+    parts = {"full": ("full", "fd"), "general": ("general", "fd"), "fid": ("general", "fid")}
+    for name, (branch, key) in parts.items():
+        disk.write_json(tmp_path / f"{name}.json", {"groups": {"Few": {key: 2.0}}, key: 2.0,
+                                                    "settings": {"branch": branch}})
+    for pair, says in ((("full", "fid"), "same features"), (("general", "full"), "full first"),
+                       (("full", "nothing"), "--branch general")):
+        refuses(capsys, cp.main, "allocation", "--ckpt", cm_run / "ckpt.pt", "--device", "cpu",
+                "--quality", *(tmp_path / f"{name}.json" for name in pair),
+                says=["--quality", says])
+
+
+def test_flags_that_do_nothing(cm_run, capsys):
+    ckpt = ["--ckpt", cm_run / "ckpt.pt"]
+    refuses(capsys, cp.main, "dominance", *ckpt, "--quality", "a", "b", says=["--quality"])
+    refuses(capsys, cp.main, "allocation", *ckpt, "--repeats", 3, says=["--repeats"])
 
 
 def test_allocation_refuses_a_plain_checkpoint(tmp_path, data_dir, capsys):

@@ -158,3 +158,13 @@ def test_a_signal_to_torchrun_saves(tmp_path, data_dir):
     text = p.communicate(timeout=60)[0]
     assert "stopped by signal 15" in text
     assert step_of(tmp_path) == read_log(tmp_path)[-1]["step"]
+
+
+def test_a_refusal_of_rank_0_ends_every_rank_without_a_traceback(tmp_path):
+    """Rank 0 finds that the data are not there while the others wait for it."""
+    flags = [*TINY_FLAGS, "--dataset", "folder", "--data-dir", tmp_path / "nothing"]
+    p = torchrun("train.py", *flags, "--out", tmp_path / "run")
+    text = p.communicate(timeout=120)[0]
+    assert p.returncode != 0 and text.count("no such folder") == 1
+    # torchrun adds a traceback of its own, but there is none through our files
+    assert 'train.py", line' not in text and "Connection closed" not in text

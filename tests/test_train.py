@@ -6,14 +6,16 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TINY_FLAGS, call, randomize
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_mistakes import refuses
 
-import losses
 import disk
+import losses
 import train
 from runtime import UserError
 
@@ -189,12 +191,13 @@ def test_every_pair_trains(tmp_path, data_dir, base, more):
 
 
 def test_divergence_stops_and_keeps_the_last_good_checkpoint(tmp_path, data_dir):
+    """The learning rate rises by 0.01 per step: the first step is good."""
     flags = (*TINY_FLAGS, "--base", "ddpm", "--no-cm", "--data-dir", data_dir, "--out", tmp_path,
-             "--warmup", 0, "--lr", 1e6)
+             "--warmup", 10 ** 8, "--lr", 1e6)
     call(train.main, *flags, "--steps", 1)
-    with pytest.raises(UserError, match="base is .*diverged.*--lr"):
-        call(train.main, *flags, "--steps", 50)
-    assert load(tmp_path)["step"] < 50
+    with pytest.raises(UserError, match="base is .*diverged.*--lr.*last good checkpoint"):
+        call(train.main, *flags, "--steps", 100, "--save-every", 1)
+    assert 1 <= load(tmp_path)["step"] < 100
 
 
 def test_the_unbounded_divergence_runs_away(tmp_path, data_dir, capsys):
@@ -291,3 +294,109 @@ def test_a_flag_reaches_its_loss_and_no_other(name, monkeypatch, data_dir, tmp_p
         without = total_of_step_3(*same)
         given = total_of_step_3(*same, flag, VALUES[name])
         assert (given != without) == (name in losses.options_of(entry)), base
+
+
+# --------------------------------------------------------------------------------------------------
+# Nothing silently wrong, nothing lost
+
+def write_folder(root, shift):
+    """Three classes of 5, 4 and 3 small images; `shift` makes other pixels in files of one size."""
+    for c, n in enumerate((5, 4, 3)):
+        (root / f"class{c}").mkdir(parents=True)
+        for i in range(n):
+            pixels = np.full((8, 8, 3), 10 * i + 60 * c + shift, np.uint8)
+            Image.fromarray(pixels).save(root / f"class{c}/{i}.bmp")
+    return root
+
+
+def folder_flags(tmp_path, data_dir, *more):
+    """A run on a folder, in tmp_path/run."""
+    return [*TINY_FLAGS, "--dataset", "folder", "--data-dir", data_dir, "--resolution", 8,
+            "--ch-mult", 1, "--attn", "--num-res-blocks", 1, "--batch-size", 4,
+            "--pack-dir", tmp_path / "packed", "--out", tmp_path / "run", *more]
+
+
+def test_finished_is_not_said_of_other_images(tmp_path, capsys):
+    """The same names and sizes, other pixels: neither finished nor resumed."""
+    a = write_folder(tmp_path / "a/images", 0)
+    b = write_folder(tmp_path / "b/images", 5)
+    call(train.main, *folder_flags(tmp_path, a, "--steps", 2))
+    for steps in (2, 4):
+        refuses(capsys, train.main, *folder_flags(tmp_path, b, "--steps", steps),
+                says=["--data-dir", "not the images"])
+    call(train.main, *folder_flags(tmp_path, a, "--steps", 2))
+    assert "finished, step 2 of 2" in capsys.readouterr().out
+
+
+def test_default_folders_of_two_folders_of_one_name(tmp_path):
+    names = []
+    for parent in "pq":
+        folder = tmp_path / parent / "images"
+        flags = ["--dataset", "folder", "--data-dir", str(folder)]
+        names.append(train.resolve(train.make_parser().parse_args(flags)).out)
+    assert names[0] != names[1] and all(name.startswith("out/images-") for name in names)
+
+
+def test_weights_that_no_longer_predict_are_not_saved(tmp_path, data_dir, capsys):
+    flags = [*TINY_FLAGS, "--base", "ddpm", "--no-cm", "--warmup", 0, "--data-dir", data_dir]
+    refuses(capsys, train.main, *flags, "--steps", 3, "--lr", 1e10, "--save-every", 1,
+            "--out", tmp_path / "run", says=["step 1", "diverged", "--lr"])
+    assert not (tmp_path / "run/ckpt.pt").exists()
+
+
+def test_what_a_kill_left_out_is_made_up_for(tmp_path, data_dir):
+    """A kill after ckpt.pt and before the snapshot and the grid of that step."""
+    flags = [*TINY_FLAGS, "--data-dir", data_dir, "--out", tmp_path, "--keep-every", 2,
+             "--sample-every", 2, "--save-every", 2]
+    call(train.main, *flags, "--steps", 4)
+    left = [tmp_path / name for name in ("ckpt-0000004.pt", "grid-0000004.png")]
+    before = [path.read_bytes() for path in left]
+    for steps in (4, 6):                    # finished, and going on
+        for path in left:
+            path.unlink()
+        call(train.main, *flags, "--steps", steps)
+        assert left[1].read_bytes() == before[1]
+        assert disk.load(left[0], ["diffusion"])["step"] == 4
+
+
+def test_a_folder_is_written_by_one_run_at_a_time(tmp_path, data_dir, capsys, cpu):
+    flags = [*TINY_FLAGS, "--data-dir", data_dir, "--out", tmp_path / "run", "--steps", 2]
+    with disk.claim(tmp_path / "run", cpu):
+        refuses(capsys, train.main, *flags, says=["--out", "another process"])
+    (tmp_path / "run/.ckpt.pt.99999.tmp").write_bytes(b"half")
+    call(train.main, *flags)
+    assert not list((tmp_path / "run").glob(".*.tmp"))
+
+
+def test_the_lock_of_a_dead_process_is_none(tmp_path, data_dir):
+    code = ("import sys, os, torch, disk, runtime\n"
+            "rt = runtime.Runtime(torch.device('cpu'), torch.float32)\n"
+            "with disk.claim(sys.argv[1], rt): os._exit(9)")
+    died = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT)
+    assert died.returncode == 9 and (tmp_path / ".lock").exists()
+    call(train.main, *TINY_FLAGS, "--data-dir", data_dir, "--out", tmp_path, "--steps", 1)
+
+
+def test_fewer_steps_than_a_run_has(cm_run, data_dir, capsys):
+    flags = [*TINY_FLAGS, "--data-dir", data_dir, "--out", cm_run]
+    refuses(capsys, train.main, *flags, "--steps", 8, says=["--steps 8", "step 30"])
+
+
+@pytest.mark.parametrize("flags, flag", [
+    (["--lora", "--init-from", "x", "--lam", 1], "--lam"),
+    (["--lora", "--init-from", "x", "--no-cm"], "--cm"),
+    (["--lora", "--init-from", "x", "--experts", "group"], "--experts"),
+    (["--experts", "group", "--cm"], "--cm"),
+    (["--experts", "group", "--w-div", 1], "--w-div"),
+    (["--no-cm", "--rank-ratio", 0.1], "--rank-ratio"),
+    (["--no-cm", "--div-bound", 0.01], "--div-bound"),
+    (["--base", "oc", "--focal-gamma", 2], "--focal-gamma"),
+    (["--base", "ddpm", "--cbdm-tau", 0.001], "--cbdm-tau"),
+    (["--base", "rop", "--ct-double", 5], "--ct-double"),
+    (["--base", "ddpm", "--cbdm-y", "train"], "--cbdm-y"),
+], ids=str)
+def test_flags_that_do_nothing_are_refused(flags, flag, tmp_path, data_dir, capsys):
+    """Also where they say what is the default."""
+    refuses(capsys, train.main, *TINY_FLAGS, "--data-dir", data_dir, "--out", tmp_path / "run",
+            *flags, says=[flag + ":"])
+    assert not (tmp_path / "run").exists()
