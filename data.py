@@ -9,6 +9,8 @@ A new data set is one function that returns images (N x H x W x C uint8, or N pa
 labels (N,) and class names: see readers.py.
 """
 import hashlib
+import inspect
+import secrets
 import zipfile
 import zlib
 from dataclasses import dataclass, field
@@ -18,9 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from packing import fingerprint, read_pack, write_pack
+from packing import names_and_sizes, pack_once
 from readers import READERS, NoSuchSplit, read_artbench10, read_folder
-from disk import read_json
+from disk import fingerprint, path_id, read_json, sha256
 from runtime import Parser, UserError, integer, number, run, seed_of
 
 
@@ -36,6 +38,7 @@ class ImageSet:
     class_names: list
     flip: bool = False
     provenance: dict = field(default_factory=dict)
+    sha256: str | None = None       # of the set as it was packed, see packing.content_hash
 
     @property
     def counts(self) -> np.ndarray:
@@ -46,7 +49,7 @@ class ImageSet:
         """The subset of these rows, in ascending order (a memory map is then read forwards)."""
         rows = np.sort(rows)
         return ImageSet(self.name, self.images[rows], self.labels[rows], self.class_names,
-                        self.flip, self.provenance)
+                        self.flip, self.provenance, self.sha256)
 
     def summary(self) -> str:
         """One line: the number of images, of classes, and the first class sizes."""
@@ -62,12 +65,15 @@ class ImageSet:
         """What a checkpoint keeps of its training data, as plain types."""
         return {"dataset": self.name, "class_names": self.class_names,
                 "class_counts": self.counts.tolist(), "resolution": self.images.shape[1],
-                "provenance": self.provenance}
+                "provenance": self.provenance, "sha256": self.sha256}
 
 
 def refuse_other_data(old: dict, record: dict, args):
-    """Raise UserError where a run's data, of its checkpoint, are not `record`, this command's."""
-    if old != record:
+    """Raise UserError where a run's data, of its checkpoint, are not `record`, this command's.
+
+    Older checkpoints have fewer entries: those that they have must agree.
+    """
+    if any(record.get(key) != value for key, value in old.items()):
         raise UserError(f"--data-dir {args.data_dir}: not the images that the run in {args.out} "
                         "was started with; choose another folder with --out")
 
@@ -93,17 +99,16 @@ def load(name: str, data_dir="data", split="train", resolution=None, class_order
     resolution = resolution or source.resolution
     base = pack_path(name, data_dir, split, resolution, pack_dir)
     provenance = {"dataset": name, "split": split}
+    stamp = {"reader": reader_hash(source.read)}
     contents = None
     if source.read in (read_folder, read_artbench10):
         # These come without a list of their files: another set of files is packed anew
-        contents = source.read(data_dir, split)
-        provenance["files_sha256"] = fingerprint(contents[0], data_dir)
-    packed = read_pack(base, provenance)
-    if packed is None:
-        contents = contents or source.read(data_dir, split)
-        write_pack(base, *contents, provenance, resolution if source.files else None)
-        packed = read_pack(base, provenance)
-    images, meta = packed
+        contents = read_source(source, name, data_dir, split)
+        provenance["files_sha256"] = names_and_sizes(contents[0], data_dir)
+        stamp["files"] = fingerprint(contents[0], data_dir)
+    images, meta = pack_once(
+        base, lambda: contents or read_source(source, name, data_dir, split), provenance, stamp,
+        resolution if source.files else None, name)
     labels = np.array(meta["labels"])
     names = meta["class_names"]
     if class_order is not None:
@@ -113,16 +118,46 @@ def load(name: str, data_dir="data", split="train", resolution=None, class_order
                             "populous first")
         labels = np.argsort(order)[labels]
         names = [names[c] for c in order]
-    return ImageSet(name, images, labels, names, source.flip, meta["provenance"])
+    return ImageSet(name, images, labels, names, source.flip, meta["provenance"], meta["sha256"])
+
+
+def read_source(source, name, data_dir, split):
+    """What a set's reader gives. Raises UserError where its lists are not as released."""
+    try:
+        return source.read(data_dir, split)
+    except UserError:
+        raise
+    except Exception as e:      # whatever a list that is not as released leads to
+        if source.read.__module__ != "readers":
+            raise               # a reader of one's own: its author wants to see where
+        why = f"{type(e).__name__}: {e}".splitlines()[0]
+        raise UserError(f"--data-dir {data_dir}: {name} is not there as it is released "
+                        f"({why})") from e
+
+
+def reader_hash(read):
+    """A hash of the source of a reader of one's own: where it changes, its set is packed anew.
+
+    None for those of readers.py. Where the source cannot be had, a new value each time.
+    """
+    if read.__module__ == "readers":
+        return None
+    try:
+        return hashlib.sha256(inspect.getsource(read).encode()).hexdigest()
+    except (OSError, TypeError):
+        return secrets.token_hex(8)
 
 
 def pack_path(name, data_dir, split, resolution, pack_dir) -> Path:
-    """Where a set's pack is, without its suffixes."""
-    if name != "folder":
-        return Path(pack_dir or Path(data_dir) / "packed") / f"{name}-{split}-{resolution}"
-    folder = Path(data_dir).resolve()
-    where = hashlib.sha256(str(folder).encode()).hexdigest()[:8]
-    return Path(pack_dir or "data/packed") / f"{folder.name}-{where}-{split}-{resolution}"
+    """Where a set's pack is, without its suffixes.
+
+    In a folder that several --data-dir may share, its name says which one it belongs to.
+    """
+    if name == "folder":
+        return Path(pack_dir or "data/packed") / f"{path_id(data_dir)}-{split}-{resolution}"
+    if pack_dir:
+        return Path(pack_dir) / f"{name}-{path_id(data_dir)}-{split}-{resolution}"
+    return Path(data_dir) / "packed" / f"{name}-{split}-{resolution}"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -135,20 +170,29 @@ def resolve_classes(text, class_names: list, flag="--classes") -> list[int]:
     """
     result = []
     for word in str(text).split(","):
-        word = word.strip()
-        first, dash, last = word.partition("-")
-        if word in class_names and not word.isdigit():
-            result.append(class_names.index(word))
-        elif first.isdigit() and (last.isdigit() or not dash):
-            if int(last or first) < int(first):
-                raise UserError(f"{flag} {text}: write the range {word} from low to high")
-            result.extend(range(int(first), int(last or first) + 1))
-        else:
-            raise UserError(f"{flag} {text}: {word!r} is neither a class number, nor a range like "
-                            "6-9, nor a class name")
-    if not result or max(result) >= len(class_names):
-        raise UserError(f"{flag} {text}: classes are 0 to {len(class_names) - 1}")
+        first, last = class_range(word.strip(), text, class_names, flag)
+        if last >= len(class_names):
+            raise UserError(f"{flag} {text}: classes are 0 to {len(class_names) - 1}")
+        result.extend(range(first, last + 1))
     return result
+
+
+def class_range(word, text, class_names, flag):
+    """(first, last) class number of one word: a name, a number, or a range such as 6-9."""
+    first, dash, last = word.partition("-")
+    is_number = word.isdecimal() and word.isascii()
+    if word in class_names and not is_number:
+        return (class_names.index(word),) * 2
+    if is_number and word in class_names and class_names.index(word) != int(word):
+        other = class_names.index(word)
+        raise UserError(f"{flag} {text}: {word} is the name of class number {other}, and also a "
+                        f"class number; write {other}-{other} or {word}-{word}")
+    if not (first.isdecimal() and (last.isdecimal() or not dash) and word.isascii()):
+        raise UserError(f"{flag} {text}: {word!r} is neither a class number, nor a range like "
+                        "6-9, nor a class name")
+    if int(last or first) < int(first):
+        raise UserError(f"{flag} {text}: write the range {word} from low to high")
+    return int(first), int(last or first)
 
 
 def to_classes(labels, from_names, to_names, flag):
@@ -379,21 +423,28 @@ def images_of_npz(content: dict, path, flag):
     return images, labels
 
 
-def read_record(npz) -> dict:
-    """What sample.py wrote in the JSON beside an .npz: its "settings" and "data"; {} for none."""
-    record = read_json(Path(npz).with_suffix(".json"))
-    if not isinstance(record, dict):
+def read_record(npz, flag="--samples") -> dict:
+    """What sample.py wrote in the JSON beside an .npz: its "settings" and "data"; {} for none.
+
+    Raises UserError where the JSON is not that of this .npz.
+    """
+    path = Path(npz).with_suffix(".json")
+    if not path.exists():
         return {}
+    record = read_json(path)
+    if not isinstance(record, dict) or record.get("npz_sha256") != sha256(npz):
+        raise UserError(f"{flag} {npz}: {path.name} beside it does not belong to it; run sample.py "
+                        f"again, or remove {path.name}")
     return {k: record[k] for k in ("settings", "data") if isinstance(record.get(k), dict)}
 
 
 def read_samples(path, flag="--samples"):
     """Images (N, H, W, 3) uint8, labels (N,) and the record of an .npz that sample.py wrote.
 
-    Raises UserError where the JSON beside it is missing.
+    Raises UserError where the JSON beside it is missing, or not its own.
     """
     images, labels = images_of_npz(open_npz(path, flag), path, flag)
-    record = read_record(path)
+    record = read_record(path, flag)
     if "settings" not in record:
         raise UserError(f"{flag} {path}: the .json that sample.py writes beside it is missing")
     return to_rgb(images), labels, record

@@ -7,7 +7,9 @@ Packing is done once per data set and resolution, on all cores; stopped, it goes
 The array is then memory-mapped: training needs no image files and no worker processes.
 """
 import hashlib
+import json
 import os
+import secrets
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from itertools import repeat
@@ -16,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from disk import read_json, write_atomic, write_json, writing
+from disk import lock, read_json, write_atomic, write_json, writing
 from runtime import UserError, progress
 
 
@@ -24,26 +26,36 @@ from runtime import UserError, progress
 # Image files
 
 def read_image(path, resolution: int) -> np.ndarray:
-    """One image file as (resolution, resolution, 3) uint8.
+    """One image file as (resolution, resolution, 3) uint8: short side resized, centre-cropped.
 
-    Upright by its EXIF, short side resized, centre-cropped. Grey, palette, CMYK and 16-bit images
-    become RGB; transparent ones are put on white. Raises UserError with the path of a file that
-    cannot be read.
+    The rest as open_image.
+    """
+    image = open_image(path, at_least=resolution)
+    return resize_and_crop(image, resolution)
+
+
+def open_image(path, flag="--data-dir", at_least=None):
+    """One image file as an upright RGB image of PIL's.
+
+    Turned by its EXIF. Grey, palette, CMYK and 16-bit images become RGB; transparent ones are put
+    on white. at_least: pixels of the short side that are needed; a JPEG is decoded at no more than
+    twice that. Raises UserError with the path of a file that cannot be read.
     """
     try:
+        if not os.path.isfile(path):
+            raise ValueError("it is not a regular file")
         with warnings.catch_warnings():
             # Large photographs are fine
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(path)
-            # JPEG: decode no more than is needed
-            image.draft(None, (2 * resolution, 2 * resolution))
+            if at_least:
+                image.draft(None, (2 * at_least, 2 * at_least))
             image = ImageOps.exif_transpose(image)
             image.load()
-        return resize_and_crop(to_rgb_image(image), resolution)
+        return to_rgb_image(image)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
         # SyntaxError: a broken PNG
-        raise UserError(f"--data-dir: {path} cannot be read as an image ({e}); fix or remove "
-                        "it") from e
+        raise UserError(f"{flag}: {path} cannot be read as an image ({e}); fix or remove it") from e
 
 
 def to_rgb_image(image):
@@ -68,79 +80,150 @@ def resize_and_crop(image, resolution: int) -> np.ndarray:
     return np.asarray(image.crop((left, top, left + resolution, top + resolution)))
 
 
-def fingerprint(paths, data_dir) -> str:
-    """A hash of the names and sizes of image files; where it differs, the set is packed anew."""
+def names_and_sizes(paths, data_dir) -> str:
+    """A hash of the names and sizes of image files; where it differs, the set is another one.
+
+    Raises UserError for one that is not there, such as a link that leads nowhere.
+    """
     digest = hashlib.sha256()
     for path in paths:
         name = os.path.relpath(path, data_dir)
-        digest.update(f"{name} {os.path.getsize(path)}\n".encode())
+        try:
+            digest.update(os.fsencode(f"{name} {os.path.getsize(path)}\n"))
+        except OSError as e:
+            raise UserError(f"--data-dir: {path} cannot be read ({e.strerror}); fix or remove "
+                            "it") from e
     return digest.hexdigest()
 
 
 # --------------------------------------------------------------------------------------------------
 # Packs
 
-def write_pack(base: Path, images, labels, class_names, provenance, resolution=None):
-    """Write base.npy (the images) and base.json (labels, class names, provenance).
+def check_contents(images, labels, class_names, name):
+    """Raise UserError where what a reader gives is not what readers.py says. name: of the set."""
+    what = f"--dataset {name}: its reader gives"
+    labels = np.asarray(labels)
+    C = len(class_names)
+    if len(labels) != len(images) or labels.ndim != 1 or not len(images):
+        raise UserError(f"{what} {len(images)} images and labels of shape {list(labels.shape)}; "
+                        "there must be one label per image")
+    if not np.issubdtype(labels.dtype, np.integer):
+        raise UserError(f"{what} labels of type {labels.dtype}; they must be whole numbers")
+    if labels.min() < 0 or labels.max() >= C:
+        raise UserError(f"{what} labels from {labels.min()} to {labels.max()} and {C} class names; "
+                        f"labels must be 0 to {C - 1}")
+    if not isinstance(images, np.ndarray):
+        return
+    if images.ndim != 4 or images.shape[3] not in (1, 3):
+        raise UserError(f"{what} images of shape {list(images.shape)}; it must be N x H x W x 3, "
+                        "or x 1")
+    low, high = images.min(), images.max()
+    if not np.issubdtype(images.dtype, np.integer) or low < 0 or high > 255:
+        raise UserError(f"{what} images of type {images.dtype} from {low:g} to {high:g}; they must "
+                        "be uint8, from 0 to 255")
+
+
+def content_hash(images, labels, class_names, block=4096) -> str:
+    """The SHA-256 of what a set consists of: pixels, labels and class names."""
+    digest = hashlib.sha256(json.dumps([list(images.shape), list(class_names)]).encode())
+    for start in range(0, len(images), block):
+        digest.update(np.ascontiguousarray(images[start:start + block]))
+    digest.update(np.asarray(labels, np.int64))
+    return digest.hexdigest()
+
+
+def write_pack(base: Path, images, labels, class_names, provenance, resolution=None, stamp=None):
+    """Write base.npy (the images) and base.json (labels, class names, provenance, hash).
 
     The JSON comes last: without it the pack does not count. images: an array, or paths of image
     files, which are read on all cores, each straight into its place; stopped and started again, it
-    goes on with the block of images that it was at.
+    goes on with the block of images that it was at. stamp: what a pack that is current says of its
+    sources (see read_pack).
     """
+    record = base.with_name(base.name + ".json")
+    record.unlink(missing_ok=True)
     path = base.with_name(base.name + ".npy")
+    source = {"provenance": provenance, "stamp": stamp}
     if resolution:
         shape = [len(images), resolution, resolution, 3]
-        pack_files(path, images, shape, provenance)
+        pack_files(path, images, shape, source)
+        images = np.load(path, mmap_mode="r")
     else:
         shape = list(images.shape)
+        images = np.ascontiguousarray(images, dtype=np.uint8)
 
         def write_images(temporary):
             with open(temporary, "wb") as f:
-                np.save(f, np.ascontiguousarray(images, dtype=np.uint8))
+                np.save(f, images)
         write_atomic(path, write_images, "--data-dir")
     counts = np.bincount(labels, minlength=len(class_names)).tolist()
-    write_json(base.with_name(base.name + ".json"), {
-        "shape": shape, "class_names": list(class_names), "class_counts": counts,
-        "provenance": provenance, "labels": np.asarray(labels).tolist()}, "--data-dir")
+    write_json(record, {
+        "shape": shape, "class_names": list(class_names), "class_counts": counts, **source,
+        "sha256": content_hash(images, labels, class_names),
+        "labels": np.asarray(labels).tolist()}, "--data-dir")
 
 
-def pack_files(path: Path, files, shape, provenance, block=4096):
+def pack_files(path: Path, files, shape, source, block=4096):
     """Read and resize image files into the .npy `path`, block by block.
 
-    They go to path.partial first; path.mark says how many of its images are there.
+    They go to a file of another name first. path.mark says which one, and how many of its images
+    are there: only the file that a mark names is gone on with.
     """
-    partial = path.with_name(path.name + ".partial")
     mark = path.with_name(path.name + ".mark")
     with writing(path, "--pack-dir"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        first = packed_so_far(partial, mark, shape, provenance)
-        if first is None:
-            np.lib.format.open_memmap(partial, "w+", np.uint8, tuple(shape))
-            first = 0
+        partial, first = packed_so_far(path, mark, shape, source)
+        if partial is None:
+            partial, first = new_partial(path, shape), 0
         try:
             with progress(total=shape[0], initial=first, desc="packing", unit="img") as bar:
                 for start in range(first, shape[0], block):
                     rows = range(start, min(start + block, shape[0]))
                     pack_block(partial, files, rows, shape[1], bar)
-                    done = {"shape": shape, "provenance": provenance, "done": rows.stop}
-                    write_json(mark, done, "--pack-dir")
+                    first = rows.stop
+                    write_json(mark, {"partial": partial.name, "shape": shape, "source": source,
+                                      "done": first}, "--pack-dir")
         finally:
             if not mark.exists():                           # nothing yet that is worth keeping
                 partial.unlink(missing_ok=True)
+        if first != shape[0]:
+            raise UserError(f"--pack-dir: {path} has {first} of {shape[0]} images; start again")
         os.replace(partial, path)
         mark.unlink(missing_ok=True)
 
 
-def packed_so_far(partial, mark, shape, provenance):
-    """How many images an earlier, stopped packing of the same set has packed; None for none."""
+def packed_so_far(path, mark, shape, source):
+    """(the file, how many of its images are there) of an earlier, stopped packing of the same set.
+
+    (None, 0) where there is none; what is left of others is removed.
+    """
     done = read_json(mark) or {}
     try:
-        same = done["shape"] == shape and done["provenance"] == provenance
+        partial = path.with_name(done["partial"])
+        same = done["shape"] == shape and done["source"] == source
         if same and list(np.load(partial, mmap_mode="r").shape) == shape:
-            return done["done"]
-    except (OSError, ValueError, KeyError):
+            return partial, done["done"]
+    except (OSError, ValueError, KeyError, TypeError):
         pass
-    return None
+    mark.unlink(missing_ok=True)
+    for left in path.parent.glob(f"{path.name}.*.partial"):
+        left.unlink(missing_ok=True)
+    return None, 0
+
+
+def new_partial(path, shape):
+    """An empty array in a file of a new name beside `path`, with its space on the disk reserved."""
+    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
+    try:
+        np.lib.format.open_memmap(partial, "w+", np.uint8, tuple(shape))
+        if hasattr(os, "posix_fallocate"):
+            # A full disk is an error here; while writing to the mapped file it would be a signal
+            with open(partial, "r+b") as f:
+                os.posix_fallocate(f.fileno(), 0, os.path.getsize(partial))
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+    return partial
 
 
 def pack_block(partial, files, rows, resolution, bar):
@@ -155,15 +238,35 @@ def pack_block(partial, files, rows, resolution, bar):
     packed.flush()
 
 
-def read_pack(base: Path, provenance):
+def read_pack(base: Path, provenance, stamp=None):
     """(images as a memory map, the JSON) of a pack.
 
-    None where it is missing, not whole or of another provenance.
+    None where it is missing, not whole, of another provenance or stamp, or of an older version
+    that did not write down the hash of its content.
     """
     meta = read_json(base.with_name(base.name + ".json"))
     try:
         images = np.load(base.with_name(base.name + ".npy"), mmap_mode="r")
-        whole = list(images.shape) == meta["shape"] and meta["provenance"] == provenance
-        return (images, meta) if whole else None
-    except (OSError, ValueError, KeyError, TypeError):
+        whole = list(images.shape) == meta["shape"] and meta["sha256"]
+        current = meta["provenance"] == provenance and meta["stamp"] == stamp
+        return (images, meta) if whole and current else None
+    except (OSError, ValueError, KeyError, TypeError, EOFError):
         return None
+
+
+def pack_once(base: Path, read, provenance, stamp, resolution, name):
+    """The pack of a set, as read_pack; packed now unless it is there: one process at a time.
+
+    read() -> (images, labels, class names).
+    """
+    packed = read_pack(base, provenance, stamp)
+    if packed:
+        return packed
+    contents = read()
+    check_contents(*contents, name)
+    with writing(base, "--pack-dir"), lock(base.with_name(f".{base.name}.lock")):
+        packed = read_pack(base, provenance, stamp)         # another process may have packed it
+        if packed is None:
+            write_pack(base, *contents, provenance, resolution, stamp)
+            packed = read_pack(base, provenance, stamp)
+    return packed

@@ -13,8 +13,13 @@ from pathlib import Path
 
 import numpy as np
 
+from disk import sha256
 from runtime import UserError
 
+CIFAR_SHA256 = {        # of the published archives
+    "CIFAR-10": "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce",
+    "CIFAR-100": "85cd44d02ba6437773c5bbd22e183051d648de2e7d6b014e1ef29b855ba677a7",
+}
 IMAGE_FILES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
 
 
@@ -45,7 +50,11 @@ def lines_of(path):
 
 
 def check_all_exist(paths, data_dir):
-    """Raise UserError with the number of missing files and the first of them, if there are any."""
+    """Raise UserError where a listed file is missing, or lies outside data_dir."""
+    inside = os.path.join(os.path.abspath(data_dir), "")
+    outside = [p for p in paths if not os.path.abspath(p).startswith(inside)]
+    if outside:
+        raise UserError(f"--data-dir {data_dir}: a listed image lies outside it: {outside[0]}")
     missing = [p for p in paths if not os.path.exists(p)]
     if missing:
         raise UserError(f"--data-dir {data_dir}: {len(missing):,} of {len(paths):,} listed images "
@@ -85,12 +94,19 @@ def read_cifar100(data_dir, split):
 
 
 def read_cifar(data_dir, split, name, kind):
-    """CIFAR of a torchvision class; it checks the MD5 of what it downloads or finds in data_dir."""
+    """CIFAR of a torchvision class, which checks the MD5 of what it downloads or finds in data_dir.
+
+    Where the archive is in data_dir, its SHA-256 is checked as well.
+    """
+    archive = Path(data_dir) / kind.filename
     try:
         source = kind(data_dir, train=split == "train", download=True)
     except (OSError, RuntimeError) as e:
         raise UserError(f"--data-dir {data_dir}: {name} is not there and cannot be downloaded "
                         f"({e}); put {kind.filename} from {kind.url} into {data_dir}") from e
+    if archive.exists() and sha256(archive) != CIFAR_SHA256[name]:
+        raise UserError(f"--data-dir {data_dir}: {kind.filename} is not the published archive (its "
+                        f"SHA-256 is another one); get it from {kind.url}")
     return source.data, np.array(source.targets), source.classes
 
 
@@ -98,21 +114,65 @@ def read_cifar(data_dir, split, name, kind):
 # Folders of classes
 
 def files_under(folder):
-    """The paths of all image files in a folder, however deep, in alphabetical order."""
-    paths = []
-    for top, _, files in sorted(os.walk(folder, followlinks=True)):
-        paths += [os.path.join(top, f) for f in sorted(files) if is_image(f)]
-    return paths
+    """The paths of all image files in a folder, however deep, in alphabetical order.
+
+    Links to folders are followed, each folder is read once; hidden folders are left out.
+    """
+    found, seen = {}, set()
+    for top, folders, files in os.walk(folder, followlinks=True):
+        where = os.path.realpath(top)
+        if where in seen:               # a link to a folder above, or the second one to it
+            folders.clear()
+            continue
+        seen.add(where)
+        folders[:] = sorted(f for f in folders if not f.startswith("."))
+        found[top] = [os.path.join(top, f) for f in sorted(files) if is_image(f)]
+    return [path for top in sorted(found) for path in found[top]]
+
+
+def in_order(names):
+    """Names in alphabetical order; where all are whole numbers, by number."""
+    if all(name.isdecimal() and name.isascii() for name in names):
+        return sorted(names, key=lambda name: (int(name), name))
+    return sorted(names)
 
 
 def files_by_class(root):
-    """{sub-folder: its image files}, in alphabetical order.
+    """{sub-folder: its image files}, in the order of `in_order`.
 
-    Hidden sub-folders and those without images are left out.
+    Hidden sub-folders and those without images are left out. Raises UserError for names that are
+    not text.
     """
-    folders = sorted(f for f in root.iterdir() if f.is_dir() and not f.name.startswith("."))
-    classes = {folder.name: files_under(folder) for folder in folders}
-    return {name: files for name, files in classes.items() if files}
+    folders = {f.name: f for f in root.iterdir() if f.is_dir() and not f.name.startswith(".")}
+    classes = {}
+    for name in in_order(folders):
+        files = files_under(folders[name])
+        if files and not name.isprintable():
+            raise UserError(f"--data-dir {root}: the folder {name!r} has a name that cannot be "
+                            "printed; rename it")
+        if files:
+            classes[name] = files
+    return classes
+
+
+def image_folder(root, flag):
+    """Images that are measured: (paths, labels (N,) or None, class names or None).
+
+    One sub-folder per class, in the order of `in_order`, or images directly in `root`. Raises
+    UserError where there are none, or both.
+    """
+    classes = files_by_class(root)
+    flat = [os.path.join(root, f) for f in sorted(os.listdir(root)) if is_image(f)]
+    if classes and flat:
+        raise UserError(f"{flag} {root}: images, such as {os.path.basename(flat[0])}, beside "
+                        f"sub-folders of images, such as {next(iter(classes))}; name one of them")
+    if not classes and not flat:
+        raise UserError(f"{flag} {root}: no images in it, and no sub-folders of images")
+    if flat:
+        return flat, None, None
+    paths = [path for files in classes.values() for path in files]
+    labels = np.repeat(np.arange(len(classes)), [len(files) for files in classes.values()])
+    return paths, labels, list(classes)
 
 
 def train_and_test_folder(root):

@@ -1,16 +1,21 @@
 """data.py, packing.py: Cao et al.'s draw, packs, groups, batches, images in an .npz."""
 import hashlib
+import os
 import pickle
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import call
+from conftest import ROOT, call
 from PIL import Image
 from torchvision import transforms
 
+import data
 import disk
+import readers
 import train
 from data import (Batches, class_groups, images_of_npz, load, load_reference, long_tail,
                   long_tail_counts, open_npz, read_samples, resolve_classes, to_float, to_uint8)
@@ -227,7 +232,8 @@ def test_read_samples(tmp_path):
     path = tmp_path / "samples.npz"
     np.savez(path, arr_0=noise(channels=1), arr_1=np.array([0, 1, 0, 1]))
     record = {"settings": {"seed": 0}, "data": {"class_names": ["a", "b"]}}
-    disk.write_json(tmp_path / "samples.json", {**record, "seconds": 1.5})
+    content = {**record, "seconds": 1.5, "npz_sha256": disk.sha256(path)}
+    disk.write_json(tmp_path / "samples.json", content)
     got, labels, read = read_samples(path)
     assert np.array_equal(got, noise(channels=1).repeat(3, 3))
     assert labels.tolist() == [0, 1, 0, 1] and read == record
@@ -243,13 +249,197 @@ def test_read_samples_refuses(tmp_path):
     np.savez(path, arr_0=noise())
     with pytest.raises(UserError, match="^--samples .*the .json that sample.py writes"):
         read_samples(path)
-    for not_ours in ([1, 2], {"data": {}}, {"settings": "none", "data": {}}):
+    ours = {"npz_sha256": disk.sha256(path)}
+    for not_ours in ({"data": {}, **ours}, {"settings": "none", "data": {}, **ours}):
         disk.write_json(tmp_path / "samples.json", not_ours)
         with pytest.raises(UserError, match="^--samples .*the .json that sample.py writes"):
             read_samples(path)
-    (tmp_path / "samples.json").write_text("{")
-    with pytest.raises(UserError, match="^--samples .*the .json that sample.py writes"):
-        read_samples(path)
+
+
+@pytest.mark.parametrize("content", [
+    "{", "[1, 2]", '{"settings": {}, "data": {}}',
+    '{"settings": {}, "data": {}, "npz_sha256": "0123"}'])
+def test_a_json_that_belongs_to_other_samples(tmp_path, content):
+    """The .npz was replaced or cut, or the JSON is an older version's: nothing is taken of it."""
+    path = tmp_path / "samples.npz"
+    np.savez(path, arr_0=noise())
+    (tmp_path / "samples.json").write_text(content)
+    with pytest.raises(UserError, match="^--pair .*does not belong to it.*run sample.py again"):
+        read_samples(path, "--pair")
+
+
+# --------------------------------------------------------------------------------------------------
+# Packs are current and whole
+
+def load_folder(root, pack_dir):
+    """The set of a folder, at 8 pixels."""
+    return load("folder", root, resolution=8, pack_dir=pack_dir)
+
+
+def test_a_file_of_the_same_name_and_size_is_packed_anew(tmp_path):
+    root = make_folder(tmp_path / "set", [2, 2])
+    path = root / "class0/new.bmp"
+    hashes = []
+    for grey in (0, 255):
+        Image.new("RGB", (9, 9), (grey,) * 3).save(path)
+        images = load_folder(root, tmp_path / "packs")
+        assert (images.images[images.labels == 0] == grey).all((1, 2, 3)).any()
+        hashes.append(images.record()["sha256"])
+    assert hashes[0] != hashes[1]
+    os.utime(path)                      # touched: packed anew, and the content is what it was
+    assert load_folder(root, tmp_path / "packs").record()["sha256"] == hashes[1]
+
+
+RACE = """
+import sys, packing
+from data import load
+read, started = packing.read_image, []
+def slow(path, resolution):
+    import time
+    time.sleep(0.02)
+    return read(path, resolution)
+packing.read_image = slow
+images = load("folder", sys.argv[1], resolution=8, pack_dir=sys.argv[2])
+print(images.sha256)
+"""
+
+
+def test_two_processes_pack_one_set(tmp_path):
+    """Both get the whole set; one of them packs it."""
+    root = make_folder(tmp_path / "set", [30, 20])
+    command = [sys.executable, "-c", RACE, root, tmp_path / "packs"]
+    both = [subprocess.Popen([str(w) for w in command], cwd=ROOT, stdout=subprocess.PIPE,
+                             stderr=subprocess.DEVNULL, text=True) for _ in range(2)]
+    hashes = {p.communicate(timeout=120)[0].strip() for p in both}
+    assert hashes == {load_folder(root, tmp_path / "alone").sha256}
+    assert not list((tmp_path / "packs").glob("*.partial"))
+
+
+def test_a_mark_without_its_partial(tmp_path):
+    """What a mark says counts only for the file that it names."""
+    root = make_folder(tmp_path / "set", [5, 4])
+    whole = load_folder(root, tmp_path / "packs")
+    (npy,) = (tmp_path / "packs").glob("*.npy")
+    meta = disk.read_json(npy.with_suffix(".json"))
+    source = {key: meta[key] for key in ("provenance", "stamp")}
+    mark = {"partial": f"{npy.name}.gone.partial", "shape": meta["shape"], "source": source,
+            "done": 7}
+    disk.write_json(npy.with_name(npy.name + ".mark"), mark)
+    np.save(open(npy.with_name(npy.name + ".other.partial"), "wb"), np.zeros_like(whole.images))
+    npy.unlink()
+    again = load_folder(root, tmp_path / "packs")
+    assert np.array_equal(again.images, whole.images)
+    assert not list((tmp_path / "packs").glob("*.partial"))
+
+
+def test_a_full_disk_is_an_error_before_the_work(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(UserError, match="--pack-dir.*No space left"):
+        load_folder(make_folder(tmp_path / "set", [2, 2]), tmp_path / "packs")
+    assert not [p for p in (tmp_path / "packs").iterdir() if p.suffix != ".lock"]
+
+
+def test_one_pack_dir_for_two_data_dirs(tmp_path):
+    """Each has its own pack, for sets that are not folders too."""
+    paths = [data.pack_path("cub200", tmp_path / name, "train", 64, tmp_path / "packs")
+             for name in ("a/cub", "b/cub")]
+    assert paths[0] != paths[1] and paths[0].parent == paths[1].parent
+
+
+# --------------------------------------------------------------------------------------------------
+# Readers of one's own
+
+def use_reader(monkeypatch, read):
+    """Make `read` the reader of the set "own"."""
+    monkeypatch.setitem(readers.READERS, "own", readers.Source(read, resolution=8, flip=False))
+
+
+@pytest.mark.parametrize("images, labels, says", [
+    (np.zeros((4, 8, 8, 3)), [0, 1, 0, 1], "float64 from 0 to 0.*uint8"),
+    (np.full((4, 8, 8, 3), 300), [0, 1, 0, 1], "from 300 to 300"),
+    (np.full((4, 8, 8, 3), -1), [0, 1, 0, 1], "from -1 to -1"),
+    (np.zeros((4, 8, 8), np.uint8), [0, 1, 0, 1], "N x H x W x 3"),
+    (np.zeros((4, 8, 8, 3), np.uint8), [1, 2, 1, 2], "labels from 1 to 2 and 2 class names"),
+    (np.zeros((4, 8, 8, 3), np.uint8), [0.5, 1, 0, 1], "float64; they must be whole numbers"),
+    (np.zeros((4, 8, 8, 3), np.uint8), [0, 1, 0], "one label per image"),
+    (np.zeros((0, 8, 8, 3), np.uint8), [], "0 images"),
+])
+def test_what_a_reader_gives_is_checked(monkeypatch, tmp_path, images, labels, says):
+    use_reader(monkeypatch, lambda data_dir, split: (images, np.array(labels), ["a", "b"]))
+    with pytest.raises(UserError, match="--dataset own: .*" + says):
+        load("own", tmp_path)
+    assert not list(tmp_path.rglob("*.npy"))
+
+
+def test_a_reader_that_has_changed_is_read_again(monkeypatch, tmp_path):
+    def first(data_dir, split):
+        return np.zeros((2, 8, 8, 3), np.uint8), np.array([0, 1]), ["a", "b"]
+
+    def second(data_dir, split):
+        return np.ones((2, 8, 8, 3), np.uint8), np.array([0, 1]), ["a", "b"]
+    for value, read in enumerate((first, second)):
+        use_reader(monkeypatch, read)
+        assert (load("own", tmp_path).images == value).all()
+
+
+# --------------------------------------------------------------------------------------------------
+# Folders as they are found
+
+def test_links_that_lead_back(tmp_path):
+    root = make_folder(tmp_path / "set", [3, 2])
+    (root / "class0/up").symlink_to(root / "class0")
+    (root / "class1/all").symlink_to(root)
+    assert load_folder(root, tmp_path / "packs").counts.tolist() == [3, 5]
+
+
+def test_hidden_folders_at_any_depth(tmp_path):
+    root = make_folder(tmp_path / "set", [3, 2])
+    for where in (root / ".ipynb_checkpoints", root / "class0/.ipynb_checkpoints"):
+        where.mkdir()
+        gradient(9, 9).save(where / "x.png")
+    images = load_folder(root, tmp_path / "packs")
+    assert images.counts.tolist() == [3, 2] and images.class_names == ["class0", "class1"]
+
+
+@pytest.mark.parametrize("make", [
+    lambda path: path.symlink_to("nowhere"), lambda path: path.symlink_to(path.name), os.mkfifo],
+    ids=["dangling", "itself", "fifo"])
+def test_what_is_no_file_is_refused(tmp_path, make):
+    root = make_folder(tmp_path / "set", [3, 2])
+    make(root / "class1/x.png")
+    with pytest.raises(UserError, match="--data-dir.*x.png"):
+        load_folder(root, tmp_path / "packs")
+
+
+def test_names_that_are_not_utf8(tmp_path):
+    root = make_folder(tmp_path / "set", [3, 2])
+    gradient(9, 9).save(tmp_path / "x.png")
+    (tmp_path / "x.png").rename(os.fsdecode(os.fsencode(root) + b"/class0/\xff.png"))
+    assert load_folder(root, tmp_path / "packs").counts.tolist() == [4, 2]
+    (root / "class1").rename(os.fsdecode(os.fsencode(root) + b"/\xff"))
+    with pytest.raises(UserError, match="--data-dir.*rename it"):
+        load_folder(root, tmp_path / "packs")
+
+
+def test_classes_named_by_numbers(tmp_path):
+    """They are in the order of the numbers; where name and number differ, one must say which."""
+    for c in range(1, 13):
+        (tmp_path / f"set/{c}").mkdir(parents=True)
+        gradient(9, 9).save(tmp_path / f"set/{c}/x.png")
+    names = load_folder(tmp_path / "set", tmp_path / "packs").class_names
+    assert names == [str(c) for c in range(1, 13)]
+    with pytest.raises(UserError, match="--classes 2: 2 is the name of class number 1"):
+        resolve_classes("2", names)
+    assert resolve_classes("1-1,2-3", names) == [1, 2, 3]
+    assert resolve_classes("2", [str(c) for c in range(10)]) == [2]
+
+
+@pytest.mark.parametrize("text", ["0-99999999999", "99999999999", "\u00b2", "1-", "-1", "", "1--2"])
+def test_classes_that_are_none(text):
+    with pytest.raises(UserError, match="--classes"):
+        resolve_classes(text, ["a", "b", "c"])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -396,4 +586,4 @@ def test_training_on_a_folder(tmp_path, capsys):
     with pytest.raises(UserError, match="--data-dir .*not the images"):
         call(train.main, *flags, "--steps", 3)
     args = train.make_parser().parse_args([str(f) for f in data])
-    assert train.resolve(args).out.startswith("out/birds-ir1-oc-cm-seed0")
+    assert train.resolve(args).out.endswith("-ir1-oc-cm-seed0")

@@ -318,3 +318,47 @@ def test_thousands_of_classes_take_no_loop_per_step_and_one_line():
     summary = data.ImageSet("x", np.zeros((1, 8, 8, 3)), labels, names).summary()
     assert "\n" not in summary
     assert len(summary) < 200
+
+
+# --------------------------------------------------------------------------------------------------
+# Lists that are not as released
+
+BROKEN = {      # set: the list that is broken
+    "celebahq": "CelebAMask-HQ-attribute-anno.txt", "imagenet-lt": "ImageNet_LT_train.txt",
+    "inat2018": "train2018.json", "cub200": "image_class_labels.txt", "flowers102": "setid.mat"}
+
+
+@pytest.mark.parametrize("content", ["", "x\n", "1 2 3\n4\n", "{}", "[1]"])
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_list_is_one_line(name, content, tmp_path):
+    CASES[name][0](tmp_path)
+    (path,) = tmp_path.rglob(BROKEN[name])
+    path.write_text(content)
+    with pytest.raises(UserError, match="--da"):
+        load(name, tmp_path, resolution=8)
+
+
+def test_a_listed_image_outside_the_folder(tmp_path):
+    inat2018(tmp_path / "inat")
+    picture(tmp_path / "secret.jpg", 1)
+    (path,) = tmp_path.rglob("train2018.json")
+    content = json.loads(path.read_text())
+    content["images"][0]["file_name"] = "../../secret.jpg"
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="--data-dir.*lies outside"):
+        load("inat2018", tmp_path / "inat", resolution=8)
+
+
+def test_a_cifar_archive_that_is_not_the_published_one(tmp_path, monkeypatch):
+    """MD5 can be forged: where the archive is there, its SHA-256 counts."""
+    import torchvision
+
+    class Forged:
+        filename, url = "cifar-10-python.tar.gz", "https://"
+        data, targets, classes = np.zeros((2, 32, 32, 3), np.uint8), [0, 1], ["a", "b"]
+
+        def __init__(self, *_, **__):
+            (tmp_path / self.filename).write_bytes(b"forged")
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", Forged)
+    with pytest.raises(UserError, match="--data-dir.*not the published archive"):
+        load("cifar10", tmp_path)
