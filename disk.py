@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import pickle
+import shutil
 import sys
 import zipfile
 from contextlib import contextmanager, suppress
@@ -119,7 +120,7 @@ def claim(out, rt, flag="--out"):
             held = lock(out / ".lock", busy)
             held.__enter__()
         for path in out.glob(".*.tmp"):
-            path.unlink(missing_ok=True)
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     rt.on_rank_0(take)
     try:
         yield
@@ -241,9 +242,9 @@ def sha256(path):
 # --------------------------------------------------------------------------------------------------
 # Checkpoints, and runs that go on
 
-def save(path, value):
+def save(path, value, flag="--out"):
     """torch.save a dict of tensors and plain types, marked as ours, atomically."""
-    write_atomic(path, lambda p: torch.save({"format": FORMAT, **value}, p))
+    write_atomic(path, lambda p: torch.save({"format": FORMAT, **value}, p), flag)
 
 
 def load(path, kinds, flag="--ckpt"):

@@ -10,7 +10,9 @@ nothing. samples.npz has the layout of the ADM evaluator: arr_0 N x H x W x 3 ui
 repeated), arr_1 N labels.
 """
 import math
+import os
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +26,7 @@ from cm_layers import merge, reserve
 from data import class_groups, resolve_classes, to_rgb, to_uint8
 from experts import add_group_experts
 from model import UNet, UNetConfig, make_alphas_bar
-from runtime import Parser, UserError, integer, number, run
+from runtime import Parser, UserError, integer, number, refuse_unused, run
 
 
 # --------------------------------------------------------------------------------------------------
@@ -111,6 +113,9 @@ def dpmpp(predict, x, alphas_bar, timesteps, noise):
 
 SAMPLERS = {"ddim": ddim, "ddpm": ddpm, "dpm++": dpmpp, "consistency": consistency.sample}
 STEPS = {"ddim": 50, "ddpm": 1000, "dpm++": 15, "consistency": 2}   # the paper's, but for the last
+UNUSED = (          # flags that mean nothing with --export
+    "classes", "num", "sampler", "steps", "grid", "eta", "guidance", "batch_size", "png",
+    "if_needed", "seed", "out")
 DEFAULTS = {        # per kind of model
     "diffusion": {"sampler": "ddim", "guidance": 1.5},
     "consistency": {"sampler": "consistency", "guidance": 0.0},
@@ -184,6 +189,14 @@ def load_network(ckpt, weights="ema", branch="full", device="cpu"):
     return net.to(device, memory_format=torch.channels_last).requires_grad_(False)
 
 
+def is_export(path):
+    """Whether a file is what `export` writes: --export may replace it."""
+    try:
+        return "optimizer" not in disk.load(path, DEFAULTS, "--export")
+    except UserError:
+        return False
+
+
 def export(ckpt, net, path):
     """Write a merged network as a checkpoint of its own.
 
@@ -195,7 +208,7 @@ def export(ckpt, net, path):
     state = {name: p.detach().cpu().contiguous() for name, p in net.state_dict().items()}
     kept = {k: ckpt[k] for k in ("kind", "step", "command", "config", "data", "network")}
     plain = {"rank_ratio": None, "experts": None, "model": state, "ema": state}
-    disk.save(path, {**kept, **plain})
+    disk.save(path, {**kept, **plain}, "--export")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -249,6 +262,9 @@ def generate(net, labels, indices, shape, rt, batch_size, title="sampling", gath
                 continue                # more processes than images
             y = torch.tensor([labels[r] for r in rows], device=rt.device, dtype=torch.int64)
             x = sample_batch(net, y, [indices[r] for r in rows], shape, rt, **settings)
+            if not x.isfinite().all():
+                raise UserError("--ckpt: its network generates images with numbers that are not "
+                                "finite; it was not trained, or the run has diverged")
             image = x if to_image is None else to_image(x)
             parts.append(to_uint8(image).cpu().numpy())
             bar.update(len(rows))
@@ -294,41 +310,87 @@ def grid_image(images, labels, class_names, classes=None, columns=10, tile=56, g
     return picture
 
 
+PNG_NAMES = f"{'[0-9]' * 4}-*/{'[0-9]' * 6}.png"       # as write_pngs names them
+
+
+def folder_name(text):
+    """A class name as a part of a folder's name: no separators, at most 100 bytes."""
+    safe = "".join("_" if c in "/\\" or not c.isprintable() else c for c in text)
+    return safe.encode()[:100].decode(errors="ignore")
+
+
 def write_pngs(images, labels, class_names, folder):
-    """One PNG per image, FOLDER/<class number>-<class name>/<image number>.png."""
+    """One PNG per image, FOLDER/<class number>-<class name>/<image number>.png.
+
+    They are written to a folder of another name first: `folder` has the images of one call.
+    """
+    folder = Path(folder)
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     for i, (image, c) in enumerate(zip(images, labels)):
-        path = Path(folder) / f"{c:04d}-{class_names[c]}" / f"{i:06d}.png"
+        path = temporary / f"{c:04d}-{folder_name(class_names[c])}" / f"{i:06d}.png"
         disk.write_png(path, Image.fromarray(image.squeeze()))
+    remove_pngs(folder)
+    with disk.writing(folder):
+        os.replace(temporary, folder)
 
 
 def remove_pngs(folder):
     """Remove the files that write_pngs left in a folder, and no others."""
-    digit = "[0-9]"
-    for path in Path(folder).glob(f"{digit * 4}-*/{digit * 6}.png"):
+    folder = Path(folder)
+    for path in folder.glob(PNG_NAMES):
         path.unlink()
+    for path in [*folder.glob("[0-9][0-9][0-9][0-9]-*"), folder]:
+        with suppress(OSError):
+            path.rmdir()                # only where nothing is left in it
+
+
+def refuse_other_pngs(folder):
+    """Raise UserError where the folder of --png holds files that write_pngs did not write."""
+    ours = set(Path(folder).glob(PNG_NAMES))
+    others = [p for p in Path(folder).rglob("*") if not p.is_dir() and p not in ours]
+    if others:
+        raise UserError(f"--png: {folder} holds other files, such as {others[0].name}; choose "
+                        "another folder with --out, or remove it")
+
+
+def png_fingerprint(folder):
+    """The identity of the files that write_pngs left in a folder."""
+    return disk.fingerprint(sorted(Path(folder).glob(PNG_NAMES)), folder)
 
 
 def write_samples(out, images, labels, names, record, data, seconds, png=False):
     """What sample.py leaves in the folder `out`: samples.npz, samples.json, grid.png, perhaps png/.
 
     images: (N, H, W, C) uint8. labels: a list of N. names: the class names. record, data: what made
-    them, and the record of the training data. Prints what was written.
+    them, and the record of the training data. samples.json goes first and comes last: it names the
+    content of the others. Prints what was written.
     """
+    (out / "samples.json").unlink(missing_ok=True)
     disk.write_npz(out / "samples.npz", arr_0=to_rgb(images), arr_1=np.array(labels))
     classes = list(dict.fromkeys(labels))
     picture = grid_image(images, labels, names, None if len(classes) > 10 else classes)
     disk.write_png(out / "grid.png", picture)
-    if (out / "samples.json").exists():
-        # An earlier call's files go: a metric must not find two calls' images
-        remove_pngs(out / "png")
+    made = {"npz_sha256": disk.sha256(out / "samples.npz")}
     files = ["samples.npz", "grid.png"]
     if png:
         write_pngs(images, labels, names, out / "png")
+        made["png"] = png_fingerprint(out / "png")
         files.append("png/")
-    disk.write_json(out / "samples.json",
-                       {"settings": record, "data": data, "seconds": round(seconds, 2)})
+    else:
+        remove_pngs(out / "png")        # a metric must not find an earlier call's images
+    disk.write_json(out / "samples.json", {"settings": record, "data": data, **made,
+                                           "seconds": round(seconds, 2)})
     dtype = record["dtype"].removeprefix("torch.")
     print(f"wrote {len(labels)} images, generated in {dtype}, to {out}: {', '.join(files)}")
+
+
+def is_up_to_date(out, record, png=False):
+    """Whether a folder holds the samples, and the PNGs, that were made with these settings."""
+    made = disk.read_json(out / "samples.json")
+    if not disk.up_to_date(out / "samples.json", record) or not (out / "samples.npz").exists():
+        return False
+    same = made.get("npz_sha256") == disk.sha256(out / "samples.npz")
+    return same and (not png or made.get("png") == png_fingerprint(out / "png"))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -424,19 +486,17 @@ def add_output_flags(parser):
     parser.add_common("folder of the results (default: samples beside the checkpoint)")
 
 
-def is_up_to_date(out, record):
-    """Whether a folder holds samples that were made with these settings."""
-    made = disk.up_to_date(out / "samples.json", record)
-    return made and (out / "samples.npz").exists()
-
-
 def main():
     """Generate the images that the flags ask for, or export the network."""
-    args = make_parser().parse_args()
+    parser = make_parser()
+    args = parser.parse_args()
+    if args.export:
+        refuse_unused(parser.given, {name: "--export generates no images" for name in UNUSED})
+        disk.refuse_overwriting(args.export, is_export, "--export", "an export of sample.py")
     ckpt = disk.load(args.ckpt, DEFAULTS)
     rt = runtime.setup(args.device, dtype_of(args, ckpt))
-    net = load_network(ckpt, args.weights, args.branch, rt.device)
     if args.export:
+        net = load_network(ckpt, args.weights, args.branch, rt.device)
         if rt.rank == 0:
             export(ckpt, net, args.export)
         return rt.print(f"wrote {args.export}: {args.weights} weights, {args.branch} branch, a "
@@ -448,16 +508,20 @@ def main():
     out = samples_folder(args)
     record = {**describe(args, ckpt, settings), "classes": classes, "num": args.num,
               "dtype": str(rt.dtype)}
-    if args.if_needed and is_up_to_date(out, record):
+    net = load_network(ckpt, args.weights, args.branch, rt.device)
+    if args.if_needed and is_up_to_date(out, record, args.png):
         return rt.print(f"{out}: up to date")
 
-    start = time.time()
+    if args.png:
+        refuse_other_pngs(out / "png")
     labels = [classes[i % len(classes)] for i in range(args.num)]
-    images = generate(net, labels, range(args.num), image_shape(ckpt), rt, args.batch_size,
-                      **settings)
-    if rt.rank == 0:
-        seconds = time.time() - start
-        write_samples(out, images, labels, names, record, ckpt["data"], seconds, args.png)
+    with disk.claim(out, rt):
+        start = time.time()
+        images = generate(net, labels, range(args.num), image_shape(ckpt), rt, args.batch_size,
+                          **settings)
+        if rt.rank == 0:
+            seconds = time.time() - start
+            write_samples(out, images, labels, names, record, ckpt["data"], seconds, args.png)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,14 @@
 """sample.py: the samplers against closed forms, per-image seeds, output files, export."""
 import math
+import os
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from conftest import call
 from PIL import Image
+from test_mistakes import refuses
 from torch.testing import assert_close
 
 import disk
@@ -196,6 +199,108 @@ def test_if_needed(cm_run, tmp_path):
     assert npz.stat().st_mtime_ns == before
     call(sample.main, *common, "--seed", 1, "--if-needed")
     assert npz.stat().st_mtime_ns != before
+
+
+SHORT = ("--num", 6, "--classes", "6-8", "--steps", 2, "--device", "cpu")
+
+
+def is_made_again(ckpt, out, *more):
+    """Whether --if-needed makes the samples in `out` once more."""
+    npz = out / "samples.npz"
+    before = npz.stat().st_mtime_ns if npz.exists() else None
+    call(sample.main, "--ckpt", ckpt, *SHORT, "--out", out, "--if-needed", *more)
+    return npz.stat().st_mtime_ns != before
+
+
+def test_if_needed_looks_at_the_files(cm_run, tmp_path):
+    """A record beside images that were replaced, cut or removed proves nothing."""
+    ckpt = cm_run / "ckpt.pt"
+    call(sample.main, "--ckpt", ckpt, *SHORT, "--out", tmp_path)
+    assert not is_made_again(ckpt, tmp_path)
+    os.truncate(tmp_path / "samples.npz", 300)
+    assert is_made_again(ckpt, tmp_path)
+    np.savez(tmp_path / "samples.npz", arr_0=np.zeros((6, 8, 8, 3), np.uint8), arr_1=np.zeros(6))
+    assert is_made_again(ckpt, tmp_path)
+    record = disk.read_json(tmp_path / "samples.json")
+    del record["npz_sha256"]                    # as an older version wrote it
+    disk.write_json(tmp_path / "samples.json", record)
+    assert is_made_again(ckpt, tmp_path)
+    assert is_made_again(ckpt, tmp_path, "--png") and not is_made_again(ckpt, tmp_path, "--png")
+    next((tmp_path / "png").rglob("*.png")).unlink()
+    assert is_made_again(ckpt, tmp_path, "--png")
+
+
+def test_a_killed_call_leaves_nothing_to_measure(cm_run, tmp_path, monkeypatch):
+    """Killed while it writes PNGs: neither a record nor PNGs of two calls remain."""
+    ckpt = cm_run / "ckpt.pt"
+    call(sample.main, "--ckpt", ckpt, *SHORT, "--png", "--out", tmp_path)
+    first = {p.name for p in (tmp_path / "png").rglob("*.png")}
+    write, written = disk.write_png, []
+
+    def killed(path, picture):
+        if len(written) == 4:
+            raise KeyboardInterrupt
+        written.append(path)
+        write(path, picture)
+    with monkeypatch.context() as m:
+        m.setattr(disk, "write_png", killed)
+        with pytest.raises(KeyboardInterrupt):
+            call(sample.main, "--ckpt", ckpt, *SHORT, "--num", 9, "--png", "--out", tmp_path)
+    assert not (tmp_path / "samples.json").exists()
+    assert {p.name for p in (tmp_path / "png").rglob("*.png")} == first
+    call(sample.main, "--ckpt", ckpt, *SHORT, "--num", 3, "--png", "--out", tmp_path)
+    assert len(list(tmp_path.rglob("*.png"))) == 3 + 1          # and grid.png
+    call(sample.main, "--ckpt", ckpt, *SHORT, "--out", tmp_path)
+    assert not (tmp_path / "png").exists()
+
+
+def test_a_folder_of_png_with_files_of_others(cm_run, tmp_path, capsys):
+    (tmp_path / "png").mkdir()
+    (tmp_path / "png/mine.txt").write_text("mine")
+    flags = ["--ckpt", cm_run / "ckpt.pt", *SHORT, "--out", tmp_path]
+    refuses(capsys, sample.main, *flags, "--png", says=["--png", "mine.txt"])
+    assert not (tmp_path / "samples.npz").exists()
+    call(sample.main, *flags)
+    assert (tmp_path / "png/mine.txt").exists()
+
+
+def test_class_names_do_not_lead_out_of_the_folder(tmp_path):
+    names = ["../../up", "a/b", "..", "nul\0", "x" * 300]
+    out = tmp_path / "deep/er/png"
+    sample.write_pngs(np.zeros((5, 8, 8, 1), np.uint8), range(5), names, out)
+    written = [p for p in tmp_path.rglob("*.png")]
+    assert len(written) == 5 and all(p.parent.parent == out for p in written)
+    assert len({p.parent for p in written}) == 5
+
+
+def test_a_network_that_gives_nan_is_refused(cm_run, tmp_path, capsys):
+    state = disk.load(cm_run / "ckpt.pt", ["diffusion"])
+    ema = {name: torch.full_like(value, math.nan) for name, value in state["ema"].items()}
+    disk.save(tmp_path / "nan.pt", {**state, "ema": ema})
+    refuses(capsys, sample.main, "--ckpt", tmp_path / "nan.pt", *SHORT, "--out", tmp_path / "s",
+            says=["--ckpt", "not finite"])
+    assert not (tmp_path / "s/samples.npz").exists()
+
+
+def test_export_destroys_nothing(cm_run, tmp_path, capsys):
+    """A training checkpoint, or a file of another kind, is not replaced; an export is."""
+    ckpt = cm_run / "ckpt.pt"
+    shutil.copy(ckpt, tmp_path / "other.pt")
+    (tmp_path / "notes.txt").write_text("mine")
+    for name in ("other.pt", "notes.txt"):
+        before = (tmp_path / name).read_bytes()
+        refuses(capsys, sample.main, "--ckpt", ckpt, "--export", tmp_path / name, "--device", "cpu",
+                says=["--export", "not an export"])
+        assert (tmp_path / name).read_bytes() == before
+    for _ in range(2):
+        call(sample.main, "--ckpt", ckpt, "--export", tmp_path / "new.pt", "--device", "cpu")
+
+
+@pytest.mark.parametrize("flags", [["--num", 5], ["--png"], ["--guidance", 0], ["--seed", 0]],
+                         ids=str)
+def test_flags_that_do_nothing_with_export(flags, cm_run, tmp_path, capsys):
+    refuses(capsys, sample.main, "--ckpt", cm_run / "ckpt.pt", "--export", tmp_path / "x.pt",
+            *flags, says=[flags[0] + ":"])
 
 
 def test_remove_pngs_removes_its_own_files_only(tmp_path):
