@@ -15,6 +15,7 @@ import zipfile
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
+from tokenize import TokenError
 
 import numpy as np
 import torch
@@ -395,10 +396,16 @@ def open_npz(path, flag) -> dict:
     """{name: array} of an .npz file. Raises UserError where it cannot be read as one."""
     try:
         with np.load(path) as f:
-            return {k: f[k] for k in f.files}
-    except (OSError, ValueError, KeyError, EOFError, TypeError, AttributeError, zlib.error,
-            zipfile.BadZipFile) as e:       # TypeError, AttributeError: an .npy
-        raise UserError(f"{flag} {path}: cannot be read as an .npz ({e})") from e
+            content = {k: f[k] for k in f.files}
+    except (OSError, ValueError, KeyError, EOFError, TypeError, AttributeError, MemoryError,
+            SyntaxError, TokenError, NotImplementedError, zlib.error, zipfile.BadZipFile) as e:
+        # TypeError, AttributeError: an .npy. NumPy's own words suggest a flag of its own
+        why = "it is of another kind" if "pickle" in str(e) else str(e).split("\n")[0]
+        raise UserError(f"{flag} {path}: cannot be read as an .npz ({why})") from e
+    odd = [name for name, value in content.items() if not isinstance(value, np.ndarray)]
+    if odd:
+        raise UserError(f"{flag} {path}: cannot be read as an .npz ({odd[0]} in it is no array)")
+    return content
 
 
 def images_of_npz(content: dict, path, flag):
@@ -426,13 +433,13 @@ def images_of_npz(content: dict, path, flag):
 def read_record(npz, flag="--samples") -> dict:
     """What sample.py wrote in the JSON beside an .npz: its "settings" and "data"; {} for none.
 
-    Raises UserError where the JSON is not that of this .npz.
+    Raises UserError where sample.py wrote the JSON for another .npz.
     """
     path = Path(npz).with_suffix(".json")
-    if not path.exists():
-        return {}
     record = read_json(path)
-    if not isinstance(record, dict) or record.get("npz_sha256") != sha256(npz):
+    if not isinstance(record, dict) or not isinstance(record.get("settings"), dict):
+        return {}                       # none, or not of sample.py
+    if record.get("npz_sha256") != sha256(npz):
         raise UserError(f"{flag} {npz}: {path.name} beside it does not belong to it; run sample.py "
                         f"again, or remove {path.name}")
     return {k: record[k] for k in ("settings", "data") if isinstance(record.get(k), dict)}

@@ -155,12 +155,12 @@ def write_pack(base: Path, images, labels, class_names, provenance, resolution=N
         def write_images(temporary):
             with open(temporary, "wb") as f:
                 np.save(f, images)
-        write_atomic(path, write_images, "--data-dir")
+        write_atomic(path, write_images, "--pack-dir")
     counts = np.bincount(labels, minlength=len(class_names)).tolist()
     write_json(record, {
         "shape": shape, "class_names": list(class_names), "class_counts": counts, **source,
         "sha256": content_hash(images, labels, class_names),
-        "labels": np.asarray(labels).tolist()}, "--data-dir")
+        "labels": np.asarray(labels).tolist()}, "--pack-dir")
 
 
 def pack_files(path: Path, files, shape, source, block=4096):

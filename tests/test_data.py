@@ -4,6 +4,7 @@ import os
 import pickle
 import subprocess
 import sys
+import zipfile
 
 import numpy as np
 import pytest
@@ -204,6 +205,40 @@ def test_open_npz_refuses(tmp_path, kind):
     assert str(e.value).startswith(f"--extra {path}: cannot be read as an .npz (")
 
 
+def damaged_npz(path, kind):
+    """Files that NumPy fails on in ways of its own."""
+    if kind == "npy":
+        np.save(open(path, "wb"), noise())
+    elif kind == "deflate":
+        np.savez_compressed(path, arr_0=np.tile(noise(), (40, 1, 1, 1)))
+        content = bytearray(path.read_bytes())
+        middle = len(content) // 2
+        content[middle:middle + 40] = bytes(40)
+        path.write_bytes(content)
+    elif kind == "member":
+        with zipfile.ZipFile(path, "w") as f:
+            f.writestr("arr_0", b"not an array")
+    elif kind == "header":
+        with zipfile.ZipFile(path, "w") as f:
+            f.writestr("arr_0.npy", b"\x93NUMPY\x01\x00v\x00{'descr': '|u1', " + b" " * 200)
+    elif kind == "huge":
+        header = b"{'descr': '|u1', 'fortran_order': False, 'shape': (1000000000000000,), }\n"
+        with zipfile.ZipFile(path, "w") as f:
+            f.writestr("arr_0.npy", b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little")
+                       + header)
+    elif kind == "png":
+        gradient(9, 9).save(path, format="png")
+
+
+@pytest.mark.parametrize("kind", ["npy", "deflate", "member", "header", "huge", "png"])
+def test_open_npz_refuses_damaged_files(tmp_path, kind):
+    path = tmp_path / "samples.npz"
+    damaged_npz(path, kind)
+    with pytest.raises(UserError, match="^--samples .*cannot be read as an .npz") as e:
+        open_npz(path, "--samples")
+    assert "allow_pickle" not in str(e.value) and "\n" not in str(e.value)
+
+
 def test_images_of_npz():
     def read(**content):
         return images_of_npz(content, "a.npz", "--samples")
@@ -249,16 +284,14 @@ def test_read_samples_refuses(tmp_path):
     np.savez(path, arr_0=noise())
     with pytest.raises(UserError, match="^--samples .*the .json that sample.py writes"):
         read_samples(path)
-    ours = {"npz_sha256": disk.sha256(path)}
-    for not_ours in ({"data": {}, **ours}, {"settings": "none", "data": {}, **ours}):
+    for not_ours in ([1, 2], {"data": {}}, {"settings": "none", "data": {}}):
         disk.write_json(tmp_path / "samples.json", not_ours)
         with pytest.raises(UserError, match="^--samples .*the .json that sample.py writes"):
             read_samples(path)
 
 
 @pytest.mark.parametrize("content", [
-    "{", "[1, 2]", '{"settings": {}, "data": {}}',
-    '{"settings": {}, "data": {}, "npz_sha256": "0123"}'])
+    '{"settings": {}, "data": {}}', '{"settings": {}, "data": {}, "npz_sha256": "0123"}'])
 def test_a_json_that_belongs_to_other_samples(tmp_path, content):
     """The .npz was replaced or cut, or the JSON is an older version's: nothing is taken of it."""
     path = tmp_path / "samples.npz"

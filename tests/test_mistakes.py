@@ -156,7 +156,7 @@ def test_data_folder(capsys, tmp_path):
         path.write_bytes(content)
         check(f"dog/{name}", "fix or remove")
         path.unlink()
-    assert not list(tmp_path.glob("packed/*")) and not (tmp_path / "run").exists()
+    assert not list(tmp_path.glob("packed/[!.]*")) and not (tmp_path / "run").exists()
 
 
 def test_no_network_and_no_data(capsys, tmp_path, monkeypatch):
@@ -343,9 +343,9 @@ def test_what_users_have_is_kept(tmp_path, cm_run, data_dir, classifier, capsys)
     for name in ("holiday/1.png", "me.png"):
         Image.new("RGB", (9, 9)).save(tmp_path / "png" / name)
     for num in (12, 3):
-        call(sample.main, "--ckpt", cm_run / "ckpt.pt", "--num", num, "--steps", 2, "--png",
+        call(sample.main, "--ckpt", cm_run / "ckpt.pt", "--num", num, "--steps", 2,
              "--out", tmp_path, "--device", "cpu")
-    assert len(list((tmp_path / "png").rglob("*.png"))) == 3 + 2
+    assert len(list((tmp_path / "png").rglob("*.png"))) == 2
     for k in (1, 2, 2):
         call(evaluate.main, "--samples", tmp_path / "samples.npz", "--data-dir", data_dir,
              "--features", classifier, "--device", "cpu", "--k", k)
