@@ -10,6 +10,7 @@ labels (N,) and class names: see readers.py.
 """
 import hashlib
 import inspect
+import re
 import secrets
 import zipfile
 import zlib
@@ -123,17 +124,15 @@ def load(name: str, data_dir="data", split="train", resolution=None, class_order
 
 
 def read_source(source, name, data_dir, split):
-    """What a set's reader gives. Raises UserError where its lists are not as released."""
+    """What a set's reader gives. Raises UserError where its files cannot be read."""
     try:
         return source.read(data_dir, split)
     except UserError:
         raise
-    except Exception as e:      # whatever a list that is not as released leads to
+    except (OSError, ValueError) as e:
         if source.read.__module__ != "readers":
             raise               # a reader of one's own: its author wants to see where
-        why = f"{type(e).__name__}: {e}".splitlines()[0]
-        raise UserError(f"--data-dir {data_dir}: {name} is not there as it is released "
-                        f"({why})") from e
+        raise UserError(f"--data-dir {data_dir}: {name} cannot be read ({e})") from e
 
 
 def reader_hash(read):
@@ -180,20 +179,21 @@ def resolve_classes(text, class_names: list, flag="--classes") -> list[int]:
 
 def class_range(word, text, class_names, flag):
     """(first, last) class number of one word: a name, a number, or a range such as 6-9."""
-    first, dash, last = word.partition("-")
-    is_number = word.isdecimal() and word.isascii()
-    if word in class_names and not is_number:
-        return (class_names.index(word),) * 2
-    if is_number and word in class_names and class_names.index(word) != int(word):
-        other = class_names.index(word)
-        raise UserError(f"{flag} {text}: {word} is the name of class number {other}, and also a "
-                        f"class number; write {other}-{other} or {word}-{word}")
-    if not (first.isdecimal() and (last.isdecimal() or not dash) and word.isascii()):
+    number = class_names.index(word) if word in class_names else None
+    if number is not None and not re.fullmatch("[0-9]+", word):
+        return number, number
+    found = re.fullmatch("([0-9]{1,18})(-([0-9]{1,18}))?", word)
+    if not found:
         raise UserError(f"{flag} {text}: {word!r} is neither a class number, nor a range like "
                         "6-9, nor a class name")
-    if int(last or first) < int(first):
+    first = int(found[1])
+    last = int(found[3] or first)
+    if number not in (None, first):
+        raise UserError(f"{flag} {text}: {word} is the name of class number {number}, and also a "
+                        f"class number; write {number}-{number} or {word}-{word}")
+    if last < first:
         raise UserError(f"{flag} {text}: write the range {word} from low to high")
-    return int(first), int(last or first)
+    return first, last
 
 
 def to_classes(labels, from_names, to_names, flag):
@@ -398,8 +398,9 @@ def open_npz(path, flag) -> dict:
         with np.load(path) as f:
             content = {k: f[k] for k in f.files}
     except (OSError, ValueError, KeyError, EOFError, TypeError, AttributeError, MemoryError,
-            SyntaxError, TokenError, NotImplementedError, zlib.error, zipfile.BadZipFile) as e:
-        # TypeError, AttributeError: an .npy. NumPy's own words suggest a flag of its own
+            SyntaxError, TokenError, RuntimeError, zlib.error, zipfile.BadZipFile) as e:
+        # TypeError, AttributeError: an .npy; RuntimeError: encrypted. NumPy's own words suggest a
+        # flag of its own
         why = "it is of another kind" if "pickle" in str(e) else str(e).split("\n")[0]
         raise UserError(f"{flag} {path}: cannot be read as an .npz ({why})") from e
     odd = [name for name, value in content.items() if not isinstance(value, np.ndarray)]

@@ -14,12 +14,17 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from itertools import repeat
 from pathlib import Path
+from tokenize import TokenError
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from disk import lock, read_json, write_atomic, write_json, writing
 from runtime import UserError, progress
+
+# What a damaged .npy, or a JSON that lacks something, leads to
+NOT_WHOLE = (OSError, ValueError, KeyError, TypeError, EOFError, SyntaxError, TokenError,
+             MemoryError, OverflowError)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -53,16 +58,17 @@ def open_image(path, flag="--data-dir", at_least=None):
             image = ImageOps.exif_transpose(image)
             image.load()
         return to_rgb_image(image)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
-        # SyntaxError: a broken PNG
+    except Exception as e:      # of many kinds: Pillow's decoders pass on what they meet
         raise UserError(f"{flag}: {path} cannot be read as an image ({e}); fix or remove it") from e
 
 
 def to_rgb_image(image):
-    """A PIL image of any mode in RGB. Raises ValueError for floating-point pixels."""
+    """A PIL image of any mode in RGB. Raises ValueError for pixels without a known range."""
     if image.mode.startswith("I"):                                          # 16-bit grey
-        grey = np.asarray(image).clip(0, 65535) / 257
-        image = Image.fromarray(grey.round().astype(np.uint8))
+        grey = np.asarray(image)
+        if grey.min() < 0 or grey.max() > 65535:
+            raise ValueError("pixels outside 0 ... 65535 have no known range")
+        image = Image.fromarray((grey / 257).round().astype(np.uint8))
     if image.mode == "F":
         raise ValueError("floating-point pixels have no known range")
     if "A" in image.getbands() or "transparency" in image.info:
@@ -99,9 +105,27 @@ def names_and_sizes(paths, data_dir) -> str:
 # --------------------------------------------------------------------------------------------------
 # Packs
 
-def check_contents(images, labels, class_names, name):
-    """Raise UserError where what a reader gives is not what readers.py says. name: of the set."""
+def check_contents(images, labels, class_names, name, files):
+    """Raise UserError where what a reader gives is not what readers.py says.
+
+    name: of the set. files: whether images are paths.
+    """
     what = f"--dataset {name}: its reader gives"
+    check_labels(images, labels, class_names, what)
+    if files:
+        other = [path for path in images if not isinstance(path, (str, os.PathLike))]
+        if other:
+            raise UserError(f"{what} a {type(other[0]).__name__} where READERS says files=True; "
+                            "there must be paths of image files")
+    else:
+        check_pixels(images, what)
+
+
+def check_labels(images, labels, class_names, what):
+    """Raise UserError, which begins with `what`, unless each image has a label of a class."""
+    if not class_names or len(set(class_names)) < len(class_names):
+        raise UserError(f"{what} the class names {list(class_names)[:5]}; there must be one per "
+                        "class, each another")
     labels = np.asarray(labels)
     C = len(class_names)
     if len(labels) != len(images) or labels.ndim != 1 or not len(images):
@@ -112,13 +136,20 @@ def check_contents(images, labels, class_names, name):
     if labels.min() < 0 or labels.max() >= C:
         raise UserError(f"{what} labels from {labels.min()} to {labels.max()} and {C} class names; "
                         f"labels must be 0 to {C - 1}")
-    if not isinstance(images, np.ndarray):
-        return
-    if images.ndim != 4 or images.shape[3] not in (1, 3):
-        raise UserError(f"{what} images of shape {list(images.shape)}; it must be N x H x W x 3, "
-                        "or x 1")
+
+
+def check_pixels(images, what):
+    """Raise UserError, which begins with `what`, unless this is an array of square images."""
+    if not isinstance(images, np.ndarray) or images.dtype.kind not in "iuf":
+        kind = getattr(images, "dtype", type(images).__name__)
+        raise UserError(f"{what} images of type {kind}; they must be an array, uint8; for paths of "
+                        "image files READERS must say files=True")
+    N, H, W, C = images.shape if images.ndim == 4 else (0, 0, 0, 0)
+    if H != W or C not in (1, 3):
+        raise UserError(f"{what} images of shape {list(images.shape)}; they must be N x H x W x "
+                        "3, or x 1, as high as wide")
     low, high = images.min(), images.max()
-    if not np.issubdtype(images.dtype, np.integer) or low < 0 or high > 255:
+    if images.dtype.kind == "f" or low < 0 or high > 255:
         raise UserError(f"{what} images of type {images.dtype} from {low:g} to {high:g}; they must "
                         "be uint8, from 0 to 255")
 
@@ -203,7 +234,7 @@ def packed_so_far(path, mark, shape, source):
         same = done["shape"] == shape and done["source"] == source
         if same and list(np.load(partial, mmap_mode="r").shape) == shape:
             return partial, done["done"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except NOT_WHOLE:
         pass
     mark.unlink(missing_ok=True)
     for left in path.parent.glob(f"{path.name}.*.partial"):
@@ -250,7 +281,7 @@ def read_pack(base: Path, provenance, stamp=None):
         whole = list(images.shape) == meta["shape"] and meta["sha256"]
         current = meta["provenance"] == provenance and meta["stamp"] == stamp
         return (images, meta) if whole and current else None
-    except (OSError, ValueError, KeyError, TypeError, EOFError):
+    except NOT_WHOLE:
         return None
 
 
@@ -263,7 +294,7 @@ def pack_once(base: Path, read, provenance, stamp, resolution, name):
     if packed:
         return packed
     contents = read()
-    check_contents(*contents, name)
+    check_contents(*contents, name, files=resolution is not None)
     with writing(base, "--pack-dir"), lock(base.with_name(f".{base.name}.lock")):
         packed = read_pack(base, provenance, stamp)         # another process may have packed it
         if packed is None:

@@ -8,6 +8,7 @@ that lacks the requested one raises NoSuchSplit. data.py packs what these functi
 import json
 import os
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,11 +47,24 @@ def find(data_dir, name):
 
 def lines_of(path):
     """The lines of a text file, without the blank ones."""
-    return [line for line in path.read_text().splitlines() if line.strip()]
+    return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
-def check_all_exist(paths, data_dir):
-    """Raise UserError where a listed file is missing, or lies outside data_dir."""
+@contextmanager
+def as_released(path):
+    """Within, `path` is understood; whatever goes against that is a UserError that names it."""
+    try:
+        yield
+    except Exception as e:      # of many kinds: a column, a number or a bracket is missing
+        why = f"{type(e).__name__}: {e}".splitlines()[0]
+        raise UserError(f"--data-dir: {path} is not as it is released ({why}); get it again") from e
+
+
+def check_all_exist(paths, data_dir, source):
+    """Raise UserError where the list `source` is empty, or a listed file missing or elsewhere."""
+    if not paths:
+        raise UserError(f"--data-dir: {source} is not as it is released (it lists no images of "
+                        "this split); get it again")
     inside = os.path.join(os.path.abspath(data_dir), "")
     outside = [p for p in paths if not os.path.abspath(p).startswith(inside)]
     if outside:
@@ -113,13 +127,25 @@ def read_cifar(data_dir, split, name, kind):
 # --------------------------------------------------------------------------------------------------
 # Folders of classes
 
-def files_under(folder):
+def refuse_dangling(path, flag):
+    """Raise UserError for a link that leads nowhere: it may have led to images."""
+    if not os.path.exists(path):
+        raise UserError(f"{flag}: {path} is a link that leads nowhere; fix or remove it")
+
+
+def raise_error(error):
+    """What os.walk does where a folder cannot be read; left alone, it would leave that out."""
+    raise error
+
+
+def files_under(folder, flag="--data-dir"):
     """The paths of all image files in a folder, however deep, in alphabetical order.
 
     Links to folders are followed, each folder is read once; hidden folders are left out.
     """
-    found, seen = {}, set()
-    for top, folders, files in os.walk(folder, followlinks=True):
+    found = {}
+    seen = set()
+    for top, folders, files in os.walk(folder, followlinks=True, onerror=raise_error):
         where = os.path.realpath(top)
         if where in seen:               # a link to a folder above, or the second one to it
             folders.clear()
@@ -127,6 +153,9 @@ def files_under(folder):
         seen.add(where)
         folders[:] = sorted(f for f in folders if not f.startswith("."))
         found[top] = [os.path.join(top, f) for f in sorted(files) if is_image(f)]
+        for f in files:
+            if not is_image(f) and not f.startswith("."):
+                refuse_dangling(os.path.join(top, f), flag)
     return [path for top in sorted(found) for path in found[top]]
 
 
@@ -137,31 +166,38 @@ def in_order(names):
     return sorted(names)
 
 
-def files_by_class(root):
+def files_by_class(root, flag="--data-dir"):
     """{sub-folder: its image files}, in the order of `in_order`.
 
     Hidden sub-folders and those without images are left out. Raises UserError for names that are
-    not text.
+    not text, for links that lead nowhere and for folders that cannot be read.
     """
-    folders = {f.name: f for f in root.iterdir() if f.is_dir() and not f.name.startswith(".")}
+    try:
+        entries = [entry for entry in root.iterdir() if not entry.name.startswith(".")]
+        for entry in entries:
+            refuse_dangling(entry, flag)
+        folders = [entry.name for entry in entries if entry.is_dir()]
+        found = {name: files_under(root / name, flag) for name in in_order(folders)}
+    except OSError as e:
+        raise UserError(f"{flag} {root}: cannot be read ({e})") from e
     classes = {}
-    for name in in_order(folders):
-        files = files_under(folders[name])
+    for name, files in found.items():
         if files and not name.isprintable():
-            raise UserError(f"--data-dir {root}: the folder {name!r} has a name that cannot be "
+            raise UserError(f"{flag} {root}: the folder {name!r} has a name that cannot be "
                             "printed; rename it")
         if files:
             classes[name] = files
     return classes
 
 
-def image_folder(root, flag):
+def image_folder(root, flag="--data-dir"):
     """Images that are measured: (paths, labels (N,) or None, class names or None).
 
     One sub-folder per class, in the order of `in_order`, or images directly in `root`. Raises
     UserError where there are none, or both.
     """
-    classes = files_by_class(root)
+    root = Path(root)
+    classes = files_by_class(root, flag)
     flat = [os.path.join(root, f) for f in sorted(os.listdir(root)) if is_image(f)]
     if classes and flat:
         raise UserError(f"{flag} {root}: images, such as {os.path.basename(flat[0])}, beside "
@@ -247,13 +283,18 @@ def read_celebahq(data_dir, split):
     if split != "train":
         raise NoSuchSplit(f"--reference-split {split}: CelebA-HQ has no such split here; its "
                           f"reference images are chosen from all of it")
-    lines = find(data_dir, "CelebAMask-HQ-attribute-anno.txt").read_text().splitlines()
-    column = lines[1].split().index("Male") + 1         # lines begin with the file's name
+    path = find(data_dir, "CelebAMask-HQ-attribute-anno.txt")
+    with as_released(path):
+        number, attributes, *rows = lines_of(path)
+        column = attributes.split().index("Male") + 1   # lines begin with the file's name
+        if len(rows) != int(number):
+            raise ValueError(f"{len(rows)} images, and its first line says {number}")
+        files = [row.split()[0] for row in rows]
+        labels = [{"-1": 0, "1": 1}[row.split()[column]] for row in rows]
     folder = find(data_dir, "CelebA-HQ-img")
-    rows = [line.split() for line in lines[2:] if line.strip()]
-    paths = [os.path.join(folder, row[0]) for row in rows]
-    check_all_exist(paths, data_dir)
-    return paths, np.array([int(row[column] == "1") for row in rows]), ["Female", "Male"]
+    paths = [os.path.join(folder, file) for file in files]
+    check_all_exist(paths, data_dir, path)
+    return paths, np.array(labels), ["Female", "Male"]
 
 
 def read_imagenet_lt(data_dir, split):
@@ -261,16 +302,21 @@ def read_imagenet_lt(data_dir, split):
 
     Test: ImageNet's val/, sorted into one folder per class.
     """
-    lines = [line.rsplit(" ", 1) for line in lines_of(find(data_dir, "ImageNet_LT_train.txt"))]
-    wnids = {int(label): name.split("/")[-2] for name, label in lines}
-    names = [wnids[c] for c in range(len(wnids))]
+    path = find(data_dir, "ImageNet_LT_train.txt")
+    with as_released(path):
+        lines = [line.rsplit(" ", 1) for line in lines_of(path)]
+        labels = [int(label) for _, label in lines]
+        folders = [name.split("/")[-2] for name, _ in lines]
+        wnids = dict(zip(labels, folders))
+        if len(set(zip(labels, folders))) != len(wnids):
+            raise ValueError("images of one label in several folders")
+        names = [wnids[c] for c in range(len(wnids))]
     if split != "train":
-        paths, labels = imagenet_val(data_dir, names)
-        return paths, labels, names
+        return *imagenet_val(data_dir, names), names
     root = find(data_dir, "train").parent
     paths = [os.path.join(root, name) for name, _ in lines]
-    check_all_exist(paths, data_dir)
-    return paths, np.array([int(label) for _, label in lines]), names
+    check_all_exist(paths, data_dir, path)
+    return paths, np.array(labels), names
 
 
 def imagenet_val(data_dir, names):
@@ -303,17 +349,18 @@ def needed_fields(record):
 def read_inat2018(data_dir, split):
     """iNaturalist 2018: train2018.json, or val2018.json for test, and the images that they name."""
     path = find(data_dir, "train2018.json" if split == "train" else "val2018.json")
-    with open(path, encoding="utf-8") as f:
-        content = json.load(f, object_hook=needed_fields)
-    categories = sorted(content["categories"], key=lambda c: c["id"])
-    number = {c["id"]: k for k, c in enumerate(categories)}
-    names = [c["name"] for c in categories]
-    if len(set(names)) < len(names):
-        names = [str(c["id"]) for c in categories]
-    category = dict(content["annotations"])         # image -> category, both by id
-    paths = [os.path.join(path.parent, name) for _, name in content["images"]]
-    check_all_exist(paths, data_dir)
-    return paths, np.array([number[category[i]] for i, _ in content["images"]]), names
+    with as_released(path):
+        content = json.loads(path.read_text(encoding="utf-8"), object_hook=needed_fields)
+        categories = sorted(content["categories"], key=lambda c: c["id"])
+        number = {c["id"]: k for k, c in enumerate(categories)}
+        names = [c["name"] for c in categories]
+        if len(set(names)) < len(names):
+            names = [str(c["id"]) for c in categories]
+        category = dict(content["annotations"])         # image -> category, both by id
+        paths = [os.path.join(path.parent, name) for _, name in content["images"]]
+        labels = [number[category[i]] for i, _ in content["images"]]
+    check_all_exist(paths, data_dir, path)
+    return paths, np.array(labels), names
 
 
 def read_cub200(data_dir, split):
@@ -323,17 +370,25 @@ def read_cub200(data_dir, split):
     """
     root = find(data_dir, "image_class_labels.txt").parent
 
-    def table(name):
-        return dict(line.split(" ", 1) for line in lines_of(root / name))
+    def table(name, keys=None, values=None):
+        """{number: value}, of just these keys; values: what each must be one of."""
+        with as_released(root / name):
+            found = dict(line.strip().split(" ", 1) for line in lines_of(root / name))
+            if keys is not None and found.keys() != keys:
+                raise ValueError("its numbers are not those of images.txt")
+            if values is not None and not values >= set(found.values()):
+                raise ValueError(f"{sorted(set(found.values()) - values)[0]!r} in it")
+            return found
 
-    images = table("images.txt")
-    labels = table("image_class_labels.txt")
-    in_train = table("train_test_split.txt")
     classes = table("classes.txt")
+    with as_released(root / "classes.txt"):
+        names = [classes[str(c + 1)] for c in range(len(classes))]
+    images = table("images.txt")
+    labels = table("image_class_labels.txt", images.keys(), set(classes))
+    in_train = table("train_test_split.txt", images.keys(), {"0", "1"})
     chosen = [i for i in images if (in_train[i] == "1") == (split == "train")]
     paths = [os.path.join(root, "images", images[i]) for i in chosen]
-    check_all_exist(paths, data_dir)
-    names = [classes[str(c + 1)] for c in range(len(classes))]
+    check_all_exist(paths, data_dir, root / "images.txt")
     return paths, np.array([int(labels[i]) - 1 for i in chosen]), names
 
 
@@ -343,15 +398,25 @@ def read_flowers102(data_dir, split):
     Test: the official validation set, 10 per class. Train: all others, because the official
     training set alone is balanced, with 10 per class as well.
     """
-    from scipy.io import loadmat
-    labels = loadmat(find(data_dir, "imagelabels.mat"))["labels"].ravel().astype(int) - 1
-    held_out = loadmat(find(data_dir, "setid.mat"))["valid"].ravel() - 1
+    labels = numbers_in_mat(find(data_dir, "imagelabels.mat"), "labels")
+    held_out = numbers_in_mat(find(data_dir, "setid.mat"), "valid", len(labels))
     test = np.isin(np.arange(len(labels)), held_out)
     rows = np.flatnonzero(test if split == "test" else ~test)
     folder = find(data_dir, "jpg")
     paths = [os.path.join(folder, f"image_{r + 1:05d}.jpg") for r in rows]
-    check_all_exist(paths, data_dir)
+    check_all_exist(paths, data_dir, "setid.mat")
     return paths, labels[rows], [str(c + 1) for c in range(labels.max() + 1)]
+
+
+def numbers_in_mat(path, key, most=None):
+    """The whole numbers from 1, at most `most`, under `key` in a MATLAB file, each less 1."""
+    from scipy.io import loadmat
+    with as_released(path):
+        numbers = loadmat(path)[key].ravel()
+        whole = numbers.astype(int)
+        if (whole != numbers).any() or whole.min() < 1 or whole.max() > (most or whole.max()):
+            raise ValueError(f"{key} are not whole numbers from 1 to {most or 'their number'}")
+    return whole - 1
 
 
 # --------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ import readers
 import train
 from data import (Batches, class_groups, images_of_npz, load, load_reference, long_tail,
                   long_tail_counts, open_npz, read_samples, resolve_classes, to_float, to_uint8)
-from packing import read_image
+from packing import open_image, read_image
 from runtime import UserError
 
 
@@ -374,6 +374,49 @@ def test_a_full_disk_is_an_error_before_the_work(tmp_path, monkeypatch):
     assert not [p for p in (tmp_path / "packs").iterdir() if p.suffix != ".lock"]
 
 
+@pytest.mark.parametrize("damage", [b"", b"{'descr': (" + b" " * 200, b"\xff" * 300])
+def test_a_damaged_pack_is_made_again(tmp_path, damage):
+    root = make_folder(tmp_path / "set", [2, 2])
+    whole = np.array(load_folder(root, tmp_path / "packs").images)
+    (npy,) = (tmp_path / "packs").glob("*.npy")
+    content = npy.read_bytes()
+    npy.write_bytes(content[:10] + damage + content[10 + len(damage):] if damage else b"")
+    assert np.array_equal(load_folder(root, tmp_path / "packs").images, whole)
+
+
+def test_a_set_that_cannot_be_packed_completely(tmp_path, monkeypatch):
+    """A pack counts only when every image is in it."""
+    root = make_folder(tmp_path / "set", [3, 2])
+    broken_image(root / "class1/001.png", "cut")
+    with pytest.raises(UserError, match="--data-dir: .*001.png cannot be read"):
+        load_folder(root, tmp_path / "packs")
+    left = {p.suffix for p in (tmp_path / "packs").iterdir()}
+    assert left <= {".lock"}
+
+
+def test_older_checkpoints_still_resume(data_dir):
+    """They have no hash, a classifier's three entries only; those that they have must agree."""
+    record = load("digits", data_dir).record()
+    args = train.make_parser().parse_args([])
+    assert len(record["sha256"]) == 64
+    three = {key: record[key] for key in ("dataset", "class_names", "class_counts")}
+    without = {key: value for key, value in record.items() if key != "sha256"}
+    for old in (record, without, three):
+        data.refuse_other_data(old, record, args)
+    for key, value in (("sha256", "0" * 64), ("class_counts", [1] * 10)):
+        with pytest.raises(UserError, match="--data-dir.*not the images"):
+            data.refuse_other_data({**record, key: value}, record, args)
+
+
+def test_the_hash_is_of_the_whole_set_and_of_its_content(data_dir, tmp_path):
+    """Draws and orders do not change it; it is read from the pack, and another pack agrees."""
+    images = load("digits", data_dir)
+    assert images.take(np.arange(5)).sha256 == images.sha256
+    assert load("digits", data_dir, class_order="9-9,1-8,0").sha256 == images.sha256
+    assert load("digits", data_dir, pack_dir=tmp_path).sha256 == images.sha256
+    assert load("digits", data_dir, "test").sha256 != images.sha256
+
+
 def test_one_pack_dir_for_two_data_dirs(tmp_path):
     """Each has its own pack, for sets that are not folders too."""
     paths = [data.pack_path("cub200", tmp_path / name, "train", 64, tmp_path / "packs")
@@ -394,6 +437,10 @@ def use_reader(monkeypatch, read):
     (np.full((4, 8, 8, 3), 300), [0, 1, 0, 1], "from 300 to 300"),
     (np.full((4, 8, 8, 3), -1), [0, 1, 0, 1], "from -1 to -1"),
     (np.zeros((4, 8, 8), np.uint8), [0, 1, 0, 1], "N x H x W x 3"),
+    (np.zeros((4, 8, 6, 3), np.uint8), [0, 1, 0, 1], "as high as wide"),
+    (np.full((4, 8, 8, 3), np.nan), [0, 1, 0, 1], "float64 from nan to nan"),
+    (np.zeros((4, 8, 8, 3), bool), [0, 1, 0, 1], "type bool"),
+    (["a.png"] * 4, [0, 1, 0, 1], "type list.*files=True"),
     (np.zeros((4, 8, 8, 3), np.uint8), [1, 2, 1, 2], "labels from 1 to 2 and 2 class names"),
     (np.zeros((4, 8, 8, 3), np.uint8), [0.5, 1, 0, 1], "float64; they must be whole numbers"),
     (np.zeros((4, 8, 8, 3), np.uint8), [0, 1, 0], "one label per image"),
@@ -404,6 +451,24 @@ def test_what_a_reader_gives_is_checked(monkeypatch, tmp_path, images, labels, s
     with pytest.raises(UserError, match="--dataset own: .*" + says):
         load("own", tmp_path)
     assert not list(tmp_path.rglob("*.npy"))
+
+
+@pytest.mark.parametrize("names", [[], ["a", "a"]])
+def test_class_names_of_a_reader(monkeypatch, tmp_path, names):
+    images = np.zeros((2, 8, 8, 3), np.uint8)
+    use_reader(monkeypatch, lambda data_dir, split: (images, np.array([0, 1]), names))
+    with pytest.raises(UserError, match="--dataset own: .*class names"):
+        load("own", tmp_path)
+
+
+def test_a_reader_whose_source_cannot_be_had(monkeypatch, tmp_path):
+    """Packed anew each time: nobody can say whether it is the one that made the pack."""
+    for value in (0, 1):
+        content = {"np": np, "value": value}
+        exec("def read(data_dir, split):\n    images = np.full((2, 8, 8, 3), value, np.uint8)\n"
+             "    return images, np.array([0, 1]), ['a', 'b']", content)
+        use_reader(monkeypatch, content["read"])
+        assert (load("own", tmp_path).images == value).all()
 
 
 def test_a_reader_that_has_changed_is_read_again(monkeypatch, tmp_path):
@@ -446,6 +511,57 @@ def test_what_is_no_file_is_refused(tmp_path, make):
         load_folder(root, tmp_path / "packs")
 
 
+def test_a_class_whose_folder_is_elsewhere_now(tmp_path):
+    """A link that leads nowhere is refused: without it the classes would be others."""
+    root = make_folder(tmp_path / "set", [3, 2])
+    for link in (root / "class2", root / "class1/more"):
+        link.symlink_to(tmp_path / "not mounted")
+        with pytest.raises(UserError, match=f"^--data-dir: {link} is a link that leads nowhere"):
+            load_folder(root, tmp_path / "packs")
+        link.unlink()
+
+
+def test_a_folder_that_cannot_be_read(tmp_path, monkeypatch):
+    """It is not taken for an empty one."""
+    root = make_folder(tmp_path / "set", [3, 2])
+    (root / "class1/more").mkdir()
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("more"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(UserError, match="^--data-dir .*Permission denied.*more"):
+        load_folder(root, tmp_path / "packs")
+
+
+def test_image_folder(tmp_path):
+    """The files and the order of training; or images that lie flat."""
+    root = make_folder(tmp_path / "set", [3, 2])
+    (root / "class0/up").symlink_to(root / "class0")
+    paths, labels, names = readers.image_folder(str(root))
+    expected, expected_labels, expected_names = readers.read_folder(root, "train")
+    assert list(map(str, paths)) == list(map(str, expected)) and names == expected_names
+    assert labels.tolist() == expected_labels.tolist() == [0, 0, 0, 1, 1]
+    paths, labels, names = readers.image_folder(root / "class1")
+    assert [os.path.basename(p) for p in paths] == ["000.png", "001.png"]
+    assert labels is None and names is None
+
+
+@pytest.mark.parametrize("change, says", [
+    (lambda root: gradient(9, 9).save(root / "x.png"), "x.png, beside sub-folders"),
+    (lambda root: (root / "class9").symlink_to("nowhere"), "leads nowhere"),
+    (lambda root: (root / "class0").rename(root.parent / "away"), "no images in it"),
+    (lambda root: root.rename(root.parent / "away"), "cannot be read"),
+])
+def test_image_folder_refuses(tmp_path, change, says):
+    root = make_folder(tmp_path / "set", [3])
+    change(root)
+    with pytest.raises(UserError, match=f"^--samples.*{says}"):
+        readers.image_folder(root, "--samples")
+
+
 def test_names_that_are_not_utf8(tmp_path):
     root = make_folder(tmp_path / "set", [3, 2])
     gradient(9, 9).save(tmp_path / "x.png")
@@ -469,7 +585,8 @@ def test_classes_named_by_numbers(tmp_path):
     assert resolve_classes("2", [str(c) for c in range(10)]) == [2]
 
 
-@pytest.mark.parametrize("text", ["0-99999999999", "99999999999", "\u00b2", "1-", "-1", "", "1--2"])
+@pytest.mark.parametrize("text", [
+    "0-99999999999", "99999999999", "9" * 5000, "\u00b2", "1-", "-1", "", "1--2"])
 def test_classes_that_are_none(text):
     with pytest.raises(UserError, match="--classes"):
         resolve_classes(text, ["a", "b", "c"])
@@ -549,6 +666,52 @@ def test_every_kind_and_size_of_image(tmp_path, kind, size):
         return
     tolerance = TOLERANCE.get(kind, 16) * scale
     assert error.mean() < tolerance / 4 and error.max() < 3 * tolerance
+
+
+def test_open_image_keeps_the_size(tmp_path):
+    """Upright and in RGB, in its own size: what read_image resizes."""
+    image = gradient(40, 20)
+    got = open_image(save_as(tmp_path, "exif", image))
+    assert got.size == (40, 20) and got.mode == "RGB"
+    assert np.abs(np.asarray(got).astype(int) - np.asarray(image)).max() < 40
+    assert np.array_equal(read_image(save_as(tmp_path, "png", image), 20),
+                          np.asarray(image)[:, 10:30])
+
+
+def broken_image(path, kind):
+    """Write a file that Pillow has its own difficulties with."""
+    gradient(9, 9).save(path)
+    whole = path.read_bytes()
+    if kind == "cut":
+        path.write_bytes(whole[:len(whole) // 2])
+    elif kind == "text":
+        path.write_text("not an image")
+    elif kind == "bomb":
+        Image.new("1", (30_000, 30_000)).save(path)
+    elif kind == "header":
+        path.write_bytes(whole[:16] + bytes(8) + whole[24:])
+    elif kind == "float":
+        Image.fromarray(np.zeros((9, 9), np.float32)).save(path, format="tiff")
+    elif kind == "32 bits":
+        Image.fromarray(np.full((9, 9), 70_000, np.int32)).save(path, format="tiff")
+
+
+@pytest.mark.parametrize("kind", ["cut", "text", "bomb", "header", "float", "32 bits"])
+def test_a_broken_image_is_named(tmp_path, kind):
+    path = tmp_path / "x.png"
+    broken_image(path, kind)
+    with pytest.raises(UserError, match=f"^--samples: {path} cannot be read as an image") as e:
+        open_image(path, "--samples")
+    assert "\n" not in str(e.value)
+
+
+def test_an_error_of_a_decoder_is_named(tmp_path, monkeypatch):
+    def decode(path):
+        raise OverflowError("an offset")
+    monkeypatch.setattr(Image, "open", decode)
+    gradient(9, 9).save(tmp_path / "x.png")
+    with pytest.raises(UserError, match="^--data-dir: .*x.png cannot be read"):
+        read_image(tmp_path / "x.png", 8)
 
 
 def make_folder(root, sizes):

@@ -334,7 +334,60 @@ def test_a_broken_list_is_one_line(name, content, tmp_path):
     CASES[name][0](tmp_path)
     (path,) = tmp_path.rglob(BROKEN[name])
     path.write_text(content)
-    with pytest.raises(UserError, match="--da"):
+    with pytest.raises(UserError, match=f"^--data-dir: .*{BROKEN[name]} is not as it is rel") as e:
+        load(name, tmp_path, resolution=8)
+    assert "\n" not in str(e.value)
+
+
+def replace(word, other, count=1):
+    """A change of a list: one occurrence of a word becomes another."""
+    def change(path):
+        text = path.read_text(encoding="utf-8")
+        assert word in text
+        path.write_text(text.replace(word, other, count), encoding="utf-8")
+    return change
+
+
+def cut_last_line(path):
+    """A change of a list: its last line is missing, as after a download that was cut."""
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+
+
+def matlab(**content):
+    """A change of a .mat file: it holds this."""
+    def change(path):
+        scipy.io.savemat(path, content)
+    return change
+
+
+@pytest.mark.parametrize("name, file, change", [
+    ("celebahq", "CelebAMask-HQ-attribute-anno.txt", cut_last_line),
+    ("celebahq", "CelebAMask-HQ-attribute-anno.txt", replace("0.jpg  -1  1", "0.jpg  -1  0")),
+    ("celebahq", "CelebAMask-HQ-attribute-anno.txt", replace("0.jpg  -1  1  1", "0.jpg")),
+    ("imagenet-lt", "ImageNet_LT_train.txt", replace("JPEG 2", "JPEG 1")),
+    ("imagenet-lt", "ImageNet_LT_train.txt", replace("JPEG 2", "JPEG 3", -1)),
+    ("imagenet-lt", "ImageNet_LT_train.txt", replace("JPEG 2", "JPEG two")),
+    ("inat2018", "train2018.json", replace('"category_id": 3', '"category_id": 7')),
+    ("inat2018", "train2018.json", replace('"category_id": 3', '"category": 3')),
+    ("inat2018", "train2018.json", replace('"file_name": "train', '"file_name": 7, "x": "train')),
+    ("cub200", "image_class_labels.txt", cut_last_line),
+    ("cub200", "image_class_labels.txt", replace(" 3\n", " 4\n")),
+    ("cub200", "image_class_labels.txt", replace(" 3\n", " 0\n")),
+    ("cub200", "train_test_split.txt", replace(" 1\n", " 2\n")),
+    ("cub200", "train_test_split.txt", cut_last_line),
+    ("cub200", "classes.txt", replace("2 002", "7 002")),
+    ("flowers102", "imagelabels.mat", matlab(labels=np.array([[0, 1, 2]]))),
+    ("flowers102", "imagelabels.mat", matlab(labels=np.array([[0.5, 1, 2]]))),
+    ("flowers102", "imagelabels.mat", matlab(other=np.array([[1]]))),
+    ("flowers102", "setid.mat", matlab(valid=np.array([[4, 5, 60]]))),
+    ("flowers102", "setid.mat", matlab(valid=np.zeros((1, 0)))),
+])
+def test_a_list_that_contradicts_itself(name, file, change, tmp_path):
+    """Cut short, with a number that there is not, or of another kind: never other labels."""
+    CASES[name][0](tmp_path)
+    (path,) = tmp_path.rglob(file)
+    change(path)
+    with pytest.raises(UserError, match=f"^--data-dir: .*{file} is not as it is released"):
         load(name, tmp_path, resolution=8)
 
 
