@@ -326,7 +326,8 @@ def write_samples(out, images, labels, names, record, data, seconds, png=False):
         write_pngs(images, labels, names, out / "png")
         files.append("png/")
     disk.write_json(out / "samples.json",
-                       {"settings": record, "data": data, "seconds": round(seconds, 2)})
+                    {"settings": record, "data": data, "seconds": round(seconds, 2),
+                     "npz_sha256": disk.sha256(out / "samples.npz")})
     dtype = record["dtype"].removeprefix("torch.")
     print(f"wrote {len(labels)} images, generated in {dtype}, to {out}: {', '.join(files)}")
 

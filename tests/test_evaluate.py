@@ -362,7 +362,8 @@ def test_accuracy_knows_the_classifiers_own_order_of_classes(classifier, data_di
     test = load("digits", data_dir, "test", class_order="9,8,7,6,5,4,3,2,1,0")
     np.savez(tmp_path / "samples.npz", np.repeat(test.images, 3, 3), test.labels)
     data = {"dataset": "digits", "class_names": test.class_names}
-    disk.write_json(tmp_path / "samples.json", {"settings": {}, "data": data})
+    disk.write_json(tmp_path / "samples.json", {
+        "settings": {}, "data": data, "npz_sha256": disk.sha256(tmp_path / "samples.npz")})
     call(evaluate.main, "--samples", tmp_path / "samples.npz", "--features", classifier,
          "--data-dir", data_dir, "--device", "cpu", "--per-class")
     result = disk.read_json(tmp_path / "eval.json")
@@ -377,8 +378,8 @@ def test_a_group_of_one_image_is_left_out(classifier, data_dir, tmp_path):
     np.savez(tmp_path / "x.npz", np.repeat(test.images[rows], 3, 3), test.labels[rows])
     call(evaluate.main, "--samples", tmp_path / "x.npz", "--reference", "digits",
          "--features", classifier, "--data-dir", data_dir, "--device", "cpu", "--per-class",
-         "--out-json", tmp_path / "x.json")
-    result = disk.read_json(tmp_path / "x.json")
+         "--out-json", tmp_path / "eval.json")
+    result = disk.read_json(tmp_path / "eval.json")
     assert len(result["classes"]) == 9 and "3" not in result["classes"] and result["num"] == 271
 
 
@@ -454,7 +455,7 @@ def test_bad_images(capsys, tmp_path, data_dir, against_digits):
     def check(path, *says):
         refuses(capsys, evaluate.main, "--samples", path, *against_digits, says=says)
     np.savez(tmp_path / "large.npz", good.repeat(2, 1).repeat(2, 2))
-    check(tmp_path / "large.npz", "--features", "8 pixels", "16")
+    check(tmp_path / "large.npz", "--features", "8 pixels", "16 x 16")
     folder = tmp_path / "mixed"
     folder.mkdir()
     for n in (8, 9):
