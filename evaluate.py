@@ -24,7 +24,6 @@ from typing import NamedTuple
 import numpy as np
 import scipy
 import torch
-from PIL import Image
 
 import disk
 import runtime
@@ -34,7 +33,8 @@ from data import (class_groups, images_of_npz, load_reference, open_npz, read_re
 from inception import load_inception
 from metrics import (IS_SPLITS, KID_SIZE, KID_SUBSETS, METRIC_SEED, distance_of, floor_of,
                      inception_score, kernel_distance, precision_recall)
-from readers import IMAGE_FILES, READERS
+from packing import open_image
+from readers import READERS, image_folder
 from runtime import Parser, UserError, integer, run
 from sample import (DEFAULTS, add_sampling_flags, describe, dtype_of, generate, image_shape,
                     load_network, sample_batch, sampling_settings)
@@ -60,6 +60,8 @@ class Images:
     class_names: list | None = None
     features: tuple | None = None       # features (n, D) and logits (n, K), from --save-stats
     about: dict = field(default_factory=dict)       # plain facts for the settings in the result
+    sha256: str | None = None           # of its content, see read_set
+    size: tuple | None = None           # (height, width) in pixels, where it is known
 
     @property
     def words(self):
@@ -71,7 +73,22 @@ def read_set(text, flag, args, split=None, resolution=None):
     """The Images that --samples or --reference names: an .npz, a folder, a data set.
 
     split, resolution: of a data set; None for its balanced reference and for its own resolution.
+    Its `sha256` is the hash of a file, of the content of a data set, or of the names, sizes and
+    times of change of a folder's files.
     """
+    found = find_set(text, flag, args, split, resolution)
+    if found.n < 2:
+        raise UserError(f"{flag} {text}: fewer than two images; a distance needs many")
+    if found.labels is not None and found.labels.min() < 0:
+        raise UserError(f"{flag} {text}: the label {found.labels.min()} is none; "
+                        "labels are 0, 1, 2 ...")
+    if found.at:
+        found.size = found.at(np.arange(1)).shape[1:3]
+    return found
+
+
+def find_set(text, flag, args, split, resolution):
+    """The Images of read_set, not checked yet."""
     dataset, _, own_split = text.partition(":")
     if dataset in READERS:
         if own_split not in ("", "train", "test"):
@@ -94,7 +111,7 @@ def read_dataset(name, args, split, resolution):
     dataset = name.partition(":")[0]
     found, words = load_reference(dataset, args.data_dir, split, resolution, args.pack_dir)
     return Images(name, len(found.labels), lambda rows: to_rgb(found.images[rows]), found.labels,
-                  found.class_names, about={"what": f"{dataset}, {words}"})
+                  found.class_names, about={"what": f"{dataset}, {words}"}, sha256=found.sha256)
 
 
 def read_npz(name, path, flag):
@@ -103,10 +120,10 @@ def read_npz(name, path, flag):
     if "features" in content:
         return read_stats(name, content, path, flag)
     images, labels = images_of_npz(content, path, flag)
-    record = read_record(path)
+    record = read_record(path, flag)
     class_names = record.get("data", {}).get("class_names")
     return Images(name, len(images), lambda rows: to_rgb(images[rows]), labels, class_names,
-                  about={"sha256": disk.sha256(path), **record})
+                  about=record, sha256=disk.sha256(path))
 
 
 def read_stats(name, content, path, flag):
@@ -117,50 +134,38 @@ def read_stats(name, content, path, flag):
     about = json.loads(str(content["about"]))
     class_names = about.pop("class_names")
     features = content["features"], content["logits"]
-    return Images(name, len(features[0]), None, content.get("labels"), class_names, features, about)
-
-
-def image_files(folder):
-    """The image files directly in a folder, in alphabetical order."""
-    return sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_FILES)
+    labels = content.get("labels")
+    if {len(rows) for rows in content.values() if rows.ndim} != {len(features[0])}:
+        raise UserError(f"{flag} {path}: not as many features as logits or labels; "
+                        "make it again with --save-stats")
+    return Images(name, len(features[0]), None, labels, class_names, features, about,
+                  disk.sha256(path), tuple(about["size"]) if about.get("size") else None)
 
 
 def read_folder(name, root, flag):
-    """A folder of PNG or JPEG files of one size: flat, or one sub-folder per class, sorted."""
-    folders = [f for f in sorted(root.iterdir()) if f.is_dir() and image_files(f)]
-    files = [image_files(f) for f in folders or [root]]
-    paths = [path for of_class in files for path in of_class]
-    if not paths:
-        raise UserError(f"{flag} {root}: no images in it, and no sub-folders of images")
-    labels = np.repeat(np.arange(len(files)), [len(f) for f in files]) if folders else None
-    shape = open_image(paths[0], root, flag).shape
+    """A folder of image files of one size: flat, or one sub-folder per class."""
+    paths, labels, names = image_folder(root, flag)
+    first = open_image(paths[0], flag).size
 
     def at(rows):
-        images = [open_image(paths[row], root, flag) for row in rows]
+        images = [open_image(paths[row], flag) for row in rows]
         for row, image in zip(rows, images):
-            if image.shape != shape:
+            if image.size != first:
                 raise UserError(
-                    f"{flag} {root}: {paths[row].name} has {image.shape[1]} x {image.shape[0]} "
-                    f"pixels and {paths[0].name} {shape[1]} x {shape[0]}; "
+                    f"{flag} {root}: {Path(paths[row]).name} has {image.size[0]} x "
+                    f"{image.size[1]} pixels and {Path(paths[0]).name} {first[0]} x {first[1]}; "
                     f"bring them to one size first")
-        return np.stack(images)
-    return Images(name, len(paths), at, labels, class_names_of(folders))
+        return np.stack([np.asarray(image) for image in images])
+    return Images(name, len(paths), at, labels, without_numbers(names),
+                  sha256=disk.fingerprint(paths, root))
 
 
-def class_names_of(folders):
-    """The names of classes from their folders', without the numbers of sample.py --png; or None."""
-    names = [f.name for f in folders]
-    if all(name[:4].isdigit() and name[4:5] == "-" for name in names):
-        names = [name[5:] for name in names]
-    return names or None
-
-
-def open_image(path, root, flag):
-    """An image file of the folder `root` as uint8 (H, W, 3)."""
-    try:
-        return np.asarray(Image.open(path).convert("RGB"))
-    except OSError as e:
-        raise UserError(f"{flag} {root}: {path} cannot be read as an image ({e})") from e
+def without_numbers(names):
+    """Names of folders without the numbers of sample.py --png, "0003-cat": those of the classes."""
+    if not names or not all(name[:4].isdigit() and name[4:5] == "-" for name in names):
+        return names
+    short = [name[5:] for name in names]
+    return short if len(set(short)) == len(short) else names
 
 
 # --------------------------------------------------------------------------------------------------
@@ -202,7 +207,8 @@ def from_samples(args, rt):
     with rt.rank_0_first():
         images = read_set(args.samples, "--samples", args)
     data = images.about.get("data", {})
-    made = {"samples": args.samples, **images.about.get("settings", images.about)}
+    made = {"samples": args.samples, **images.about.get("settings", images.about),
+            "samples_sha256": images.sha256}
     name = args.samples.partition(":")[0]
     dataset = data.get("dataset", name if name in READERS else None)
     return Subject(args.samples, made, data, dataset, images)
@@ -222,11 +228,19 @@ class Comparison:
     num_group: int                      # images per group, at least, where they are generated
     labels: np.ndarray | None           # (n,) of all images of the subject, in class_names
     indices: list | None = None         # their numbers (see pool_of), where they are generated
+    assumed: dict = field(default_factory=dict)     # what was taken for granted, for the settings
 
     @property
     def n(self):
         """The number of images of the subject."""
         return self.subject.images.n if self.subject.images else len(self.labels)
+
+    @property
+    def used(self):
+        """The number of reference images that the overall numbers use: of the subject's classes."""
+        if self.labels is None or self.reference.labels is None:
+            return self.reference.n
+        return int(np.isin(self.reference.labels, self.labels).sum())
 
 
 def find_reference(args, subject, rt):
@@ -239,7 +253,7 @@ def find_reference(args, subject, rt):
     resolution = subject.data.get("resolution")
     any_size = resolution is None and source is not None and source.files
     if any_size and subject.images and subject.images.at:
-        resolution = subject.images.at(np.arange(1)).shape[1]       # read at the samples' size
+        resolution = subject.images.size[0]         # read at the samples' size
     with rt.rank_0_first():
         return read_set(name, "--reference", args, args.reference_split, resolution)
 
@@ -252,12 +266,14 @@ def protocol_of(subject, reference):
 def compare(args, subject, reference, extractor):
     """The Comparison that the flags describe. Raises UserError where the two do not fit."""
     class_names = subject.class_names or reference.class_names
+    assumed = assumed_labels(subject, reference)
     class_counts = subject.data.get("class_counts")
     reference = renumber(reference, class_names, "--reference")
     refuse_long_tailed(reference, class_counts)
     refuse_other_features(reference, extractor, "--reference")
     if subject.images:
         refuse_other_features(subject.images, extractor, "--samples")
+    refuse_other_sizes(subject, reference, extractor)
     groups = {}
     if class_names:
         groups = class_groups(class_counts or np.arange(len(class_names), 0, -1))
@@ -267,14 +283,53 @@ def compare(args, subject, reference, extractor):
         num_group = 0 if args.num else protocol["num_group"]
     if subject.images:
         images = renumber(subject.images, class_names, "--samples")
-        if images.n < 2:
-            raise UserError(f"--samples {args.samples}: one image only; a distance needs many")
         num = min(args.num or images.n, images.n)
         labels, indices = images.labels, None
     else:
         num = args.num or protocol["num"]
         labels, indices = pool_of(pool_sizes(num, num_group, groups, len(class_names)))
-    return Comparison(subject, reference, class_names, groups, num, num_group, labels, indices)
+    comparison = Comparison(subject, reference, class_names, groups, num, num_group, labels,
+                            indices, assumed)
+    if comparison.used < 2:
+        raise UserError(f"--reference {reference.name}: fewer than two of its images are of the "
+                        "samples' classes; a distance needs many")
+    return comparison
+
+
+def assumed_labels(subject, reference):
+    """{"labels": what was assumed} where labels of one side come without names of their classes."""
+    labelled = subject.images is None or subject.images.labels is not None
+    if not labelled or reference.labels is None:
+        return {}
+    if subject.class_names is None and reference.class_names is None:
+        return {"labels": "of both sides without names: the same number is the same class"}
+    if subject.class_names is None:
+        return {"labels": "of the samples without names: taken in the order of the reference's"}
+    if reference.class_names is None:
+        return {"labels": "of the reference without names: taken in the order of the samples'"}
+    return {}
+
+
+def refuse_other_sizes(subject, reference, extractor):
+    """Raise UserError for images that a classifier, which resizes none, was not made for."""
+    if extractor.inception:
+        return
+    sizes = {"--reference": reference.size}
+    if subject.images:
+        sizes["--samples"] = subject.images.size
+    else:
+        sizes["--ckpt"] = subject.shape[1:]
+    sizes = {flag: tuple(size) for flag, size in sizes.items() if size}
+    for flag, (height, width) in sizes.items():
+        if extractor.size and (height, width) != (extractor.size, extractor.size):
+            raise UserError(f"--features {extractor.name}: this classifier was trained on images "
+                            f"of {extractor.size} pixels a side, and those of {flag} have "
+                            f"{width} x {height}; train one on images of this size, or measure "
+                            "images of its size")
+    if len(set(sizes.values())) > 1:
+        words = " and ".join(f"{flag} {w} x {h}" for flag, (h, w) in sizes.items())
+        raise UserError(f"--features {extractor.name}: a classifier compares images of one size, "
+                        f"and these have {words} pixels; bring them to one size first")
 
 
 def renumber(images, class_names, flag):
@@ -379,11 +434,6 @@ class Extractor:
 
     def check(self, images):
         """Raise UserError for images uint8 (n, H, W, 3) that the network was not made for."""
-        size = images.shape[1]
-        if self.size not in (None, size):
-            raise UserError(f"--features {self.name}: this classifier was trained on images of "
-                            f"{self.size} pixels a side, and these have {size}; "
-                            f"train one with --resolution {size}, or measure images of its size")
         if self.channels == 1 and (images != images[..., :1]).any():
             raise UserError("--features: this classifier takes grey images, "
                             "and these are in colour")
@@ -427,6 +477,15 @@ class Extractor:
         return images.features or self.extract(images.at, images.n, title)
 
 
+def refuse_non_finite(features, what, extractor):
+    """Raise UserError where features or logits of `what` are not finite; None on other ranks."""
+    for values in features:
+        if values is not None and not np.isfinite(values).all():
+            raise UserError(f"--features {extractor.name}: features of {what} are not finite "
+                            "numbers; no metric can be computed from them. Its weights, or the "
+                            "file of --save-stats, are damaged")
+
+
 def make_extractor(args, subject, reference, rt):
     """The Extractor of --features; by default the reference's own one, or the protocol's."""
     features = args.features
@@ -452,6 +511,8 @@ def extract_both(args, comparison, extractor, rt):
         fake = extractor.extract(lambda rows: to_rgb(images[rows]), len(images), title,
                                  shared=False)
     real = extractor.of(reference, "features of the reference")
+    refuse_non_finite(fake, "the samples", extractor)
+    refuse_non_finite(real, "the reference", extractor)
     seconds = {"sampling": sampled - start, "features": time.time() - sampled}
     return Features(*fake, comparison.labels), Features(*real, reference.labels), seconds
 
@@ -608,7 +669,8 @@ def announce(args, comparison, extractor, rt):
     """Say what will be measured, and how long it will take."""
     subject, reference = comparison.subject, comparison.reference
     seconds = estimate(args, comparison, extractor, rt)
-    wanted = {"group": bool(comparison.groups), "class": args.per_class}
+    labelled = comparison.labels is not None and reference.labels is not None
+    wanted = {"group": labelled and bool(comparison.groups), "class": labelled and args.per_class}
     kinds = " and ".join(kind for kind, yes in wanted.items() if yes)
     per = f", per {kinds}" if kinds else ""
     processes = f" x {rt.world}" if rt.world > 1 else ""
@@ -616,6 +678,13 @@ def announce(args, comparison, extractor, rt):
              f"against {reference.words} ({reference.n:,} images), "
              f"in features of {extractor.name}, {runtime.dtype_name(rt.dtype)}; "
              f"about {duration(seconds)} on {rt.device}{processes}")
+    if comparison.used < reference.n:
+        rt.print(f"the samples lack some classes of the reference: overall against its "
+                 f"{comparison.used:,} images of the samples' classes")
+    if comparison.assumed:
+        rt.print(f"labels {comparison.assumed['labels']}")
+    if args.per_class and not labelled:
+        rt.print("--per-class: one side has no labels; overall numbers only")
     no_sizes = subject.data.get("class_counts") is None
     if no_sizes and comparison.groups and comparison.labels is not None:
         rt.print("the samples come without class sizes: Many / Medium / Few are thirds of the "
@@ -644,18 +713,19 @@ def line_of(numbers, n):
 
 def print_result(result):
     """One line per group and class, and warnings about small numbers of images."""
-    rows = {"overall": result, **result["groups"], **result["classes"]}
-    counts = {name: thousands(r["num"]) for name, r in rows.items()}
-    name_width = max(len(name) for name in rows)
-    count_width = max(len(n) for n in counts.values())
-    for name, numbers in rows.items():
-        print(f"{name:<{name_width}}  {line_of(numbers, counts[name].rjust(count_width))}")
-    small = [name for name, r in rows.items() if min(r["num"], r["num_real"]) < FEW]
+    # A list: a class may be called like a group
+    rows = [("overall", result), *result["groups"].items(), *result["classes"].items()]
+    name_width = max(len(name) for name, _ in rows)
+    count_width = max(len(thousands(r["num"])) for _, r in rows)
+    for name, numbers in rows:
+        n = thousands(numbers["num"]).rjust(count_width)
+        print(f"{name:<{name_width}}  {line_of(numbers, n)}")
+    small = [name for name, r in rows if min(r["num"], r["num_real"]) < FEW]
     if small:
         names = ", ".join(small[:6]) + (" ..." if len(small) > 6 else "")
         print(f"warning: {names}: fewer than {FEW:,} images on one side; a Frechet distance is "
               f"then biased upwards and can be compared only at equal counts; KID is not biased")
-    reduced = sorted({r["kid_subset_size"] for r in rows.values()} - {KID_SIZE})
+    reduced = sorted({r["kid_subset_size"] for _, r in rows} - {KID_SIZE})
     if reduced:
         print(f"note: KID's subsets are of {', '.join(map(str, reduced))} images instead of "
               f"{KID_SIZE:,} where there are fewer")
@@ -668,22 +738,75 @@ def settings_of(args, comparison, extractor, rt):
     """Everything that moves a number of the result: a plain dict."""
     return {
         **comparison.subject.made, "reference": comparison.reference.words,
+        "reference_sha256": comparison.reference.sha256, **comparison.assumed,
         "num": comparison.num, "num_group": comparison.num_group, "per_class": args.per_class,
         "k": args.k, "features": extractor.name, "features_sha256": extractor.sha256,
         "dtype": str(rt.dtype), "floor": args.floor, "kid_subsets": KID_SUBSETS,
         "kid_subset_size": KID_SIZE, "is_splits": IS_SPLITS, "metric_seed": METRIC_SEED}
 
 
-def is_done(args, out_json, settings):
+def is_result(path):
+    """Whether a file is a result of this script."""
+    result = disk.read_result(path)
+    return result is not None and {"settings", "num_real", "precision", "recall"} <= set(result)
+
+
+def about_stats(path):
+    """What save_stats wrote about a file of its own, a dict; None for other files."""
+    try:
+        with np.load(path) as f:
+            about = json.loads(str(f["about"])) if "features" in f.files else None
+    except Exception:       # NumPy raises many kinds for files that are no .npz
+        return None
+    return about if isinstance(about, dict) else None
+
+
+def check_outputs(args, comparison):
+    """Raise UserError where a result cannot be written, or would replace something else."""
+    out = args.out_json
+    disk.refuse_overwriting(out, is_result, "--out-json", "a result of evaluate.py")
+    if args.samples and out.resolve() == record_of(args.samples):
+        raise UserError(f"--out-json {out}: the record of the samples is looked for under this "
+                        "name; choose another name")
+    disk.check_writable(out, "--out-json")
+    if not args.save_stats:
+        return
+    stats = Path(args.save_stats)
+    disk.refuse_overwriting(stats, about_stats, "--save-stats", "a file of --save-stats")
+    read = [args.samples, comparison.reference.name, out]
+    if stats.resolve() in [Path(path).resolve() for path in read if path]:
+        raise UserError(f"--save-stats {stats}: this call also reads or writes this file under "
+                        "another flag; choose another name")
+    disk.check_writable(stats, "--save-stats")
+
+
+def record_of(samples):
+    """The JSON in which read_record looks for what made an .npz, or the folder of one."""
+    path = Path(samples)
+    if path.is_dir():
+        path = path / "samples.npz"
+    return path.with_suffix(".json").resolve() if path.is_file() else None
+
+
+def is_done(args, out_json, settings, comparison, extractor):
     """Whether an earlier call with these settings wrote everything that this one would write."""
-    stats_exist = not args.save_stats or Path(args.save_stats).exists()
-    return stats_exist and disk.up_to_date(out_json, settings)
+    if args.save_stats and about_stats(args.save_stats) != stats_of(comparison, extractor):
+        return False
+    return disk.up_to_date(out_json, settings)
+
+
+def stats_of(comparison, extractor):
+    """What save_stats keeps beside the features: whose they are, and what made them."""
+    reference = comparison.reference
+    return {"what": reference.words, "made_by": extractor.name,
+            "features_sha256": extractor.sha256, "class_names": comparison.class_names,
+            "reference_sha256": reference.sha256,
+            "size": list(reference.size) if reference.size else None}
 
 
 def save_stats(path, real, comparison, extractor):
     """Write what --reference FILE reads: all that the metrics need of the reference."""
-    about = {"what": comparison.reference.words, "made_by": extractor.name,
-             "features_sha256": extractor.sha256, "class_names": comparison.class_names}
+    about = stats_of(comparison, extractor)
     arrays = {"features": real.features, "logits": real.logits,
               "about": np.array(json.dumps(about))}
     if real.labels is not None:
@@ -709,7 +832,7 @@ def write_result(out_json, result, settings, seconds):
         **result, "settings": settings, "command": runtime.command_line("evaluate.py"),
         "seconds": {what: round(value, 1) for what, value in seconds.items()},
         "versions": {"torch": torch.__version__, "numpy": np.__version__,
-                     "scipy": scipy.__version__}})
+                     "scipy": scipy.__version__}}, "--out-json")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -783,9 +906,20 @@ def resolve(args, ckpt):
     args.out_json = Path(args.out_json or Path(args.out) / "eval.json")
 
 
+def refuse_useless_flags(given, args):
+    """Raise UserError for flags that do nothing beside the others, by name."""
+    if args.samples:
+        sampling = ("sampler", "steps", "grid", "eta", "guidance", "branch", "weights",
+                    "batch_size", "seed", "num_group")
+        why = "says how --ckpt generates images, and those of --samples are there"
+        runtime.refuse_unused(given, dict.fromkeys(sampling, why))
+
+
 def main():
     """Find out what is measured and against what; measure; write."""
-    args = make_parser().parse_args()
+    parser = make_parser()
+    args = parser.parse_args()
+    refuse_useless_flags(parser.given, args)
     ckpt = disk.load(args.ckpt, DEFAULTS) if args.ckpt else None
     rt = runtime.setup(args.device, dtype_of(args, ckpt) if ckpt else args.dtype)
     resolve(args, ckpt)
@@ -798,8 +932,9 @@ def main():
     extractor = make_extractor(args, subject, reference, rt)
     comparison = compare(args, subject, reference, extractor)
     settings = settings_of(args, comparison, extractor, rt)
-    if args.if_needed and is_done(args, args.out_json, settings):
+    if args.if_needed and is_done(args, args.out_json, settings, comparison, extractor):
         return rt.print(f"{args.out_json}: up to date")
+    rt.on_rank_0(lambda: check_outputs(args, comparison))
     announce(args, comparison, extractor, rt)
 
     # 3. Measure; the metrics on rank 0 only
@@ -807,18 +942,18 @@ def main():
     if rt.rank > 0:
         return
     start = time.time()
-    if args.save_stats:
-        save_stats(args.save_stats, real, comparison, extractor)
     per_class = args.per_class or not comparison.groups
     classes = {name: c for c, name in enumerate(comparison.class_names or [])} if per_class else {}
     metrics = make_metrics(args, comparison, extractor, rt)
     result = measure_all(fake, real, comparison.num, comparison.groups, classes, metrics)
     seconds["metrics"] = time.time() - start
 
-    # 4. Write
-    write_result(args.out_json, result, settings, seconds)
+    # 4. Print, then write: numbers that cannot be written are not lost
     print_result(result)
+    write_result(args.out_json, result, settings, seconds)
     print(f"wrote {args.out_json}")
+    if args.save_stats:
+        save_stats(args.save_stats, real, comparison, extractor)
 
 
 if __name__ == "__main__":

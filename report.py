@@ -43,12 +43,105 @@ def read_row(text):
     name, _, patterns = text.rpartition("=")
     paths = []
     for pattern in patterns.split(","):
-        paths += sorted(glob.glob(pattern))
-    results = [disk.read_result(path) for path in paths]
-    all_valid = all(result is not None and "num_real" in result for result in results)
-    if not name or not results or not all_valid:
+        found = [pattern] if Path(pattern).is_file() else sorted(glob.glob(pattern))
+        if pattern and not found:
+            raise UserError(f"--row {text}: there is no file {pattern}; give NAME=FILE, with a "
+                            "JSON file that evaluate.py wrote")
+        paths += found
+    if not name.strip() or not paths:
         raise UserError(f"--row {text}: give NAME=FILE, with a JSON file that evaluate.py wrote")
+    results = [disk.read_result(path) for path in paths]
+    for path, result in zip(paths, results):
+        if not is_result(result):
+            raise UserError(f"--row {text}: {path} is not a whole result of evaluate.py or "
+                            "classify.py; make it again")
+    refuse_twice(text, "file", [Path(path).resolve() for path in paths], paths)
+    refuse_twice(text, "checkpoint", [checkpoint_of(result) for result in results], paths)
     return name, results
+
+
+def refuse_twice(row, what, values, paths):
+    """Raise UserError where two of a row's files are one; values: of each file, or None."""
+    for i, value in enumerate(values):
+        if value is not None and value in values[:i]:
+            first = paths[values.index(value)]
+            raise UserError(f"--row {row}: the same {what} twice, in {first} and {paths[i]}; "
+                            "a row's files are of different seeds")
+
+
+def checkpoint_of(result):
+    """The hash of the checkpoint that was measured, or None where the result does not say it."""
+    return result["settings"].get("ckpt_sha256") or result.get("ckpt_sha256")
+
+
+def is_result(result):
+    """Whether this is what evaluate.py or classify.py wrote: all that the pages need is there."""
+    if not isinstance(result, dict) or not isinstance(result.get("settings"), dict):
+        return False
+    parts = [result]
+    for kind in ("groups", "classes"):
+        if not isinstance(result.get(kind), dict):
+            return False
+        parts += result[kind].values()
+    if not all(isinstance(part, dict) and has_finite_numbers(part) for part in parts):
+        return False
+    settings = result["settings"]
+    numbers, texts = [], ["reference"]
+    if "sampler" in settings and "guidance" in settings:
+        numbers, texts = ["step", "guidance", "steps"], ["dataset", "weights", "reference"]
+    elif "epochs" in settings:
+        numbers, texts = ["ir", "epochs"], ["dataset", "group_rule"]
+    return (all(isinstance(result.get(key), int) for key in ("num", "num_real"))
+            and all(isinstance(settings.get(key), (int, float)) for key in numbers)
+            and all(isinstance(settings.get(key), str) for key in texts))
+
+
+def has_finite_numbers(part):
+    """Whether no metric of a part is a text, or not finite."""
+    metrics = [part[key] for key in (*HIGHER_IS_BETTER, "fid", "kid", "fd", "kd") if key in part]
+    return all(isinstance(value, (int, float)) and np.isfinite(value) for value in metrics)
+
+
+def refuse_other_conditions(rows):
+    """Raise UserError for a result that cannot stand in one table with the first row's first."""
+    first_name, (first, *_) = rows[0]
+    for name, results in rows:
+        for result in results:
+            for what, (a, b) in compared(first, result).items():
+                if a != b:
+                    raise UserError(f"--row {name}: {what} {b}, and of {first_name} {a}; one "
+                                    "table has rows that were measured alike")
+
+
+def compared(first, result):
+    """{in words: (of one result, of another)} of all that must be equal in a table."""
+    pair = (first, result)
+    known = {"its distance is": tuple("FID" if "fid" in r else "FD" if "fd" in r else "none"
+                                      for r in pair)}
+    of_settings = {"features": "its features are", "features_sha256": "its features' hash is",
+                   "reference": "its reference is", "reference_sha256": "its reference's hash is",
+                   "k": "its --k is", "test_sha256": "its test set's hash is"}
+    for key, words in of_settings.items():
+        values = tuple(r["settings"].get(key) for r in pair)
+        if None not in values:              # older results do not say all of it
+            known[words] = values
+    known["its number of real images is"] = tuple(r["num_real"] for r in pair)
+    if not any("epochs" in r["settings"] for r in pair):        # there, those of training
+        known["its number of images is"] = tuple(r["num"] for r in pair)
+    return known
+
+
+def escaped(text):
+    """A name as Markdown shows it, on one line and in one cell of a table."""
+    text = " ".join(text.split())
+    for character, code in {"|": "\\|", "<": "&lt;", ">": "&gt;"}.items():
+        text = text.replace(character, code)
+    return text
+
+
+def in_figure(text):
+    """A name as matplotlib shows it: a dollar is a dollar."""
+    return " ".join(text.split()).replace("$", r"\$")
 
 
 def markdown_table(head, lines):
@@ -89,7 +182,7 @@ def value_of(result, column):
     group = column.split()[:-1]
     part = result
     if group:
-        part = {**result["groups"], **result["classes"]}.get(group[0], {})
+        part = {**result["classes"], **result["groups"]}.get(group[0], {})
     return part.get(key_of(result, column))
 
 
@@ -168,7 +261,7 @@ def paper_table(rows, columns, paper):
 
     lines = []
     for (name, results), numbers in zip(rows, summary):
-        line = [name, str(len(results))]
+        line = [escaped(name), str(len(results))]
         for k, (column, number) in enumerate(zip(columns, numbers)):
             mark = emphasis(number.mean, means[k]) if number else ""
             line.append(mark + (show(number, column) if number else "-") + mark)
@@ -220,7 +313,7 @@ def paired_differences(rows, columns):
         if len(results) != len(others) or len(results) < 2:
             continue
         differences = [paired_difference(results, others, column) for column in columns]
-        lines.append([f"{name} against {other_name}", *differences])
+        lines.append([escaped(f"{name} against {other_name}"), *differences])
     if not lines:
         return ""
     titles = [title_of(rows[0][1][0], column) for column in columns]
@@ -242,7 +335,7 @@ def draw_panel(ax, rows, column, numbers, paper):
         theirs = paper_number(paper, name, column)
         if theirs is not None:
             ax.plot(i, theirs.mean, "kD", markersize=4, markerfacecolor="white")
-    ax.set_xticks(x, [name for name, _ in rows], rotation=40, ha="right", fontsize=8)
+    ax.set_xticks(x, [in_figure(name) for name, _ in rows], rotation=40, ha="right", fontsize=8)
     is_distance = metric_of(column).endswith("fid")
     ylabel = "lower is better" if is_distance else "per cent, higher is better"
     ax.set(title=title_of(rows[0][1][0], column), ylabel=ylabel)
@@ -285,7 +378,7 @@ def commands_of(rows):
         first = results[0]
         for command in (first["settings"].get("command"), first.get("command")):
             if command:
-                lines.append(f"{command}    # {name}")
+                lines.append(f"{command}    # {' '.join(name.split())}")
     return "\n".join(dict.fromkeys(lines))
 
 
@@ -314,6 +407,10 @@ def paper_page(args, rows):
     tables = disk.read_json(PAPER)["tables"]
     if args.paper not in tables:
         raise UserError(f"--paper {args.paper}: choose one of {', '.join(tables)}")
+    names = [name for name, _ in rows]
+    if len(set(names)) < len(names):
+        raise UserError(f"--row: two rows are called {max(names, key=names.count)}; "
+                        "give each a name of its own")
     table = tables[args.paper]
     setting = args.setting or "demo"
     paper = table["settings"].get(setting)
@@ -345,7 +442,7 @@ def conditions(result, with_guidance=True):
     s = result["settings"]
     num = f"{result['num']:,}"
     num_real = f"{result['num_real']:,}"
-    if "sampler" in s:
+    if "sampler" in s and "guidance" in s:
         guidance = f", guidance {s['guidance']:g}" if with_guidance else ""
         return (f"{s['dataset']}, checkpoints at step {s['step']:,}; "
                 f"{s['sampler']} with {s['steps']} steps{guidance}, {s['weights']} weights; "
@@ -377,7 +474,7 @@ def demo_table(rows):
         distances = [f"{part['fd']:.2f}" for part in parts]
         accuracies = [f"{part['accuracy']:.1%}" for part in parts]
         guidance = f"{result['settings']['guidance']:g}"
-        lines.append([name, guidance, *distances, *accuracies])
+        lines.append([escaped(name), guidance, *distances, *accuracies])
     return markdown_table(head, lines)
 
 
@@ -394,7 +491,7 @@ def draw_groups(ax, rows, floors):
     for k, (name, result) in enumerate(rows):
         left = x + (k - (len(rows) - 1) / 2) * width
         heights = [result["groups"][group]["fd"] for group in groups]
-        bars = ax.bar(left, heights, width, label=name)
+        bars = ax.bar(left, heights, width, label=in_figure(name))
         ax.bar_label(bars, fmt="%.3g", fontsize=7)
     for i, floor in enumerate(floors.values()):
         label = "real against real" if i == 0 else None         # once in the legend
@@ -430,7 +527,10 @@ def side_by_side(general, full, path, columns=6):
     images, labels, record = read_samples(full, "--pair")
     settings_g = {**record_g["settings"], "branch": None}
     settings = {**record["settings"], "branch": None}
-    if settings_g != settings or (labels_g != labels).any():
+    if "data" not in record_g or labels_g is None:
+        raise UserError(f"--pair {general}: without labels or the names of their classes; "
+                        "run sample.py again")
+    if settings_g != settings or not np.array_equal(labels_g, labels):
         raise UserError("--pair: "
                         "the two files were not sampled with the same settings and noise")
     class_names = record_g["data"]["class_names"]
@@ -461,30 +561,50 @@ def copy_file(source, path):
     disk.write_atomic(path, lambda temporary: shutil.copyfile(source, temporary))
 
 
+def grid_of(name, settings):
+    """The grid.png of the samples that a result measured, or None where it measured no file.
+
+    Raises UserError where the samples have been made again since.
+    """
+    if "samples" not in settings:
+        return None
+    npz = Path(settings["samples"])
+    if npz.is_dir():
+        npz = npz / "samples.npz"
+    measured = settings.get("samples_sha256")
+    if measured and npz.is_file() and disk.sha256(npz) != measured:
+        raise UserError(f"--row {name}: {npz} is not what was measured; run evaluate.py again")
+    return npz.parent / "grid.png"
+
+
 def sample_grids(rows, folder, first_number):
     """Copy each row's grid.png into `folder`; returns the page's parts that show them."""
     parts = []
     for name, result in rows:
         settings = result["settings"]
-        grid = Path(settings.get("samples", "")).parent / "grid.png"
-        if grid.exists():
+        grid = grid_of(name, settings)
+        if grid and grid.exists():
             copy = f"grid-{first_number + len(parts)}.png"
             copy_file(grid, folder / copy)
-            title = f"{name}, guidance {settings['guidance']:g}"
+            title = f"{escaped(name)}, guidance {settings['guidance']:g}"
             parts.append(f"## {title}\n\n![{title}, one class per row]({copy})\n")
     return parts
 
 
 def refuse_rows_without_demo_numbers(rows):
     """Raise UserError where the demo's table or figure cannot be made from a row."""
-    for _, result in rows:
-        if "floor" not in result or "fd" not in result:
-            raise UserError("--row: a page without --paper needs numbers "
-                            "that evaluate.py made with a classifier and --floor")
+    groups = rows[0][1]["groups"].keys()
     for name, result in rows:
-        if "guidance" not in result["settings"] or "accuracy" not in result:
+        parts = [result, *result["groups"].values()]
+        if not all("floor" in part and "fd" in part for part in parts):
+            raise UserError(f"--row {name}: a page without --paper needs numbers "
+                            "that evaluate.py made with a classifier and --floor")
+        if "guidance" not in result["settings"] or not all("accuracy" in p for p in parts):
             raise UserError(f"--row {name}: a page without --paper is for images of sample.py, "
                             "in features of a classifier of their classes")
+        if not groups or result["groups"].keys() != groups:
+            raise UserError(f"--row {name}: a page without --paper shows groups, and those of "
+                            "this row are none, or others than the first row's")
 
 
 def demo_page(args, rows):
@@ -536,10 +656,21 @@ def make_parser():
     return parser
 
 
+def is_page(path):
+    """Whether a file may be a page of ours: a text that begins with a title."""
+    with open(path, "rb") as f:
+        return f.read(2) == b"# "
+
+
 def main():
     """Make the page that the flags ask for."""
     args = make_parser().parse_args()
     rows = [read_row(text) for text in args.row]
+    refuse_other_conditions(rows)
+    if Path(args.out).suffix.lower() in (".png", ".pdf"):
+        raise UserError(f"--out {args.out}: the page's pictures have such names; name a .md file")
+    disk.check_writable(args.out)
+    disk.refuse_overwriting(args.out, is_page, "--out", "a page")
     table = paper_page(args, rows) if args.paper else demo_page(args, rows)
     print(f"{table}\nwrote {Path(args.out)}")
 

@@ -362,7 +362,8 @@ def test_accuracy_knows_the_classifiers_own_order_of_classes(classifier, data_di
     test = load("digits", data_dir, "test", class_order="9,8,7,6,5,4,3,2,1,0")
     np.savez(tmp_path / "samples.npz", np.repeat(test.images, 3, 3), test.labels)
     data = {"dataset": "digits", "class_names": test.class_names}
-    disk.write_json(tmp_path / "samples.json", {"settings": {}, "data": data})
+    disk.write_json(tmp_path / "samples.json", {
+        "settings": {}, "data": data, "npz_sha256": disk.sha256(tmp_path / "samples.npz")})
     call(evaluate.main, "--samples", tmp_path / "samples.npz", "--features", classifier,
          "--data-dir", data_dir, "--device", "cpu", "--per-class")
     result = disk.read_json(tmp_path / "eval.json")
@@ -377,8 +378,8 @@ def test_a_group_of_one_image_is_left_out(classifier, data_dir, tmp_path):
     np.savez(tmp_path / "x.npz", np.repeat(test.images[rows], 3, 3), test.labels[rows])
     call(evaluate.main, "--samples", tmp_path / "x.npz", "--reference", "digits",
          "--features", classifier, "--data-dir", data_dir, "--device", "cpu", "--per-class",
-         "--out-json", tmp_path / "x.json")
-    result = disk.read_json(tmp_path / "x.json")
+         "--out-json", tmp_path / "eval.json")
+    result = disk.read_json(tmp_path / "eval.json")
     assert len(result["classes"]) == 9 and "3" not in result["classes"] and result["num"] == 271
 
 
@@ -424,6 +425,187 @@ def test_folder_data_set_gets_a_balanced_reference(tmp_path, classifier, cm_run)
 
 
 # --------------------------------------------------------------------------------------------------
+# Nothing is silently wrong
+
+@pytest.fixture
+def samples(data_dir, tmp_path):
+    """A file of the held-out digits, with their labels, without the JSON of sample.py."""
+    test = load("digits", data_dir, "test")
+    path = tmp_path / "x.npz"
+    np.savez(path, np.repeat(test.images, 3, 3), test.labels)
+    return path
+
+
+def rewrite(path, labels=None, images=None):
+    """Replace arrays of an .npz of images."""
+    with np.load(path) as f:
+        old = f["arr_0"], f["arr_1"]
+    np.savez(path, old[0] if images is None else images, old[1] if labels is None else labels)
+
+
+def test_if_needed_notices_what_changed(against_digits, samples, data_dir, tmp_path, capsys):
+    def measured(*flags):
+        capsys.readouterr()
+        call(evaluate.main, *flags, "--if-needed", "--out-json", tmp_path / "e.json")
+        return "up to date" not in capsys.readouterr().out
+    flags = ("--samples", samples, *against_digits)
+    assert measured(*flags) and not measured(*flags)
+    with np.load(samples) as f:
+        images, labels = f["arr_0"], f["arr_1"]
+    rewrite(samples, images=255 - images)
+    assert measured(*flags) and not measured(*flags)
+
+    reference = tmp_path / "reference.npz"
+    np.savez(reference, images, labels)
+    flags = ("--samples", samples, "--reference", reference, *against_digits[2:])
+    assert measured(*flags) and not measured(*flags)
+    np.savez(reference, images[::-1], labels[::-1])
+    assert measured(*flags) and not measured(*flags)
+
+    folder = tmp_path / "flat"
+    folder.mkdir()
+    for i, image in enumerate(images[:9]):
+        Image.fromarray(image).save(folder / f"{i}.png")
+    flags = ("--samples", folder, *against_digits)
+    assert measured(*flags) and not measured(*flags)
+    Image.fromarray(255 - images[0]).save(folder / "0.png")
+    assert measured(*flags)
+
+    # --save-stats: a file of another reference is not what this call would write
+    flags = ("--samples", samples, *against_digits, "--save-stats", tmp_path / "s.npz")
+    assert measured(*flags) and not measured(*flags)
+    call(evaluate.main, "--samples", samples, "--reference", reference, *against_digits[2:],
+         "--save-stats", tmp_path / "s.npz", "--out-json", tmp_path / "other.json")
+    assert measured(*flags)
+
+
+def test_a_record_that_is_not_of_these_samples(samples, against_digits, capsys):
+    record = {"settings": {}, "data": {"class_names": list("9876543210")}, "npz_sha256": "0"}
+    disk.write_json(samples.with_suffix(".json"), record)
+    refuses(capsys, evaluate.main, "--samples", samples, *against_digits,
+            says=["--samples", "x.json", "does not belong"])
+
+
+def test_labels_without_names_are_said_and_recorded(samples, against_digits, tmp_path, capsys):
+    call(evaluate.main, "--samples", samples, *against_digits)
+    assert "in the order of the reference's" in capsys.readouterr().out
+    assert "order of the reference's" in disk.read_json(
+        tmp_path / "eval.json")["settings"]["labels"]
+
+
+def test_classes_that_the_samples_lack_are_said(samples, against_digits, data_dir, tmp_path,
+                                                capsys):
+    with np.load(samples) as f:
+        rows = f["arr_1"] < 4
+        images, labels = f["arr_0"][rows], f["arr_1"][rows]
+    np.savez(samples, images, labels)
+    call(evaluate.main, "--samples", samples, *against_digits)
+    n = disk.read_json(tmp_path / "eval.json")["num_real"]
+    assert n == int((load("digits", data_dir).labels < 4).sum())
+    assert f"overall against its {n:,} images" in capsys.readouterr().out
+
+
+def test_sizes_that_a_classifier_does_not_take(samples, against_digits, tmp_path, capsys):
+    with np.load(samples) as f:
+        images = f["arr_0"]
+    wide = np.concatenate([images, images], 2)
+    np.savez(tmp_path / "wide.npz", wide)
+    refuses(capsys, evaluate.main, "--samples", tmp_path / "wide.npz", *against_digits,
+            says=["--features", "8 pixels", "--samples have 16 x 8"])
+    # older classifiers do not say their size
+    ckpt = torch.load(against_digits[5], weights_only=True)
+    ckpt["data"].pop("resolution")
+    torch.save(ckpt, tmp_path / "old.pt")
+    refuses(capsys, evaluate.main, "--samples", tmp_path / "wide.npz", *against_digits[:4],
+            "--features", tmp_path / "old.pt", "--device", "cpu",
+            says=["--features", "one size", "--samples 16 x 8", "--reference 8 x 8"])
+
+
+@pytest.mark.parametrize("flag, value", [
+    ("--sampler", "ddim"), ("--steps", 9), ("--grid", "quad"), ("--eta", 1), ("--guidance", 1),
+    ("--branch", "general"), ("--weights", "raw"), ("--batch-size", 9), ("--num-group", 5)])
+def test_sampling_flags_with_samples(samples, against_digits, capsys, flag, value):
+    refuses(capsys, evaluate.main, "--samples", samples, *against_digits, flag, value,
+            says=[flag, "leave it out"])
+
+
+def test_too_few_images(samples, against_digits, tmp_path, capsys):
+    with np.load(samples) as f:
+        images, labels = f["arr_0"], f["arr_1"]
+    for n in (0, 1):
+        np.savez(tmp_path / "few.npz", images[:n], labels[:n])
+        refuses(capsys, evaluate.main, "--samples", samples, "--reference", tmp_path / "few.npz",
+                *against_digits[2:], says=["--reference", "fewer than two"])
+        refuses(capsys, evaluate.main, "--samples", tmp_path / "few.npz", *against_digits,
+                says=["--samples", "fewer than two"])
+    np.savez(tmp_path / "zeros.npz", images, labels * 0)
+    np.savez(tmp_path / "ones.npz", images, labels * 0 + 1)
+    refuses(capsys, evaluate.main, "--samples", tmp_path / "zeros.npz", "--reference",
+            tmp_path / "ones.npz", *against_digits[2:],
+            says=["--reference", "of the samples' classes"])
+    rewrite(samples, labels=labels - 1)
+    refuses(capsys, evaluate.main, "--samples", samples, *against_digits,
+            says=["--samples", "label -1"])
+
+
+@pytest.fixture
+def before_the_work(monkeypatch):
+    """No features are extracted: what is refused is refused before the work."""
+    def work(*_):
+        raise AssertionError("the work has begun")
+    monkeypatch.setattr(evaluate, "extract_both", work)
+    monkeypatch.setattr(evaluate, "announce", work)
+
+
+def test_outputs_are_checked_before_the_work(before_the_work, samples, against_digits, tmp_path,
+                                             capsys):
+    reference = tmp_path / "reference.npz"
+    reference.write_bytes(samples.read_bytes())
+    (tmp_path / "ckpt.pt").write_bytes(b"weights")
+    disk.write_json(tmp_path / "samples.json", {"settings": {}, "data": {}})
+    kept = {path: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def check(flag, path, *says):
+        refuses(capsys, evaluate.main, "--samples", samples, "--reference", reference,
+                *against_digits[2:], flag, path, says=[flag, *says])
+    for name in ("ckpt.pt", "reference.npz", "samples.json"):
+        check("--out-json", tmp_path / name, "not a result")
+    for name in ("ckpt.pt", "reference.npz", "x.npz"):
+        check("--save-stats", tmp_path / name, "not a file of --save-stats")
+    for flag in ("--out-json", "--save-stats"):
+        check(flag, tmp_path / "ckpt.pt/x", "cannot write")
+    # the record of the samples is looked for under this name
+    check("--out-json", tmp_path / "x.json", "another name")
+    assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()
+            and path.name != "eval.json"} == kept
+
+
+def test_the_numbers_are_printed_before_they_are_written(samples, against_digits, monkeypatch,
+                                                         capsys):
+    def full(*_, **__):
+        raise UserError("--out-json: cannot write")
+    monkeypatch.setattr(evaluate, "write_result", full)
+    with pytest.raises(UserError):
+        call(evaluate.main, "--samples", samples, *against_digits)
+    assert "FD (300)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("what", ["conv1.weight", "fc.bias"])
+def test_features_that_are_not_finite(samples, against_digits, tmp_path, capsys, what):
+    ckpt = torch.load(against_digits[5], weights_only=True)
+    ckpt["model"][what].fill_(float("nan"))
+    torch.save(ckpt, tmp_path / "nan.pt")
+    refuses(capsys, evaluate.main, "--samples", samples, *against_digits[:4], "--features",
+            tmp_path / "nan.pt", "--device", "cpu", says=["--features", "not finite"])
+
+
+def test_folders_whose_names_differ_only_in_their_numbers():
+    assert evaluate.without_numbers(["0000-a", "0001-b"]) == ["a", "b"]
+    assert evaluate.without_numbers(["0000-a", "0001-a"]) == ["0000-a", "0001-a"]
+    assert evaluate.without_numbers(["a", "0001-b"]) == ["a", "0001-b"]
+
+
+# --------------------------------------------------------------------------------------------------
 # Mistakes
 
 @pytest.fixture
@@ -454,7 +636,7 @@ def test_bad_images(capsys, tmp_path, data_dir, against_digits):
     def check(path, *says):
         refuses(capsys, evaluate.main, "--samples", path, *against_digits, says=says)
     np.savez(tmp_path / "large.npz", good.repeat(2, 1).repeat(2, 2))
-    check(tmp_path / "large.npz", "--features", "8 pixels", "16")
+    check(tmp_path / "large.npz", "--features", "8 pixels", "16 x 16")
     folder = tmp_path / "mixed"
     folder.mkdir()
     for n in (8, 9):

@@ -229,6 +229,106 @@ def test_demo_page_refuses_fid(tmp_path, capsys):
 
 
 # --------------------------------------------------------------------------------------------------
+# Rows that do not belong into one table
+
+def write_rows(folder, **results):
+    """Write results; the values of --row that name them."""
+    for name, result in results.items():
+        disk.write_json(folder / f"{name}.json", result)
+    return [f"{name}={folder}/{name}.json" for name in results]
+
+
+def changed(result, settings=None, **numbers):
+    """A result with other settings and numbers."""
+    return {**result, **numbers, "settings": {**result["settings"], **(settings or {})}}
+
+
+FIRST = changed(fake_result(9, 0), {"features": "inception", "reference_sha256": "a", "k": 3})
+OTHERS = {      # what the line must say -> a result that cannot stand beside FIRST
+    "distance is FD": {**{k: v for k, v in FIRST.items() if k != "fid"}, "fd": 9.0},
+    "features are c.pt": changed(FIRST, {"features": "c.pt"}),
+    "reference is other": changed(FIRST, {"reference": "other"}),
+    "reference's hash is b": changed(FIRST, {"reference_sha256": "b"}),
+    "--k is 5": changed(FIRST, {"k": 5}),
+    "number of images is 21": changed(FIRST, num=21),
+    "number of real images is 31": changed(FIRST, num_real=31),
+}
+
+
+@pytest.mark.parametrize("says", OTHERS)
+def test_rows_measured_otherwise_are_refused(tmp_path, capsys, says):
+    flags = []
+    for row in write_rows(tmp_path, DDPM=FIRST, CM=OTHERS[says]):
+        flags += ["--row", row]
+    refuses(capsys, report.main, "--paper", "table2", *flags, "--out", tmp_path / "p.md",
+            says=["--row CM", says, "DDPM"])
+    assert not (tmp_path / "p.md").exists()
+
+
+def test_one_run_twice_in_a_row_is_refused(tmp_path, capsys):
+    same = changed(FIRST, {"ckpt_sha256": "c"})
+    write_rows(tmp_path, a=same, b=same)
+
+    def check(files, what):
+        refuses(capsys, report.main, "--paper", "table2", "--row", f"CM={files}",
+                "--out", tmp_path / "p.md", says=["--row CM", f"same {what} twice"])
+    check(f"{tmp_path}/a.json,{tmp_path}/a.*", "file")
+    check(f"{tmp_path}/a.json,{tmp_path}/b.json", "checkpoint")
+
+
+@pytest.mark.parametrize("content", [
+    "", "[1]", "{", '{"num_real": 3}', '{"num": 3, "num_real": 3, "groups": {}, "settings": {}}',
+    '{"num": 3, "num_real": 3, "groups": {}, "classes": {}, "fid": NaN, '
+    '"settings": {"reference": "r"}}'])
+def test_a_foreign_or_damaged_file_is_no_row(tmp_path, capsys, content):
+    (tmp_path / "x.json").write_text(content)
+    refuses(capsys, report.main, "--paper", "table2", "--row", f"CM={tmp_path}/x.json",
+            "--out", tmp_path / "p.md", says=["--row CM", "x.json", "not a whole result"])
+
+
+def test_a_seed_that_is_missing_is_not_left_out_silently(tmp_path, capsys):
+    row, = write_rows(tmp_path, CM=FIRST)
+    refuses(capsys, report.main, "--paper", "table2", "--row", f"{row},{tmp_path}/seed1.json",
+            "--out", tmp_path / "p.md", says=["--row CM", "no file", "seed1.json"])
+
+
+def test_names_are_shown_as_they_are(tmp_path):
+    folder = tmp_path / "with [brackets]"
+    disk.write_json(folder / "x.json", FIRST)
+    page = make_page(tmp_path / "p.md", "table2", "cifar10-ir7", f"a|b\n<i> $x={folder}/x.json")
+    assert "\n| a\\|b &lt;i&gt; $x | 1 |" in page and "# a|b <i> $x\n" in page
+
+
+def test_a_group_is_not_a_class_of_its_name():
+    result = {"fid": 1, "groups": {"Few": {"fid": 2}}, "classes": {"Few": {"fid": 3}}}
+    assert report.value_of(result, "Few fid") == 2
+
+
+def test_grids_of_other_samples_than_those_measured(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "samples.npz").write_bytes(b"new")
+    made = {"samples": f"{tmp_path}/samples.npz", "samples_sha256": "of the old ones"}
+    row, = write_rows(tmp_path, CM=changed(demo_result(9.0), made))
+    refuses(capsys, report.main, "--row", row, "--out", tmp_path / "page/p.md",
+            says=["--row CM", "samples.npz", "run evaluate.py again"])
+    # a result of --ckpt names no samples: a grid.png that lies here is not theirs
+    (tmp_path / "grid.png").write_bytes(b"")
+    row, = write_rows(tmp_path, CM=demo_result(9.0))
+    call(report.main, "--row", row, "--out", tmp_path / "page/p.md")
+    assert "grid-" not in (tmp_path / "page/p.md").read_text()
+
+
+@pytest.mark.parametrize("name, says", [
+    ("ckpt.pt", "not a page"), ("page.png", "name a .md file"), ("", "a folder")])
+def test_out_must_be_a_page(tmp_path, capsys, name, says):
+    (tmp_path / "ckpt.pt").write_bytes(b"PK weights")
+    row, = write_rows(tmp_path, CM=FIRST)
+    refuses(capsys, report.main, "--paper", "table2", "--row", row, "--out", tmp_path / name,
+            says=["--out", says])
+    assert (tmp_path / "ckpt.pt").read_bytes() == b"PK weights"
+
+
+# --------------------------------------------------------------------------------------------------
 # run_all.sh
 
 @pytest.mark.parametrize("target, rows", [
