@@ -21,7 +21,7 @@
 #   DATASET       cifar100    the data set (in table4 celebahq, in table5 imagenet-lt, in table6
 #                             artbench10)
 #   IR            100         the imbalance ratio (cub200, flowers102: 10; folder: 1)
-#   SEEDS         0,1,2       one run per seed
+#   SEEDS         0,1,2       one run per seed; different whole numbers
 #   NGPU          1           how many GPUs; more than one: torchrun
 #   DATA_DIR      data        where the data set is
 #   RESOLUTION                the images' size in pixels (imagenet-lt, inat2018: 64)
@@ -31,6 +31,7 @@
 # For a budget of your own, with runs and pages in a folder of their own:
 #
 #   ROOT          out/paper   the runs' folder; if it is given, the pages are in it as well
+#                             (no "=" and no comma, which report.py's --row reads in its own way)
 #   STEPS                     training steps
 #   FLAGS                     more flags of train.py, for example "--ch 64 --lr 5e-4"
 #   CM_FLAGS                  more flags of train.py for the runs with --cm: "--w-div 0.2"
@@ -40,6 +41,7 @@
 #   EXTRA         50000       how many generated images tableG8 adds to the training set
 #   MODEL                     Stable Diffusion for table6: a folder or a name on the hub
 set -euo pipefail
+set -f                          # a * or [ in a variable is a character of a name, not a pattern
 cd "$(dirname "$0")"
 export PYTHONUNBUFFERED=1
 TARGET=${1:-demo}
@@ -49,6 +51,10 @@ fail() {
   echo "error: $1" >&2
   exit 2
 }
+
+if (( $# > 1 )); then
+  fail "run_all.sh takes one target, and '$2' follows '$1'; start it once per target"
+fi
 
 # --------------------------------------------------------------------------------------------------
 # The demo and the smoke run
@@ -141,13 +147,44 @@ FLAGS=${FLAGS:-}
 CM_FLAGS=${CM_FLAGS:-}
 PAGES=${ROOT:-out}
 
-if [[ $SCALE == demo ]]; then
-  if [[ ${DATASET:-digits} != digits ]]; then
+# check_settings: end where a variable cannot be what was meant, before any work
+check_settings() {
+  local seed before=,
+  if ! grep -qxF "  $TARGET)" run_all.sh; then
+    fail "unknown target '$TARGET'; see the head of run_all.sh"
+  fi
+  if [[ $SCALE != paper && $SCALE != demo ]]; then
+    fail "SCALE='$SCALE': must be paper or demo"
+  fi
+  if [[ $SCALE == demo && $TARGET == table6 ]]; then
+    fail "SCALE=demo: table6 fine-tunes Stable Diffusion; there is no demo of it"
+  fi
+  if [[ $SCALE == demo && ${DATASET:-digits} != digits ]]; then
     fail "SCALE=demo is on digits; for DATASET=$DATASET name a budget with STEPS and NUM"
   fi
+  if [[ ! $NGPU =~ ^[1-9][0-9]{0,3}$ ]]; then
+    fail "NGPU='$NGPU': must be a whole number of GPUs, at least 1"
+  fi
+  if [[ ! ${SEEDS-0} =~ ^(0|[1-9][0-9]*)(,(0|[1-9][0-9]*))*$ ]]; then
+    fail "SEEDS='$SEEDS': must be whole numbers with commas between, for example 0,1,2"
+  fi
+  for seed in ${SEEDS+${SEEDS//,/ }}; do
+    if [[ $before == *,$seed,* ]]; then
+      fail "SEEDS='$SEEDS': $seed is there twice; name each seed once"
+    fi
+    before+=$seed,
+  done
+  # report.py's --row takes NAME=FILE,FILE, and @SEED stands for a seed
+  if [[ ${ROOT:-} == *[=,$'\n']* || ${ROOT:-} == *@SEED* ]]; then
+    fail "ROOT='${ROOT//$'\n'/ }': '=', ',', '@SEED' and line ends cannot be in it; take another"
+  fi
+}
+
+check_settings
+if [[ $SCALE == demo ]]; then
   DATASET=digits
   IR=${IR:-20}
-  SEEDS=${SEEDS:-0}
+  SEEDS=${SEEDS-0}
   ROOT=${ROOT:-out/paper-demo}
   STEPS=${STEPS:-300}
   NUM=${NUM:-500}
@@ -168,7 +205,7 @@ else
     cub200 | flowers102) IR=${IR:-10} ;;
     *) IR=${IR:-100} ;;
   esac
-  SEEDS=${SEEDS:-0,1,2}
+  SEEDS=${SEEDS-0,1,2}
   ROOT=${ROOT:-out/paper}
 fi
 
@@ -190,10 +227,10 @@ case $TARGET in
 esac
 
 DATA=(
-  --dataset $DATASET
-  --ir $IR
+  --dataset "$DATASET"
+  --ir "$IR"
   --data-dir "$DATA_DIR"
-  ${RESOLUTION:+--resolution $RESOLUTION}
+  ${RESOLUTION:+--resolution "$RESOLUTION"}
   ${CLASS_ORDER:+--class-order "$CLASS_ORDER"}
 )
 
@@ -213,18 +250,22 @@ launch() {
 
 # train RUN SEED [flags of train.py]: train a run with a seed; @SEED in a flag stands for the seed
 train() {
-  local run=$1 seed=$2 cm_flags=
+  local run=$1 seed=$2 cm_flags= word
   shift 2
-  if [[ " $* " == *" --cm "* ]]; then
-    cm_flags=$CM_FLAGS
-  fi
-  launch train.py "${DATA[@]}" ${STEPS:+--steps $STEPS} $FLAGS "${@//@SEED/$seed}" $cm_flags \
+  for word in "$@"; do
+    if [[ $word == --cm ]]; then
+      cm_flags=$CM_FLAGS
+    fi
+  done
+  launch train.py "${DATA[@]}" ${STEPS:+--steps "$STEPS"} $FLAGS "${@//@SEED/$seed}" $cm_flags \
     --seed $seed --out "$RUNS/$run-seed$seed"
 }
 
 # add_row NAME START END: add a row to the page, of the JSON files START<seed>END of all seeds
 add_row() {
-  local name=$1 start=$2 end=$3 files= seed
+  local name=$1 start end=$3 files= seed
+  # report.py takes *, ? and [ for wildcards, but not in brackets
+  start=$(printf %s "$2" | sed 's/[[*?]/[&]/g')
   for seed in ${SEEDS//,/ }; do
     files+="$start$seed$end,"
   done
@@ -254,7 +295,7 @@ row() {
     fi
     folder=$RUNS/$run-seed$seed
     launch evaluate.py --ckpt "$folder/ckpt.pt" \
-      ${NUM:+--num $NUM} ${FEATURES:+--features "$FEATURES"} \
+      ${NUM:+--num "$NUM"} ${FEATURES:+--features "$FEATURES"} \
       ${evaluate_flags[@]+"${evaluate_flags[@]}"} --out-json "$folder/$json" --if-needed
   done
   add_row "$name" "$RUNS/$run-seed" "/$json"
@@ -271,7 +312,7 @@ classes() {
   local name=$1 run=$2 seed
   shift 2
   for seed in ${SEEDS//,/ }; do
-    python classify.py "${DATA[@]}" ${EPOCHS:+--epochs $EPOCHS} "${@//@SEED/$seed}" \
+    python classify.py "${DATA[@]}" ${EPOCHS:+--epochs "$EPOCHS"} "${@//@SEED/$seed}" \
       --seed $seed --out "$RUNS/classify-$run-seed$seed" --if-needed
   done
   add_row "$name" "$RUNS/classify-$run-seed" /result.json
@@ -282,7 +323,7 @@ extra_images() {
   local run=$1 seed=$2
   local folder=$RUNS/$run-seed$seed
   train "$@"
-  launch sample.py --ckpt "$folder/ckpt.pt" --num ${EXTRA:-50000} --seed $seed \
+  launch sample.py --ckpt "$folder/ckpt.pt" --num "${EXTRA:-50000}" --seed $seed \
     --out "$folder/extra" --if-needed
 }
 
@@ -294,11 +335,11 @@ latent() {
   for seed in ${SEEDS//,/ }; do
     folder=$RUNS/latent-$run-seed$seed
     launch latent.py train "${DATA[@]}" \
-      ${MODEL:+--model "$MODEL"} ${EPOCHS:+--epochs $EPOCHS} "$@" --seed $seed --out "$folder"
-    launch latent.py sample --ckpt "$folder/ckpt.pt" --num ${NUM:-50000} \
+      ${MODEL:+--model "$MODEL"} ${EPOCHS:+--epochs "$EPOCHS"} "$@" --seed $seed --out "$folder"
+    launch latent.py sample --ckpt "$folder/ckpt.pt" --num "${NUM:-50000}" \
       --out "$folder/samples" --if-needed
     launch evaluate.py --samples "$folder/samples/samples.npz" --data-dir "$DATA_DIR" \
-      ${NUM:+--num $NUM} ${FEATURES:+--features "$FEATURES"} --if-needed
+      ${NUM:+--num "$NUM"} ${FEATURES:+--features "$FEATURES"} --if-needed
   done
   add_row "$name" "$RUNS/latent-$run-seed" /samples/eval.json
 }
@@ -306,7 +347,7 @@ latent() {
 # page TABLE [FILE]: the page of one of the tables in paper_results.json, from the rows so far
 page() {
   local table=$1 file=${2:-report}
-  python report.py --paper $table --setting $SETTING "${ROWS[@]}" \
+  python report.py --paper $table --setting "$SETTING" "${ROWS[@]}" \
     --out "$PAGES/$TARGET/$SETTING/$file.md"
   ROWS=()
 }
@@ -368,9 +409,6 @@ case $TARGET in
   # Tables 6 and G.3: Stable Diffusion on ArtBench-10, after pip install diffusers transformers;
   # MODEL is miniSD's folder or its name on the hub
   table6)
-    if [[ $SCALE == demo ]]; then
-      fail "table6 fine-tunes Stable Diffusion; there is no demo of it"
-    fi
     latent DDPM ddpm --base ddpm --no-cm
     latent CBDM cbdm --base cbdm --no-cm
     latent OC oc --base oc --no-cm
@@ -537,9 +575,5 @@ case $TARGET in
       cm -- --guidance $OMEGA
       page table3 guidance-$OMEGA
     done
-    ;;
-
-  *)
-    fail "unknown target '$TARGET'; see the head of run_all.sh"
     ;;
 esac

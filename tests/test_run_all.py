@@ -3,6 +3,7 @@
 Each script's parser must accept the flags that run_all.sh gives to it.
 """
 import importlib
+import json
 import os
 import re
 import subprocess
@@ -11,6 +12,7 @@ import pytest
 from conftest import ROOT, call
 
 import classify
+import report
 import runtime
 import train
 
@@ -113,8 +115,94 @@ def test_a_budget_reaches_every_run(tmp_path):
             assert any(word.startswith("my own/") for word in words)
 
 
-def test_the_demo_is_on_digits():
-    env = {**os.environ, "SCALE": "demo", "DATASET": "folder"}
-    done = subprocess.run(["bash", ROOT / "run_all.sh", "table2"], env=env, capture_output=True,
-                          text=True)
-    assert done.returncode == 2 and "STEPS" in done.stderr and not done.stdout
+REFUSED = {     # target, variables, and what the message names
+    "another scale": ("table2", {"SCALE": "Paper"}, "SCALE='Paper'"),
+    "demo of SD": ("table6", {"SCALE": "demo"}, "SCALE=demo"),
+    "demo of a folder": ("table2", {"SCALE": "demo", "DATASET": "folder"}, "STEPS"),
+    "no such target": ("table99", {"SCALE": "demo"}, "'table99'"),
+    "a pattern for a target": ("table.", {}, "'table.'"),
+    "no GPU": ("table2", {"NGPU": "0"}, "NGPU='0'"),
+    "negative GPUs": ("table2", {"NGPU": "-1"}, "NGPU='-1'"),
+    "half a GPU": ("table2", {"NGPU": "1.5"}, "NGPU='1.5'"),
+    "a variable for GPUs": ("table2", {"NGPU": "SEEDS"}, "NGPU='SEEDS'"),
+    "too many GPUs": ("table2", {"NGPU": "9" * 30}, "NGPU="),
+    "empty seeds": ("table2", {"SEEDS": ""}, "SEEDS=''"),
+    "blank seeds": ("table2", {"SEEDS": " "}, "SEEDS=' '"),
+    "a seed twice": ("table2", {"SEEDS": "3,5,3"}, "3 is there twice"),
+    "a seed of zeros": ("table2", {"SEEDS": "1,01"}, "SEEDS='1,01'"),
+    "words for seeds": ("table2", {"SEEDS": "one,two"}, "SEEDS='one,two'"),
+    "a negative seed": ("table2", {"SEEDS": "-1"}, "SEEDS='-1'"),
+    "seeds that end in a comma": ("table2", {"SEEDS": "1,"}, "SEEDS='1,'"),
+    "= in a path": ("table2", {"ROOT": "lr=1"}, "ROOT='lr=1'"),
+    "a comma in a path": ("table2", {"ROOT": "a,b"}, "ROOT='a,b'"),
+    "a line end in a path": ("table2", {"ROOT": "a\nb"}, "ROOT='a b'"),
+    "@SEED in a path": ("table2", {"ROOT": "a@SEED"}, "ROOT='a@SEED'"),
+}
+
+
+@pytest.mark.parametrize("target, env, words", REFUSED.values(), ids=REFUSED)
+def test_wrong_variables_are_refused_before_any_work(tmp_path, capfd, target, env, words):
+    code, calls = record(target, env, tmp_path)
+    error = capfd.readouterr().err
+    assert code == 2 and not calls
+    assert error.startswith("error: ") and error.count("\n") == 1 and words in error
+
+
+def test_two_targets_are_refused(capfd):
+    done = subprocess.run(["bash", ROOT / "run_all.sh", "table2", "table3"])
+    error = capfd.readouterr().err
+    assert done.returncode == 2 and "'table3'" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["NGPU", "SEEDS", "SCALE", "IR", "STEPS", "NUM", "ROOT"])
+def test_no_variable_is_evaluated_by_the_shell(tmp_path, name):
+    """Bash evaluates what it takes for arithmetic, and in it the commands of an index."""
+    touched = tmp_path / "touched"
+    record("table2", {name: f"a[$(touch {touched})]"}, tmp_path)
+    assert not touched.exists()
+
+
+ODD = "100% [a] *b* ?c  d"       # a folder's name
+
+
+def test_odd_folders_reach_the_scripts_unchanged(tmp_path):
+    """Also where the current folder has a file that a pattern would match."""
+    root = tmp_path / ODD
+    env = {"DATA_DIR": f"/data/{ODD}, x=1", "ROOT": str(root), "NUM": "[r]*"}
+    code, calls = record("table1", env, tmp_path)
+    assert code == 0
+    for words in calls:
+        if words[1] == "train.py":
+            assert words[words.index("--data-dir") + 1] == env["DATA_DIR"]
+            assert words[words.index("--out") + 1].startswith(f"{root}/")
+        if words[1] == "evaluate.py":
+            assert words[words.index("--num") + 1] == env["NUM"]
+    lora = next(words for words in calls if "--init-from" in words)
+    source = lora[lora.index("--init-from") + 1]
+    assert source == f"{root}/cifar100-ir100/cbdm-seed0/ckpt.pt"
+
+
+def test_rows_of_odd_folders_are_the_files_of_their_own_seeds(tmp_path):
+    """What report.py reads of a --row: wildcards in a folder's name are no wildcards."""
+    root = tmp_path / ODD
+    similar = tmp_path / ODD.replace("*b*", "xbx")
+    for folder in (root, similar):
+        for seed in (3, 5):
+            path = folder / f"cifar100-ir100/ddpm-seed{seed}/eval-plain.json"
+            path.parent.mkdir(parents=True)
+            value = {"num_real": seed, "root": folder.name, "settings": {}}
+            path.write_text(json.dumps(value))
+    code, calls = record("table2", {"ROOT": str(root), "SEEDS": "3,5"}, tmp_path)
+    words = next(words for words in calls if words[1] == "report.py")
+    name, results = report.read_row(words[words.index("--row") + 1])
+    assert code == 0 and name == "DDPM"
+    assert [(r["num_real"], r["root"]) for r in results] == [(3, root.name), (5, root.name)]
+
+
+def test_cm_flags_are_for_runs_with_cm_only(tmp_path):
+    """Not for a run whose folder's name has the word."""
+    env = {"ROOT": "my --cm runs", "CM_FLAGS": "--w-div 0.2"}
+    _, calls = record("table1", env, tmp_path)
+    for words in calls:
+        if words[1] == "train.py":
+            assert ("--w-div" in words) == ("--cm" in words)
