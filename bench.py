@@ -346,6 +346,8 @@ def main():
     args = make_parser().parse_args()
     if args.metrics:
         return bench_metrics(args.metrics, 2048)
+    out = Path(args.out or "out/bench")
+    disk.check_writable(out / "bench.json")
 
     # What is measured
     rt = runtime.setup(args.device, args.dtype)
@@ -379,7 +381,6 @@ def main():
         print(f"{name}, torch {torch.__version__}; peak memory of the process "
               f"{peak_memory():.1f} GiB\n")
     print_tables(rows, sampling, args.methods[0])
-    out = Path(args.out or "out/bench")
     disk.write_json(out / "bench.json", {"device": name, "torch": torch.__version__,
                                             "rows": rows, "sampling": sampling})
 

@@ -477,7 +477,8 @@ def add_data_flags(parser, dataset="cifar100", ir=None):
     g.add_argument("--ir", type=number(low=1), default=ir,
                    help="imbalance ratio N_max / N_min of the draw; 1: every image, as it is"
                    + known)
-    g.add_argument("--tail-seed", "--split-seed", type=integer(0), default=0, metavar="SEED",
+    g.add_argument("--tail-seed", "--split-seed", type=integer(0, 2**32 - 1), default=0,
+                   metavar="SEED",
                    help="seed of the long-tail draw (default: 0, Cao et al.)")
     g.add_argument("--class-order", help="classes, the most populous first: names or numbers with "
                    "commas (default: as it is)")

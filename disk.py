@@ -68,11 +68,22 @@ def writing(path, flag="--out"):
 
 
 def check_writable(path, flag="--out"):
-    """Raise UserError where no file can be written at `path`: before the work, not after it."""
-    if Path(path).is_dir():
+    """Raise UserError where no file can be written at `path`: before the work, not after it.
+
+    Leaves nothing behind: what is refused later has made no folder.
+    """
+    path = Path(path)
+    if path.is_dir():
         raise UserError(f"{flag} {path}: a folder; name a file")
-    write_atomic(Path(path).with_name(f".{Path(path).name}.try"), lambda p: p.touch(), flag)
-    Path(path).with_name(f".{Path(path).name}.try").unlink()
+    new = [folder for folder in path.parents if not folder.exists()]    # the deepest one first
+    trial = path.with_name(f".{path.name}.try")
+    try:
+        write_atomic(trial, lambda p: p.touch(), flag)
+        trial.unlink()
+    finally:
+        with suppress(OSError):         # another process may have put a file there
+            for folder in new:
+                folder.rmdir()
 
 
 def refuse_overwriting(path, is_same_kind, flag, kind):

@@ -4,6 +4,7 @@ Every script's last line is `run(main)`: a user's mistake (UserError) becomes on
 and exit code 2.
 """
 import argparse
+import errno
 import hashlib
 import math
 import os
@@ -69,7 +70,10 @@ def error_line(error):
     if isinstance(error, torch.OutOfMemoryError):
         return ("out of memory on the device; take a smaller --batch-size, or in train.py a "
                 f"larger --accumulate ({first})")
-    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        return f"a name that is too long for a file; take a shorter one ({first[:200]})"
+    too_large = ("can't allocate memory", "Storage size calculation overflowed")
+    if isinstance(error, MemoryError) or any(words in str(error) for words in too_large):
         return ("out of memory on this machine; take smaller numbers: --batch-size, --num, --ch "
                 f"({first[:200]})")
     return None
@@ -93,7 +97,19 @@ class Parser(argparse.ArgumentParser):
         namespace, unknown = self.parse_known_args(words, namespace)
         if unknown:
             self.error(self.what_is_unknown(unknown[0], words))
+        for action in self._actions:
+            self.refuse_empty(action, getattr(namespace, action.dest, None))
         return namespace
+
+    def refuse_empty(self, action, value):
+        """Raise UserError for an empty word: a script would take it for a flag that is not given.
+
+        An unset variable of a shell script becomes such a word.
+        """
+        for word in value if isinstance(value, list) else [value]:
+            if isinstance(word, str) and not word.strip():
+                self.error(f"{(action.option_strings or [action.dest])[0]}: the value is empty; "
+                           "name one, or leave the flag out")
 
     def what_is_unknown(self, word, words):
         """What to say of a word that no flag takes."""

@@ -347,6 +347,7 @@ def main():
     args = parser.parse_args()
     start = time.time()
     out = Path(args.out)
+    disk.check_writable(out / "theory.json")
     points = results(args.trials, args.seed)
     text = table(points)
     figure(points, out / "theory.png")

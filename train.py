@@ -128,12 +128,12 @@ def add_method_flags(parser):
 def add_network_flags(parser):
     """The size of the U-Net."""
     g = parser.add_argument_group("network")
-    g.add_argument("--ch", type=integer(1), help="base width")
+    g.add_argument("--ch", type=integer(1, 65_536), help="base width")
     g.add_argument("--ch-mult", type=integer(1), nargs="+", metavar="M",
                    help="width of each level, as a multiple of --ch")
     g.add_argument("--attn", type=integer(0), nargs="*", metavar="L",
                    help="levels with attention, 0 the finest")
-    g.add_argument("--num-res-blocks", type=integer(1), help="residual blocks per level")
+    g.add_argument("--num-res-blocks", type=integer(1, 1000), help="residual blocks per level")
     g.add_argument("--dropout", type=number(0, 0.99), help="dropout probability")
 
 
