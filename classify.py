@@ -10,6 +10,7 @@ precision and macro recall on the balanced test set. The folder of a run holds c
 ResNet-18, CM merged: what `evaluate.py --features` takes), result.json, confusion.png and
 TensorBoard events. The same command resumes a stopped run.
 """
+import hashlib
 import math
 import sys
 import time
@@ -30,7 +31,7 @@ import disk
 import runtime
 from cm_layers import general_only, merge, reserve
 from data import (Batches, ImageSet, add_data_flags, class_groups, images_of_npz, load,
-                  load_long_tailed, open_npz, read_record, to_classes, to_float)
+                  load_long_tailed, open_npz, read_record, refuse_other_data, to_classes, to_float)
 from losses import CMConfig, add_cm_flags, class_weights, cm_terms
 from readers import NoSuchSplit
 from runtime import Parser, UserError, integer, number, run
@@ -338,21 +339,25 @@ def add_output_flags(parser):
                         help="do nothing where --out was made with these settings already")
 
 
-def resolve(args):
-    """Fill in the data set's defaults and the run's folder. Raises UserError for an unused flag."""
+def resolve(args, given=()):
+    """Fill in the data set's defaults and the run's folder. Raises UserError for an unused flag.
+
+    given: Parser.given.
+    """
     for key, value in preset_of(args.dataset).items():
         if getattr(args, key) is None:
             setattr(args, key, value)
     if args.out is None:
         args.out = default_folder(args)
-    refuse_unused(args)
+    runtime.refuse_unused(given, unused_flags(args))
     return args
 
 
 def default_folder(args):
     """out/classifier-DATASET, and a word for each setting that is not the default."""
     defaults = {**vars(make_parser().parse_args([])), **preset_of(args.dataset)}
-    words = [f"out/classifier-{args.dataset}"]
+    dataset = disk.path_id(args.data_dir) if args.dataset == "folder" else args.dataset
+    words = [f"out/classifier-{dataset}"]
     if args.ir != 1:
         words.append(f"ir{args.ir:g}")
     if args.loss != "ce":
@@ -374,26 +379,33 @@ def default_folder(args):
     return "-".join(words)
 
 
-def refuse_unused(args):
-    """Raise UserError for a flag that means something only together with another one."""
-    unused = {}         # flag: what it belongs to
+def unused_flags(args):
+    """{flag: why it does nothing}, of those that mean something only together with another one."""
+    unused = {}
     if args.loss != "la":
-        unused["tau"] = "--loss la, which adds the prior"
+        unused["tau"] = "belongs to --loss la, which adds the prior"
     if not args.extra:
-        unused["extra_per_class"] = "--extra"
+        unused["extra_per_class"] = "belongs to --extra"
     if not args.cm:
         keys = ("reserve", "lam", "w_con", "w_div", "div_bound", "distance", "rank_ratio")
-        unused.update({key: "--cm" for key in keys})
-    defaults = make_parser().parse_args([])
-    for key, owner in unused.items():
-        if getattr(args, key) != getattr(defaults, key):
-            raise UserError(f"--{key.replace('_', '-')}: belongs to {owner}; leave it out")
+        unused.update({key: "belongs to --cm" for key in keys})
+    return unused
 
 
 def settings_of(args):
     """What a run's result depends on: {name: value}, with a hash of the extra images' file."""
     settings = {key: value for key, value in vars(args).items() if key not in RESUMABLE}
     return {**settings, "extra_sha256": args.extra and disk.sha256(args.extra)}
+
+
+def refuse_narrow(args, rt):
+    """Raise UserError for widths with which torch's CPU convolutions corrupt memory.
+
+    oneDNN's 1 x 1 convolutions of stride 2, channels last, of 2 to 6 channels.
+    """
+    if rt.device.type == "cpu" and args.width < 8:
+        raise UserError(f"--width {args.width}: torch's convolutions so narrow corrupt memory on a "
+                        "CPU; take at least 8")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -464,8 +476,10 @@ def read_extra(path, images):
                         f"N x {H} x {W} x 3")
     if labels is None:
         raise UserError(f"--extra {path}: it has no arr_1, the labels of its images")
-    names = read_record(path).get("data", {}).get("class_names")
+    names = read_record(path, "--extra").get("data", {}).get("class_names")
     labels = to_classes(labels, names, images.class_names, f"--extra {path}")
+    if channels == 1 and (extra != extra[..., :1]).any():
+        raise UserError(f"--extra {path}: images in colour, and {images.name} is grey")
     return extra[..., :channels], labels
 
 
@@ -535,6 +549,7 @@ def set_up(sets, settings, old, args, rt):
     if old:
         defaults = {**vars(make_parser().parse_args([])), **preset_of(args.dataset)}
         disk.refuse_changes(old["config"], settings, args.out, defaults, RESUMABLE)
+        refuse_other_data(old["data"], sets.real.record(), args)
     training = start(sets, settings, args, rt)
     if old and old["training"]:
         training.restore(old["training"])
@@ -672,12 +687,29 @@ def loop(training, args, rt):
                 value = log(training, total, terms, rt)
                 bar.set_postfix(loss=f"{value:.3f}", refresh=False)
             signal = rt.maximum(stop.number)
+            if signal or saves or finished:
+                refuse_non_finite(training)
             if rt.rank == 0 and (signal or saves) and not finished:
                 save(training, training.state(), args)
             if signal:
                 rt.print(f"stopped by signal {signal} at step {training.step}; the same command "
                          f"goes on from there")
                 sys.exit(128 + signal)
+
+
+def refuse_non_finite(training):
+    """Raise UserError where weights are not finite, before they are saved."""
+    if not all(p.isfinite().all() for p in training.net.parameters()):
+        raise UserError(f"stopped at step {training.step}: the weights are not finite; lower --lr")
+
+
+def weights_hash(state):
+    """A hash of the weights of a checkpoint, {name: tensor}: a result says which it belongs to."""
+    digest = hashlib.sha256()
+    for name, value in sorted(state.items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def save(training, state, args):
@@ -781,11 +813,14 @@ def report_test(net, sets, args, rt):
 
 
 def report(training, sets, args, rt):
-    """Write the final checkpoint, measure its network; returns what result.json says of the run."""
-    net = save(training, None, args).to(rt.device).eval()
+    """Save and measure the final network; returns what result.json says of the run."""
+    net = save(training, training.state(), args)
+    weights = weights_hash(net.state_dict())
+    net = net.to(rt.device).eval()
     num = len(sets.train.labels)
     train_accuracy = float((predict(net, sets.train, rt) == sets.train.labels).mean())
-    result = {"train_accuracy": 100 * train_accuracy, "settings": training.record["config"],
+    result = {"train_accuracy": 100 * train_accuracy, "weights_sha256": weights,
+              "settings": result_settings(training.record["config"], sets),
               "num": num, "num_real": 0, "classes": {}, "groups": {}}
     words = f"accuracy {train_accuracy:.1%} on {num:,} training images"
     if sets.test is None:
@@ -797,32 +832,61 @@ def report(training, sets, args, rt):
         for name, group in result["groups"].items():
             training.board.add_scalar(f"test/{name}", group["accuracy"], training.total)
     training.board.close()
-    print(f"wrote {Path(args.out) / 'ckpt.pt'}: {words}")
+    print(words)
     return result
+
+
+def result_settings(config, sets):
+    """What a result depends on: the settings, and the content of the data."""
+    test = sets.test.sha256 if sets.test else None
+    return {**config, "data_sha256": sets.real.sha256, "test_sha256": test}
+
+
+def is_done(out, old, config, sets):
+    """Whether result.json is that of these settings and data, and of the checkpoint beside it."""
+    result = disk.read_result(out / "result.json")
+    if not old or not disk.up_to_date(out / "result.json", result_settings(config, sets)):
+        return False
+    return result.get("weights_sha256") == weights_hash(old["model"])
+
+
+def train_and_report(sets, config, old, args, rt):
+    """Train to the end, from where the checkpoint `old` stopped; measure; write result.json.
+
+    The checkpoint can be resumed until the result is written.
+    """
+    begin = time.time()
+    out = Path(args.out)
+    training = set_up(sets, config, old, args, rt)
+    if rt.rank == 0:
+        (out / "result.json").unlink(missing_ok=True)
+    loop(training, args, rt)
+    if rt.rank > 0:
+        return
+    result = report(training, sets, args, rt)
+    result.update(command=runtime.command_line("classify.py"),
+                  seconds=round(time.time() - begin, 1))
+    disk.write_json(out / "result.json", result)
+    save(training, None, args)
+    print(f"wrote {out}: ckpt.pt, result.json")
 
 
 def main():
     """Train, resuming where a run was stopped; then measure the merged network on the test set."""
-    begin = time.time()
-    args = resolve(make_parser().parse_args())
+    parser = make_parser()
+    args = resolve(parser.parse_args(), parser.given)
     out = Path(args.out)
     old, rt = disk.resume(args, ["classifier"])
     if args.batch_size % rt.world:
         raise UserError(f"--batch-size {args.batch_size}: not divisible by {rt.world} processes; "
                         f"it counts the images of all of them")
+    refuse_narrow(args, rt)
     sets = load_sets(args, rt)
-    settings = settings_of(args)
-    finished = (out / "ckpt.pt").exists() and disk.up_to_date(out / "result.json", settings)
-    if args.if_needed and finished:
+    config = settings_of(args)
+    if args.if_needed and is_done(out, old, config, sets):
         return rt.print(f"{out}: up to date")
-
-    training = set_up(sets, settings, old, args, rt)
-    loop(training, args, rt)
-    if rt.rank == 0:
-        result = report(training, sets, args, rt)
-        result.update(command=runtime.command_line("classify.py"),
-                      seconds=round(time.time() - begin, 1))
-        disk.write_json(out / "result.json", result)
+    with disk.claim(out, rt):
+        train_and_report(sets, config, old, args, rt)
 
 
 if __name__ == "__main__":

@@ -204,11 +204,11 @@ class Model:
     text encoder stay on the CPU.
     """
 
-    def __init__(self, name, device):
+    def __init__(self, name, device, revision=None):
         diffusers, transformers = packages()
 
         def load(kind, part):
-            return kind.from_pretrained(name, subfolder=part)
+            return kind.from_pretrained(name, subfolder=part, revision=revision)
         try:
             unet = load(diffusers.UNet2DConditionModel, "unet")
             vae = load(diffusers.AutoencoderKL, "vae")
@@ -302,6 +302,8 @@ def add_method_flags(parser):
     g.add_argument("--model", default="lambdalabs/miniSD-diffusers",
                    help="a folder or hub name in diffusers' layout (default: "
                    "lambdalabs/miniSD-diffusers, the paper's)")
+    g.add_argument("--revision", help="of a model on the hub: a commit or a tag, kept with the run "
+                   "(default: the newest)")
     g.add_argument("--prompt", default="a {} painting",
                    help='the text of an image, {} its class (default: "a {} painting")')
     g.add_argument("--base", choices=("ddpm", "cbdm", "oc"), default="oc",
@@ -342,7 +344,8 @@ def add_optimisation_flags(parser):
 
 def run_name(args):
     """The folder name of a run: data, IR, base, cm, seed."""
-    words = ["latent", args.dataset, f"ir{args.ir:g}", args.base]
+    dataset = disk.path_id(args.data_dir) if args.dataset == "folder" else args.dataset
+    words = ["latent", dataset, f"ir{args.ir:g}", args.base]
     if args.cm:
         words.append("cm")
     words.append(f"seed{args.seed}")
@@ -407,7 +410,12 @@ def announce(training, net):
 
 def main_train(argv):
     """Resume or start; images and their latents; network; loop: train.py's main, on latents."""
-    args = make_train_parser().parse_args(argv)
+    parser = make_train_parser()
+    args = parser.parse_args(argv)
+    if not args.cm:
+        unused = ("cm_rank", "lam", "w_con", "w_div", "div_bound")
+        runtime.refuse_unused(parser.given, {name: "means something with --cm only"
+                                             for name in unused})
     packages()              # fails here, before any work
     args.out = args.out or "out/" + run_name(args)
     old, rt = resume(args)
@@ -426,7 +434,7 @@ def main_train(argv):
                         "colour")
     rt.print(images.summary())
     batches = Batches(images, args.batch_size, args.seed, "cpu", limit=0)
-    model = Model(args.model, rt.device)
+    model = Model(args.model, rt.device, args.revision)
     moments = model.encode(images.images, rt)
 
     # Network and objective
@@ -448,7 +456,8 @@ def main_train(argv):
         return draw_batch(x_0, y, objective, seed=args.seed, step=step, part=part,
                           parts=rt.world * args.accumulate)
     announce(training, net)
-    loop(training, rt.parallel(objective), batch, start_log(training))
+    with disk.claim(args.out, rt):
+        loop(training, rt.parallel(objective), batch, start_log(training))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -482,27 +491,29 @@ def main_sample(argv):
     data = ckpt["data"]
     settings = sampling_settings(args, "diffusion")
     out = samples_folder(args)
-    record = {**describe(args, ckpt, settings), "model": args.model or ckpt["config"]["model"],
-              "num": args.num, "dtype": str(rt.dtype)}
-    if args.if_needed and is_up_to_date(out, record):
+    config = ckpt["config"]
+    revision = None if args.model else config.get("revision")
+    record = {**describe(args, ckpt, settings), "model": args.model or config["model"],
+              "revision": revision, "num": args.num, "dtype": str(rt.dtype)}
+    if args.if_needed and is_up_to_date(out, record, args.png):
         return rt.print(f"{out}: up to date")
     if args.branch == "general" and not ckpt["config"]["cm"]:
         raise UserError("--branch general: this checkpoint has no reserved capacity (it was "
                         "trained with --no-cm)")
 
     start = time.time()
-    model = Model(record["model"], rt.device)
+    model = Model(record["model"], rt.device, record["revision"])
     net = load_network(model, ckpt, args.weights)
     names = data["class_names"]
     labels = [i % len(names) for i in range(args.num)]
     branch = general_only(net) if args.branch == "general" else nullcontext()
-    with branch, parametrize.cached():
+    with disk.claim(out, rt), branch, parametrize.cached():
         images = generate(net, labels, range(args.num), model.latent_shape(data["resolution"]), rt,
                           args.batch_size, to_image=model.decode, alphas_bar=model.alphas_bar,
                           **settings)
-    if rt.rank == 0:
-        seconds = time.time() - start
-        write_samples(out, images, labels, names, record, data, seconds, args.png)
+        if rt.rank == 0:
+            seconds = time.time() - start
+            write_samples(out, images, labels, names, record, data, seconds, args.png)
 
 
 def main():

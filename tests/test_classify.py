@@ -23,9 +23,10 @@ import runtime
 from cm_layers import general_only, merge, reserve, reserved
 from data import load
 from losses import CMConfig
+from runtime import UserError
 
 COUNTS = [148, 106, 76, 54, 39, 28, 20, 14, 10, 7]
-FAST = ("--width", 4, "--epochs", 4, "--device", "cpu", "--dtype", "float32", "--ir", 20)
+FAST = ("--width", 8, "--epochs", 4, "--device", "cpu", "--dtype", "float32", "--ir", 20)
 
 
 def small(loss="ce", counts=COUNTS, stages=(), **options):
@@ -171,7 +172,7 @@ def test_merged_is_a_plain_resnet(tmp_path, data_dir):
     flags = ("--cm", "--loss", "la", "--data-dir", data_dir, "--out", tmp_path)
     call(classify.main, *FAST, *flags)
     ckpt = disk.load(tmp_path / "ckpt.pt", ["classifier"])
-    plain = classify.make_resnet(1, 10, 4)
+    plain = classify.make_resnet(1, 10, 8)
     plain.load_state_dict(ckpt["model"], strict=True)
     assert not list(reserved(plain))
     net, _ = classify.load_classifier(tmp_path / "ckpt.pt", "cpu")
@@ -230,7 +231,8 @@ def test_runs_from_before_the_renaming(tmp_path, data_dir, capsys):
     disk.save(tmp_path / "ckpt.pt", {**ckpt, "config": settings, "data": data})
     result = disk.read_json(tmp_path / "result.json")
     result["splits"] = result.pop("groups")
-    disk.write_json(tmp_path / "result.json", {**result, "settings": settings})
+    result["settings"] = {old_words.get(k, k): v for k, v in result["settings"].items()}
+    disk.write_json(tmp_path / "result.json", result)
     before = (tmp_path / "ckpt.pt").read_bytes()
     capsys.readouterr()
     call(classify.main, *flags, "--out", tmp_path, "--if-needed")
@@ -343,9 +345,10 @@ def test_how_many_extra_images(extra, digits, how, expected):
 def test_extra_classes_are_matched_by_name(extra, digits, data_dir, tmp_path, capsys):
     path, images, labels = extra
     names = [str(c) for c in range(10)]
-    backwards = {"data": {"class_names": names[::-1]}}      # of a run with another --class-order
-    disk.write_json(tmp_path / "reversed.json", backwards)
     np.savez(tmp_path / "reversed.npz", images, 9 - labels)
+    backwards = {"data": {"class_names": names[::-1]},      # of a run with another --class-order
+                 "settings": {}, "npz_sha256": disk.sha256(tmp_path / "reversed.npz")}
+    disk.write_json(tmp_path / "reversed.json", backwards)
     joined = classify.with_extra(digits, tmp_path / "reversed.npz", "all", 0)
     again = classify.with_extra(digits, path, "all", 0)
     assert np.array_equal(joined.labels, again.labels)
@@ -353,8 +356,10 @@ def test_extra_classes_are_matched_by_name(extra, digits, data_dir, tmp_path, ca
     disk.write_json(tmp_path / "reversed.json", [backwards])     # a JSON of another program
     joined = classify.with_extra(digits, tmp_path / "reversed.npz", "all", 0)
     assert np.array_equal(joined.labels[502:], np.sort(9 - labels))
-    disk.write_json(tmp_path / "others.json", {"data": {"class_names": ["cat"] * 10}})
     np.savez(tmp_path / "others.npz", images, labels)
+    disk.write_json(tmp_path / "others.json", {
+        "data": {"class_names": ["cat"] * 10}, "settings": {},
+        "npz_sha256": disk.sha256(tmp_path / "others.npz")})
     refuses(capsys, classify.main, *FAST, "--extra", tmp_path / "others.npz",
             "--data-dir", data_dir, "--out", tmp_path / "y", says=["--extra", "class cat", "10"])
 
@@ -403,3 +408,103 @@ def test_a_class_without_test_images(tmp_path, capsys):
     assert test.counts.tolist() == [1, 0, 1]        # the classes of train/
     add("test/d/1")
     refuses(capsys, classify.main, *flags, says=["--data-dir", "class d is not one of those"])
+
+
+# --------------------------------------------------------------------------------------------------
+# Nothing silently wrong, nothing lost
+
+def write_folder(root, shift):
+    """Three classes of small images; `shift` makes other pixels in files of one size."""
+    for c in range(3):
+        (root / f"class{c}").mkdir(parents=True)
+        for i in range(4):
+            pixels = np.full((8, 8, 3), 10 * i + 60 * c + shift, np.uint8)
+            Image.fromarray(pixels).save(root / f"class{c}/{i}.bmp")
+    return root
+
+
+def test_if_needed_and_resuming_look_at_the_images(tmp_path, capsys):
+    a = write_folder(tmp_path / "a/images", 0)
+    b = write_folder(tmp_path / "b/images", 5)
+    flags = ["--dataset", "folder", "--resolution", 8, "--width", 8, "--epochs", 1, "--batch-size",
+             4, "--pack-dir", tmp_path / "packs", "--out", tmp_path / "run", "--device", "cpu"]
+    call(classify.main, *flags, "--data-dir", a)
+    call(classify.main, *flags, "--data-dir", a, "--if-needed")
+    assert "up to date" in capsys.readouterr().out
+    for more in ([], ["--if-needed"]):
+        refuses(capsys, classify.main, *flags, "--data-dir", b, *more,
+                says=["--data-dir", "not the images"])
+    names = [classify.resolve(classify.make_parser().parse_args(
+        ["--dataset", "folder", "--data-dir", str(folder)])).out for folder in (a, b)]
+    assert names[0] != names[1]
+
+
+def test_a_second_run_that_is_killed_is_not_finished(tmp_path, data_dir, capsys, monkeypatch):
+    """The result of the first run goes before the second one writes a checkpoint."""
+    flags = [*FAST, "--epochs", 2, "--data-dir", data_dir, "--out", tmp_path]
+    call(classify.main, *flags)
+
+    def killed(*_):
+        raise KeyboardInterrupt
+    with monkeypatch.context() as m:
+        m.setattr(classify, "loop", killed)
+        with pytest.raises(KeyboardInterrupt):
+            call(classify.main, *flags)
+    capsys.readouterr()
+    call(classify.main, *flags, "--if-needed")
+    assert "up to date" not in capsys.readouterr().out
+
+
+def test_a_result_of_another_checkpoint_is_none(tmp_path, data_dir, capsys):
+    flags = [*FAST, "--epochs", 1, "--data-dir", data_dir, "--out", tmp_path]
+    call(classify.main, *flags)
+    ckpt = disk.load(tmp_path / "ckpt.pt", ["classifier"])
+    model = {name: value + 1 for name, value in ckpt["model"].items()}
+    disk.save(tmp_path / "ckpt.pt", {**ckpt, "model": model})
+    capsys.readouterr()
+    call(classify.main, *flags, "--if-needed")
+    assert "up to date" not in capsys.readouterr().out
+
+
+def test_a_run_that_failed_at_the_end_measures_without_training(tmp_path, data_dir, monkeypatch):
+    flags = [*FAST, "--epochs", 2, "--data-dir", data_dir, "--out", tmp_path]
+
+    def full(*_):
+        raise UserError("the disk is full")
+    with monkeypatch.context() as m:
+        m.setattr(classify, "confusion_picture", full)
+        with pytest.raises(UserError, match="full"):
+            call(classify.main, *flags)
+    weights = disk.load(tmp_path / "ckpt.pt", ["classifier"])["model"]
+    with monkeypatch.context() as m:
+        m.setattr(classify, "update", full)             # no step is taken
+        call(classify.main, *flags)
+    again = disk.load(tmp_path / "ckpt.pt", ["classifier"])
+    assert again["training"] is None and (tmp_path / "result.json").exists()
+    assert all(torch.equal(again["model"][k], weights[k]) for k in weights)
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, data_dir, capsys, monkeypatch):
+    """Also when a signal asks for a checkpoint."""
+    def poisoned(training, args, rt):
+        with torch.no_grad():
+            training.net.conv1.weight.fill_(math.inf)
+        training.step += 1
+        os.kill(os.getpid(), signal.SIGTERM)
+        return torch.tensor(1.0), {}
+    monkeypatch.setattr(classify, "update", poisoned)
+    refuses(capsys, classify.main, *FAST, "--data-dir", data_dir, "--out", tmp_path,
+            says=["weights are not finite", "--lr"])
+    assert not (tmp_path / "ckpt.pt").exists()
+
+
+def test_colour_for_a_grey_set(tmp_path, data_dir, capsys):
+    images = np.random.RandomState(0).randint(0, 256, (6, 8, 8, 3), np.uint8)
+    np.savez(tmp_path / "x.npz", images, np.arange(6))
+    refuses(capsys, classify.main, *FAST, "--extra", tmp_path / "x.npz", "--data-dir", data_dir,
+            "--out", tmp_path / "run", says=["--extra", "colour", "grey"])
+
+
+def test_narrow_networks_on_a_cpu(tmp_path, data_dir, capsys):
+    refuses(capsys, classify.main, *FAST, "--width", 4, "--data-dir", data_dir,
+            "--out", tmp_path / "run", says=["--width 4", "at least 8"])

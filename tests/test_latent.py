@@ -20,8 +20,9 @@ import disk
 from cm_layers import count, general_only, merge, reserved
 from losses import Objective, bind, draw_batch
 
-FLAGS = ("--dataset folder --ir 1 --resolution 16 --rank 6 --cm-rank 2 --batch-size 8 "
-         "--log-every 1 --device cpu --dtype float32").split()
+FLAGS = ("--dataset folder --ir 1 --resolution 16 --rank 6 --batch-size 8 --log-every 1 "
+         "--device cpu --dtype float32").split()
+CM_RANK = ["--cm-rank", 2]
 NAMES = ["old_master", "pop", "realism"]
 COUNTS = [12, 6, 3]
 CONFIG = {"prompt": "a {} painting", "rank": 6, "cm": True, "cm_rank": 2, "model": "tiny"}
@@ -185,7 +186,8 @@ def run_of(tmp_path_factory, tiny, pictures):
     root = tmp_path_factory.mktemp("latent")
 
     def train(name, *more):
-        call(latent.main, "train", *FLAGS, "--model", tiny, "--data-dir", pictures,
+        reserved_rank = [] if "--no-cm" in more else CM_RANK
+        call(latent.main, "train", *FLAGS, *reserved_rank, "--model", tiny, "--data-dir", pictures,
              "--pack-dir", root / "pack", "--out", root / name, *more)
         return root / name
     return train
@@ -238,7 +240,7 @@ def test_two_processes_and_two_passes_are_the_same_run(run_of, tmp_path, tiny, p
     one = run_of("one", "--epochs", 2)
     passes = run_of("passes", "--epochs", 2, "--accumulate", 2)
     two = tmp_path / "two"
-    p = torchrun("latent.py", "train", *FLAGS, "--epochs", 2, "--model", tiny,
+    p = torchrun("latent.py", "train", *FLAGS, *CM_RANK, "--epochs", 2, "--model", tiny,
                  "--data-dir", pictures, "--pack-dir", tmp_path / "pack", "--out", two)
     text = p.communicate(timeout=120)[0]
     assert p.returncode == 0, text
@@ -298,6 +300,8 @@ def test_train_refuses(plain, tmp_path, tiny, pictures, capsys):
     check(tiny, plain, "--base", "ddpm", says=["--cm", "--out"])
     check(tmp_path / "nothing", new, says=["--model", "diffusers"])
     check(tiny, new, "--accumulate", 3, says=["--batch-size 8", "--accumulate"])
+    check(tiny, new, "--no-cm", "--w-div", 1, says=["--w-div", "--cm only"])
+    check(tiny, new, "--no-cm", *CM_RANK, says=["--cm-rank", "--cm only"])
     check(velocity_model(tiny, tmp_path / "v"), new, says=["--model", "v_prediction", "epsilon"])
 
 
