@@ -314,7 +314,7 @@ def add_training_flags(group):
         group.add_argument(flag, type=kind, help=f"{words} (default: {paper}; digits: {digits})")
     add("--epochs", integer(1), "passes over the training set")
     add("--weight-decay", number(0), "SGD's weight decay")
-    add("--width", integer(1), "channels of the first stage; 64 is ResNet-18")
+    add("--width", integer(1, 4096), "channels of the first stage; 64 is ResNet-18")
     group.add_argument("--schedule", choices=("steps", "onecycle"),
                        help="of the learning rate (default: steps; digits: onecycle)")
     group.add_argument("--nesterov", action=BooleanOptionalAction, default=None,

@@ -225,11 +225,14 @@ def up_to_date(path, settings):
 def fingerprint(paths, root):
     """A hash of the names, sizes and times of change of files: the identity of a folder's content.
 
-    Raises OSError for a file that is not there.
+    Raises UserError for a file that is not there.
     """
     digest = hashlib.sha256()
     for path in paths:
-        stat = os.stat(path)
+        try:
+            stat = os.stat(path)
+        except OSError as e:
+            raise UserError(f"{path} cannot be read ({e.strerror}); fix or remove it") from e
         name = os.path.relpath(path, root)
         digest.update(os.fsencode(f"{name} {stat.st_size} {stat.st_mtime_ns}\n"))
     return digest.hexdigest()

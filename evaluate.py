@@ -849,9 +849,9 @@ def add_protocol_flags(parser):
     g.add_argument("--data-dir", help="where data sets are (default: the checkpoint's, or data)")
     g.add_argument("--pack-dir", help="where packed arrays are "
                    "(default: the checkpoint's, or packed in --data-dir)")
-    g.add_argument("--num", type=integer(2), help="class-balanced images overall "
+    g.add_argument("--num", type=integer(2, 10_000_000), help="class-balanced images overall "
                    "(default: 50,000; digits: 2,000; or all there are)")
-    g.add_argument("--num-group", "--num-split", type=integer(0), dest="num_group",
+    g.add_argument("--num-group", "--num-split", type=integer(0, 10_000_000), dest="num_group",
                    help="images per group (Many, Medium, Few), at least "
                    "(default: 20,000; with --num, and on digits: what --num gives)")
     g.add_argument("--per-class", action="store_true", help="also each class by itself")

@@ -22,6 +22,7 @@ import sys
 import time
 from argparse import BooleanOptionalAction
 from contextlib import nullcontext
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -419,6 +420,7 @@ def main_train(argv):
     packages()              # fails here, before any work
     args.out = args.out or "out/" + run_name(args)
     old, rt = resume(args)
+    rt.on_rank_0(lambda: disk.check_writable(Path(args.out) / "config.json"))
     config = config_of(args)        # without args.steps, which the number of images gives
 
     # Data
@@ -469,7 +471,7 @@ def make_sample_parser():
     parser.add_argument("--ckpt", required=True, help="a checkpoint of latent.py train")
     parser.add_argument("--model",
                         help="where the pre-trained model is (default: the checkpoint's)")
-    parser.add_argument("--num", type=integer(1), default=100,
+    parser.add_argument("--num", type=integer(1, 10_000_000), default=100,
                         help="images, over all classes (default: 100)")
     add_sampling_flags(parser)
     add_output_flags(parser)
@@ -501,6 +503,7 @@ def main_sample(argv):
         raise UserError("--branch general: this checkpoint has no reserved capacity (it was "
                         "trained with --no-cm)")
 
+    disk.check_writable(out / "samples.json")
     start = time.time()
     model = Model(record["model"], rt.device, record["revision"])
     net = load_network(model, ckpt, args.weights)

@@ -626,11 +626,11 @@ def demo_page(args, rows):
         "that the classifier takes for the class asked for.\n",
         "![FD per group](groups.png)\n",
     ]
-    demo_figure(rows, folder / "groups.png")
     if args.pair:
         side_by_side(*args.pair, folder / "theta_g_theta.png")
         parts.append("## Samples of theta_g and of theta from the same noise\n\n"
                      "![theta_g and theta](theta_g_theta.png)\n")
+    demo_figure(rows, folder / "groups.png")
     parts += sample_grids(rows, folder, first_number=len(parts))
     disk.write_text(page, "\n".join(parts))
     return table

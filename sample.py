@@ -468,7 +468,7 @@ def make_parser():
                         help="a checkpoint of train.py, or a file that --export wrote")
     parser.add_argument("--classes",
                         help="numbers, ranges or names: 6-9 or 0,3,cat (default: all)")
-    parser.add_argument("--num", type=integer(1), default=100,
+    parser.add_argument("--num", type=integer(1, 10_000_000), default=100,
                         help="images, over all classes (default: 100)")
     add_sampling_flags(parser)
     add_output_flags(parser)

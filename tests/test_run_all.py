@@ -190,7 +190,8 @@ def test_rows_of_odd_folders_are_the_files_of_their_own_seeds(tmp_path):
         for seed in (3, 5):
             path = folder / f"cifar100-ir100/ddpm-seed{seed}/eval-plain.json"
             path.parent.mkdir(parents=True)
-            value = {"num_real": seed, "root": folder.name, "settings": {}}
+            value = {"num_real": seed, "root": folder.name, "num": 9, "fd": 1.0, "groups": {},
+                     "classes": {}, "settings": {"reference": "digits"}}
             path.write_text(json.dumps(value))
     code, calls = record("table2", {"ROOT": str(root), "SEEDS": "3,5"}, tmp_path)
     words = next(words for words in calls if words[1] == "report.py")
