@@ -13,6 +13,7 @@ files (one per seed), with the paper's number beside it (paper_results.json). Th
 the second best in italics. The page also lists the commands behind each row.
 """
 import glob
+import re
 import shutil
 from pathlib import Path
 from typing import NamedTuple
@@ -299,18 +300,24 @@ def paired_difference(results, others, column):
     return f"{mean:+.{digits}f} ({mean - half:+.{digits}f} to {mean + half:+.{digits}f})"
 
 
+def seeds_of(results):
+    """The --seed of each result's training run, 0 where its command names none."""
+    commands = [r["settings"].get("command") or r.get("command") or "" for r in results]
+    found = [re.search(r"--seed[ =](\d+)", command) for command in commands]
+    return [int(match[1]) if match else 0 for match in found]
+
+
 def paired_differences(rows, columns):
     """Markdown: for each row with CM, its difference to the row without; "" if there are none.
 
-    Both rows must have the same number of seeds, at least two. The seeds are paired in the
-    order of the rows' files.
+    Both rows must have the same seeds, at least two, in the order of their files.
     """
     by_name = dict(rows)
     lines = []
     for name, results in rows:
         other_name = without_cm(name)
         others = by_name.get(other_name, [])
-        if len(results) != len(others) or len(results) < 2:
+        if seeds_of(results) != seeds_of(others) or len(results) < 2:
             continue
         differences = [paired_difference(results, others, column) for column in columns]
         lines.append([escaped(f"{name} against {other_name}"), *differences])

@@ -170,17 +170,21 @@ def test_files_from_before_groups_were_called_groups(tmp_path):
 
 
 def test_paired_differences():
-    def results(values):
-        return [{"fid": 0, "accuracy": value} for value in values]
+    def results(values, first_seed=0):
+        return [{"fid": 0, "accuracy": value,
+                 "settings": {"command": f"python train.py --seed {first_seed + k}"}}
+                for k, value in enumerate(values)]
     rows = [
         ("CE", results([10, 20, 30])),
         ("CE + CM", results([12, 21, 33])),
-        ("LA", results([1]))]
+        ("LA", results([1])),
+        ("LDAM", results([1, 2, 3])),
+        ("LDAM + CM", results([1, 2, 3], first_seed=1))]        # other seeds: not paired
     text = report.paired_differences(rows, ["accuracy"])
     # The differences are 2, 1 and 3, with deviation 1; t quantile of two degrees of freedom
     half = 4.302653 * 1.0 / 3 ** 0.5
     assert f"| CE + CM against CE | +2.00 ({2 - half:+.2f} to {2 + half:+.2f}) |" in text
-    assert "LA" not in text
+    assert "LA" not in text and "LDAM" not in text
 
 
 @pytest.mark.parametrize("name, without", [
