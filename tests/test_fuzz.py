@@ -32,6 +32,7 @@ import train
 SECONDS = 5         # longer than any refusal
 WORDS = ["word", "", " ", "-1", "0", "1.5", "1000000000000", "1e300", "nan", "inf", "-inf", "0x10",
          "no\nthing", "é" * 300, "../..", "1,,2", "5-1", "-"]
+TEXTS = ["word", "", " ", "nan", "no\nthing", "é" * 300, "../..", "1,,2", "-"]    # of free text
 BAD_FILES = ["missing.pt", "missing/file.npz", "empty-folder", "text.txt", "empty.npz", "cut.pt",
              "array.npy", "png.npz", "text.npz", "list.json", "text.txt/file", "pickle.npz",
              "foreign.pt"]
@@ -153,7 +154,7 @@ def values_of(action):
     if action.nargs not in ("?", "*"):
         yield [], True
     count = action.nargs if isinstance(action.nargs, int) else 1
-    for word in WORDS:
+    for word in WORDS if action.type or action.choices else TEXTS:
         wrong = is_refused_by_type(action, word) or name in INPUTS
         yield [word] * count, wrong or (name in MEANINGS and word in NO_MEANING)
     if count > 1:
