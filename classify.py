@@ -101,9 +101,25 @@ def features_and_logits(net, x):
 def load_classifier(path, device, flag="--features"):
     """The network of a checkpoint, in eval mode, and the checkpoint itself. Raises UserError."""
     ckpt = disk.load(path, ["classifier"], flag)
-    net = make_resnet(**ckpt["network"])
-    net.load_state_dict(ckpt["model"])
+    try:
+        net = make_resnet(**ckpt["network"])
+        net.load_state_dict(ckpt["model"])
+    except (RuntimeError, TypeError) as e:
+        why = str(e).splitlines()[-1].strip()
+        raise UserError(f"{flag} {path}: its weights do not fit the network that it describes "
+                        f"({why})") from e
+    refuse_narrow(ckpt["network"].get("width", 64), device, f"{flag} {path}: --width")
     return net.to(device).eval().requires_grad_(False), ckpt
+
+
+def refuse_narrow(width, device, flag="--width"):
+    """Raise UserError for widths with which torch's CPU convolutions corrupt memory.
+
+    oneDNN's 1 x 1 convolutions of stride 2, channels last, of 2 to 6 channels.
+    """
+    if torch.device(device).type == "cpu" and width < 8:
+        raise UserError(f"{flag} {width}: torch's convolutions so narrow corrupt memory on a CPU; "
+                        "take at least 8")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -357,7 +373,7 @@ def default_folder(args):
     """out/classifier-DATASET, and a word for each setting that is not the default."""
     defaults = {**vars(make_parser().parse_args([])), **preset_of(args.dataset)}
     dataset = disk.path_id(args.data_dir) if args.dataset == "folder" else args.dataset
-    words = [f"out/classifier-{dataset}"]
+    words = ["classifier", dataset]
     if args.ir != 1:
         words.append(f"ir{args.ir:g}")
     if args.loss != "ce":
@@ -375,8 +391,12 @@ def default_folder(args):
     for key, value in sorted(vars(args).items()):
         if key not in named and value != defaults[key]:
             text = "_".join(value) if isinstance(value, list) else str(value)
-            words.append((key + text).replace("/", "_"))
-    return "-".join(words)
+            words.append(key + text)
+    name = "-".join(words).replace("/", "_")
+    if len(name.encode()) > 200:        # as with --class-order; a file system takes 255 bytes
+        start = name.encode()[:190].decode(errors="ignore")
+        name = f"{start}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    return "out/" + name
 
 
 def unused_flags(args):
@@ -396,16 +416,6 @@ def settings_of(args):
     """What a run's result depends on: {name: value}, with a hash of the extra images' file."""
     settings = {key: value for key, value in vars(args).items() if key not in RESUMABLE}
     return {**settings, "extra_sha256": args.extra and disk.sha256(args.extra)}
-
-
-def refuse_narrow(args, rt):
-    """Raise UserError for widths with which torch's CPU convolutions corrupt memory.
-
-    oneDNN's 1 x 1 convolutions of stride 2, channels last, of 2 to 6 channels.
-    """
-    if rt.device.type == "cpu" and args.width < 8:
-        raise UserError(f"--width {args.width}: torch's convolutions so narrow corrupt memory on a "
-                        "CPU; take at least 8")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -689,7 +699,7 @@ def loop(training, args, rt):
             signal = rt.maximum(stop.number)
             if signal or saves or finished:
                 refuse_non_finite(training)
-            if rt.rank == 0 and (signal or saves) and not finished:
+            if rt.rank == 0 and (signal or saves and not finished):
                 save(training, training.state(), args)
             if signal:
                 rt.print(f"stopped by signal {signal} at step {training.step}; the same command "
@@ -698,8 +708,8 @@ def loop(training, args, rt):
 
 
 def refuse_non_finite(training):
-    """Raise UserError where weights are not finite, before they are saved."""
-    if not all(p.isfinite().all() for p in training.net.parameters()):
+    """Raise UserError where weights or running statistics are not finite, before they are saved."""
+    if not all(value.isfinite().all() for value in training.net.state_dict().values()):
         raise UserError(f"stopped at step {training.step}: the weights are not finite; lower --lr")
 
 
@@ -731,12 +741,19 @@ def save(training, state, args):
 
 @torch.no_grad()
 def predict(net, images, rt, batch_size=500):
-    """The classes that the network (in eval mode) predicts for an ImageSet: (N,)."""
+    """The classes that the network (in eval mode) predicts for an ImageSet: (N,).
+
+    Raises UserError for logits that are not finite, whose largest means nothing.
+    """
     N = len(images.labels)
     predicted = []
     for rows in np.array_split(np.arange(N), max(1, N // batch_size)):
         x = torch.from_numpy(np.array(images.images[rows])).to(rt.device)
-        predicted.append(net(to_float(x)).argmax(1).cpu().numpy())
+        logits = net(to_float(x))
+        if not logits.isfinite().all():
+            raise UserError("--lr: the network's outputs are not finite, the run has diverged; "
+                            "lower it, and choose another folder with --out")
+        predicted.append(logits.argmax(1).cpu().numpy())
     return np.concatenate(predicted)
 
 
@@ -880,7 +897,7 @@ def main():
     if args.batch_size % rt.world:
         raise UserError(f"--batch-size {args.batch_size}: not divisible by {rt.world} processes; "
                         f"it counts the images of all of them")
-    refuse_narrow(args, rt)
+    refuse_narrow(args.width, rt.device)
     sets = load_sets(args, rt)
     config = settings_of(args)
     if args.if_needed and is_done(out, old, config, sets):

@@ -94,6 +94,9 @@ def load(name: str, data_dir="data", split="train", resolution=None, class_order
     """
     if name not in READERS:
         raise UserError(f"--dataset {name}: unknown; choose one of {', '.join(READERS)}")
+    for path in (Path(data_dir), *Path(data_dir).parents):
+        if path.is_file():
+            raise UserError(f"--data-dir {data_dir}: {path} is a file; name a folder")
     source = READERS[name]
     if resolution not in (None, source.resolution) and not source.files:
         size = source.resolution

@@ -17,6 +17,7 @@ a "dropout rate of 0.1" (here the text) and whether weights are averaged (here a
 The losses are those of losses.py, on latents; images are not mirrored. A checkpoint holds the
 low-rank parts only. A run resumes by repeating its command.
 """
+import hashlib
 import math
 import sys
 import time
@@ -34,14 +35,16 @@ import runtime
 from cm_layers import LowRank, count, general_only, matrices, reserve
 from data import Batches, add_data_flags, load_long_tailed, refuse_other_data, to_float
 from losses import CMConfig, Objective, add_cm_flags, bind, draw_batch
-from runtime import Parser, UserError, integer, number, run
-from sample import (add_output_flags, add_sampling_flags, describe, dtype_of, generate,
-                    is_up_to_date, samples_folder, sampling_settings, write_samples)
+from runtime import Parser, UserError, integer, number, refuse_unused, run
+from sample import (add_output_flags, add_sampling_flags, check_outputs, claimed, describe,
+                    dtype_of, generate, is_done, samples_folder, sampling_settings, write_samples)
 from train import Meter, Training, check_batch_size, config_of, loop, start_log
 
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")      # the layers of attention, in diffusers
 RESUMABLE = {       # settings that may change when a run goes on
     "epochs", "save_every", "log_every", "data_dir", "pack_dir", "accumulate"}
+CM_ONLY = ("cm_rank", "lam", "w_con", "w_div", "div_bound")
+OTHER_INPUTS = ("add_embedding", "class_embedding", "encoder_hid_proj")     # not Stable Diffusion 1
 
 
 # --------------------------------------------------------------------------------------------------
@@ -179,8 +182,18 @@ def adapters(net):
 
 @torch.no_grad()
 def load_adapters(net, values):
-    """Copy {name: tensor} of a checkpoint into a network's low-rank parts."""
-    for name, p in adapters(net).items():
+    """Copy {name: tensor} of a checkpoint into a network's low-rank parts.
+
+    Raises UserError where the network has others.
+    """
+    found = adapters(net)
+    ours = {name: list(p.shape) for name, p in found.items()}
+    theirs = {name: list(value.shape) for name, value in values.items()}
+    if ours != theirs:
+        name = next(n for n in [*ours, *theirs] if ours.get(n) != theirs.get(n))
+        raise UserError(f"--model: not the one that the checkpoint was trained on: {name} is "
+                        f"{ours.get(name)} here and {theirs.get(name)} in the checkpoint")
+    for name, p in found.items():
         p.copy_(values[name])
 
 
@@ -201,35 +214,65 @@ def packages():
 class Model:
     """The parts of a Stable Diffusion in diffusers' layout, in float32. Raises UserError.
 
-    name: a folder, or a name on the Hugging Face hub. device: of the autoencoder; the U-Net and the
-    text encoder stay on the CPU.
+    name: a folder, or a name on the Hugging Face hub. revision: a branch, tag or commit there.
+    device: of the autoencoder; the U-Net and the text encoder stay on the CPU.
     """
 
     def __init__(self, name, device, revision=None):
-        diffusers, transformers = packages()
-
-        def load(kind, part):
-            return kind.from_pretrained(name, subfolder=part, revision=revision)
+        self.name = name
         try:
-            unet = load(diffusers.UNet2DConditionModel, "unet")
-            vae = load(diffusers.AutoencoderKL, "vae")
-            text = load(transformers.CLIPTextModel, "text_encoder")
-            tokenizer = load(transformers.CLIPTokenizer, "tokenizer")
-            schedule = load(diffusers.DDIMScheduler, "scheduler")
+            unet, vae, text = self.load(revision)
         except (OSError, ValueError, RuntimeError, TypeError) as e:
             why = " ".join(str(e).split())[:200]
             raise UserError(f"--model {name}: cannot be loaded ({why}); name a folder or a hub "
                             "name of a Stable Diffusion in diffusers' layout") from e
-        predicts = schedule.config.prediction_type
-        if predicts != "epsilon":
-            raise UserError(f"--model {name}: predicts {predicts}, and the losses here are for "
-                            "epsilon")
+        self.refuse_other_kinds(unet, vae)
         self.unet = unet.float()                # its file may hold float16
         self.vae = vae.float().to(device).eval().requires_grad_(False)
         self.text = text.float().eval()
-        self.tokenizer = tokenizer
-        self.alphas_bar = schedule.alphas_cumprod.double()
+        self.alphas_bar = self.schedule.alphas_cumprod.double()
         self.device = device
+        self.sha256 = content_hash([self.unet, self.vae, self.text], self.alphas_bar,
+                                   vae.config.scaling_factor)
+
+    def load(self, revision):
+        """The U-Net, the autoencoder and the text encoder; sets the tokenizer and the schedule."""
+        diffusers, transformers = packages()
+        if revision and Path(self.name).is_dir():
+            raise UserError("--revision: a folder has none; leave it out")
+        options = {"revision": revision} if revision else {}
+
+        def network(kind, part):
+            net, info = kind.from_pretrained(self.name, subfolder=part, output_loading_info=True,
+                                             **options)
+            if info["missing_keys"]:            # these would be random numbers
+                raise ValueError(f"{part} lacks {sorted(info['missing_keys'])[0]}")
+            return net
+        self.tokenizer = transformers.CLIPTokenizer.from_pretrained(
+            self.name, subfolder="tokenizer", **options)
+        self.schedule = diffusers.DDIMScheduler.from_pretrained(
+            self.name, subfolder="scheduler", **options)
+        return (network(diffusers.UNet2DConditionModel, "unet"),
+                network(diffusers.AutoencoderKL, "vae"),
+                network(transformers.CLIPTextModel, "text_encoder"))
+
+    def refuse_other_kinds(self, unet, vae):
+        """Raise UserError for a model that takes or predicts something else than LatentUNet."""
+        predicts = self.schedule.config.prediction_type
+        if predicts != "epsilon":
+            raise UserError(f"--model {self.name}: predicts {predicts}, and the losses here are "
+                            "for epsilon")
+        others = [part for part in OTHER_INPUTS if getattr(unet, part, None) is not None]
+        if others or unet.config.in_channels != vae.config.latent_channels:
+            what = others[0] if others else f"{unet.config.in_channels} input channels"
+            raise UserError(f"--model {self.name}: its U-Net has {what}; take a plain Stable "
+                            "Diffusion, such as 1.x or miniSD")
+
+    def refuse_other(self, ckpt):
+        """Raise UserError where a checkpoint names another model (older ones name none)."""
+        if ckpt.get("model_sha256") not in (None, self.sha256):
+            raise UserError(f"--model {self.name}: its weights or its schedule are not those that "
+                            "the checkpoint was trained on; take that model or another --revision")
 
     @torch.no_grad()
     def prompts(self, class_names, form):
@@ -241,6 +284,9 @@ class Model:
         longest = self.tokenizer.model_max_length
         ids = self.tokenizer(texts, padding="max_length", max_length=longest, truncation=True,
                              return_tensors="pt")
+        if len(ids.input_ids.unique(dim=0)) < len(texts):
+            raise UserError(f"--prompt {form}: two classes have the same text, which is cut after "
+                            f"{longest} tokens; shorten it, or rename the classes")
         return self.text(ids.input_ids)[0]
 
     @torch.no_grad()
@@ -257,7 +303,7 @@ class Model:
             latent = self.vae.encode(to_float(pixels.to(self.device))).latent_dist
             moments = torch.stack([latent.mean, latent.std], 1)
             parts.append(scale * moments.float().cpu())
-        return torch.cat(parts)
+        return finite(torch.cat(parts), "encode")
 
     @torch.no_grad()
     def decode(self, z, batch_size=16):
@@ -266,12 +312,17 @@ class Model:
         In parts of batch_size, since pixels take more memory than latents.
         """
         scale = self.vae.config.scaling_factor
-        return torch.cat([self.vae.decode(part / scale).sample for part in z.split(batch_size)])
+        parts = [self.vae.decode(part / scale).sample for part in z.split(batch_size)]
+        return finite(torch.cat(parts), "decode")
 
     def latent_shape(self, resolution):
-        """(C, h, w) of the latents of images of `resolution` pixels per side."""
+        """(C, h, w) of the latents of images of `resolution` pixels per side. Raises UserError."""
         halvings = len(self.vae.config.block_out_channels) - 1
         size = resolution // 2 ** halvings
+        multiple = 2 ** (halvings + len(self.unet.config.block_out_channels) - 1)
+        if resolution % multiple:
+            raise UserError(f"--resolution {resolution}: must be a multiple of {multiple}, since "
+                            "the autoencoder and the U-Net halve images")
         return self.unet.config.in_channels, size, size
 
     def network(self, class_names, config):
@@ -282,6 +333,24 @@ class Model:
             return add_adapters(net, config["rank"], cm_rank)
         except ValueError as e:
             raise UserError(f"--model {config['model']}: {e}") from e
+
+
+def finite(x, verb):
+    """x itself. Raises UserError where the autoencoder gave numbers that are not finite."""
+    if not x.isfinite().all():
+        raise UserError(f"--model: its autoencoder cannot {verb} these images (numbers that are "
+                        "not finite); take another model")
+    return x
+
+
+def content_hash(modules, alphas_bar, scale):
+    """A SHA-256 of all that a model computes with: its weights, its schedule, its scale."""
+    digest = hashlib.sha256(repr(scale).encode())
+    tensors = [value for module in modules for value in module.state_dict().values()]
+    for value in [*tensors, alphas_bar]:
+        digest.update(repr(list(value.shape)).encode())
+        digest.update(value.detach().cpu().contiguous().numpy())
+    return digest.hexdigest()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -343,6 +412,19 @@ def add_optimisation_flags(parser):
                    help="steps between log lines (default: 50)")
 
 
+def resolve(args, given):
+    """Fill in the run's folder. given: Parser.given. Raises UserError for flags that cannot be."""
+    if not args.cm:
+        refuse_unused(given, {name: "means something with --cm only" for name in CM_ONLY})
+    rest = args.prompt.replace("{}", "")
+    if rest == args.prompt or "{" in rest or "}" in rest:
+        raise UserError(f"--prompt {args.prompt!r}: must hold {{}}, which stands for the class, "
+                        "and no other braces")
+    check_batch_size(args)
+    args.out = args.out or "out/" + run_name(args)
+    return args
+
+
 def run_name(args):
     """The folder name of a run: data, IR, base, cm, seed."""
     dataset = disk.path_id(args.data_dir) if args.dataset == "folder" else args.dataset
@@ -355,7 +437,6 @@ def run_name(args):
 
 def resume(args):
     """(the run's checkpoint or None, the Runtime); its settings must be this command's."""
-    check_batch_size(args)
     old, rt = disk.resume(args, ["latent"])
     rt.agree(old["step"] if old else 0, args.out)
     if old:
@@ -409,47 +490,56 @@ def announce(training, net):
     rt.print(f"{verb} {args.out} at step {training.step} of {args.steps}")
 
 
-def main_train(argv):
-    """Resume or start; images and their latents; network; loop: train.py's main, on latents."""
-    parser = make_train_parser()
-    args = parser.parse_args(argv)
-    if not args.cm:
-        unused = ("cm_rank", "lam", "w_con", "w_div", "div_bound")
-        runtime.refuse_unused(parser.given, {name: "means something with --cm only"
-                                             for name in unused})
-    packages()              # fails here, before any work
-    args.out = args.out or "out/" + run_name(args)
-    old, rt = resume(args)
-    rt.on_rank_0(lambda: disk.check_writable(Path(args.out) / "config.json"))
-    config = config_of(args)        # without args.steps, which the number of images gives
-
-    # Data
+def load_images(args, rt, old):
+    """The images of a run, which must be those of its checkpoint `old`; sets args.steps."""
     with rt.rank_0_first():
         images = load_long_tailed(args)
-    if old:
-        refuse_other_data(old["data"], images.record(), args)
-    args.steps = math.ceil(args.epochs * len(images.labels) / args.batch_size)
-    if old and old["step"] >= args.steps:
-        return rt.print(f"{args.out}: finished, step {old['step']} of {args.steps}")
     if images.images.shape[3] != 3:
         raise UserError(f"--dataset {args.dataset}: grey images, and Stable Diffusion is for "
                         "colour")
-    rt.print(images.summary())
-    batches = Batches(images, args.batch_size, args.seed, "cpu", limit=0)
-    model = Model(args.model, rt.device, args.revision)
-    moments = model.encode(images.images, rt)
+    args.steps = math.ceil(args.epochs * len(images.labels) / args.batch_size)
+    if old:
+        refuse_other_data(old["data"], images.record(), args)
+    if old and old["step"] > args.steps:
+        raise UserError(f"--epochs {args.epochs}: {args.steps} steps, and the run in {args.out} is "
+                        f"at step {old['step']} already; raise it, or choose another folder with "
+                        "--out")
+    return images
 
-    # Network and objective
+
+def main_train(argv):
+    """Resume or start; images and their latents; network; loop: train.py's main, on latents."""
+    parser = make_train_parser()
+    args = resolve(parser.parse_args(argv), parser.given)
+    packages()              # fails here, before any work
+    old, rt = resume(args)
+    rt.on_rank_0(lambda: disk.check_writable(Path(args.out) / "config.json"))
+    config = config_of(args)        # without args.steps, which the number of images gives
+    images = load_images(args, rt, old)
+    if old and old["step"] == args.steps:
+        return rt.print(f"{args.out}: finished, step {old['step']} of {args.steps}")
+    rt.print(images.summary())
+
+    model = Model(args.model, rt.device, args.revision)
+    model.latent_shape(images.images.shape[1])      # where it has none, this says so
+    if old:
+        model.refuse_other(old)
     net = make_network(model, images.class_names, config, old)
     objective = Objective(
         net=net, base=bind(args.base), counts=images.counts, alphas_bar=model.alphas_bar,
         cm=CMConfig.of(args), label_drop=args.label_drop).to(rt.device)
-
     record = {"kind": "latent", "command": runtime.command_line("latent.py"), "config": config,
-              "data": images.record()}
+              "data": images.record(), "model_sha256": model.sha256}
     training = make_training(args, rt, net, images, record, old)
+    with disk.claim(args.out, rt):
+        run_loop(training, objective, images, model.encode(images.images, rt))
 
-    # Loop
+
+def run_loop(training, objective, images, moments):
+    """train.py's loop, on latents drawn from their distributions `moments` of Model.encode."""
+    args, rt = training.args, training.rt
+    batches = Batches(images, args.batch_size, args.seed, "cpu", limit=0)
+
     def batch(step, k):
         rows = torch.from_numpy(batches.rows(step))
         x_0 = draw_latents(moments[rows].to(rt.device), args.seed, step)
@@ -457,9 +547,8 @@ def main_train(argv):
         part = rt.rank * args.accumulate + k
         return draw_batch(x_0, y, objective, seed=args.seed, step=step, part=part,
                           parts=rt.world * args.accumulate)
-    announce(training, net)
-    with disk.claim(args.out, rt):
-        loop(training, rt.parallel(objective), batch, start_log(training))
+    announce(training, objective.net)
+    loop(training, rt.parallel(objective), batch, start_log(training))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -489,34 +578,35 @@ def main_sample(argv):
     """Generate the images that the flags ask for: sample.py's main, through the autoencoder."""
     args = make_sample_parser().parse_args(argv)
     ckpt = disk.load(args.ckpt, ["latent"])
+    config = ckpt["config"]
     rt = runtime.setup(args.device, dtype_of(args, ckpt))
-    data = ckpt["data"]
     settings = sampling_settings(args, "diffusion")
     out = samples_folder(args)
-    config = ckpt["config"]
-    revision = None if args.model else config.get("revision")
-    record = {**describe(args, ckpt, settings), "model": args.model or config["model"],
-              "revision": revision, "num": args.num, "dtype": str(rt.dtype)}
-    if args.if_needed and is_up_to_date(out, record, args.png):
-        return rt.print(f"{out}: up to date")
-    if args.branch == "general" and not ckpt["config"]["cm"]:
+    name = args.model or config["model"]
+    revision = config.get("revision") if name == config["model"] else None
+    record = {**describe(args, ckpt, settings), "model": name, "revision": revision,
+              "model_sha256": ckpt.get("model_sha256"), "num": args.num, "dtype": str(rt.dtype)}
+    if args.branch == "general" and not config["cm"]:
         raise UserError("--branch general: this checkpoint has no reserved capacity (it was "
                         "trained with --no-cm)")
+    if is_done(args, rt, out, record):
+        return rt.print(f"{out}: up to date")
+    rt.on_rank_0(lambda: check_outputs(out, args.png))
 
-    disk.check_writable(out / "samples.json")
     start = time.time()
-    model = Model(record["model"], rt.device, record["revision"])
+    model = Model(name, rt.device, revision)
+    model.refuse_other(ckpt)
     net = load_network(model, ckpt, args.weights)
-    names = data["class_names"]
+    names = ckpt["data"]["class_names"]
     labels = [i % len(names) for i in range(args.num)]
+    shape = model.latent_shape(ckpt["data"]["resolution"])
     branch = general_only(net) if args.branch == "general" else nullcontext()
-    with disk.claim(out, rt), branch, parametrize.cached():
-        images = generate(net, labels, range(args.num), model.latent_shape(data["resolution"]), rt,
-                          args.batch_size, to_image=model.decode, alphas_bar=model.alphas_bar,
-                          **settings)
-        if rt.rank == 0:
-            seconds = time.time() - start
-            write_samples(out, images, labels, names, record, data, seconds, args.png)
+    with claimed(out, args.png, rt), branch, parametrize.cached():
+        images = generate(net, labels, range(args.num), shape, rt, args.batch_size,
+                          to_image=model.decode, alphas_bar=model.alphas_bar, **settings)
+        seconds = time.time() - start
+        rt.on_rank_0(lambda: write_samples(out, images, labels, names, record, ckpt["data"],
+                                           seconds, args.png))
 
 
 def main():

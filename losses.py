@@ -355,6 +355,7 @@ class Objective(nn.Module):
         self.register_buffer("w_div_y", w_div_y.float(), persistent=False)
 
     def forward(self, batch: Batch):
+        """(total, terms, D) of one Batch, as the class says."""
         x_t = q_sample(batch.x_0, batch.t, batch.eps, self.alphas_bar)
         pred = Predictions(self.net, batch, x_t)
         total, terms = self.base.loss(pred, batch, self)

@@ -71,12 +71,21 @@ def error_line(error):
         return ("out of memory on the device; take a smaller --batch-size, or in train.py a "
                 f"larger --accumulate ({first})")
     if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
-        return f"a name that is too long for a file; take a shorter one ({first[:200]})"
+        flag = flag_that_names(error.filename)
+        return f"{flag}a name that is too long for a file; take a shorter one"
     too_large = ("can't allocate memory", "Storage size calculation overflowed")
     if isinstance(error, MemoryError) or any(words in str(error) for words in too_large):
         return ("out of memory on this machine; take smaller numbers: --batch-size, --num, --ch "
                 f"({first[:200]})")
     return None
+
+
+def flag_that_names(path):
+    """ "--ckpt: " where the value of --ckpt on the command line is, or holds, `path`; else ""."""
+    path = os.fspath(path or "")
+    found = [(len(value), flag) for flag, value in zip(sys.argv, sys.argv[1:])
+             if flag.startswith("--") and value and path and (value in path or path in value)]
+    return f"{max(found)[1]}: " if found else ""
 
 
 class Parser(argparse.ArgumentParser):

@@ -11,8 +11,10 @@ repeated), arr_1 N labels.
 """
 import math
 import os
+import re
+import shutil
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -115,7 +117,7 @@ SAMPLERS = {"ddim": ddim, "ddpm": ddpm, "dpm++": dpmpp, "consistency": consisten
 STEPS = {"ddim": 50, "ddpm": 1000, "dpm++": 15, "consistency": 2}   # the paper's, but for the last
 UNUSED = (          # flags that mean nothing with --export
     "classes", "num", "sampler", "steps", "grid", "eta", "guidance", "batch_size", "png",
-    "if_needed", "seed", "out")
+    "if_needed", "seed", "dtype", "out")
 DEFAULTS = {        # per kind of model
     "diffusion": {"sampler": "ddim", "guidance": 1.5},
     "consistency": {"sampler": "consistency", "guidance": 0.0},
@@ -166,6 +168,9 @@ def load_unmerged(ckpt, weights="ema", device="cpu"):
     ckpt: the dict that disk.load returns. weights: "ema" or "raw". Raises UserError where the
     weights do not fit.
     """
+    if weights == "raw" and is_one_network(ckpt):
+        raise UserError("--weights raw: this file is an export and holds one network only; leave "
+                        "it out, or name the run's checkpoint")
     net = build_network(ckpt["network"], ckpt["rank_ratio"], ckpt["experts"])
     try:
         net.load_state_dict(ckpt["ema" if weights == "ema" else "model"])
@@ -189,10 +194,15 @@ def load_network(ckpt, weights="ema", branch="full", device="cpu"):
     return net.to(device, memory_format=torch.channels_last).requires_grad_(False)
 
 
+def is_one_network(ckpt):
+    """Whether a checkpoint is what `export` writes, and not that of a training run."""
+    return "optimizer" not in ckpt
+
+
 def is_export(path):
     """Whether a file is what `export` writes: --export may replace it."""
     try:
-        return "optimizer" not in disk.load(path, DEFAULTS, "--export")
+        return is_one_network(disk.load(path, DEFAULTS, "--export"))
     except UserError:
         return False
 
@@ -251,23 +261,28 @@ def generate(net, labels, indices, shape, rt, batch_size, title="sampling", gath
     On rank 0; None elsewhere. Each process generates a contiguous share in batches, and returns
     that share if gather is False. settings: those of `sample_batch`. title: of the progress bar,
     None for no bar. to_image: what makes images of the network's x_0, where that is a latent.
+    Raises UserError, in every process, where an image of one of them is not finite.
     """
     share = np.array_split(np.arange(len(labels)), rt.world)[rt.rank]
     batches = np.array_split(share, max(1, -(-len(share) // batch_size)))
     hidden = rt.rank > 0 or not title
     parts = []
+    finite = True
     with runtime.progress(total=len(share), desc=title, unit="img", disable=hidden) as bar:
         for rows in batches:
             if not len(rows):
                 continue                # more processes than images
             y = torch.tensor([labels[r] for r in rows], device=rt.device, dtype=torch.int64)
             x = sample_batch(net, y, [indices[r] for r in rows], shape, rt, **settings)
-            if not x.isfinite().all():
-                raise UserError("--ckpt: its network generates images with numbers that are not "
-                                "finite; it was not trained, or the run has diverged")
             image = x if to_image is None else to_image(x)
+            finite = bool(image.isfinite().all())
+            if not finite:
+                break
             parts.append(to_uint8(image).cpu().numpy())
             bar.update(len(rows))
+    if rt.maximum(int(not finite)):
+        raise UserError("--ckpt: its network generates images with numbers that are not finite; it "
+                        "was not trained, or the run has diverged")
     if gather:
         return rt.gather(parts)
     empty = np.empty((0, *shape[1:], shape[0]), np.uint8)
@@ -297,65 +312,111 @@ def grid_image(images, labels, class_names, classes=None, columns=10, tile=56, g
         classes = present[np.unique(np.linspace(0, len(present) - 1, 10).astype(int))]
     size = images.shape[1] * max(1, round(tile / images.shape[1]))
     font = ImageFont.load_default(16)
-    left = 20 + max(round(font.getlength(str(class_names[c]))) for c in classes)
+    titles = [printable(class_names[c])[:60] for c in classes]
+    left = 20 + max(round(font.getlength(title)) for title in titles)
     cell = size + gap
     picture = Image.new("RGB", (left + columns * cell, len(classes) * cell), "white")
     pen = ImageDraw.Draw(picture)
     for r, c in enumerate(classes):
         where = (8, r * cell + size // 2)
-        pen.text(where, str(class_names[c]), fill="black", anchor="lm", font=font)
+        pen.text(where, titles[r], fill="black", anchor="lm", font=font)
         for k, image in enumerate(to_rgb(images[np.flatnonzero(labels == c)[:columns]])):
             enlarged = Image.fromarray(image).resize((size, size), Image.NEAREST)
             picture.paste(enlarged, (left + k * cell, r * cell))
     return picture
 
 
-PNG_NAMES = f"{'[0-9]' * 4}-*/{'[0-9]' * 6}.png"       # as write_pngs names them
+PNG_NAME = re.compile(r"(\d{4}|[1-9]\d{4,})-[^/]*/(\d{6}|[1-9]\d{6,})\.png", re.ASCII)
+
+
+def printable(text):
+    """A text with "_" for what cannot be printed: control characters, names that are not UTF-8."""
+    return "".join(c if c.isprintable() else "_" for c in str(text))
 
 
 def folder_name(text):
     """A class name as a part of a folder's name: no separators, at most 100 bytes."""
-    safe = "".join("_" if c in "/\\" or not c.isprintable() else c for c in text)
+    safe = re.sub(r"[/\\]", "_", printable(text))
     return safe.encode()[:100].decode(errors="ignore")
 
 
-def write_pngs(images, labels, class_names, folder):
-    """One PNG per image, FOLDER/<class number>-<class name>/<image number>.png.
+def own_pngs(folder):
+    """The files in a folder that are named as write_pngs names them, sorted."""
+    files = sorted(Path(folder).glob("*/*.png"))
+    return [p for p in files if PNG_NAME.fullmatch(f"{p.parent.name}/{p.name}")]
 
-    They are written to a folder of another name first: `folder` has the images of one call.
-    """
-    folder = Path(folder)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+
+def write_pngs(images, labels, class_names, folder):
+    """One PNG per image, FOLDER/<class number>-<class name>/<image number>.png."""
     for i, (image, c) in enumerate(zip(images, labels)):
-        path = temporary / f"{c:04d}-{folder_name(class_names[c])}" / f"{i:06d}.png"
+        path = Path(folder) / f"{c:04d}-{folder_name(class_names[c])}" / f"{i:06d}.png"
         disk.write_png(path, Image.fromarray(image.squeeze()))
-    remove_pngs(folder)
-    with disk.writing(folder):
-        os.replace(temporary, folder)
 
 
 def remove_pngs(folder):
     """Remove the files that write_pngs left in a folder, and no others."""
     folder = Path(folder)
-    for path in folder.glob(PNG_NAMES):
+    if not other_files(folder) and folder.is_dir():
+        # All at once: a killed process must not leave a part of them
+        temporary = temporary_of(folder)
+        os.replace(folder, temporary)
+        folder = temporary
+    for path in own_pngs(folder):
         path.unlink()
-    for path in [*folder.glob("[0-9][0-9][0-9][0-9]-*"), folder]:
+    for path in [*folder.glob("*"), folder]:
         with suppress(OSError):
             path.rmdir()                # only where nothing is left in it
 
 
-def refuse_other_pngs(folder):
-    """Raise UserError where the folder of --png holds files that write_pngs did not write."""
-    ours = set(Path(folder).glob(PNG_NAMES))
-    others = [p for p in Path(folder).rglob("*") if not p.is_dir() and p not in ours]
-    if others:
-        raise UserError(f"--png: {folder} holds other files, such as {others[0].name}; choose "
-                        "another folder with --out, or remove it")
+def temporary_of(folder):
+    """A name beside a folder's that disk.claim removes where a killed process left it."""
+    return folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+
+
+def other_files(folder):
+    """The files in a folder that write_pngs did not write."""
+    ours = set(own_pngs(folder))
+    return [p for p in Path(folder).rglob("*") if not p.is_dir() and p not in ours]
+
+
+def check_outputs(out, png):
+    """Raise UserError where write_samples would fail, or destroy the files of others."""
+    for name in ("samples.npz", "samples.json", "grid.png"):
+        disk.check_writable(out / name)
+    folder = out / "png"
+    others = other_files(folder)
+    if not (out / "samples.json").exists():
+        others = others or own_pngs(folder)     # no record: they are not known to be ours
+    if png and (others or folder.is_file()):
+        first = others[0].name if others else "itself"
+        raise UserError(f"--png: {folder} holds files that are not those of a samples.json beside "
+                        f"it, such as {first}; move it, or choose another folder with --out")
+
+
+@contextmanager
+def claimed(out, png, rt):
+    """Within, this run alone writes samples to the folder `out`, where check_outputs allows it."""
+    with disk.claim(out, rt):
+        rt.on_rank_0(lambda: check_outputs(out, png))
+        yield
 
 
 def png_fingerprint(folder):
     """The identity of the files that write_pngs left in a folder."""
-    return disk.fingerprint(sorted(Path(folder).glob(PNG_NAMES)), folder)
+    return disk.fingerprint(own_pngs(folder), folder)
+
+
+def write_png_folder(images, labels, class_names, folder):
+    """write_pngs under another name, renamed when all are there. Returns their fingerprint."""
+    temporary = temporary_of(folder)
+    try:
+        write_pngs(images, labels, class_names, temporary)
+        fingerprint = png_fingerprint(temporary)
+        with disk.writing(folder):
+            os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return fingerprint
 
 
 def write_samples(out, images, labels, names, record, data, seconds, png=False):
@@ -365,7 +426,10 @@ def write_samples(out, images, labels, names, record, data, seconds, png=False):
     them, and the record of the training data. samples.json goes first and comes last: it names the
     content of the others. Prints what was written.
     """
-    (out / "samples.json").unlink(missing_ok=True)
+    if (out / "samples.json").exists():
+        # Without a record nothing in png/ is ours. A metric must not find an earlier call's images
+        remove_pngs(out / "png")
+        (out / "samples.json").unlink()
     disk.write_npz(out / "samples.npz", arr_0=to_rgb(images), arr_1=np.array(labels))
     classes = list(dict.fromkeys(labels))
     picture = grid_image(images, labels, names, None if len(classes) > 10 else classes)
@@ -373,11 +437,8 @@ def write_samples(out, images, labels, names, record, data, seconds, png=False):
     made = {"npz_sha256": disk.sha256(out / "samples.npz")}
     files = ["samples.npz", "grid.png"]
     if png:
-        write_pngs(images, labels, names, out / "png")
-        made["png"] = png_fingerprint(out / "png")
+        made["png"] = write_png_folder(images, labels, names, out / "png")
         files.append("png/")
-    else:
-        remove_pngs(out / "png")        # a metric must not find an earlier call's images
     disk.write_json(out / "samples.json", {"settings": record, "data": data, **made,
                                            "seconds": round(seconds, 2)})
     dtype = record["dtype"].removeprefix("torch.")
@@ -387,10 +448,17 @@ def write_samples(out, images, labels, names, record, data, seconds, png=False):
 def is_up_to_date(out, record, png=False):
     """Whether a folder holds the samples, and the PNGs, that were made with these settings."""
     made = disk.read_json(out / "samples.json")
-    if not disk.up_to_date(out / "samples.json", record) or not (out / "samples.npz").exists():
+    there = (out / "samples.npz").is_file() and (out / "grid.png").is_file()
+    if not there or not disk.up_to_date(out / "samples.json", record):
         return False
     same = made.get("npz_sha256") == disk.sha256(out / "samples.npz")
     return same and (not png or made.get("png") == png_fingerprint(out / "png"))
+
+
+def is_done(args, rt, out, record):
+    """Whether --if-needed leaves nothing to do: rank 0 looks, and all ranks hear it."""
+    done = args.if_needed and rt.rank == 0 and is_up_to_date(out, record, args.png)
+    return bool(rt.maximum(int(done)))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -486,42 +554,44 @@ def add_output_flags(parser):
     parser.add_common("folder of the results (default: samples beside the checkpoint)")
 
 
+def export_network(args, given):
+    """What --export asks for: write the merged network and nothing else."""
+    refuse_unused(given, {name: "--export generates no images" for name in UNUSED})
+    disk.refuse_overwriting(args.export, is_export, "--export", "an export of sample.py")
+    ckpt = disk.load(args.ckpt, DEFAULTS)
+    rt = runtime.setup(args.device, dtype_of(args, ckpt))
+    net = load_network(ckpt, args.weights, args.branch, rt.device)
+    rt.on_rank_0(lambda: export(ckpt, net, args.export))
+    rt.print(f"wrote {args.export}: {args.weights} weights, {args.branch} branch, a plain U-Net")
+
+
 def main():
     """Generate the images that the flags ask for, or export the network."""
     parser = make_parser()
     args = parser.parse_args()
-    if args.export:
-        refuse_unused(parser.given, {name: "--export generates no images" for name in UNUSED})
-        disk.refuse_overwriting(args.export, is_export, "--export", "an export of sample.py")
+    if args.export is not None:
+        return export_network(args, parser.given)
     ckpt = disk.load(args.ckpt, DEFAULTS)
-    rt = runtime.setup(args.device, dtype_of(args, ckpt))
-    if args.export:
-        net = load_network(ckpt, args.weights, args.branch, rt.device)
-        if rt.rank == 0:
-            export(ckpt, net, args.export)
-        return rt.print(f"wrote {args.export}: {args.weights} weights, {args.branch} branch, a "
-                        "plain U-Net")
-
     names = ckpt["data"]["class_names"]
-    classes = resolve_classes(args.classes, names) if args.classes else list(range(len(names)))
+    everything = args.classes is None
+    classes = list(range(len(names))) if everything else resolve_classes(args.classes, names)
     settings = sampling_settings(args, ckpt["kind"])
     out = samples_folder(args)
+    rt = runtime.setup(args.device, dtype_of(args, ckpt))
+    net = load_network(ckpt, args.weights, args.branch, rt.device)
     record = {**describe(args, ckpt, settings), "classes": classes, "num": args.num,
               "dtype": str(rt.dtype)}
-    net = load_network(ckpt, args.weights, args.branch, rt.device)
-    if args.if_needed and is_up_to_date(out, record, args.png):
+    if is_done(args, rt, out, record):
         return rt.print(f"{out}: up to date")
 
-    if args.png:
-        refuse_other_pngs(out / "png")
     labels = [classes[i % len(classes)] for i in range(args.num)]
-    with disk.claim(out, rt):
+    with claimed(out, args.png, rt):
         start = time.time()
         images = generate(net, labels, range(args.num), image_shape(ckpt), rt, args.batch_size,
                           **settings)
-        if rt.rank == 0:
-            seconds = time.time() - start
-            write_samples(out, images, labels, names, record, ckpt["data"], seconds, args.png)
+        seconds = time.time() - start
+        rt.on_rank_0(lambda: write_samples(out, images, labels, names, record, ckpt["data"],
+                                           seconds, args.png))
 
 
 if __name__ == "__main__":

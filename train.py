@@ -85,7 +85,7 @@ def add_training_data_flags(parser):
     g = add_data_flags(parser)
     g.add_argument("--flip", action=BooleanOptionalAction, default=None,
                    help="mirror images at random (default: on, but never for digits)")
-    g.add_argument("--resample", type=number(0), default=1.0, metavar="Q",
+    g.add_argument("--resample", type=number(0, 10), default=1.0, metavar="Q",
                    help="+RS: draw class c with probability proportional to N_c^Q; 0 balanced, 0.5 "
                    "square root, 1 as it is (default: 1)")
     g.add_argument("--ada", type=number(0, 1), default=0.0, metavar="P",

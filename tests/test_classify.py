@@ -299,12 +299,13 @@ def test_default_folders(tmp_path):
 
 @pytest.mark.parametrize("flags, says", [
     (["--loss", "ce", "--tau", 2], ["--tau", "--loss la"]),
+    (["--tau", 1], ["--tau", "--loss la"]),             # also where it is the default
     (["--lam", 2], ["--lam", "--cm"]),
     (["--reserve", "layer4"], ["--reserve", "--cm"]),
     (["--extra-per-class", 5], ["--extra-per-class", "--extra"]),
     (["--extra-per-class", "some"], ["--extra-per-class"]),
     (["--loss", "hinge"], ["--loss", "ldam"]),
-], ids=["tau", "lam", "reserve", "extra per class", "some", "hinge"])
+], ids=["tau", "default tau", "lam", "reserve", "extra per class", "some", "hinge"])
 def test_flags_that_are_refused(capsys, flags, says):
     refuses(capsys, classify.main, *flags, says=says)
 
@@ -362,6 +363,9 @@ def test_extra_classes_are_matched_by_name(extra, digits, data_dir, tmp_path, ca
         "npz_sha256": disk.sha256(tmp_path / "others.npz")})
     refuses(capsys, classify.main, *FAST, "--extra", tmp_path / "others.npz",
             "--data-dir", data_dir, "--out", tmp_path / "y", says=["--extra", "class cat", "10"])
+    disk.write_json(tmp_path / "others.json", backwards)            # of other samples
+    refuses(capsys, classify.main, *FAST, "--extra", tmp_path / "others.npz",
+            "--data-dir", data_dir, "--out", tmp_path / "y", says=["--extra", "does not belong"])
 
 
 def test_a_run_with_extra_images(extra, data_dir, tmp_path, capsys):
@@ -496,6 +500,70 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path, data_dir, capsys, m
     refuses(capsys, classify.main, *FAST, "--data-dir", data_dir, "--out", tmp_path,
             says=["weights are not finite", "--lr"])
     assert not (tmp_path / "ckpt.pt").exists()
+
+
+def test_running_statistics_are_weights_too(digits, cpu):
+    net = classify.make_resnet(1, 10, 8)
+    net.layer1[0].bn1.running_var[0] = math.nan
+    training = classify.Training(net, None, None, False, 1, 1, {})
+    with pytest.raises(UserError, match="not finite"):
+        classify.refuse_non_finite(training)
+
+
+def test_outputs_that_are_not_finite_are_no_prediction(digits, cpu):
+    net = classify.make_resnet(1, 10, 8).eval()
+    net.fc.bias.data[3] = math.nan
+    with pytest.raises(UserError, match="not finite"):
+        classify.predict(net, digits, cpu)
+
+
+def test_a_signal_at_the_last_step_loses_nothing(tmp_path, data_dir, monkeypatch):
+    class Stopped:
+        number = signal.SIGTERM
+    flags = [*FAST, "--epochs", 1, "--batch-size", 512, "--data-dir", data_dir, "--out", tmp_path]
+    with monkeypatch.context() as m:
+        m.setattr(runtime, "StopSignal", Stopped)
+        with pytest.raises(SystemExit) as e:
+            call(classify.main, *flags)
+    assert e.value.code == 128 + signal.SIGTERM
+    monkeypatch.setattr(classify, "update", None)           # no step is taken
+    call(classify.main, *flags)
+    assert (tmp_path / "result.json").exists()
+
+
+def test_the_folder_of_a_run(tmp_path, data_dir, cpu, capsys, monkeypatch):
+    """Of one process at a time, and one that can be written: before any training."""
+    flags = [*FAST, "--epochs", 2, "--data-dir", data_dir]
+    with monkeypatch.context() as m:
+        m.setattr(classify, "update", None)
+        with disk.claim(tmp_path, cpu):
+            refuses(capsys, classify.main, *flags, "--out", tmp_path,
+                    says=["--out", "another process"])
+        (tmp_path / "file").touch()
+        refuses(capsys, classify.main, *flags, "--out", tmp_path / "file/run",
+                says=["--out", "cannot write"])
+    call(classify.main, *flags, "--out", tmp_path)
+    refuses(capsys, classify.main, *flags, "--epochs", 1, "--out", tmp_path,
+            says=["--epochs 1", "started with 2"])
+
+
+def test_default_folders_have_names_that_a_disk_takes():
+    orders = [",".join(map(str, numbers)) for numbers in (range(100), range(99, -1, -1))]
+    names = [out_of("--dataset cifar100 --class-order " + order) for order in orders]
+    assert names[0] != names[1] and max(map(len, names)) < 255
+
+
+def test_classifiers_that_cannot_be_used(tmp_path):
+    """A narrow one, which was trained on a GPU, on a CPU; and weights of another network."""
+    network = {"channels": 1, "num_classes": 10, "width": 4}
+    content = {"kind": "classifier", "network": network, "config": {}, "data": {},
+               "model": classify.make_resnet(**network).state_dict()}
+    disk.save(tmp_path / "narrow.pt", content)
+    disk.save(tmp_path / "wrong.pt", {**content, "network": {**network, "width": 8}})
+    with pytest.raises(UserError, match="--features .*narrow.pt: --width 4"):
+        classify.load_classifier(tmp_path / "narrow.pt", "cpu")
+    with pytest.raises(UserError, match="--features .*wrong.pt: its weights do not fit"):
+        classify.load_classifier(tmp_path / "wrong.pt", "cpu")
 
 
 def test_colour_for_a_grey_set(tmp_path, data_dir, capsys):

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 from argparse import ArgumentTypeError
 
 import numpy as np
@@ -254,6 +255,7 @@ def outcome(main, words):
         raise TooLong
     old = signal.signal(signal.SIGALRM, too_long)
     signal.alarm(SECONDS)
+    command_line, sys.argv = sys.argv, ["script", *words]       # where an error's flag is looked up
     try:
         runtime.run(lambda: call(main, *words))
     except SystemExit as e:
@@ -267,6 +269,7 @@ def outcome(main, words):
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, old)
+        sys.argv = command_line
     return 0
 
 
@@ -289,8 +292,11 @@ def cut_short(script, monkeypatch):
         monkeypatch.setattr(latent, "load_long_tailed", reached_after_loading)
 
 
-def complaint(code, error, left, wrong):
-    """What is wrong with the way that a case ended, or None."""
+def complaint(code, error, left, wrong, flags=()):
+    """What is wrong with the way that a case ended, or None.
+
+    flags: the names of the flag that was wrong; the line must have one of them.
+    """
     if code not in (0, 2, "work"):
         return code
     if code != 2:
@@ -298,6 +304,8 @@ def complaint(code, error, left, wrong):
     lines = error.splitlines()
     if not lines or len(lines) > 3 or "Traceback" in error or not lines[-1].startswith("error: "):
         return f"exit code 2 with {error[:300]!r}"
+    if wrong and flags and not any(flag in lines[-1] for flag in flags):
+        return f"does not name the flag: {lines[-1][:300]!r}"
     return f"refused, but left {left}" if left else None
 
 
@@ -314,7 +322,8 @@ def test_mistakes(script, flag, folder, data_dir, monkeypatch, capsys):
         words = [str(data_dir) if word == "DATA" else word for word in words]
         code = outcome(module.main, words)
         left, changed = tidy(folder, before, contents)
-        what = complaint(code, capsys.readouterr().err, left, wrong)
+        error = capsys.readouterr().err
+        what = complaint(code, error, left, wrong, action.option_strings)
         if changed:
             what = f"changed {changed}"
         if what:

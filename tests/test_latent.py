@@ -3,6 +3,7 @@
 The cut network, its two low-rank parts, training, samples.
 """
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ import classify
 import evaluate
 import latent
 import disk
+import runtime
 from cm_layers import count, general_only, merge, reserved
 from losses import Objective, bind, draw_batch
 
@@ -224,10 +226,11 @@ def test_train_and_resume(run_of, whole, capsys):
 
 
 def test_an_older_run_is_resumed(run_of, whole):
-    """Older checkpoints say split_seed for tail_seed."""
+    """Older checkpoints say split_seed for tail_seed, and do not name the model's content."""
     run = run_of("older", "--epochs", 1, "--lr", 0.01)
     old = torch.load(run / "ckpt.pt", weights_only=True)
     old["config"]["split_seed"] = old["config"].pop("tail_seed")
+    del old["config"]["revision"], old["model_sha256"]
     torch.save(old, run / "ckpt.pt")
     run_of("older", "--epochs", 3, "--lr", 0.01)
     a = disk.load(whole / "ckpt.pt", ["latent"])
@@ -300,9 +303,135 @@ def test_train_refuses(plain, tmp_path, tiny, pictures, capsys):
     check(tiny, plain, "--base", "ddpm", says=["--cm", "--out"])
     check(tmp_path / "nothing", new, says=["--model", "diffusers"])
     check(tiny, new, "--accumulate", 3, says=["--batch-size 8", "--accumulate"])
+    check(tiny, new, "--revision", "main", says=["--revision", "folder"])
+    check(tiny, new, "--resolution", 18, says=["--resolution 18", "multiple of 4"])
+    for prompt in ("a painting", "a {name}", "{} {"):
+        check(tiny, new, "--prompt", prompt, says=["--prompt", "must hold {}"])
+    check(tiny, new, "--prompt", "a word for each of twenty tokens {}", says=["--prompt", "same"])
     check(tiny, new, "--no-cm", "--w-div", 1, says=["--w-div", "--cm only"])
     check(tiny, new, "--no-cm", *CM_RANK, says=["--cm-rank", "--cm only"])
     check(velocity_model(tiny, tmp_path / "v"), new, says=["--model", "v_prediction", "epsilon"])
+
+
+def test_fewer_epochs_than_were_trained(run_of, capsys):
+    run = run_of("fewer", "--epochs", 2)
+    before = (run / "ckpt.pt").read_bytes()
+    with pytest.raises(runtime.UserError, match="--epochs 1: 3 steps, .* at step 6 already"):
+        run_of("fewer", "--epochs", 1)
+    assert (run / "ckpt.pt").read_bytes() == before
+
+
+def test_the_folder_of_a_run(tmp_path, tiny, pictures, cpu, capsys, monkeypatch):
+    """Of one process at a time, and one that can be written: before the images are encoded."""
+    monkeypatch.setattr(latent.Model, "encode", None)
+    flags = ("train", *FLAGS, "--model", tiny, "--data-dir", pictures, "--pack-dir", tmp_path / "p")
+    with disk.claim(tmp_path / "run", cpu):
+        refuses(capsys, latent.main, *flags, "--out", tmp_path / "run",
+                says=["--out", "another process"])
+    (tmp_path / "file").touch()
+    refuses(capsys, latent.main, *flags, "--out", tmp_path / "file/run", says=["cannot write"])
+
+
+def changed_model(tiny, folder, part, **changes):
+    """A copy of the tiny model; one part is made anew, with these changes to its settings."""
+    import diffusers
+    shutil.copytree(tiny, folder)
+    kind = {"unet": diffusers.UNet2DConditionModel, "vae": diffusers.AutoencoderKL}[part]
+    torch.manual_seed(1)
+    kind.from_config({**kind.load_config(tiny / part), **changes}).save_pretrained(folder / part)
+    return folder
+
+
+@pytest.mark.parametrize("changes, says", [
+    ({}, "not those that the checkpoint was trained on"),
+    ({"block_out_channels": [16, 24]}, "not those that the checkpoint was trained on"),
+    ({"addition_embed_type": "text", "addition_embed_type_num_heads": 4}, "add_embedding"),
+    ({"in_channels": 9}, "9 input channels")],
+    ids=["other weights", "other shapes", "another kind", "inpainting"])
+def test_other_models_are_refused(plain, tiny, tmp_path, capsys, changes, says):
+    other = changed_model(tiny, tmp_path / "other", "unet", **changes)
+    refuses(capsys, latent.main, "sample", "--ckpt", plain / "ckpt.pt", "--model", other,
+            "--device", "cpu", "--out", tmp_path / "out", says=["--model", says])
+    assert not (tmp_path / "out/samples.npz").exists()
+
+
+def test_low_rank_parts_of_other_shapes(plain, tiny, tmp_path, capsys):
+    """Of an older checkpoint, which does not name the model's content."""
+    old = torch.load(plain / "ckpt.pt", weights_only=True)
+    del old["model_sha256"]
+    torch.save(old, tmp_path / "older.pt")
+    other = changed_model(tiny, tmp_path / "other", "unet", block_out_channels=[16, 24])
+    refuses(capsys, latent.main, "sample", "--ckpt", tmp_path / "older.pt", "--model", other,
+            "--device", "cpu", "--out", tmp_path / "out", says=["--model", "here and"])
+
+
+def test_a_run_goes_on_with_its_model_only(tiny, pictures, tmp_path, capsys):
+    """The folder of --model may have changed."""
+    model = shutil.copytree(tiny, tmp_path / "sd")
+    flags = ("train", *FLAGS, "--model", model, "--data-dir", pictures, "--pack-dir",
+             tmp_path / "p", "--out", tmp_path / "run")
+    call(latent.main, *flags, "--epochs", 1)
+    assert disk.load(tmp_path / "run/ckpt.pt", ["latent"])["config"]["revision"] is None
+    shutil.rmtree(model)
+    changed_model(tiny, model, "unet")
+    refuses(capsys, latent.main, *flags, "--epochs", 2, says=["--model", "was trained on"])
+
+
+def test_a_model_that_lacks_weights(tiny, tmp_path):
+    """They would be random numbers, with a warning only."""
+    from safetensors.torch import load_file, save_file
+    shutil.copytree(tiny, tmp_path / "sd")
+    path = tmp_path / "sd/vae/diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    del weights["decoder.conv_out.weight"]
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(runtime.UserError, match="vae lacks decoder.conv_out.weight"):
+        latent.Model(str(tmp_path / "sd"), torch.device("cpu"))
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(runtime.UserError, match="cannot be loaded"):
+        latent.Model(str(tmp_path / "sd"), torch.device("cpu"))
+
+
+def test_the_revision_reaches_the_hub(tiny, monkeypatch):
+    import diffusers
+    import transformers
+    asked = []
+    kinds = (diffusers.UNet2DConditionModel, diffusers.AutoencoderKL, diffusers.DDIMScheduler,
+             transformers.CLIPTextModel, transformers.CLIPTokenizer)
+    for kind in kinds:
+        def from_the_hub(name, subfolder, revision, load=kind.from_pretrained, **options):
+            asked.append((name, revision))
+            return load(tiny, subfolder=subfolder, **options)
+        monkeypatch.setattr(kind, "from_pretrained", from_the_hub)
+    latent.Model("someone/sd", torch.device("cpu"), "v2")
+    assert asked == [("someone/sd", "v2")] * 5
+
+
+def test_numbers_that_are_not_finite(model, cpu):
+    model.vae.decoder.conv_out.bias[0] = torch.nan
+    with pytest.raises(runtime.UserError, match="--model: its autoencoder cannot decode"):
+        model.decode(torch.zeros(1, 4, 8, 8))
+    model.vae.encoder.conv_in.bias[0] = torch.inf
+    with pytest.raises(runtime.UserError, match="--model: its autoencoder cannot encode"):
+        model.encode(np.zeros((1, 16, 16, 3), np.uint8), cpu)
+
+
+def test_default_folders_of_image_folders(tmp_path):
+    parser = latent.make_train_parser()
+    folders = [parser.parse_args(["--dataset", "folder", "--data-dir", f"{c}/images"])
+               for c in "ab"]
+    names = [latent.run_name(args) for args in folders]
+    assert names[0] != names[1] and names[0].startswith("latent-images-")
+
+
+def test_pngs_are_of_this_call(plain, tmp_path, capsys):
+    """--png --if-needed after a call without; and a folder that holds files of another program."""
+    sample(plain / "ckpt.pt", tmp_path)
+    sample(plain / "ckpt.pt", tmp_path, "--png", "--if-needed")
+    assert len(list((tmp_path / "png").rglob("*.png"))) == 6
+    (tmp_path / "png/mine.txt").touch()
+    refuses(capsys, latent.main, "sample", "--ckpt", plain / "ckpt.pt", "--png", "--device", "cpu",
+            "--out", tmp_path, says=["--png", "mine.txt"])
 
 
 def velocity_model(tiny, folder):

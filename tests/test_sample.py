@@ -2,6 +2,7 @@
 import math
 import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -234,7 +235,6 @@ def test_a_killed_call_leaves_nothing_to_measure(cm_run, tmp_path, monkeypatch):
     """Killed while it writes PNGs: neither a record nor PNGs of two calls remain."""
     ckpt = cm_run / "ckpt.pt"
     call(sample.main, "--ckpt", ckpt, *SHORT, "--png", "--out", tmp_path)
-    first = {p.name for p in (tmp_path / "png").rglob("*.png")}
     write, written = disk.write_png, []
 
     def killed(path, picture):
@@ -247,11 +247,74 @@ def test_a_killed_call_leaves_nothing_to_measure(cm_run, tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             call(sample.main, "--ckpt", ckpt, *SHORT, "--num", 9, "--png", "--out", tmp_path)
     assert not (tmp_path / "samples.json").exists()
-    assert {p.name for p in (tmp_path / "png").rglob("*.png")} == first
+    assert not (tmp_path / "png").exists()
     call(sample.main, "--ckpt", ckpt, *SHORT, "--num", 3, "--png", "--out", tmp_path)
     assert len(list(tmp_path.rglob("*.png"))) == 3 + 1          # and grid.png
     call(sample.main, "--ckpt", ckpt, *SHORT, "--out", tmp_path)
     assert not (tmp_path / "png").exists()
+
+
+def test_killed_while_an_earlier_calls_pngs_are_removed(cm_run, tmp_path, monkeypatch):
+    """png/ goes all at once: a part of an earlier call's images is never found."""
+    flags = ("--ckpt", cm_run / "ckpt.pt", *SHORT, "--png", "--out", tmp_path)
+    call(sample.main, *flags)
+    unlink, removed = Path.unlink, []
+
+    def killed(path, *args, **kwargs):
+        if path.suffix == ".png":
+            removed.append(path)
+        if len(removed) == 3:
+            raise KeyboardInterrupt
+        unlink(path, *args, **kwargs)
+    with monkeypatch.context() as m:
+        m.setattr(Path, "unlink", killed)
+        with pytest.raises(KeyboardInterrupt):
+            call(sample.main, *flags)
+    assert not (tmp_path / "png").exists()
+    call(sample.main, *flags)                           # and the next call works
+    assert not list(tmp_path.glob(".*.tmp"))
+    assert len(sample.own_pngs(tmp_path / "png")) == 6
+
+
+def test_pngs_without_a_record_are_not_ours(cm_run, tmp_path, capsys):
+    """Files that are named as write_pngs names them, but no samples.json says so: they stay."""
+    path = tmp_path / "png/0001-cat/000001.png"
+    disk.write_png(path, Image.new("L", (8, 8)))
+    flags = ["--ckpt", cm_run / "ckpt.pt", *SHORT, "--out", tmp_path]
+    refuses(capsys, sample.main, *flags, "--png", says=["--png", "000001.png"])
+    call(sample.main, *flags)
+    assert path.exists()
+
+
+@pytest.mark.parametrize("name", ["0001-a/1000000.png", "12345-a/000000.png"])
+def test_large_numbers_are_ours_too(name, tmp_path):
+    """The millionth image, and class number 10,000."""
+    disk.write_png(tmp_path / name, Image.new("L", (8, 8)))
+    assert not sample.other_files(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["samples.npz", "samples.json", "grid.png"])
+def test_a_folder_in_the_way_is_refused_before_the_work(cm_run, tmp_path, capsys, monkeypatch,
+                                                        name):
+    (tmp_path / name).mkdir()
+    monkeypatch.setattr(sample, "generate", None)
+    refuses(capsys, sample.main, "--ckpt", cm_run / "ckpt.pt", *SHORT, "--out", tmp_path,
+            says=["--out", name, "a folder"])
+
+
+def test_an_export_has_no_raw_weights(cm_run, tmp_path, capsys):
+    """Its one network is that of the averaged weights, or was raw already."""
+    path = tmp_path / "merged.pt"
+    call(sample.main, "--ckpt", cm_run / "ckpt.pt", "--export", path, "--device", "cpu")
+    refuses(capsys, sample.main, "--ckpt", path, *SHORT, "--weights", "raw", "--out",
+            tmp_path / "s", says=["--weights raw", "export"])
+
+
+def test_every_process_hears_of_numbers_that_are_not_finite(cpu, monkeypatch):
+    """This process's images are good and another's are not: it stops as well."""
+    monkeypatch.setattr(type(cpu), "maximum", lambda rt, value: 1)
+    with pytest.raises(UserError, match="not finite"):
+        sample.generate(lambda x, t, y: x, [0], [0], SHAPE, cpu, 1, steps=2)
 
 
 def test_a_folder_of_png_with_files_of_others(cm_run, tmp_path, capsys):
@@ -296,8 +359,8 @@ def test_export_destroys_nothing(cm_run, tmp_path, capsys):
         call(sample.main, "--ckpt", ckpt, "--export", tmp_path / "new.pt", "--device", "cpu")
 
 
-@pytest.mark.parametrize("flags", [["--num", 5], ["--png"], ["--guidance", 0], ["--seed", 0]],
-                         ids=str)
+@pytest.mark.parametrize("flags", [["--num", 5], ["--png"], ["--guidance", 0], ["--seed", 0],
+                                   ["--dtype", "float32"]], ids=str)
 def test_flags_that_do_nothing_with_export(flags, cm_run, tmp_path, capsys):
     refuses(capsys, sample.main, "--ckpt", cm_run / "ckpt.pt", "--export", tmp_path / "x.pt",
             *flags, says=[flags[0] + ":"])
