@@ -3,7 +3,7 @@
 # so it is safe to start this script again.
 #
 #   bash run_all.sh          the demo: DDPM, OC and CM on long-tailed digits,
-#                            9 minutes on two CPU cores
+#                            9 to 19 minutes on two CPU cores
 #   bash run_all.sh smoke    the commands of the demo with a few steps of everything: a minute
 #   bash run_all.sh table2   one of the paper's tables; out/table2/SETTING/report.md shows its
 #                            numbers with the paper's beside them
