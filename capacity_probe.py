@@ -24,7 +24,8 @@ from scipy.stats import norm
 import disk
 import runtime
 from cm_layers import general_only, is_reserved, reserved
-from data import class_groups, load_long_tailed, load_reference, to_classes, to_float
+from data import (class_groups, load_long_tailed, load_reference, refuse_other_source, to_classes,
+                  to_float)
 from losses import CMConfig, Objective, bind, draw_batch
 from model import distance, make_alphas_bar, q_sample, stratified_timesteps
 from runtime import Parser, UserError, integer, run
@@ -185,6 +186,7 @@ def training_images(args, ckpt):
     images = load_long_tailed(Namespace(**{**config, "data_dir": data_dir}))
     if images.counts.tolist() != ckpt["data"]["class_counts"]:
         raise UserError(f"--data-dir {data_dir}: not the images that {args.ckpt} was trained on")
+    refuse_other_source(images, ckpt["data"], data_dir)
     return images
 
 
@@ -286,8 +288,10 @@ def allocation(args, rt, ckpt, net):
                         "trained with --cm")
     config = ckpt["config"]
     data = ckpt["data"]
-    images, words = load_reference(data["dataset"], args.data_dir or config["data_dir"], None,
-                                   data["resolution"], config["pack_dir"])
+    data_dir = args.data_dir or config["data_dir"]
+    images, words = load_reference(data["dataset"], data_dir, None, data["resolution"],
+                                   config["pack_dir"])
+    refuse_other_source(images, data, data_dir)
     labels = to_classes(images.labels, images.class_names, data["class_names"], "--data-dir")
     layers = layers_of(net)
     D = distances(net, images.images, labels, GRID, rt, args.seed, args.batch_size)
@@ -410,7 +414,7 @@ def main():
 
     # Write
     disk.write_json(written, {**result, "ckpt": args.ckpt, "weights": args.weights,
-                              "ckpt_sha256": disk.sha256(args.ckpt),
+                              "ckpt_sha256": ckpt.sha256,
                               "seconds": round(time.time() - start, 1)})
     if args.what == "allocation":
         allocation_figure(result, out / "allocation.png")

@@ -43,7 +43,7 @@ PRESETS = {     # the field's recipe, and what is different for the small digits
                "width": 16},
 }
 STAGES = ("layer1", "layer2", "layer3", "layer4")
-RESUMABLE = {"device", "out", "data_dir", "pack_dir", "compile", "if_needed"}
+RESUMABLE = {"device", "out", "data_dir", "pack_dir", "compile", "if_needed", "save_every"}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -387,16 +387,12 @@ def default_folder(args):
         words.append("extra" + content)
     if args.seed != 0:
         words.append(f"seed{args.seed}")
-    named = RESUMABLE | {"dataset", "ir", "loss", "drw", "cm", "extra", "seed", "save_every"}
+    named = RESUMABLE | {"dataset", "ir", "loss", "drw", "cm", "extra", "seed"}
     for key, value in sorted(vars(args).items()):
         if key not in named and value != defaults[key]:
             text = "_".join(value) if isinstance(value, list) else str(value)
             words.append(key + text)
-    name = "-".join(words).replace("/", "_")
-    if len(name.encode()) > 200:        # as with --class-order; a file system takes 255 bytes
-        start = name.encode()[:190].decode(errors="ignore")
-        name = f"{start}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
-    return "out/" + name
+    return "out/" + disk.short_name("-".join(words))
 
 
 def unused_flags(args):

@@ -80,6 +80,19 @@ def refuse_other_data(old: dict, record: dict, args):
                         "was started with; choose another folder with --out")
 
 
+def refuse_other_source(images: ImageSet, old: dict, data_dir):
+    """Raise UserError where a checkpoint was trained on other images of the same data set.
+
+    images: the split that it was trained on, or another one, of which the checkpoint knows nothing.
+    old: the record of the training data.
+    """
+    same_split = all(images.provenance.get(key) == old["provenance"].get(key)
+                     for key in ("dataset", "split"))
+    if same_split and old.get("sha256") and images.sha256 != old["sha256"]:
+        raise UserError(f"--data-dir {data_dir}: not the images of the set that the checkpoint was "
+                        "trained on; name the folder where those are")
+
+
 # --------------------------------------------------------------------------------------------------
 # Packed sets
 
@@ -106,11 +119,15 @@ def load(name: str, data_dir="data", split="train", resolution=None, class_order
     provenance = {"dataset": name, "split": split}
     stamp = {"reader": reader_hash(source.read)}
     contents = None
-    if source.read in (read_folder, read_artbench10):
-        # These come without a list of their files: another set of files is packed anew
-        contents = read_source(source, name, data_dir, split)
+    if source.files:
+        contents = read_if_there(source, name, data_dir, split, base)
+    if contents and source.read in (read_folder, read_artbench10):
+        # These come without a list of their files
         provenance["files_sha256"] = names_and_sizes(contents[0], data_dir)
-        stamp["files"] = fingerprint(contents[0], data_dir)
+    if contents:
+        stamp["files"] = fingerprint(contents[0], data_dir)     # changed ones are packed anew
+    elif source.files:
+        stamp = read_json(base.with_name(base.name + ".json"))["stamp"]
     images, meta = pack_once(
         base, lambda: contents or read_source(source, name, data_dir, split), provenance, stamp,
         resolution if source.files else None, name)
@@ -136,6 +153,23 @@ def read_source(source, name, data_dir, split):
         if source.read.__module__ != "readers":
             raise               # a reader of one's own: its author wants to see where
         raise UserError(f"--data-dir {data_dir}: {name} cannot be read ({e})") from e
+
+
+def read_if_there(source, name, data_dir, split, base):
+    """What a set's reader gives; None, with a line, where the files are gone and a pack is there.
+
+    Packs of sets with lists can be moved to another machine without the image files.
+    """
+    try:
+        return read_source(source, name, data_dir, split)
+    except NoSuchSplit:
+        raise
+    except UserError as e:
+        pack = read_json(base.with_name(base.name + ".json"))
+        if source.read in (read_folder, read_artbench10) or not pack or not pack.get("stamp"):
+            raise
+        print(f"{name}: packed images, which cannot be compared with their files ({e})")
+        return None
 
 
 def reader_hash(read):

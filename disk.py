@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import pickle
+import secrets
 import shutil
 import sys
 import zipfile
@@ -76,7 +77,7 @@ def check_writable(path, flag="--out"):
     if path.is_dir():
         raise UserError(f"{flag} {path}: a folder; name a file")
     new = [folder for folder in path.parents if not folder.exists()]    # the deepest one first
-    trial = path.with_name(f".{path.name}.try")
+    trial = path.with_name(f".{path.name[:100]}.{secrets.token_hex(4)}.try")
     try:
         write_atomic(trial, lambda p: p.touch(), flag)
         trial.unlink()
@@ -244,17 +245,36 @@ def path_id(path):
     return f"{path.name}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:8]}"
 
 
+def short_name(name):
+    """A folder's name from any text: without "/", and no longer than a file system takes."""
+    name = name.replace("/", "_")
+    if len(name.encode()) > 200:        # as with --class-order; the limit is 255 bytes
+        start = name.encode()[:190].decode(errors="ignore")
+        name = f"{start}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    return name
+
+
 def sha256(path):
     """The SHA-256 of a file, as hex."""
-    digest = hashlib.sha256()
     with open(path, "rb") as f:
-        while block := f.read(1 << 20):
-            digest.update(block)
+        return sha256_of(f)
+
+
+def sha256_of(f):
+    """The SHA-256 of what an open binary file holds from here on, as hex."""
+    digest = hashlib.sha256()
+    while block := f.read(1 << 20):
+        digest.update(block)
     return digest.hexdigest()
 
 
 # --------------------------------------------------------------------------------------------------
 # Checkpoints, and runs that go on
+
+class Checkpoint(dict):
+    """What `load` returns: the content of a file, and `sha256`, the hash of just that content."""
+    sha256: str
+
 
 def save(path, value, flag="--out"):
     """torch.save a dict of tensors and plain types, marked as ours, atomically."""
@@ -262,17 +282,21 @@ def save(path, value, flag="--out"):
 
 
 def load(path, kinds, flag="--ckpt"):
-    """Read what `save` wrote, on the CPU, with weights_only=True. Raises UserError with `flag`.
+    """Read what `save` wrote, on the CPU, with weights_only=True: a Checkpoint.
 
     kinds: what may stand under "kind" in the file, some of "diffusion", "consistency", "latent"
-    and "classifier". Its "config" has today's names of the settings.
+    and "classifier". Its "config" has today's names of the settings. Raises UserError with `flag`.
     """
     if Path(path).is_dir():
         raise UserError(f"{flag} {path}: a folder; name the ckpt.pt in it")
     if not Path(path).is_file():
         raise UserError(f"{flag} {path}: there is no such file")
     try:
-        value = torch.load(path, map_location="cpu", weights_only=True)
+        # One open file for both: another process may rename a newer one to this path in between
+        with open(path, "rb") as f:
+            digest = sha256_of(f)
+            f.seek(0)
+            value = torch.load(f, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError,
             zipfile.BadZipFile) as e:
         raise UserError(f"{flag} {path}: not a whole checkpoint (cut short, damaged or of another "
@@ -284,7 +308,9 @@ def load(path, kinds, flag="--ckpt"):
     if missing:
         raise UserError(f"{flag} {path}: not a whole checkpoint (it lacks {missing[0]!r})")
     value["config"] = renamed(value["config"])
-    return value
+    ckpt = Checkpoint(value)
+    ckpt.sha256 = digest
+    return ckpt
 
 
 def resume(args, kinds):

@@ -427,7 +427,7 @@ class Extractor:
                             f"make one with: python classify.py --dataset NAME")
         self.net, ckpt = load_classifier(path, self.rt.device)
         self.name = str(path)
-        self.sha256 = disk.sha256(path)
+        self.sha256 = ckpt.sha256
         self.channels = ckpt["network"]["channels"]
         self.class_names = ckpt["data"]["class_names"]
         self.size = ckpt["data"].get("resolution")
@@ -538,6 +538,9 @@ class Metrics:
         result = {frechet: distance_of(fake.features, real.features),
                   kernel: mean, f"{kernel}_std": std, "kid_subset_size": size,
                   "precision": precision, "recall": recall}
+        others = min(len(fake.features), len(real.features)) - 1
+        if others < self.k:
+            result["k"] = others
         if score:
             result["is"], result["is_std"] = inception_score(fake.logits)
         if self.output_classes is not None and fake.labels is not None:
@@ -711,8 +714,8 @@ def line_of(numbers, n):
     return "  ".join(words)
 
 
-def print_result(result):
-    """One line per group and class, and warnings about small numbers of images."""
+def print_result(result, k):
+    """One line per group and class, and warnings about small numbers of images; k: of --k."""
     # A list: a class may be called like a group
     rows = [("overall", result), *result["groups"].items(), *result["classes"].items()]
     name_width = max(len(name) for name, _ in rows)
@@ -729,6 +732,10 @@ def print_result(result):
     if reduced:
         print(f"note: KID's subsets are of {', '.join(map(str, reduced))} images instead of "
               f"{KID_SIZE:,} where there are fewer")
+    fewer = [name for name, r in rows if "k" in r]
+    if fewer:
+        print(f"warning: {', '.join(fewer[:6])}: precision and recall with fewer than {k} "
+              "neighbours, since there are no more images on one side; they do not compare")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -949,7 +956,7 @@ def main():
     seconds["metrics"] = time.time() - start
 
     # 4. Print, then write: numbers that cannot be written are not lost
-    print_result(result)
+    print_result(result, args.k)
     write_result(args.out_json, result, settings, seconds)
     print(f"wrote {args.out_json}")
     if args.save_stats:

@@ -19,7 +19,7 @@ from torch import nn
 
 import disk
 import runtime
-from data import class_groups, load_reference, to_classes, to_float
+from data import class_groups, load_reference, refuse_other_source, to_classes, to_float
 from model import distance, make_alphas_bar, q_sample, stratified_timesteps
 from runtime import Parser, UserError, integer, number, run
 from sample import dtype_of, load_network
@@ -345,8 +345,10 @@ def main():
     names = names_of(args)
     refuse_different_data(args.ckpt, ckpts)
     data, config = ckpts[0]["data"], ckpts[0]["config"]
-    images, words = load_reference(data["dataset"], args.data_dir or config["data_dir"], args.split,
-                                   data["resolution"], config["pack_dir"])
+    data_dir = args.data_dir or config["data_dir"]
+    images, words = load_reference(data["dataset"], data_dir, args.split, data["resolution"],
+                                   config["pack_dir"])
+    refuse_other_source(images, data, data_dir)
     labels = to_classes(images.labels, images.class_names, data["class_names"], "--data-dir")
     counts = np.array(data["class_counts"])
     fractions = args.fractions or [args.fraction]
@@ -365,7 +367,7 @@ def main():
     shown = args.fraction if args.fraction in fractions else fractions[0]
     numel = sum(p.numel() for p in prunable(net, args.tensors).values())
     settings = {"ckpt": [str(path) for path in args.ckpt],
-                "ckpt_sha256": [disk.sha256(path) for path in args.ckpt],
+                "ckpt_sha256": [ckpt.sha256 for ckpt in ckpts],
                 "images": f"{data['dataset']}, {words}", "num": len(labels),
                 "repeats": args.repeats, "scope": args.scope, "tensors": args.tensors,
                 "pruned_of": numel, "weights": args.weights, "seed": args.seed,

@@ -523,7 +523,7 @@ def dtype_of(args, ckpt):
 
 def describe(args, ckpt, settings):
     """What made these images: everything that moves a number measured on them, for the JSON."""
-    return {"ckpt": str(args.ckpt), "ckpt_sha256": disk.sha256(args.ckpt),
+    return {"ckpt": str(args.ckpt), "ckpt_sha256": ckpt.sha256,
             "step": ckpt["step"], "command": ckpt["command"],
             "dataset": ckpt["config"]["dataset"], "weights": args.weights, "branch": args.branch,
             **settings}

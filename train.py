@@ -255,7 +255,7 @@ def run_name(args, defaults):
         if key not in named and value != defaults[key]:
             shown = "_".join(map(str, value)) if isinstance(value, list) else value
             words.append(f"{key}{shown}")
-    return "-".join(words).replace("/", "_")
+    return disk.short_name("-".join(words))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -573,8 +573,10 @@ def resume(args):
     rt.agree(old["step"] if old else 0, args.out)
     if old:
         plain = vars(make_parser().parse_args([]))
-        defaults = {**plain, **PRESETS["paper"], **PRESETS.get(args.dataset, {})}
-        disk.refuse_changes(old["config"], config_of(args), args.out, defaults, RESUMABLE)
+        config = config_of(args, old["config"])
+        defaults = {**plain, **PRESETS["paper"], **PRESETS.get(args.dataset, {}),
+                    "init_from_sha256": config.get("init_from_sha256")}     # older runs have none
+        disk.refuse_changes(old["config"], config, args.out, defaults, RESUMABLE)
     if old and old["step"] > args.steps:
         raise UserError(f"--steps {args.steps}: the run in {args.out} is at step {old['step']} "
                         "already; raise it, or choose another folder with --out")
@@ -591,9 +593,17 @@ def is_finished(old, args, rt):
     return True
 
 
-def config_of(args):
-    """The settings that a checkpoint keeps."""
-    return {k: v for k, v in vars(args).items() if k not in ("device", "out")}
+def config_of(args, old=None):
+    """The settings that a checkpoint keeps, with a hash of --init-from's file.
+
+    old: the settings of the checkpoint that the run goes on from; it needs that file no more.
+    """
+    config = {k: v for k, v in vars(args).items() if k not in ("device", "out")}
+    if config.get("init_from"):         # latent.py has no such flag
+        there = Path(args.init_from).is_file()
+        before = (old or {}).get("init_from_sha256")
+        config["init_from_sha256"] = disk.sha256(args.init_from) if there else before
+    return config
 
 
 def network_settings(args, images):
@@ -745,7 +755,8 @@ def main():
         net=net, base=bind(args.base, vars(args)), counts=images.counts,
         alphas_bar=make_alphas_bar(), cm=CMConfig.of(args), label_drop=args.label_drop,
         ada=args.ada, y_prime=args.cbdm_y).to(rt.device)
-    record = {"kind": kind, "command": runtime.command_line("train.py"), "config": config_of(args),
+    config = config_of(args, old and old["config"])
+    record = {"kind": kind, "command": runtime.command_line("train.py"), "config": config,
               "data": images.record(), "network": network, **low_rank}
     training = make_training(args, rt, net, images, record, old)
 

@@ -253,7 +253,7 @@ def test_pool_is_the_papers():
     assert list(zip(labels, numbers)) == [(0, 0), (1, 1), (2, 2), (0, 3), (2, 5), (2, 8)]
 
 
-def test_groups_are_measured_on_their_own_images():
+def test_groups_are_measured_on_their_own_images(capsys):
     """Overall: num images, the first ones of each class. A group and a class: all images that there
     are, against their own real images.
     """
@@ -276,6 +276,13 @@ def test_groups_are_measured_on_their_own_images():
     assert many["fid"] == pytest.approx(expected)
     recall = metrics.precision_recall(features[labels == 3], real[real_labels == 3])[1]
     assert result["classes"]["c3"]["recall"] == recall
+
+    # More neighbours than there are images: said, not only done
+    assert "k" not in many
+    result = evaluate.measure_all(*sides, 120, {"Few": [4, 5]}, {"c3": 3}, evaluate.Metrics(k=25))
+    assert result["classes"]["c3"]["k"] == 19 and "k" not in result["groups"]["Few"]
+    evaluate.print_result(result, 25)
+    assert "warning: c3: precision and recall with fewer than 25" in capsys.readouterr().out
 
     # a number that the number of classes does not divide
     uneven = evaluate.measure_all(*sides, 117, {}, {}, evaluate.Metrics(inception=True))

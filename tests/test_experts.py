@@ -87,7 +87,13 @@ def test_lora_trains_low_rank_parts_only(tmp_path, data_dir, capsys):
     call(train.main, *flags, "--steps", 5)
     assert "frozen" in capsys.readouterr().out
     call(train.main, *flags, "--steps", 8)                              # and resumes
-    before = disk.load(full / "ckpt.pt", ["diffusion"])["ema"]
+    # Finished is not said where that file is another one now
+    source = disk.load(full / "ckpt.pt", ["diffusion"])
+    disk.save(full / "ckpt.pt", {**source, "step": 21})
+    refuses(capsys, train.main, *flags, "--steps", 8, says=["--init-from"])
+    (full / "ckpt.pt").rename(full / "moved.pt")                        # not needed any more
+    call(train.main, *flags, "--steps", 8)
+    before = source["ema"]
     after = disk.load(lora / "ckpt.pt", ["diffusion"])["model"]
     plain = {k.replace("parametrizations.weight.original", "weight"): v for k, v in after.items()}
     # What it started from is what it was, and every B has moved

@@ -31,8 +31,8 @@ import theory_sim
 import train
 
 SECONDS = 5         # longer than any refusal
-WORDS = ["word", "", " ", "-1", "0", "1.5", "1000000000000", "1e300", "nan", "inf", "-inf", "0x10",
-         "no\nthing", "é" * 300, "../..", "1,,2", "5-1", "-"]
+WORDS = ["word", "", "-1", "0", "1.5", "1000000000000", "1e300", "nan", "inf", "no\nthing",
+         "é" * 300, "1,,2", "-"]
 TEXTS = ["word", "", " ", "nan", "no\nthing", "é" * 300, "../..", "1,,2", "-"]    # of free text
 BAD_FILES = ["missing.pt", "missing/file.npz", "empty-folder", "text.txt", "empty.npz", "cut.pt",
              "array.npy", "png.npz", "text.npz", "list.json", "text.txt/file", "pickle.npz",

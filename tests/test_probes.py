@@ -146,6 +146,16 @@ def test_prune_probe_refuses(cm_run, data_dir, tmp_path):
             call(pp.main, "--ckpt", ckpt, ckpt, "--names", *names, *flags)
 
 
+@pytest.mark.parametrize("main, first", [
+    (pp.main, []), (cp.main, ["allocation"]), (cp.main, ["dominance"])])
+def test_other_images_are_refused(main, first, cm_run, data_dir, tmp_path, capsys):
+    ckpt = disk.load(cm_run / "ckpt.pt", ["diffusion"])
+    ckpt["data"] = {**ckpt["data"], "sha256": "of other images of the same names"}
+    disk.save(tmp_path / "ckpt.pt", ckpt)
+    refuses(capsys, main, *first, "--ckpt", tmp_path / "ckpt.pt", "--data-dir", data_dir,
+            "--device", "cpu", says=["--data-dir", "not the images"])
+
+
 # --------------------------------------------------------------------------------------------------
 # Dominance
 

@@ -167,8 +167,19 @@ def test_release(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_an_image_is_removed_after_packing(name, tmp_path):
-    """The pack is used; only ArtBench-10 has no list, so that other files are another pack."""
+def test_an_image_is_changed_after_packing(name, tmp_path):
+    """Another image of the same name, and perhaps size, is packed anew."""
+    one = CASES[name][0](tmp_path)
+    before = load(name, tmp_path, resolution=8)
+    picture(one, 1000)
+    after = load(name, tmp_path, resolution=8)
+    changed = (after.images != before.images).any((1, 2, 3))
+    assert changed.sum() == 1 and after.sha256 != before.sha256
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_an_image_is_removed_after_packing(name, tmp_path, capsys):
+    """The pack is used, with a line; ArtBench-10 has no list: other files are another pack."""
     one = CASES[name][0](tmp_path)
     before = load(name, tmp_path, resolution=8)
     one.unlink()
@@ -177,6 +188,7 @@ def test_an_image_is_removed_after_packing(name, tmp_path):
         assert after.counts.tolist() == [4, 3, 4]
     else:
         assert np.array_equal(after.images, before.images)
+        assert "packed images, which cannot be compared" in capsys.readouterr().out
         message = "--data-dir.* 1 of .* are missing, the first is .*" + one.name.replace("(", "")
         with pytest.raises(UserError, match=message):
             load(name, tmp_path, resolution=16)
