@@ -36,7 +36,7 @@ from metrics import (IS_SPLITS, KID_SIZE, KID_SUBSETS, METRIC_SEED, distance_of,
 from packing import open_image
 from readers import READERS, image_folder
 from runtime import Parser, UserError, integer, run
-from sample import (DEFAULTS, add_sampling_flags, describe, dtype_of, generate, image_shape,
+from sample import (KINDS, add_sampling_flags, clipped, describe, dtype_of, generate, image_shape,
                     load_network, sample_batch, sampling_settings)
 
 DIGITS_CLASSIFIER = "out/classifier-digits/ckpt.pt"
@@ -198,7 +198,7 @@ def from_checkpoint(args, ckpt, rt):
     data = ckpt["data"]
     words = (f"{args.ckpt} (step {ckpt['step']:,}, {args.weights} weights, {args.branch} branch; "
              f"{sampling['sampler']}, {sampling['steps']} steps, "
-             f"guidance {sampling['guidance']:g})")
+             f"guidance {sampling['guidance']:g}, {clipped(sampling)})")
     return Subject(words, made, data, data["dataset"], None, net, sampling, image_shape(ckpt))
 
 
@@ -916,7 +916,7 @@ def resolve(args, ckpt):
 def refuse_useless_flags(given, args):
     """Raise UserError for flags that do nothing beside the others, by name."""
     if args.samples:
-        sampling = ("sampler", "steps", "grid", "eta", "guidance", "branch", "weights",
+        sampling = ("sampler", "steps", "grid", "eta", "guidance", "clip", "branch", "weights",
                     "batch_size", "seed", "num_group")
         why = "says how --ckpt generates images, and those of --samples are there"
         runtime.refuse_unused(given, dict.fromkeys(sampling, why))
@@ -927,7 +927,7 @@ def main():
     parser = make_parser()
     args = parser.parse_args()
     refuse_useless_flags(parser.given, args)
-    ckpt = disk.load(args.ckpt, DEFAULTS) if args.ckpt else None
+    ckpt = disk.load(args.ckpt, KINDS) if args.ckpt else None
     rt = runtime.setup(args.device, dtype_of(args, ckpt) if ckpt else args.dtype)
     resolve(args, ckpt)
 

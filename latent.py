@@ -580,7 +580,7 @@ def main_sample(argv):
     ckpt = disk.load(args.ckpt, ["latent"])
     config = ckpt["config"]
     rt = runtime.setup(args.device, dtype_of(args, ckpt))
-    settings = sampling_settings(args, "diffusion")
+    settings = sampling_settings(args, "latent")
     out = samples_folder(args)
     name = args.model or config["model"]
     revision = config.get("revision") if name == config["model"] else None

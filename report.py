@@ -25,7 +25,7 @@ from scipy import stats
 import disk
 from data import read_samples
 from runtime import Parser, UserError, run
-from sample import grid_image
+from sample import clipped, grid_image
 
 PAPER = Path(__file__).with_name("paper_results.json")
 HIGHER_IS_BETTER = {"recall", "precision", "is", "accuracy"}
@@ -126,6 +126,8 @@ def compared(first, result):
         values = tuple(r["settings"].get(key) for r in pair)
         if None not in values:              # older results do not say all of it
             known[words] = values
+    if all("sampler" in r["settings"] for r in pair):
+        known["its sampling has"] = tuple(clipped(r["settings"]) for r in pair)
     known["its number of real images is"] = tuple(r["num_real"] for r in pair)
     if not any("epochs" in r["settings"] for r in pair):        # there, those of training
         known["its number of images is"] = tuple(r["num"] for r in pair)
@@ -452,7 +454,8 @@ def conditions(result, with_guidance=True):
     if "sampler" in s and "guidance" in s:
         guidance = f", guidance {s['guidance']:g}" if with_guidance else ""
         return (f"{s['dataset']}, checkpoints at step {s['step']:,}; "
-                f"{s['sampler']} with {s['steps']} steps{guidance}, {s['weights']} weights; "
+                f"{s['sampler']} with {s['steps']} steps{guidance}, {clipped(s)}, "
+                f"{s['weights']} weights; "
                 f"{num} class-balanced samples "
                 f"against {num_real} real images ({s['reference']}).")
     if "epochs" in s:           # a classifier of classify.py
@@ -540,12 +543,13 @@ def side_by_side(general, full, path, columns=6):
     if settings_g != settings or not np.array_equal(labels_g, labels):
         raise UserError("--pair: "
                         "the two files were not sampled with the same settings and noise")
-    class_names = record_g["data"]["class_names"]
+    data = record_g["data"]
+    known = data["class_names"], data.get("class_counts")
+    guidance = f"guidance {settings['guidance']:g}" if "guidance" in settings else "same settings"
     titled = [
-        ("theta_g alone: the general branch",
-         grid_image(images_g, labels_g, class_names, columns=columns)),
+        (f"theta_g alone, {guidance}", grid_image(images_g, labels_g, *known, columns=columns)),
         ("theta = theta_g + BA, the same noise",
-         grid_image(images, labels, class_names, columns=columns)),
+         grid_image(images, labels, *known, columns=columns)),
     ]
 
     title_height = 30

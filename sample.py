@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import time
+from argparse import BooleanOptionalAction
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -32,8 +33,9 @@ from runtime import Parser, UserError, integer, number, refuse_unused, run
 
 
 # --------------------------------------------------------------------------------------------------
-# Samplers: sampler(predict, x_T, alphas_bar, timesteps, noise) -> x_0
-# predict(x_t, t) -> eps, with t an int; noise() gives fresh standard normal noise of x_T's shape
+# Samplers: sampler(predict, x_T, alphas_bar, timesteps, noise, limit) -> x_0
+# predict(x_t, t) -> eps, with t an int; noise() gives fresh standard normal noise of x_T's shape;
+# limit(x_0) -> x_0 bounds the predicted x_0 of every step, None leaves it as it is
 
 def make_timesteps(T: int, steps: int, grid: str = "uniform") -> list[int]:
     """A descending list of `steps` timesteps in [0, T).
@@ -62,14 +64,31 @@ def pairs(alphas_bar, timesteps):
         yield t, float(alphas_bar[t]), ab_next
 
 
-def ddim(predict, x, alphas_bar, timesteps, noise, eta=0.0):
-    """DDIM (Song et al., 2021a, Eq. 12); x (N, C, H, W) standard normal. x_0 is not clipped.
+def to_range(x_0):
+    """x_0 clipped to [-1, 1], the range of images."""
+    return x_0.clamp(-1, 1)
+
+
+def predict_x_0(predict, x, t, ab, limit):
+    """(x_0, eps) that the network predicts at x_t, which is sqrt(ab) x_0 + sqrt(1 - ab) eps.
+
+    A limited x_0 has an eps of its own, so that x_t stays what it is: Dhariwal and Nichol's way.
+    """
+    eps = predict(x, t)
+    x_0 = (x - (1 - ab) ** 0.5 * eps) / ab ** 0.5
+    if limit is not None:
+        x_0 = limit(x_0)
+        eps = (x - ab ** 0.5 * x_0) / (1 - ab) ** 0.5
+    return x_0, eps
+
+
+def ddim(predict, x, alphas_bar, timesteps, noise, limit=None, eta=0.0):
+    """DDIM (Song et al., 2021a, Eq. 12); x (N, C, H, W) standard normal.
 
     eta = 0 is deterministic, eta = 1 ancestral with the posterior variance.
     """
     for t, ab, ab_next in pairs(alphas_bar, timesteps):
-        eps = predict(x, t)
-        x_0 = (x - (1 - ab) ** 0.5 * eps) / ab ** 0.5
+        x_0, eps = predict_x_0(predict, x, t, ab, limit)
         sigma = eta * ((1 - ab_next) / (1 - ab) * (1 - ab / ab_next)) ** 0.5
         x = ab_next ** 0.5 * x_0 + (1 - ab_next - sigma ** 2) ** 0.5 * eps
         if sigma:
@@ -77,31 +96,32 @@ def ddim(predict, x, alphas_bar, timesteps, noise, eta=0.0):
     return x
 
 
-def ddpm(predict, x, alphas_bar, timesteps, noise):
+def ddpm(predict, x, alphas_bar, timesteps, noise, limit=None):
     """Ancestral sampling, Algorithm C.1, with sigma_t^2 = beta_t; no noise after the last step.
 
     On a grid with gaps, alpha_t is the ratio of neighbouring alphas_bar, so that every number of
-    steps is consistent. x_0 is not clipped.
+    steps is consistent. The mean is that of the posterior q(x_{t-1} | x_t, x_0).
     """
     for t, ab, ab_next in pairs(alphas_bar, timesteps):
         alpha = ab / ab_next
         beta = 1 - alpha
-        x = (x - beta / (1 - ab) ** 0.5 * predict(x, t)) / alpha ** 0.5
+        _, eps = predict_x_0(predict, x, t, ab, limit)
+        x = (x - beta / (1 - ab) ** 0.5 * eps) / alpha ** 0.5
         if ab_next < 1:
             x = x + beta ** 0.5 * noise()
     return x
 
 
-def dpmpp(predict, x, alphas_bar, timesteps, noise):
+def dpmpp(predict, x, alphas_bar, timesteps, noise, limit=None):
     """DPM-Solver++ (2M) (Lu et al., 2022b): second-order multistep in log(alpha / sigma).
 
-    Deterministic; x_0 is not clipped. Of first order, which is DDIM, are the first step, the last,
-    to alphas_bar = 1, and one to t = 0: on a grid of 15 the step to t = 0 is more than four times
-    as wide as the one before it, too wide to extrapolate over.
+    Deterministic. Of first order, which is DDIM, are the first step, the last, to alphas_bar = 1,
+    and one to t = 0: on a grid of 15 the step to t = 0 is more than four times as wide as the one
+    before it, too wide to extrapolate over.
     """
     previous = None                                         # x_0 and the width of the step before
     for t, ab, ab_next in pairs(alphas_bar, timesteps):
-        x_0 = (x - (1 - ab) ** 0.5 * predict(x, t)) / ab ** 0.5
+        x_0, _ = predict_x_0(predict, x, t, ab, limit)
         if ab_next == 1:
             return x_0
         h = 0.5 * (math.log(ab_next / (1 - ab_next)) - math.log(ab / (1 - ab)))
@@ -116,11 +136,13 @@ def dpmpp(predict, x, alphas_bar, timesteps, noise):
 SAMPLERS = {"ddim": ddim, "ddpm": ddpm, "dpm++": dpmpp, "consistency": consistency.sample}
 STEPS = {"ddim": 50, "ddpm": 1000, "dpm++": 15, "consistency": 2}   # the paper's, but for the last
 UNUSED = (          # flags that mean nothing with --export
-    "classes", "num", "sampler", "steps", "grid", "eta", "guidance", "batch_size", "png",
-    "if_needed", "seed", "dtype", "out")
-DEFAULTS = {        # per kind of model
-    "diffusion": {"sampler": "ddim", "guidance": 1.5},
-    "consistency": {"sampler": "consistency", "guidance": 0.0},
+    "classes", "num", "sampler", "steps", "grid", "eta", "guidance", "clip", "batch_size",
+    "png", "if_needed", "seed", "dtype", "out")
+KINDS = ("diffusion", "consistency")        # of the checkpoints that can be sampled here
+DEFAULTS = {        # per kind of model; latents have no range
+    "diffusion": {"sampler": "ddim", "guidance": 1.5, "clip": True},
+    "consistency": {"sampler": "consistency", "guidance": 0.0, "clip": False},
+    "latent": {"sampler": "ddim", "guidance": 1.5, "clip": False},
 }
 
 
@@ -202,7 +224,7 @@ def is_one_network(ckpt):
 def is_export(path):
     """Whether a file is what `export` writes: --export may replace it."""
     try:
-        return is_one_network(disk.load(path, DEFAULTS, "--export"))
+        return is_one_network(disk.load(path, KINDS, "--export"))
     except UserError:
         return False
 
@@ -226,12 +248,13 @@ def export(ckpt, net, path):
 
 @torch.no_grad()
 def sample_batch(net, y, indices, shape, rt, seed=0, sampler="ddim", steps=50, grid="uniform",
-                 guidance=1.5, eta=0.0, alphas_bar=None):
+                 guidance=1.5, eta=0.0, clip=False, alphas_bar=None):
     """One batch of images: float (N, C, H, W), about [-1, 1].
 
     y: (N,) int64 labels on rt.device. indices: N image numbers. shape: (C, H, W). Image i's noise
     comes from (seed, i), drawn on the CPU, so that every device generates the same image.
-    alphas_bar: the schedule that the network was trained with, None for make_alphas_bar's.
+    clip: whether the predicted x_0 of every step is clipped to [-1, 1]. alphas_bar: the
+    schedule that the network was trained with, None for make_alphas_bar's.
     """
     generators = [runtime.generator("cpu", seed, "image", int(i)) for i in indices]
 
@@ -243,7 +266,9 @@ def sample_batch(net, y, indices, shape, rt, seed=0, sampler="ddim", steps=50, g
     timesteps = timesteps_of(sampler, len(alphas_bar), steps, grid)
     x_T = noise().contiguous(memory_format=torch.channels_last)
     predict = guided(net, y, guidance, rt)
-    own = {"eta": eta} if sampler == "ddim" else {}
+    own = {} if sampler == "consistency" else {"limit": to_range if clip else None}
+    if sampler == "ddim":
+        own["eta"] = eta
     return SAMPLERS[sampler](predict, x_T, alphas_bar, timesteps, noise, **own)
 
 
@@ -300,30 +325,48 @@ def ten_classes(C):
     return sorted({round(i * (C - 1) / 9) for i in range(10)})
 
 
-def grid_image(images, labels, class_names, classes=None, columns=10, tile=56, gap=4):
-    """A picture with one row per class: its name at the left, then its first images.
+def grid_image(images, labels, class_names, counts, classes=None, columns=10, tile=56, gap=4):
+    """A picture with one row per class, the most frequent one first: its name, its first images.
 
-    images: uint8 (N, H, W, C). labels: (N,). classes: the rows; by default at most ten evenly
-    spread ones of all labels. Images are enlarged by a whole factor, to about `tile` pixels.
+    images: uint8 (N, H, W, C). labels: (N,). counts: training images per class, shown beside the
+    name, with a bracket for each of Many, Medium and Few; None where they are not known. classes:
+    the rows; by default at most ten evenly spread ones of all labels. Images are enlarged by a
+    whole factor, to about `tile` pixels.
     """
     labels = np.asarray(labels)
     if classes is None:
         present = np.unique(labels)
         classes = present[np.unique(np.linspace(0, len(present) - 1, 10).astype(int))]
+    if counts is not None:
+        classes = sorted(classes, key=lambda c: -counts[c])
     size = images.shape[1] * max(1, round(tile / images.shape[1]))
     font = ImageFont.load_default(16)
     titles = [printable(class_names[c])[:60] for c in classes]
-    left = 20 + max(round(font.getlength(title)) for title in titles)
+    if counts is not None:
+        titles = [f"{title} ({counts[c]})" for title, c in zip(titles, classes)]
+    groups = class_groups(counts) if counts is not None else {}
+    margin = 100 if groups else 8
+    left = 12 + margin + max(round(font.getlength(title)) for title in titles)
     cell = size + gap
     picture = Image.new("RGB", (left + columns * cell, len(classes) * cell), "white")
     pen = ImageDraw.Draw(picture)
+    for name, members in groups.items():
+        rows = [r for r, c in enumerate(classes) if c in members]
+        if rows:
+            draw_bracket(pen, name, rows[0] * cell, rows[-1] * cell + size, font)
     for r, c in enumerate(classes):
-        where = (8, r * cell + size // 2)
+        where = (margin, r * cell + size // 2)
         pen.text(where, titles[r], fill="black", anchor="lm", font=font)
         for k, image in enumerate(to_rgb(images[np.flatnonzero(labels == c)[:columns]])):
             enlarged = Image.fromarray(image).resize((size, size), Image.NEAREST)
             picture.paste(enlarged, (left + k * cell, r * cell))
     return picture
+
+
+def draw_bracket(pen, name, top, bottom, font):
+    """A bracket at the left of a grid from pixel row `top` to `bottom`, and what it stands for."""
+    pen.text((8, (top + bottom) // 2), name, fill="black", anchor="lm", font=font)
+    pen.line([(88, top + 3), (82, top + 3), (82, bottom - 3), (88, bottom - 3)], "black", 2)
 
 
 PNG_NAME = re.compile(r"(\d{4}|[1-9]\d{4,})-[^/]*/(\d{6}|[1-9]\d{6,})\.png", re.ASCII)
@@ -432,7 +475,8 @@ def write_samples(out, images, labels, names, record, data, seconds, png=False):
         (out / "samples.json").unlink()
     disk.write_npz(out / "samples.npz", arr_0=to_rgb(images), arr_1=np.array(labels))
     classes = list(dict.fromkeys(labels))
-    picture = grid_image(images, labels, names, None if len(classes) > 10 else classes)
+    picture = grid_image(images, labels, names, data.get("class_counts"),
+                         None if len(classes) > 10 else classes)
     disk.write_png(out / "grid.png", picture)
     made = {"npz_sha256": disk.sha256(out / "samples.npz")}
     files = ["samples.npz", "grid.png"]
@@ -478,6 +522,9 @@ def add_sampling_flags(parser):
     g.add_argument("--guidance", type=number(0), metavar="OMEGA",
                    help="eps + omega (eps - eps_null); 0: none, and half the time (default: 1.5, "
                    "the authors' release; a consistency model has none)")
+    g.add_argument("--clip", action=BooleanOptionalAction, default=None,
+                   help="clip the predicted x_0 of every step to [-1, 1] (default: yes; of "
+                   "consistency and latent models: no)")
     g.add_argument("--branch", choices=("full", "general"), default="full",
                    help="theta, or theta^g alone (default: full)")
     g.add_argument("--weights", choices=("ema", "raw"), default="ema", help="default: ema")
@@ -502,12 +549,20 @@ def sampling_settings(args, kind):
         raise UserError("--guidance: a consistency model has none; leave it out")
     if sampler == "consistency" and args.grid != "uniform":
         raise UserError("--grid: a consistency model has none; leave it out")
+    clip = default["clip"] if args.clip is None else args.clip
+    if clip and kind != "diffusion":
+        raise UserError(f"--clip: not for a {kind} model; leave it out")
     timesteps_of(sampler, 1000, steps, args.grid)
     if args.eta and sampler != "ddim":
         raise UserError(f"--eta {args.eta:g}: belongs to --sampler ddim, and {sampler} has none; "
                         "leave it out")
     return {"seed": args.seed, "sampler": sampler, "grid": args.grid, "eta": args.eta,
-            "guidance": guidance, "steps": steps}
+            "guidance": guidance, "steps": steps, "clip": clip}
+
+
+def clipped(settings):
+    """ "x_0 clipped" or "x_0 not clipped", of settings of any age: older ones do not say it."""
+    return "x_0 clipped" if settings.get("clip") else "x_0 not clipped"
 
 
 def samples_folder(args):
@@ -558,7 +613,7 @@ def export_network(args, given):
     """What --export asks for: write the merged network and nothing else."""
     refuse_unused(given, {name: "--export generates no images" for name in UNUSED})
     disk.refuse_overwriting(args.export, is_export, "--export", "an export of sample.py")
-    ckpt = disk.load(args.ckpt, DEFAULTS)
+    ckpt = disk.load(args.ckpt, KINDS)
     rt = runtime.setup(args.device, dtype_of(args, ckpt))
     net = load_network(ckpt, args.weights, args.branch, rt.device)
     rt.on_rank_0(lambda: export(ckpt, net, args.export))
@@ -571,7 +626,7 @@ def main():
     args = parser.parse_args()
     if args.export is not None:
         return export_network(args, parser.given)
-    ckpt = disk.load(args.ckpt, DEFAULTS)
+    ckpt = disk.load(args.ckpt, KINDS)
     names = ckpt["data"]["class_names"]
     everything = args.classes is None
     classes = list(range(len(names))) if everything else resolve_classes(args.classes, names)

@@ -33,8 +33,8 @@ from experts import freeze_all_but_low_rank
 from losses import BASES, CMConfig, Objective, add_cm_flags, bind, draw_batch
 from model import UNet, UNetConfig, make_alphas_bar
 from runtime import Parser, UserError, integer, number, refuse_unused, run
-from sample import (DEFAULTS, STEPS, add_low_rank, generate, grid_image, image_shape, load_network,
-                    ten_classes)
+from sample import (DEFAULTS, KINDS, STEPS, add_low_rank, generate, grid_image, image_shape,
+                    load_network, ten_classes)
 
 # --------------------------------------------------------------------------------------------------
 # Settings
@@ -567,7 +567,7 @@ def start_log(training):
 
 def resume(args):
     """(the run's checkpoint or None, the Runtime); its settings must be this command's."""
-    old, rt = disk.resume(args, DEFAULTS)
+    old, rt = disk.resume(args, KINDS)
     if args.base == "consistency" and args.ct_double is None:
         args.ct_double = old["config"]["ct_double"] if old else max(1, args.steps // 4)
     rt.agree(old["step"] if old else 0, args.out)
@@ -668,7 +668,7 @@ def save_grid(state, path, rt, log=None):
     alone = runtime.Runtime(rt.device, rt.dtype)        # rank 0 generates all of it
     images = generate(net, labels, range(len(labels)), image_shape(state), alone, len(labels),
                       title=None, **settings)
-    picture = grid_image(images, labels, names, classes)
+    picture = grid_image(images, labels, names, state["data"]["class_counts"], classes)
     disk.write_png(path, picture)
     if log:
         log.picture(picture, state["step"])

@@ -424,43 +424,78 @@ def start():
     return torch.randn(2, 3, 8, 8, dtype=torch.float64, generator=g)
 
 
-def test_ddim_is_diffusers():
+CLIP = pytest.mark.parametrize("clip", [False, True])
+
+
+def limit_of(clip):
+    """The samplers' limit on x_0."""
+    return sample.to_range if clip else None
+
+
+@CLIP
+def test_ddim_is_diffusers(clip):
     from diffusers import DDIMScheduler
     # Its defaults: the linear schedule
-    theirs = DDIMScheduler(clip_sample=False, set_alpha_to_one=True)
+    theirs = DDIMScheduler(clip_sample=clip, set_alpha_to_one=True)
     theirs.set_timesteps(50)
     timesteps = sample.make_timesteps(1000, 50)
     assert theirs.timesteps.tolist() == timesteps
-    got = sample.ddim(bumpy, start(), AB, timesteps, None)
-    expected = by_diffusers(theirs, timesteps, start())
+    got = sample.ddim(bumpy, start(), AB, timesteps, None, limit_of(clip))
+    expected = by_diffusers(theirs, timesteps, start(), use_clipped_model_output=clip)
     assert_close(got, expected, atol=1e-3, rtol=1e-3)
 
 
-def test_ddpm_is_diffusers():
+@CLIP
+def test_ddpm_is_diffusers(clip):
     from diffusers import DDPMScheduler
-    theirs = DDPMScheduler(clip_sample=False, variance_type="fixed_large")
+    theirs = DDPMScheduler(clip_sample=clip, variance_type="fixed_large")
     theirs.set_timesteps(1000)
     g_ours = torch.Generator().manual_seed(1)
     g_theirs = torch.Generator().manual_seed(1)
 
     def noise():
         return torch.randn(2, 3, 8, 8, dtype=torch.float64, generator=g_ours)
-    got = sample.ddpm(bumpy, start(), AB, sample.make_timesteps(1000, 1000), noise)
+    got = sample.ddpm(bumpy, start(), AB, sample.make_timesteps(1000, 1000), noise, limit_of(clip))
     expected = by_diffusers(theirs, theirs.timesteps, start(), generator=g_theirs)
     assert_close(got, expected, atol=1e-3, rtol=1e-3)
 
 
+@CLIP
 @pytest.mark.parametrize("steps", [10, 15, 20])
-def test_dpmpp_is_diffusers(steps):
+def test_dpmpp_is_diffusers(steps, clip):
     from diffusers import DPMSolverMultistepScheduler
+    # With sample_max_value 1, its default, thresholding is clipping
     theirs = DPMSolverMultistepScheduler(
         algorithm_type="dpmsolver++", solver_order=2, final_sigmas_type="zero",
-        timestep_spacing="leading")
+        timestep_spacing="leading", thresholding=clip, sample_max_value=1.0)
     theirs.set_timesteps(steps)
     ours = [int(t) for t in theirs.timesteps]
-    got = sample.dpmpp(bumpy, start(), AB, ours, None)
+    got = sample.dpmpp(bumpy, start(), AB, ours, None, limit_of(clip))
     expected = by_diffusers(theirs, theirs.timesteps, start())
     assert_close(got, expected, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpm++"])
+def test_a_limit_is_applied_at_every_step(sampler):
+    """Data far outside the range: the x_0 of each step is what is limited, not the image alone."""
+    seen = []
+
+    def limit(x_0):
+        seen.append(x_0)
+        return sample.to_range(x_0)
+    timesteps = sample.make_timesteps(1000, 10)
+
+    def images(limit):
+        g = torch.Generator().manual_seed(1)
+
+        def noise():
+            return torch.randn(2, 3, 8, 8, dtype=torch.float64, generator=g)
+        return sample.SAMPLERS[sampler](bumpy, start(), AB, timesteps, noise, limit)
+    limited = images(limit)
+    assert len(seen) == 10 and seen[0].abs().max() > 1
+    plain = images(None)
+    assert not torch.allclose(limited, sample.to_range(plain), atol=0.1)
+    torch.testing.assert_close(images(lambda x_0: x_0), plain)      # a limit that limits nothing
 
 
 # --------------------------------------------------------------------------------------------------
