@@ -10,6 +10,7 @@ labels (N,) and class names: see readers.py.
 """
 import hashlib
 import inspect
+import json
 import re
 import secrets
 import zipfile
@@ -125,7 +126,10 @@ def load(name: str, data_dir="data", split="train", resolution=None, class_order
         # These come without a list of their files
         provenance["files_sha256"] = names_and_sizes(contents[0], data_dir)
     if contents:
-        stamp["files"] = fingerprint(contents[0], data_dir)     # changed ones are packed anew
+        # Of the images and of what the lists say of them: changed ones are packed anew
+        paths, labels, names = contents
+        stamp["files"] = fingerprint(paths, data_dir)
+        stamp["labels"] = labels_hash(labels, names)
     elif source.files:
         stamp = read_json(base.with_name(base.name + ".json"))["stamp"]
     images, meta = pack_once(
@@ -153,6 +157,12 @@ def read_source(source, name, data_dir, split):
         if source.read.__module__ != "readers":
             raise               # a reader of one's own: its author wants to see where
         raise UserError(f"--data-dir {data_dir}: {name} cannot be read ({e})") from e
+
+
+def labels_hash(labels, class_names):
+    """A hash of labels (N,) and of the class names that they stand for."""
+    return hashlib.sha256(json.dumps([np.asarray(labels).tolist(), list(class_names)]).encode()
+                          ).hexdigest()
 
 
 def read_if_there(source, name, data_dir, split, base):

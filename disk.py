@@ -226,7 +226,8 @@ def up_to_date(path, settings):
 def fingerprint(paths, root):
     """A hash of the names, sizes and times of change of files: the identity of a folder's content.
 
-    Raises UserError for a file that is not there.
+    Both times: a program can set the first one back, not the second. Raises UserError for a file
+    that is not there.
     """
     digest = hashlib.sha256()
     for path in paths:
@@ -235,7 +236,8 @@ def fingerprint(paths, root):
         except OSError as e:
             raise UserError(f"{path} cannot be read ({e.strerror}); fix or remove it") from e
         name = os.path.relpath(path, root)
-        digest.update(os.fsencode(f"{name} {stat.st_size} {stat.st_mtime_ns}\n"))
+        digest.update(os.fsencode(f"{name} {stat.st_size} {stat.st_mtime_ns} "
+                                  f"{stat.st_ctime_ns}\n"))
     return digest.hexdigest()
 
 

@@ -12,6 +12,7 @@ import os
 import secrets
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from itertools import repeat
 from pathlib import Path
 from tokenize import TokenError
@@ -53,6 +54,8 @@ def open_image(path, flag="--data-dir", at_least=None):
             # Large photographs are fine
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(path)
+            if image.mode == "I" and image.format not in ("PNG", "PPM"):    # 16-bit in those
+                raise ValueError("32-bit pixels have no known range")
             if at_least:
                 image.draft(None, (2 * at_least, 2 * at_least))
             image = ImageOps.exif_transpose(image)
@@ -190,6 +193,7 @@ def write_pack(base: Path, images, labels, class_names, provenance, resolution=N
     counts = np.bincount(labels, minlength=len(class_names)).tolist()
     write_json(record, {
         "shape": shape, "class_names": list(class_names), "class_counts": counts, **source,
+        "file": state_of(path),
         "sha256": content_hash(images, labels, class_names),
         "labels": np.asarray(labels).tolist()}, "--pack-dir")
 
@@ -275,14 +279,30 @@ def read_pack(base: Path, provenance, stamp=None):
     None where it is missing, not whole, of another provenance or stamp, or of an older version
     that did not write down the hash of its content.
     """
-    meta = read_json(base.with_name(base.name + ".json"))
+    record = base.with_name(base.name + ".json")
+    path = base.with_name(base.name + ".npy")
+    meta = read_json(record)
     try:
-        images = np.load(base.with_name(base.name + ".npy"), mmap_mode="r")
+        images = np.load(path, mmap_mode="r")
         whole = list(images.shape) == meta["shape"] and meta["sha256"]
         current = meta["provenance"] == provenance and meta["stamp"] == stamp
-        return (images, meta) if whole and current else None
+        if not whole or not current:
+            return None
+        if meta.get("file") != state_of(path):      # moved, or replaced: its content says which
+            if content_hash(images, meta["labels"], meta["class_names"]) != meta["sha256"]:
+                return None
+            meta["file"] = state_of(path)
+            with suppress(UserError):               # a folder that only others may write to
+                write_json(record, meta, "--pack-dir")
+        return images, meta
     except NOT_WHOLE:
         return None
+
+
+def state_of(path):
+    """[size, times of change] of a file: where they are the same, so is its content."""
+    stat = os.stat(path)
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
 
 
 def pack_once(base: Path, read, provenance, stamp, resolution, name):

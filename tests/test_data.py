@@ -384,6 +384,36 @@ def test_a_damaged_pack_is_made_again(tmp_path, damage):
     assert np.array_equal(load_folder(root, tmp_path / "packs").images, whole)
 
 
+def test_a_pack_of_other_pixels_is_made_again(tmp_path):
+    """Its file is hashed again where its size or times are not those that were written down."""
+    root = make_folder(tmp_path / "set", [2, 2])
+    before = load_folder(root, tmp_path / "packs")
+    whole = np.array(before.images)
+    (npy,) = (tmp_path / "packs").glob("*.npy")
+    os.utime(npy)                       # the same content: taken, and written down
+    assert load_folder(root, tmp_path / "packs").sha256 == before.sha256
+    np.save(npy, 255 - whole)
+    assert np.array_equal(load_folder(root, tmp_path / "packs").images, whole)
+
+
+def test_times_that_were_set_back(tmp_path):
+    root = make_folder(tmp_path / "set", [2, 2])
+    path = root / "class0/new.bmp"
+    Image.new("RGB", (9, 9), (0, 0, 0)).save(path)
+    before = load_folder(root, tmp_path / "packs").sha256
+    stat = path.stat()
+    Image.new("RGB", (9, 9), (255, 255, 255)).save(path)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert load_folder(root, tmp_path / "packs").sha256 != before
+
+
+def test_32_bit_images_are_refused(tmp_path):
+    root = make_folder(tmp_path / "set", [2, 2])
+    Image.fromarray(np.full((9, 9), 200, np.int32)).save(root / "class0/deep.tiff")
+    with pytest.raises(UserError, match="deep.tiff .*32-bit pixels have no known range"):
+        load_folder(root, tmp_path / "packs")
+
+
 def test_a_set_that_cannot_be_packed_completely(tmp_path, monkeypatch):
     """A pack counts only when every image is in it."""
     root = make_folder(tmp_path / "set", [3, 2])

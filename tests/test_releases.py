@@ -194,6 +194,16 @@ def test_an_image_is_removed_after_packing(name, tmp_path, capsys):
             load(name, tmp_path, resolution=16)
 
 
+def test_a_label_is_changed_after_packing(tmp_path):
+    cub200(tmp_path)
+    before = load("cub200", tmp_path, resolution=8)
+    path = next(tmp_path.rglob("image_class_labels.txt"))
+    numbers = [line.split() for line in path.read_text().splitlines()]
+    path.write_text("\n".join(f"{i} {int(c) % 3 + 1}" for i, c in numbers))
+    after = load("cub200", tmp_path, resolution=8)
+    assert (after.labels == (before.labels + 1) % 3).all()
+
+
 def test_artbench10_in_its_two_releases(tmp_path):
     """With other folders beside them; the release with train/ and test/ has a test set."""
     artbench10(tmp_path / "artbench-10-imagefolder")
