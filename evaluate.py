@@ -258,9 +258,14 @@ def find_reference(args, subject, rt):
         return read_set(name, "--reference", args, args.reference_split, resolution)
 
 
+def protocol_of_dataset(dataset):
+    """The defaults of a data set."""
+    return PROTOCOL.get(dataset, PROTOCOL["paper"])
+
+
 def protocol_of(subject, reference):
     """The defaults of the data set that is measured."""
-    return PROTOCOL.get(subject.dataset or reference.name, PROTOCOL["paper"])
+    return protocol_of_dataset(subject.dataset or reference.name)
 
 
 def compare(args, subject, reference, extractor):

@@ -19,6 +19,7 @@ from PIL import Image
 import bench
 import capacity_probe
 import classify
+import copy_probe
 import data
 import disk
 import evaluate
@@ -88,6 +89,8 @@ SCRIPTS = {
                   ["group_gradients"]),
     "allocation": (capacity_probe, ["allocation"], {**CKPT, "--data-dir": ["DATA"]},
                    ["distances"]),
+    "copy_probe": (copy_probe, [], {**CKPT, "--data-dir": ["DATA"], "--samples": ["samples.npz"],
+                                    "--features": ["classifier.pt"]}, ["features_of"]),
     "bench": (bench, [], {"--device": ["cpu"], "--out": ["out/x"]}, ["bench", "bench_metrics"]),
     "report": (report, [], {"--row": ["CM=result.json"], "--out": ["out/report.md"]},
                []),

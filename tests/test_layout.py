@@ -15,7 +15,7 @@ FLOORS = (      # from the ground up: a file imports files of lower floors, runt
     ("losses", "sample"),
     ("train", "classify"),
     ("evaluate", "prune_probe", "capacity_probe", "latent", "bench"),
-    ("report",),
+    ("report", "copy_probe"),
 )
 CORE = {        # all that a file of the floors 1 and 2 imports, besides runtime and disk
     "consistency": {"model"},

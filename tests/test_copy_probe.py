@@ -1,0 +1,74 @@
+"""copy_probe.py: what counts as a copy, on points whose neighbours are known; the whole command."""
+import numpy as np
+import pytest
+import torch
+from conftest import TINY_FLAGS, call
+from test_mistakes import refuses
+
+import copy_probe
+import disk
+import sample
+import train
+
+
+def test_copies_on_a_line():
+    """Training points 0, 1 and 10: their nearest others are 1, 1 and 9 away."""
+    train_points = torch.tensor([[0.0], [1.0], [10.0]]).double()
+    points = torch.tensor([[-0.9], [-1.1], [1.5], [5.6], [18.9], [19.1]]).double()
+    is_copy, index = copy_probe.copies(points, train_points)
+    assert index.tolist() == [0, 0, 1, 2, 2, 2]
+    assert is_copy.tolist() == [True, False, True, True, True, False]
+
+
+def test_copies_in_blocks(monkeypatch):
+    """A literal version, and blocks that do not divide the rows."""
+    g = torch.Generator().manual_seed(0)
+    images, train_images = (torch.randn(n, 3, generator=g).double() for n in (50, 33))
+    between = torch.cdist(train_images, train_images).fill_diagonal_(torch.inf).min(1).values
+    expected = torch.cdist(images, train_images).min(1)
+    monkeypatch.setattr(copy_probe, "BLOCK", 7)
+    is_copy, index = copy_probe.copies(images, train_images)
+    assert torch.equal(index, expected.indices)
+    assert torch.equal(is_copy, expected.values < between[expected.indices])
+
+
+def test_shares():
+    found = copy_probe.shares(torch.tensor([True, False, True, True]), np.array([0, 0, 1, 2]),
+                              {"Many": [0], "Few": [1, 2], "none": [3]})
+    assert found == {"all": 0.75, "Many": 0.5, "Few": 1.0}
+
+
+@pytest.fixture(scope="module")
+def samples(cm_run, tmp_path_factory):
+    out = tmp_path_factory.mktemp("samples")
+    call(sample.main, "--ckpt", cm_run / "ckpt.pt", "--num", 20, "--steps", 2, "--device", "cpu",
+         "--out", out)
+    return out / "samples.npz"
+
+
+def test_training_images_are_copies_and_noise_is_none(cm_run, classifier, data_dir, samples,
+                                                      digits, tmp_path, capsys):
+    """Training images as samples: all are copies; the unseen digits are not of the draw."""
+    record = disk.read_json(samples.with_suffix(".json"))
+    perfect = tmp_path / "perfect/samples.npz"
+    disk.write_npz(perfect, arr_0=digits.images, arr_1=digits.labels)
+    record["npz_sha256"] = disk.sha256(perfect)
+    disk.write_json(perfect.with_suffix(".json"), record)
+    call(copy_probe.main, "--ckpt", cm_run / "ckpt.pt", "--samples", samples, perfect,
+         "--features", classifier, "--data-dir", data_dir, "--device", "cpu", "--out", tmp_path)
+    rows = disk.read_json(tmp_path / "copies.json")["rows"]
+    unseen, generated, copied = rows.values()
+    assert unseen["num"] == 1497 - 502
+    for space in ("pixels", "features"):
+        assert set(copied[space].values()) == {1.0}
+        assert 0.2 < unseen[space]["all"] < 0.8
+    assert generated["pixels"]["all"] < 0.2                 # two steps: noise
+    assert (tmp_path / "pairs.png").is_file()
+    assert "real, not in the training set" in capsys.readouterr().out
+
+
+def test_samples_of_another_training_set(cm_run, samples, data_dir, tmp_path, capsys):
+    call(train.main, *TINY_FLAGS, "--ir", 5, "--no-cm", "--base", "ddpm", "--steps", 1,
+         "--data-dir", data_dir, "--out", tmp_path)
+    refuses(capsys, copy_probe.main, "--ckpt", tmp_path / "ckpt.pt", "--samples", samples,
+            "--data-dir", data_dir, says=["--samples", "not of the training set"])
