@@ -12,14 +12,20 @@ trainable: CM is not fine-tuning.
 
 Keys in the state dict while reserved: `NAME.parametrizations.weight.original` (W^g) and
 `NAME.parametrizations.weight.0.A` and `.B`.
+
+Where a part of the network is recomputed in the backward pass, use `checkpoint` of this file:
+torch's own would recompute theta^g's pass with theta. Merge PEFT's adapters after this file's
+parts, not before: PEFT writes into W^g, which a parametrized layer computes anew.
 """
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.utils.checkpoint import checkpoint as recompute
 
 WEIGHTS = {     # which parameters are matrices W of Eq. (1): no biases, norms or embeddings
     nn.Linear: ("weight",),
@@ -60,11 +66,13 @@ class LowRank(nn.Module):
             k = inner * math.prod(kernel[1:])
             full = min(out, inner)
             copies = kernel[0]
-        self.rank = min(rank, full) if rank else max(1, int(rank_ratio * full))
+        # 0.29 x 100 is 28.999...: the floor of what was meant
+        self.rank = min(rank, full) if rank else max(1, math.floor(rank_ratio * full + 1e-9))
         self.A = nn.Parameter(weight.new_empty(self.rank * copies, k))
         self.B = nn.Parameter(weight.new_zeros(d, self.rank * copies))
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
         self.general_only = False
+        self.order = []         # the names of the layer's parameters, for merge
 
     def forward(self, W_g: Tensor) -> Tensor:
         if self.general_only:
@@ -105,48 +113,106 @@ def reserve(module: nn.Module, rank_ratio: float = 0.1, form: str = "flat",
     weight is (out, in / groups, ...) and is split as it is.
     rank: that of every BA, in place of the ratio.
     Of a weight that is parametrized already, W^g is the value that it has.
-    Raises ValueError where nothing can be reserved, or it is reserved already, or the ratio or form
-    is out of range.
+    Warns of layers with matrices of a kind that it does not know. Raises ValueError where nothing
+    can be reserved, or it is reserved already, or a weight is computed by a hook, or the ratio or
+    form is out of range.
     """
     if is_reserved(module):
         raise ValueError("this module is reserved already")
-    chosen = [(layer, p) for name, layer, p in matrices(module) if where(name, layer)]
+    chosen = [found for found in matrices(module) if where(*found[:2])]
     if not chosen:
         raise ValueError("found no Linear, convolution or attention weight to reserve")
-    for layer, p in chosen:
+    for name, layer, p in chosen:
+        if not hasattr(layer, "parametrizations") and p not in layer._parameters:
+            raise ValueError(f"{name}.{p} is computed by a hook (the older weight_norm, "
+                             "spectral_norm or prune): remove that first")
+    unknown = [name for name, layer in unknown_layers(module) if where(name, layer)]
+    if unknown:
+        warnings.warn(f"not reserved, of an unknown kind: {', '.join(unknown)}", stacklevel=2)
+    orders = {layer: list(layer._parameters) for _, layer, _ in chosen}
+    for _, layer, p in chosen:
         part = LowRank(getattr(layer, p), rank_ratio, form, rank)
+        part.order = orders[layer]
         parametrize.register_parametrization(layer, p, part)
     return module
 
 
+def unknown_layers(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield (dotted name, layer) with matrices of its own that WEIGHTS does not list.
+
+    Embeddings are left out on purpose: their rows belong to single words or classes.
+    """
+    known = (*WEIGHTS, nn.Embedding, nn.EmbeddingBag, parametrize.ParametrizationList, LowRank)
+    for name, layer in module.named_modules():
+        own = [p for p in layer.parameters(recurse=False) if p.dim() > 1]
+        if own and not isinstance(layer, known):
+            yield name, layer
+
+
 @contextmanager
 def general_only(module: nn.Module):
-    """Within, `module` computes with theta^g alone: every reserved weight is W^g, without BA."""
+    """Within, `module` computes with theta^g alone: every reserved weight is W^g, without BA.
+
+    Raises ValueError inside torch's parametrize.cached(), which would give theta once more.
+    """
+    if parametrize._cache_enabled:
+        raise ValueError("general_only inside parametrize.cached() would compute with theta; enter "
+                         "cached() within general_only")
     parts = [low_rank for _, _, low_rank in reserved(module)]
+    with branches(parts, [True] * len(parts)):
+        yield module
+
+
+@contextmanager
+def branches(parts, general):
+    """Within, part k computes theta^g where general[k], else theta."""
     before = [p.general_only for p in parts]
     try:
-        for p in parts:
-            p.general_only = True
-        yield module
+        for p, g in zip(parts, general):
+            p.general_only = g
+        yield
     finally:
         for p, b in zip(parts, before):
             p.general_only = b
+
+
+def checkpoint(module: nn.Module, function: Callable, *args):
+    """function(*args), computed anew in the backward pass, with the branch of this call.
+
+    module: what `function` computes with. torch.utils.checkpoint alone would recompute a pass of
+    theta^g after general_only has ended, and so with theta.
+    """
+    parts = [low_rank for _, _, low_rank in reserved(module)]
+    general = [p.general_only for p in parts]
+
+    def call(*args):
+        with branches(parts, general):
+            return function(*args)
+    return recompute(call, *args, use_reentrant=False)
 
 
 @torch.no_grad()
 def merge(module: nn.Module, branch: str = "full") -> nn.Module:
     """Write theta = theta^g + theta^e (Sec. 3.2, Inference) as plain weights, in place; return it.
 
-    branch "general" keeps W^g and drops BA instead. Afterwards keys, shapes and speed are a plain
-    module's. On a module without reserved weights it does nothing, so it can be called twice.
-    Raises ValueError for another branch.
+    branch "general" keeps W^g and drops BA instead. Afterwards keys, their order, shapes and speed
+    are a plain module's. A weight that was tied to another one is not any more: the two differ by
+    BA. On a module without reserved weights it does nothing, so it can be called twice. Raises
+    ValueError for another branch.
     """
     if branch not in ("full", "general"):
         raise ValueError(f"branch must be 'full' or 'general', not {branch!r}")
     for owner, name, low_rank in list(reserved(module)):
         low_rank.general_only = branch == "general"
         give_own_class(owner)
+        chain = owner.parametrizations[name]
+        if hasattr(chain, "original"):
+            # A tensor of its own, since torch writes the merged weight into it
+            W_g = chain.original
+            chain.original = nn.Parameter(W_g.clone(), W_g.requires_grad)
         parametrize.remove_parametrizations(owner, name)
+        order = [p for p in low_rank.order if p in owner._parameters]
+        owner._parameters.update({p: owner._parameters.pop(p) for p in order})
     return module
 
 

@@ -7,9 +7,10 @@ import torch
 import torchvision
 from conftest import TINY, tiny_net
 from torch import nn
+from torch.nn.utils import parametrize, prune, spectral_norm, weight_norm
 from torch.testing import assert_close
 
-from cm_layers import count, general_only, merge, reserve, reserved
+from cm_layers import checkpoint, count, general_only, merge, reserve, reserved
 from model import UNet, UNetConfig
 from sample import build_network
 
@@ -193,3 +194,125 @@ def test_errors():
         reserve(nn.Linear(4, 4), form="other")
     with pytest.raises(ValueError, match="branch"):
         merge(nn.Linear(4, 4), "expert")
+
+
+def test_a_ratio_is_not_rounded_down_before_the_floor():
+    assert int(0.29 * 100) == 28
+    assert reserve(nn.Linear(100, 200), 0.29).parametrizations.weight[0].rank == 29
+
+
+# --------------------------------------------------------------------------------------------------
+# Others' modules, and what torch does with weights
+
+def test_tied_linears_merge_each_with_its_own_part():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6))
+    net[2].weight = net[0].weight
+    reserve(net, 0.5)
+    randomize_B(net, 0.3)
+    x = torch.randn(4, 6)
+    before = net(x)
+    assert_close(merge(net)(x), before)
+    assert net[2].weight is not net[0].weight
+
+
+def test_gpt2_whose_output_is_tied_to_its_embedding():
+    """transformers' GPT-2: the embedding is not moved by the output layer's BA."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+    config = GPT2Config(vocab_size=40, n_embd=16, n_layer=1, n_head=2, n_positions=8)
+    net = GPT2LMHeadModel(config).eval()
+    words = torch.arange(6)[None]
+    with pytest.warns(UserWarning, match="not reserved, of an unknown kind: transformer.h.0.attn"):
+        reserve(net, 0.5)
+    randomize_B(net, 0.3)
+    embedding = net.transformer.wte.weight.detach().clone()
+    before = net(words).logits
+    merge(net)
+    assert_close(net(words).logits, before, atol=1e-5, rtol=1e-5)
+    assert torch.equal(net.transformer.wte.weight, embedding)
+
+
+def test_merge_keeps_the_order_of_parameters():
+    attention = nn.MultiheadAttention(8, 2)
+    net = nn.Sequential(nn.Linear(4, 4), nn.Conv2d(4, 4, 3), attention)
+    names = [name for name, _ in net.named_parameters()]
+    merge(reserve(net))
+    assert [name for name, _ in net.named_parameters()] == names
+
+
+def test_recurrent_layers_are_named():
+    net = nn.ModuleDict({"rnn": nn.LSTM(4, 4), "head": nn.Linear(4, 2),
+                         "words": nn.Embedding(3, 4)})
+    with pytest.warns(UserWarning, match="unknown kind: rnn$"):
+        reserve(net)
+
+
+@pytest.mark.parametrize("hook", [
+    weight_norm, spectral_norm, lambda layer: prune.l1_unstructured(layer, "weight", 0.5)])
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+def test_weights_that_a_hook_computes(hook):
+    net = nn.Sequential(nn.Linear(4, 4))
+    hook(net[0])
+    with pytest.raises(ValueError, match="0.weight is computed by a hook"):
+        reserve(net)
+
+
+def test_a_weight_that_is_normalised_by_a_parametrization():
+    torch.manual_seed(0)
+    layer = nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
+    x = torch.randn(3, 4)
+    plain = layer(x)
+    reserve(layer, 0.5)
+    randomize_B(layer, 0.3)
+    with general_only(layer):
+        assert_close(layer(x), plain)
+    before = layer(x)
+    assert_close(merge(layer)(x), before)
+
+
+def test_general_only_inside_cached_is_refused():
+    layer = reserve(nn.Linear(4, 4))
+    with parametrize.cached(), pytest.raises(ValueError, match="cached"):
+        with general_only(layer):
+            pass
+
+
+def gradients(net, x, call):
+    """Gradients of a loss on theta's and theta^g's pass, by `call(function, x)`."""
+    net.zero_grad()
+    full = call(net, x)
+    with general_only(net):
+        general = call(net, x)
+    (full - 2 * general).square().sum().backward()
+    return [p.grad.clone() for p in net.parameters()]
+
+
+def test_recomputed_passes_keep_their_branch():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+    reserve(net, 0.5)
+    randomize_B(net, 0.5)
+    x = torch.randn(5, 4, requires_grad=True)
+    expected = gradients(net, x, lambda f, x: f(x))
+    got = gradients(net, x, partial(checkpoint, net))
+    for a, b in zip(got, expected):
+        assert_close(a, b)
+    wrong = gradients(net, x, partial(torch.utils.checkpoint.checkpoint, use_reentrant=True))
+    assert not all(torch.allclose(a, b) for a, b in zip(wrong, expected))
+
+
+def test_diffusers_unet():
+    from diffusers import UNet2DModel
+    torch.manual_seed(0)
+    net = UNet2DModel(sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8, 16),
+                      down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+                      up_block_types=("AttnUpBlock2D", "UpBlock2D"), layers_per_block=1,
+                      norm_num_groups=4, attention_head_dim=8).eval()
+    x, t = torch.randn(2, 1, 8, 8), torch.tensor([3, 700])
+    names = list(net.state_dict())
+    reserve(net.up_blocks, 0.2)
+    randomize_B(net, 0.3)
+    before = net(x, t).sample
+    merge(net)
+    assert_close(net(x, t).sample, before, atol=1e-5, rtol=1e-5)
+    assert list(net.state_dict()) == names
