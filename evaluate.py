@@ -31,8 +31,8 @@ from classify import features_and_logits, load_classifier
 from data import (class_groups, images_of_npz, load_reference, open_npz, read_record, to_classes,
                   to_float, to_rgb)
 from inception import load_inception
-from metrics import (IS_SPLITS, KID_SIZE, KID_SUBSETS, METRIC_SEED, distance_of, floor_of,
-                     inception_score, kernel_distance, precision_recall)
+from metrics import (FLOOR_IMAGES, IS_SPLITS, KID_SIZE, KID_SUBSETS, METRIC_SEED, distance_of,
+                     floor_of, inception_score, kernel_distance, precision_recall)
 from packing import open_image
 from readers import READERS, image_folder
 from runtime import Parser, UserError, integer, run
@@ -290,6 +290,7 @@ def compare(args, subject, reference, extractor):
         labels, indices = pool_of(pool_sizes(num, num_group, groups, len(class_names)))
     comparison = Comparison(subject, reference, class_names, groups, num, num_group, labels,
                             indices, assumed)
+    refuse_lacking(reference, labels, class_names)
     if comparison.used < 2:
         raise UserError(f"--reference {reference.name}: fewer than two of its images are of the "
                         "samples' classes; a distance needs many")
@@ -357,6 +358,23 @@ def refuse_other_features(images, extractor, flag):
     if images.features and images.about["features_sha256"] != extractor.sha256:
         raise UserError(f"{flag}: its features were made by {images.about['made_by']}, "
                         f"not by {extractor.name}")
+
+
+def refuse_lacking(reference, labels, class_names):
+    """Raise UserError where the reference has no image of a class of the samples.
+
+    The overall distance would count these samples as wrong, whatever they look like.
+    labels: of the samples.
+    """
+    if labels is None or reference.labels is None:
+        return
+    lacking = np.setdiff1d(labels, reference.labels)
+    if len(lacking):
+        names = ", ".join(str(class_names[c] if class_names else c) for c in lacking[:6])
+        more = " ..." if len(lacking) > 6 else ""
+        raise UserError(f"--reference {reference.name}: it has no image of some of the samples' "
+                        f"classes ({names}{more}); name one with all of them, or measure samples "
+                        "without these classes")
 
 
 def pool_sizes(num, num_group, groups, C):
@@ -541,14 +559,14 @@ class Metrics:
         others = min(len(fake.features), len(real.features)) - 1
         if others < self.k:
             result["k"] = others
-        if score:
+        if score and len(fake.logits) >= IS_SPLITS:
             result["is"], result["is_std"] = inception_score(fake.logits)
         if self.output_classes is not None and fake.labels is not None:
             predicted = self.output_classes[fake.logits.argmax(1)]
             result["accuracy"] = float((predicted == fake.labels).mean())
         result["num"] = len(fake.features)
         result["num_real"] = len(real.features)
-        if self.floor:
+        if self.floor and len(real.features) >= FLOOR_IMAGES:
             result["floor"] = floor_of(real.features, self.floor)
         return result
 
@@ -590,22 +608,33 @@ class Part(NamedTuple):
     real: np.ndarray | slice
 
 
+def why_left_out(members, fake, real):
+    """Why these classes together cannot be measured, in words; "" where they can."""
+    for labels, side in ((fake.labels, "samples"), (real.labels, "reference")):
+        if not np.isin(members, labels).all():
+            return f"no image of a class in the {side}"
+        if np.isin(labels, members).sum() < 2:
+            return f"fewer than two images in the {side}"
+    return ""
+
+
 def parts_of(fake, real, num, groups, classes):
-    """The Parts that are measured (see measure_all), the overall one first."""
+    """The Parts that are measured (see measure_all), the overall one first; {left out: why}."""
     labelled = fake.labels is not None and real.labels is not None
     overall = balanced_rows(fake.labels, len(fake.features), num)
     same_classes = np.isin(real.labels, fake.labels) if labelled else slice(None)
-    parts = [Part("overall", "overall", overall, same_classes)]
+    parts, left_out = [Part("overall", "overall", overall, same_classes)], {}
     if not labelled:
-        return parts
+        return parts, left_out
     single = {name: [c] for name, c in classes.items()}
     for kind, sets in (("groups", groups), ("classes", single)):
         for name, members in sets.items():
-            part = Part(kind, name, np.isin(fake.labels, members), np.isin(real.labels, members))
-            complete = np.isin(members, fake.labels).all()
-            if complete and min(part.fake.sum(), part.real.sum()) > 1:
-                parts.append(part)
-    return parts
+            if why := why_left_out(members, fake, real):
+                left_out[name] = why
+                continue
+            parts.append(Part(kind, name, np.isin(fake.labels, members),
+                              np.isin(real.labels, members)))
+    return parts, left_out
 
 
 def measure_all(fake, real, num, groups, classes, metrics):
@@ -613,16 +642,16 @@ def measure_all(fake, real, num, groups, classes, metrics):
 
     fake, real: Features. groups: {group: its classes}; classes: {name: class}. Groups and classes
     are measured on all images that there are. One with a class that has no image, or with fewer
-    than two images on either side, is left out.
+    than two images on either side, is left out; "left_out" then says why, by name.
     """
     numbers = {"overall": {}, "groups": {}, "classes": {}}
-    parts = parts_of(fake, real, num, groups, classes)
+    parts, left_out = parts_of(fake, real, num, groups, classes)
     for part in runtime.progress(parts, desc="metrics", unit="group"):
         score = metrics.inception and part.kind == "overall"
         of_part = metrics.of(fake.take(part.fake), real.take(part.real), score)
         numbers[part.kind][part.name] = of_part
     overall = numbers.pop("overall")["overall"]
-    return {**overall, **numbers}
+    return {**overall, **numbers, **({"left_out": left_out} if left_out else {})}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -714,8 +743,8 @@ def line_of(numbers, n):
     return "  ".join(words)
 
 
-def print_result(result, k):
-    """One line per group and class, and warnings about small numbers of images; k: of --k."""
+def print_result(result, k, floor=0):
+    """One line per group and class, what is left out, and warnings; k, floor: of the flags."""
     # A list: a class may be called like a group
     rows = [("overall", result), *result["groups"].items(), *result["classes"].items()]
     name_width = max(len(name) for name, _ in rows)
@@ -723,18 +752,40 @@ def print_result(result, k):
     for name, numbers in rows:
         n = thousands(numbers["num"]).rjust(count_width)
         print(f"{name:<{name_width}}  {line_of(numbers, n)}")
+    left_out = result.get("left_out", {})
+    why = [f"{first(name for name in left_out if left_out[name] == reason)} ({reason})"
+           for reason in dict.fromkeys(left_out.values())]
+    if why:
+        print(f"left out: {'; '.join(why)}")
+    print_warnings(rows, k)
+    if "fid" in result and "is" not in result:
+        print(f"note: no IS; it needs at least {IS_SPLITS} images")
+    no_floor = [name for name, r in rows if floor and "floor" not in r]
+    if no_floor:
+        print(f"note: --floor: none for {first(no_floor)}; the halves need at least "
+              f"{FLOOR_IMAGES} images of the reference")
+
+
+def first(names):
+    """The first six of some names, in words."""
+    names = list(names)
+    return ", ".join(names[:6]) + (" ..." if len(names) > 6 else "")
+
+
+def print_warnings(rows, k):
+    """Warn about small numbers of images; rows: [(name, its numbers)]; k: of --k."""
     small = [name for name, r in rows if min(r["num"], r["num_real"]) < FEW]
     if small:
-        names = ", ".join(small[:6]) + (" ..." if len(small) > 6 else "")
-        print(f"warning: {names}: fewer than {FEW:,} images on one side; a Frechet distance is "
-              f"then biased upwards and can be compared only at equal counts; KID is not biased")
+        print(f"warning: {first(small)}: fewer than {FEW:,} images on one side; a Frechet "
+              "distance is then biased upwards and can be compared only at equal counts; KID is "
+              "not biased")
     reduced = sorted({r["kid_subset_size"] for _, r in rows} - {KID_SIZE})
     if reduced:
         print(f"note: KID's subsets are of {', '.join(map(str, reduced))} images instead of "
               f"{KID_SIZE:,} where there are fewer")
     fewer = [name for name, r in rows if "k" in r]
     if fewer:
-        print(f"warning: {', '.join(fewer[:6])}: precision and recall with fewer than {k} "
+        print(f"warning: {first(fewer)}: precision and recall with fewer than {k} "
               "neighbours, since there are no more images on one side; they do not compare")
 
 
@@ -956,7 +1007,7 @@ def main():
     seconds["metrics"] = time.time() - start
 
     # 4. Print, then write: numbers that cannot be written are not lost
-    print_result(result, args.k)
+    print_result(result, args.k, args.floor)
     write_result(args.out_json, result, settings, seconds)
     print(f"wrote {args.out_json}")
     if args.save_stats:

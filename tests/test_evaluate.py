@@ -2,6 +2,8 @@
 
 Also the pool of images that a checkpoint is measured on, and the whole path to JSON and report.
 """
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -585,6 +587,39 @@ def test_outputs_are_checked_before_the_work(before_the_work, samples, against_d
     check("--out-json", tmp_path / "x.json", "another name")
     assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()
             and path.name != "eval.json"} == kept
+
+
+def test_a_reference_without_a_class_of_the_samples(before_the_work, samples, against_digits,
+                                                    cm_run, tmp_path, capsys):
+    with np.load(samples) as f:
+        rows = f["arr_1"] < 9
+        np.savez(tmp_path / "ref9.npz", f["arr_0"][rows], f["arr_1"][rows])
+    for source in (("--samples", samples), ("--ckpt", cm_run / "ckpt.pt")):
+        refuses(capsys, evaluate.main, *source, "--reference", tmp_path / "ref9.npz",
+                *against_digits[2:], says=["--reference", "no image", "classes (9)"])
+
+
+def test_parts_that_are_left_out_are_said(capsys):
+    """A group lacks a class on either side, or images; and few images give no IS and no floor."""
+    rng = np.random.RandomState(0)
+
+    def side(*labels):
+        features = rng.randn(len(labels), 4).astype(np.float32)
+        return Features(features, features, np.array(labels))
+    fake, real = side(0, 0, 1, 1, 2, 3, 3), side(0, 0, 1, 1, 1, 2, 2, 4)
+    groups = {"Many": [0, 1], "Medium": [1, 3], "Few": [2, 4]}
+    settings = evaluate.Metrics(inception=True, floor=2)
+    result = evaluate.measure_all(fake, real, 7, groups, {"a": 0, "b": 1, "c": 2}, settings)
+    assert list(result["groups"]) == ["Many"] and list(result["classes"]) == ["a", "b"]
+    evaluate.print_result(result, 3, floor=2)
+    text = capsys.readouterr().out
+    assert ("left out: Medium (no image of a class in the reference); "
+            "Few (no image of a class in the samples); "
+            "c (fewer than two images in the samples)") in text
+    assert "is" not in result and "note: no IS" in text
+    assert result["floor"] > 0 and result["groups"]["Many"]["floor"] > 0
+    assert "floor" not in result["classes"]["b"] and "note: --floor: none for a, b;" in text
+    assert "NaN" not in json.dumps(result)
 
 
 def test_the_numbers_are_printed_before_they_are_written(samples, against_digits, monkeypatch,
