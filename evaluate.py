@@ -13,7 +13,9 @@ are those of Inception (inception.py), so that FID, KID and IS are what torch-fi
 digits, or with --features FILE, features are those of a classifier; the Frechet distance and the
 kernel distance are then named FD and KD, never FID and KID.
 """
+import hashlib
 import json
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -73,8 +75,8 @@ def read_set(text, flag, args, split=None, resolution=None):
     """The Images that --samples or --reference names: an .npz, a folder, a data set.
 
     split, resolution: of a data set; None for its balanced reference and for its own resolution.
-    Its `sha256` is the hash of a file, of the content of a data set, or of the names, sizes and
-    times of change of a folder's files.
+    Its `sha256` is the hash of a file, of the content of a data set, or of the names and content
+    of a folder's files.
     """
     found = find_set(text, flag, args, split, resolution)
     if found.n < 2:
@@ -131,7 +133,10 @@ def read_stats(name, content, path, flag):
     if not {"about", "logits"} <= set(content):
         raise UserError(f"{flag} {path}: features without what --save-stats keeps beside them "
                         f"(logits, about); make it with --save-stats")
-    about = json.loads(str(content["about"]))
+    about = parse_about(content["about"])
+    if about is None or min(content["features"].ndim, content["logits"].ndim) < 2:
+        raise UserError(f"{flag} {path}: not what --save-stats writes (its features, logits or "
+                        "about are of another kind); make it again with --save-stats")
     class_names = about.pop("class_names")
     features = content["features"], content["logits"]
     labels = content.get("labels")
@@ -157,7 +162,24 @@ def read_folder(name, root, flag):
                     f"bring them to one size first")
         return np.stack([np.asarray(image) for image in images])
     return Images(name, len(paths), at, labels, without_numbers(names),
-                  sha256=disk.fingerprint(paths, root))
+                  sha256=hash_of_files(paths, root, flag))
+
+
+def hash_of_files(paths, root, flag):
+    """A hash of the names and the content of a folder's files.
+
+    It costs one more read of each file. Sizes and times of change, as in disk.fingerprint, would
+    call a result up to date whose images were replaced by others of the same size and time.
+    """
+    digest = hashlib.sha256()
+    for path in paths:
+        try:
+            content = disk.sha256(path)
+        except OSError as e:
+            raise UserError(f"{flag}: {path} cannot be read ({e.strerror}); fix or remove "
+                            "it") from e
+        digest.update(os.fsencode(f"{os.path.relpath(path, root)} {content}\n"))
+    return digest.hexdigest()
 
 
 def without_numbers(names):
@@ -198,7 +220,8 @@ def from_checkpoint(args, ckpt, rt):
     data = ckpt["data"]
     words = (f"{args.ckpt} (step {ckpt['step']:,}, {args.weights} weights, {args.branch} branch; "
              f"{sampling['sampler']}, {sampling['steps']} steps, "
-             f"guidance {sampling['guidance']:g}, {clipped(sampling)})")
+             f"guidance {sampling['guidance']:g}, {clipped(sampling)}, "
+             f"{runtime.dtype_name(rt.dtype)})")
     return Subject(words, made, data, data["dataset"], None, net, sampling, image_shape(ckpt))
 
 
@@ -448,6 +471,10 @@ class Extractor:
         self.sha256 = ckpt.sha256
         self.channels = ckpt["network"]["channels"]
         self.class_names = ckpt["data"]["class_names"]
+        outputs = ckpt["network"]["num_classes"]
+        if len(self.class_names) != outputs:
+            raise UserError(f"--features {path}: it has {len(self.class_names)} class names for "
+                            f"{outputs} outputs; train the classifier again with classify.py")
         self.size = ckpt["data"].get("resolution")
 
     def check(self, images):
@@ -708,7 +735,7 @@ def announce(args, comparison, extractor, rt):
     processes = f" x {rt.world}" if rt.world > 1 else ""
     rt.print(f"{comparison.n:,} images of {subject.words}: overall on {comparison.num:,}{per}, "
              f"against {reference.words} ({reference.n:,} images), "
-             f"in features of {extractor.name}, {runtime.dtype_name(rt.dtype)}; "
+             f"in features of {extractor.name}, float32; "
              f"about {duration(seconds)} on {rt.device}{processes}")
     if comparison.used < reference.n:
         rt.print(f"the samples lack some classes of the reference: overall against its "
@@ -809,14 +836,23 @@ def is_result(path):
     return result is not None and {"settings", "num_real", "precision", "recall"} <= set(result)
 
 
+def parse_about(text):
+    """The dict that save_stats wrote as "about"; None where it is something else."""
+    try:
+        about = json.loads(str(text))
+    except ValueError:
+        return None
+    needed = {"made_by", "features_sha256", "class_names"}
+    return about if isinstance(about, dict) and needed <= set(about) else None
+
+
 def about_stats(path):
     """What save_stats wrote about a file of its own, a dict; None for other files."""
     try:
         with np.load(path) as f:
-            about = json.loads(str(f["about"])) if "features" in f.files else None
+            return parse_about(f["about"]) if "features" in f.files else None
     except Exception:       # NumPy raises many kinds for files that are no .npz
         return None
-    return about if isinstance(about, dict) else None
 
 
 def check_outputs(args, comparison):
@@ -968,7 +1004,7 @@ def refuse_useless_flags(given, args):
     """Raise UserError for flags that do nothing beside the others, by name."""
     if args.samples:
         sampling = ("sampler", "steps", "grid", "eta", "guidance", "clip", "branch", "weights",
-                    "batch_size", "seed", "num_group")
+                    "batch_size", "seed", "dtype", "num_group")
         why = "says how --ckpt generates images, and those of --samples are there"
         runtime.refuse_unused(given, dict.fromkeys(sampling, why))
 
@@ -979,7 +1015,8 @@ def main():
     args = parser.parse_args()
     refuse_useless_flags(parser.given, args)
     ckpt = disk.load(args.ckpt, KINDS) if args.ckpt else None
-    rt = runtime.setup(args.device, dtype_of(args, ckpt) if ckpt else args.dtype)
+    # Features are always computed in float32, so a dtype is that of sampling
+    rt = runtime.setup(args.device, dtype_of(args, ckpt) if ckpt else "float32")
     resolve(args, ckpt)
 
     # 1. What is measured: the images of --samples, or those that the network of --ckpt generates

@@ -3,6 +3,7 @@
 Also the pool of images that a checkpoint is measured on, and the whole path to JSON and report.
 """
 import json
+import os
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ import inception
 import metrics
 import report
 import disk
+import runtime
 import sample
 from data import class_groups, load
 from evaluate import Features
@@ -298,7 +300,7 @@ def test_groups_are_measured_on_their_own_images(capsys):
 def test_checkpoint_samples_and_report_agree(cm_run, classifier, data_dir, tmp_path, capsys):
     in_float32 = ("--device", "cpu", "--dtype", "float32")
     source = ("--ckpt", cm_run / "ckpt.pt", "--num", 60, "--steps", 3, *in_float32)
-    common = ("--features", classifier, "--data-dir", data_dir, *in_float32, "--floor", 2)
+    common = ("--features", classifier, "--data-dir", data_dir, "--device", "cpu", "--floor", 2)
     call(evaluate.main, *source, "--features", classifier, "--per-class",
          "--out-json", tmp_path / "direct.json")
     text = capsys.readouterr().out
@@ -477,8 +479,15 @@ def test_if_needed_notices_what_changed(against_digits, samples, data_dir, tmp_p
         Image.fromarray(image).save(folder / f"{i}.png")
     flags = ("--samples", folder, *against_digits)
     assert measured(*flags) and not measured(*flags)
-    Image.fromarray(255 - images[0]).save(folder / "0.png")
-    assert measured(*flags)
+    first = (folder / "0.png").stat()
+    Image.fromarray(255 - images[0]).save(folder / "0.png", compress_level=0)
+    assert measured(*flags) and not measured(*flags)
+
+    # other images of the same size and time of change
+    for level in (0, 255):
+        Image.fromarray(images[0] * 0 + level).save(folder / "0.png", compress_level=0)
+        os.utime(folder / "0.png", ns=(first.st_atime_ns, first.st_mtime_ns))
+        assert measured(*flags) and not measured(*flags)
 
     # --save-stats: a file of another reference is not what this call would write
     flags = ("--samples", samples, *against_digits, "--save-stats", tmp_path / "s.npz")
@@ -532,7 +541,8 @@ def test_sizes_that_a_classifier_does_not_take(samples, against_digits, tmp_path
 
 @pytest.mark.parametrize("flag, value", [
     ("--sampler", "ddim"), ("--steps", 9), ("--grid", "quad"), ("--eta", 1), ("--guidance", 1),
-    ("--branch", "general"), ("--weights", "raw"), ("--batch-size", 9), ("--num-group", 5)])
+    ("--branch", "general"), ("--weights", "raw"), ("--batch-size", 9), ("--num-group", 5),
+    ("--dtype", "bfloat16")])
 def test_sampling_flags_with_samples(samples, against_digits, capsys, flag, value):
     refuses(capsys, evaluate.main, "--samples", samples, *against_digits, flag, value,
             says=[flag, "leave it out"])
@@ -587,6 +597,39 @@ def test_outputs_are_checked_before_the_work(before_the_work, samples, against_d
     check("--out-json", tmp_path / "x.json", "another name")
     assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()
             and path.name != "eval.json"} == kept
+
+
+def test_features_are_in_float32(samples, against_digits, tmp_path, capsys, monkeypatch):
+    """Also on a machine whose networks compute in bfloat16: the result is up to date on both."""
+    call(evaluate.main, "--samples", samples, *against_digits)
+    assert ", float32; about" in capsys.readouterr().out
+    assert disk.read_json(tmp_path / "eval.json")["settings"]["dtype"] == "torch.float32"
+    monkeypatch.setattr(runtime, "computes_bfloat16", lambda device: True)
+    call(evaluate.main, "--samples", samples, *against_digits, "--if-needed")
+    assert "up to date" in capsys.readouterr().out
+
+
+def test_a_classifier_with_other_class_names_than_outputs(before_the_work, samples, against_digits,
+                                                          tmp_path, capsys):
+    ckpt = torch.load(against_digits[5], weights_only=True)
+    ckpt["data"]["class_names"] = ckpt["data"]["class_names"][:8]
+    torch.save(ckpt, tmp_path / "eight.pt")
+    refuses(capsys, evaluate.main, "--samples", samples, *against_digits[:5],
+            tmp_path / "eight.pt", "--device", "cpu", says=["--features", "8 class names", "10"])
+
+
+@pytest.mark.parametrize("about", ["{}", "[1]", "x", '{"class_names": null}'])
+def test_features_with_another_about(before_the_work, samples, against_digits, tmp_path, capsys,
+                                     about):
+    rows = np.zeros((9, 64), np.float32)
+    stats = tmp_path / "s.npz"
+    np.savez(stats, features=rows, logits=rows, about=np.array(about))
+    refuses(capsys, evaluate.main, "--samples", stats, *against_digits,
+            says=["--samples", "--save-stats"])
+    refuses(capsys, evaluate.main, "--samples", samples, "--reference", stats, *against_digits[2:],
+            says=["--reference", "--save-stats"])
+    refuses(capsys, evaluate.main, "--samples", samples, *against_digits, "--save-stats", stats,
+            says=["--save-stats", "not a file of --save-stats"])
 
 
 def test_a_reference_without_a_class_of_the_samples(before_the_work, samples, against_digits,
