@@ -19,7 +19,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from itertools import count
+from itertools import count, product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -96,10 +96,16 @@ def find_set(text, flag, args, split, resolution):
         if own_split not in ("", "train", "test"):
             raise UserError(f"{flag} {text}: a data set's split is train or test, "
                             f"as in {dataset}:test")
+        if own_split and split not in (None, own_split):
+            raise UserError(f"--reference-split {split}: {flag} {text} names another split; "
+                            "leave one of them out")
         return read_dataset(text, args, own_split or split, resolution)
     path = Path(text)
     if (path / "samples.npz").is_file():        # the folder of sample.py
         path = path / "samples.npz"
+    if split and path.exists():
+        raise UserError(f"--reference-split: {flag} {text} is no data set, and has no splits; "
+                        "leave it out")
     if path.is_dir():
         return read_folder(text, path, flag)
     if not path.exists():
@@ -161,7 +167,7 @@ def read_folder(name, root, flag):
                     f"{image.size[1]} pixels and {Path(paths[0]).name} {first[0]} x {first[1]}; "
                     f"bring them to one size first")
         return np.stack([np.asarray(image) for image in images])
-    return Images(name, len(paths), at, labels, without_numbers(names),
+    return Images(name, len(paths), at, labels, names,
                   sha256=hash_of_files(paths, root, flag))
 
 
@@ -188,6 +194,19 @@ def without_numbers(names):
         return names
     short = [name[5:] for name in names]
     return short if len(set(short)) == len(short) else names
+
+
+def fit_names(ours, theirs):
+    """Two lists of class names, either without_numbers where only so one is a part of the other.
+
+    A user's own class may be called "0003-cat" as well: on both sides then.
+    """
+    if not ours or not theirs:
+        return ours, theirs
+    for a, b in product((ours, without_numbers(ours)), (theirs, without_numbers(theirs))):
+        if set(a) <= set(b) or set(b) <= set(a):
+            return a, b
+    return ours, theirs
 
 
 # --------------------------------------------------------------------------------------------------
@@ -288,10 +307,11 @@ def protocol_of(subject, reference):
 
 def compare(args, subject, reference, extractor):
     """The Comparison that the flags describe. Raises UserError where the two do not fit."""
-    class_names = subject.class_names or reference.class_names
+    ours, theirs = fit_names(subject.class_names, reference.class_names)
+    class_names = ours or theirs
     assumed = assumed_labels(subject, reference)
     class_counts = subject.data.get("class_counts")
-    reference = renumber(reference, class_names, "--reference")
+    reference = renumber(replace(reference, class_names=theirs), class_names, "--reference")
     refuse_long_tailed(reference, class_counts)
     refuse_other_features(reference, extractor, "--reference")
     if subject.images:
@@ -305,8 +325,11 @@ def compare(args, subject, reference, extractor):
     if num_group is None:
         num_group = 0 if args.num else protocol["num_group"]
     if subject.images:
-        images = renumber(subject.images, class_names, "--samples")
-        num = min(args.num or images.n, images.n)
+        images = renumber(replace(subject.images, class_names=ours), class_names, "--samples")
+        num = args.num or images.n
+        if num > images.n:
+            raise UserError(f"--num {num}: there are only {images.n} images in --samples "
+                            f"{images.name}; leave it out to measure all of them")
         labels, indices = images.labels, None
     else:
         num = args.num or protocol["num"]
@@ -538,7 +561,14 @@ def make_extractor(args, subject, reference, rt):
         features = reference.about["made_by"]
         if features.startswith("inception"):
             features = "inception"
-    return Extractor(features or protocol_of(subject, reference)["features"], args, rt)
+    features = features or protocol_of(subject, reference)["features"]
+    if features != "inception":
+        weights = {"inception_weights": args.inception_weights,
+                   "trust_weights": args.trust_weights}
+        why = f"the features are those of the classifier {features}"
+        runtime.refuse_unused({name for name, value in weights.items() if value},
+                              dict.fromkeys(weights, why))
+    return Extractor(features, args, rt)
 
 
 def extract_both(args, comparison, extractor, rt):
@@ -600,7 +630,7 @@ class Metrics:
 
 def make_metrics(args, comparison, extractor, rt):
     """The Metrics that the flags ask for; with the accuracy if the classifier knows the classes."""
-    ours, theirs = comparison.class_names, extractor.class_names
+    ours, theirs = fit_names(comparison.class_names, extractor.class_names)
     output_classes = None
     if ours and theirs and sorted(ours) == sorted(theirs):      # in any order
         output_classes = np.array([ours.index(name) for name in theirs])

@@ -599,6 +599,19 @@ def test_outputs_are_checked_before_the_work(before_the_work, samples, against_d
             and path.name != "eval.json"} == kept
 
 
+@pytest.mark.parametrize("flags, says", [
+    (["--reference", "x.npz", "--reference-split", "test"], ["--reference-split", "no data set"]),
+    (["--reference", "digits:train", "--reference-split", "test"],
+     ["--reference-split test", "digits:train", "another split"]),
+    (["--inception-weights", "w.pth"], ["--inception-weights", "classifier", "leave it out"]),
+    (["--trust-weights"], ["--trust-weights", "classifier", "leave it out"]),
+    (["--num", 301], ["--num 301", "only 300 images"])], ids=str)
+def test_flags_that_do_nothing(before_the_work, samples, against_digits, capsys, monkeypatch,
+                               flags, says):
+    monkeypatch.chdir(samples.parent)
+    refuses(capsys, evaluate.main, "--samples", samples, *against_digits, *flags, says=says)
+
+
 def test_features_are_in_float32(samples, against_digits, tmp_path, capsys, monkeypatch):
     """Also on a machine whose networks compute in bfloat16: the result is up to date on both."""
     call(evaluate.main, "--samples", samples, *against_digits)
@@ -688,6 +701,28 @@ def test_folders_whose_names_differ_only_in_their_numbers():
     assert evaluate.without_numbers(["0000-a", "0001-b"]) == ["a", "b"]
     assert evaluate.without_numbers(["0000-a", "0001-a"]) == ["0000-a", "0001-a"]
     assert evaluate.without_numbers(["a", "0001-b"]) == ["a", "0001-b"]
+
+
+def test_names_lose_their_numbers_only_where_they_then_fit():
+    own, short = ["0001-cat", "0002-dog"], ["cat", "dog"]
+    for ours, theirs, fitted in [
+            (own, own, (own, own)), (own, short, (short, short)), (short, own, (short, short)),
+            (["0002-dog"], own, (["0002-dog"], own)), (["0005-dog"], own, (["dog"], short)),
+            (["0000-0001-cat", "0001-0002-dog"], own, (own, own)),
+            (own, None, (own, None)), (None, own, (None, own)), (own, ["x"], (own, ["x"]))]:
+        assert evaluate.fit_names(ours, theirs) == fitted
+
+
+def test_users_classes_with_numbers(before_the_work, classifier, tmp_path):
+    """A folder of classes called 0001-cat, as samples and as a data set."""
+    for name in ("0001-cat", "0002-dog", "0003-x"):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        for i in range(2):
+            Image.new("RGB", (8, 8)).save(tmp_path / "set" / name / f"{i}.png")
+    with pytest.raises(AssertionError, match="the work has begun"):
+        call(evaluate.main, "--samples", tmp_path / "set", "--reference", "folder", "--data-dir",
+             tmp_path / "set", "--pack-dir", tmp_path / "packed", "--features", classifier,
+             "--device", "cpu", "--out", tmp_path)
 
 
 # --------------------------------------------------------------------------------------------------
