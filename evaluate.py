@@ -13,11 +13,13 @@ are those of Inception (inception.py), so that FID, KID and IS are what torch-fi
 digits, or with --features FILE, features are those of a classifier; the Frechet distance and the
 kernel distance are then named FD and KD, never FID and KID.
 """
+import hashlib
 import json
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from itertools import count
+from itertools import count, product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,8 +33,8 @@ from classify import features_and_logits, load_classifier
 from data import (class_groups, images_of_npz, load_reference, open_npz, read_record, to_classes,
                   to_float, to_rgb)
 from inception import load_inception
-from metrics import (IS_SPLITS, KID_SIZE, KID_SUBSETS, METRIC_SEED, distance_of, floor_of,
-                     inception_score, kernel_distance, precision_recall)
+from metrics import (FLOOR_IMAGES, IS_SPLITS, KID_SIZE, KID_SUBSETS, METRIC_SEED, distance_of,
+                     floor_of, inception_score, kernel_distance, precision_recall)
 from packing import open_image
 from readers import READERS, image_folder
 from runtime import Parser, UserError, integer, run
@@ -73,8 +75,8 @@ def read_set(text, flag, args, split=None, resolution=None):
     """The Images that --samples or --reference names: an .npz, a folder, a data set.
 
     split, resolution: of a data set; None for its balanced reference and for its own resolution.
-    Its `sha256` is the hash of a file, of the content of a data set, or of the names, sizes and
-    times of change of a folder's files.
+    Its `sha256` is the hash of a file, of the content of a data set, or of the names and content
+    of a folder's files.
     """
     found = find_set(text, flag, args, split, resolution)
     if found.n < 2:
@@ -94,10 +96,16 @@ def find_set(text, flag, args, split, resolution):
         if own_split not in ("", "train", "test"):
             raise UserError(f"{flag} {text}: a data set's split is train or test, "
                             f"as in {dataset}:test")
+        if own_split and split not in (None, own_split):
+            raise UserError(f"--reference-split {split}: {flag} {text} names another split; "
+                            "leave one of them out")
         return read_dataset(text, args, own_split or split, resolution)
     path = Path(text)
     if (path / "samples.npz").is_file():        # the folder of sample.py
         path = path / "samples.npz"
+    if split and path.exists():
+        raise UserError(f"--reference-split: {flag} {text} is no data set, and has no splits; "
+                        "leave it out")
     if path.is_dir():
         return read_folder(text, path, flag)
     if not path.exists():
@@ -131,7 +139,10 @@ def read_stats(name, content, path, flag):
     if not {"about", "logits"} <= set(content):
         raise UserError(f"{flag} {path}: features without what --save-stats keeps beside them "
                         f"(logits, about); make it with --save-stats")
-    about = json.loads(str(content["about"]))
+    about = parse_about(content["about"])
+    if about is None or min(content["features"].ndim, content["logits"].ndim) < 2:
+        raise UserError(f"{flag} {path}: not what --save-stats writes (its features, logits or "
+                        "about are of another kind); make it again with --save-stats")
     class_names = about.pop("class_names")
     features = content["features"], content["logits"]
     labels = content.get("labels")
@@ -156,8 +167,25 @@ def read_folder(name, root, flag):
                     f"{image.size[1]} pixels and {Path(paths[0]).name} {first[0]} x {first[1]}; "
                     f"bring them to one size first")
         return np.stack([np.asarray(image) for image in images])
-    return Images(name, len(paths), at, labels, without_numbers(names),
-                  sha256=disk.fingerprint(paths, root))
+    return Images(name, len(paths), at, labels, names,
+                  sha256=hash_of_files(paths, root, flag))
+
+
+def hash_of_files(paths, root, flag):
+    """A hash of the names and the content of a folder's files.
+
+    It costs one more read of each file. Sizes and times of change, as in disk.fingerprint, would
+    call a result up to date whose images were replaced by others of the same size and time.
+    """
+    digest = hashlib.sha256()
+    for path in paths:
+        try:
+            content = disk.sha256(path)
+        except OSError as e:
+            raise UserError(f"{flag}: {path} cannot be read ({e.strerror}); fix or remove "
+                            "it") from e
+        digest.update(os.fsencode(f"{os.path.relpath(path, root)} {content}\n"))
+    return digest.hexdigest()
 
 
 def without_numbers(names):
@@ -166,6 +194,19 @@ def without_numbers(names):
         return names
     short = [name[5:] for name in names]
     return short if len(set(short)) == len(short) else names
+
+
+def fit_names(ours, theirs):
+    """Two lists of class names, either without_numbers where only so one is a part of the other.
+
+    A user's own class may be called "0003-cat" as well: on both sides then.
+    """
+    if not ours or not theirs:
+        return ours, theirs
+    for a, b in product((ours, without_numbers(ours)), (theirs, without_numbers(theirs))):
+        if set(a) <= set(b) or set(b) <= set(a):
+            return a, b
+    return ours, theirs
 
 
 # --------------------------------------------------------------------------------------------------
@@ -198,7 +239,8 @@ def from_checkpoint(args, ckpt, rt):
     data = ckpt["data"]
     words = (f"{args.ckpt} (step {ckpt['step']:,}, {args.weights} weights, {args.branch} branch; "
              f"{sampling['sampler']}, {sampling['steps']} steps, "
-             f"guidance {sampling['guidance']:g}, {clipped(sampling)})")
+             f"guidance {sampling['guidance']:g}, {clipped(sampling)}, "
+             f"{runtime.dtype_name(rt.dtype)})")
     return Subject(words, made, data, data["dataset"], None, net, sampling, image_shape(ckpt))
 
 
@@ -270,10 +312,11 @@ def protocol_of(subject, reference):
 
 def compare(args, subject, reference, extractor):
     """The Comparison that the flags describe. Raises UserError where the two do not fit."""
-    class_names = subject.class_names or reference.class_names
+    ours, theirs = fit_names(subject.class_names, reference.class_names)
+    class_names = ours or theirs
     assumed = assumed_labels(subject, reference)
     class_counts = subject.data.get("class_counts")
-    reference = renumber(reference, class_names, "--reference")
+    reference = renumber(replace(reference, class_names=theirs), class_names, "--reference")
     refuse_long_tailed(reference, class_counts)
     refuse_other_features(reference, extractor, "--reference")
     if subject.images:
@@ -287,14 +330,18 @@ def compare(args, subject, reference, extractor):
     if num_group is None:
         num_group = 0 if args.num else protocol["num_group"]
     if subject.images:
-        images = renumber(subject.images, class_names, "--samples")
-        num = min(args.num or images.n, images.n)
+        images = renumber(replace(subject.images, class_names=ours), class_names, "--samples")
+        num = args.num or images.n
+        if num > images.n:
+            raise UserError(f"--num {num}: there are only {images.n} images in --samples "
+                            f"{images.name}; leave it out to measure all of them")
         labels, indices = images.labels, None
     else:
         num = args.num or protocol["num"]
         labels, indices = pool_of(pool_sizes(num, num_group, groups, len(class_names)))
     comparison = Comparison(subject, reference, class_names, groups, num, num_group, labels,
                             indices, assumed)
+    refuse_lacking(reference, labels, class_names)
     if comparison.used < 2:
         raise UserError(f"--reference {reference.name}: fewer than two of its images are of the "
                         "samples' classes; a distance needs many")
@@ -362,6 +409,23 @@ def refuse_other_features(images, extractor, flag):
     if images.features and images.about["features_sha256"] != extractor.sha256:
         raise UserError(f"{flag}: its features were made by {images.about['made_by']}, "
                         f"not by {extractor.name}")
+
+
+def refuse_lacking(reference, labels, class_names):
+    """Raise UserError where the reference has no image of a class of the samples.
+
+    The overall distance would count these samples as wrong, whatever they look like.
+    labels: of the samples.
+    """
+    if labels is None or reference.labels is None:
+        return
+    lacking = np.setdiff1d(labels, reference.labels)
+    if len(lacking):
+        names = ", ".join(str(class_names[c] if class_names else c) for c in lacking[:6])
+        more = " ..." if len(lacking) > 6 else ""
+        raise UserError(f"--reference {reference.name}: it has no image of some of the samples' "
+                        f"classes ({names}{more}); name one with all of them, or measure samples "
+                        "without these classes")
 
 
 def pool_sizes(num, num_group, groups, C):
@@ -435,6 +499,10 @@ class Extractor:
         self.sha256 = ckpt.sha256
         self.channels = ckpt["network"]["channels"]
         self.class_names = ckpt["data"]["class_names"]
+        outputs = ckpt["network"]["num_classes"]
+        if len(self.class_names) != outputs:
+            raise UserError(f"--features {path}: it has {len(self.class_names)} class names for "
+                            f"{outputs} outputs; train the classifier again with classify.py")
         self.size = ckpt["data"].get("resolution")
 
     def check(self, images):
@@ -498,7 +566,14 @@ def make_extractor(args, subject, reference, rt):
         features = reference.about["made_by"]
         if features.startswith("inception"):
             features = "inception"
-    return Extractor(features or protocol_of(subject, reference)["features"], args, rt)
+    features = features or protocol_of(subject, reference)["features"]
+    if features != "inception":
+        weights = {"inception_weights": args.inception_weights,
+                   "trust_weights": args.trust_weights}
+        why = f"the features are those of the classifier {features}"
+        runtime.refuse_unused({name for name, value in weights.items() if value},
+                              dict.fromkeys(weights, why))
+    return Extractor(features, args, rt)
 
 
 def extract_both(args, comparison, extractor, rt):
@@ -546,21 +621,21 @@ class Metrics:
         others = min(len(fake.features), len(real.features)) - 1
         if others < self.k:
             result["k"] = others
-        if score:
+        if score and len(fake.logits) >= IS_SPLITS:
             result["is"], result["is_std"] = inception_score(fake.logits)
         if self.output_classes is not None and fake.labels is not None:
             predicted = self.output_classes[fake.logits.argmax(1)]
             result["accuracy"] = float((predicted == fake.labels).mean())
         result["num"] = len(fake.features)
         result["num_real"] = len(real.features)
-        if self.floor:
+        if self.floor and len(real.features) >= FLOOR_IMAGES:
             result["floor"] = floor_of(real.features, self.floor)
         return result
 
 
 def make_metrics(args, comparison, extractor, rt):
     """The Metrics that the flags ask for; with the accuracy if the classifier knows the classes."""
-    ours, theirs = comparison.class_names, extractor.class_names
+    ours, theirs = fit_names(comparison.class_names, extractor.class_names)
     output_classes = None
     if ours and theirs and sorted(ours) == sorted(theirs):      # in any order
         output_classes = np.array([ours.index(name) for name in theirs])
@@ -595,22 +670,33 @@ class Part(NamedTuple):
     real: np.ndarray | slice
 
 
+def why_left_out(members, fake, real):
+    """Why these classes together cannot be measured, in words; "" where they can."""
+    for labels, side in ((fake.labels, "samples"), (real.labels, "reference")):
+        if not np.isin(members, labels).all():
+            return f"no image of a class in the {side}"
+        if np.isin(labels, members).sum() < 2:
+            return f"fewer than two images in the {side}"
+    return ""
+
+
 def parts_of(fake, real, num, groups, classes):
-    """The Parts that are measured (see measure_all), the overall one first."""
+    """The Parts that are measured (see measure_all), the overall one first; {left out: why}."""
     labelled = fake.labels is not None and real.labels is not None
     overall = balanced_rows(fake.labels, len(fake.features), num)
     same_classes = np.isin(real.labels, fake.labels) if labelled else slice(None)
-    parts = [Part("overall", "overall", overall, same_classes)]
+    parts, left_out = [Part("overall", "overall", overall, same_classes)], {}
     if not labelled:
-        return parts
+        return parts, left_out
     single = {name: [c] for name, c in classes.items()}
     for kind, sets in (("groups", groups), ("classes", single)):
         for name, members in sets.items():
-            part = Part(kind, name, np.isin(fake.labels, members), np.isin(real.labels, members))
-            complete = np.isin(members, fake.labels).all()
-            if complete and min(part.fake.sum(), part.real.sum()) > 1:
-                parts.append(part)
-    return parts
+            if why := why_left_out(members, fake, real):
+                left_out[name] = why
+                continue
+            parts.append(Part(kind, name, np.isin(fake.labels, members),
+                              np.isin(real.labels, members)))
+    return parts, left_out
 
 
 def measure_all(fake, real, num, groups, classes, metrics):
@@ -618,16 +704,16 @@ def measure_all(fake, real, num, groups, classes, metrics):
 
     fake, real: Features. groups: {group: its classes}; classes: {name: class}. Groups and classes
     are measured on all images that there are. One with a class that has no image, or with fewer
-    than two images on either side, is left out.
+    than two images on either side, is left out; "left_out" then says why, by name.
     """
     numbers = {"overall": {}, "groups": {}, "classes": {}}
-    parts = parts_of(fake, real, num, groups, classes)
+    parts, left_out = parts_of(fake, real, num, groups, classes)
     for part in runtime.progress(parts, desc="metrics", unit="group"):
         score = metrics.inception and part.kind == "overall"
         of_part = metrics.of(fake.take(part.fake), real.take(part.real), score)
         numbers[part.kind][part.name] = of_part
     overall = numbers.pop("overall")["overall"]
-    return {**overall, **numbers}
+    return {**overall, **numbers, **({"left_out": left_out} if left_out else {})}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -684,7 +770,7 @@ def announce(args, comparison, extractor, rt):
     processes = f" x {rt.world}" if rt.world > 1 else ""
     rt.print(f"{comparison.n:,} images of {subject.words}: overall on {comparison.num:,}{per}, "
              f"against {reference.words} ({reference.n:,} images), "
-             f"in features of {extractor.name}, {runtime.dtype_name(rt.dtype)}; "
+             f"in features of {extractor.name}, float32; "
              f"about {duration(seconds)} on {rt.device}{processes}")
     if comparison.used < reference.n:
         rt.print(f"the samples lack some classes of the reference: overall against its "
@@ -719,8 +805,8 @@ def line_of(numbers, n):
     return "  ".join(words)
 
 
-def print_result(result, k):
-    """One line per group and class, and warnings about small numbers of images; k: of --k."""
+def print_result(result, k, floor=0):
+    """One line per group and class, what is left out, and warnings; k, floor: of the flags."""
     # A list: a class may be called like a group
     rows = [("overall", result), *result["groups"].items(), *result["classes"].items()]
     name_width = max(len(name) for name, _ in rows)
@@ -728,18 +814,40 @@ def print_result(result, k):
     for name, numbers in rows:
         n = thousands(numbers["num"]).rjust(count_width)
         print(f"{name:<{name_width}}  {line_of(numbers, n)}")
+    left_out = result.get("left_out", {})
+    why = [f"{first(name for name in left_out if left_out[name] == reason)} ({reason})"
+           for reason in dict.fromkeys(left_out.values())]
+    if why:
+        print(f"left out: {'; '.join(why)}")
+    print_warnings(rows, k)
+    if "fid" in result and "is" not in result:
+        print(f"note: no IS; it needs at least {IS_SPLITS} images")
+    no_floor = [name for name, r in rows if floor and "floor" not in r]
+    if no_floor:
+        print(f"note: --floor: none for {first(no_floor)}; the halves need at least "
+              f"{FLOOR_IMAGES} images of the reference")
+
+
+def first(names):
+    """The first six of some names, in words."""
+    names = list(names)
+    return ", ".join(names[:6]) + (" ..." if len(names) > 6 else "")
+
+
+def print_warnings(rows, k):
+    """Warn about small numbers of images; rows: [(name, its numbers)]; k: of --k."""
     small = [name for name, r in rows if min(r["num"], r["num_real"]) < FEW]
     if small:
-        names = ", ".join(small[:6]) + (" ..." if len(small) > 6 else "")
-        print(f"warning: {names}: fewer than {FEW:,} images on one side; a Frechet distance is "
-              f"then biased upwards and can be compared only at equal counts; KID is not biased")
+        print(f"warning: {first(small)}: fewer than {FEW:,} images on one side; a Frechet "
+              "distance is then biased upwards and can be compared only at equal counts; KID is "
+              "not biased")
     reduced = sorted({r["kid_subset_size"] for _, r in rows} - {KID_SIZE})
     if reduced:
         print(f"note: KID's subsets are of {', '.join(map(str, reduced))} images instead of "
               f"{KID_SIZE:,} where there are fewer")
     fewer = [name for name, r in rows if "k" in r]
     if fewer:
-        print(f"warning: {', '.join(fewer[:6])}: precision and recall with fewer than {k} "
+        print(f"warning: {first(fewer)}: precision and recall with fewer than {k} "
               "neighbours, since there are no more images on one side; they do not compare")
 
 
@@ -763,14 +871,23 @@ def is_result(path):
     return result is not None and {"settings", "num_real", "precision", "recall"} <= set(result)
 
 
+def parse_about(text):
+    """The dict that save_stats wrote as "about"; None where it is something else."""
+    try:
+        about = json.loads(str(text))
+    except ValueError:
+        return None
+    needed = {"made_by", "features_sha256", "class_names"}
+    return about if isinstance(about, dict) and needed <= set(about) else None
+
+
 def about_stats(path):
     """What save_stats wrote about a file of its own, a dict; None for other files."""
     try:
         with np.load(path) as f:
-            about = json.loads(str(f["about"])) if "features" in f.files else None
+            return parse_about(f["about"]) if "features" in f.files else None
     except Exception:       # NumPy raises many kinds for files that are no .npz
         return None
-    return about if isinstance(about, dict) else None
 
 
 def check_outputs(args, comparison):
@@ -922,7 +1039,7 @@ def refuse_useless_flags(given, args):
     """Raise UserError for flags that do nothing beside the others, by name."""
     if args.samples:
         sampling = ("sampler", "steps", "grid", "eta", "guidance", "clip", "branch", "weights",
-                    "batch_size", "seed", "num_group")
+                    "batch_size", "seed", "dtype", "num_group")
         why = "says how --ckpt generates images, and those of --samples are there"
         runtime.refuse_unused(given, dict.fromkeys(sampling, why))
 
@@ -933,7 +1050,8 @@ def main():
     args = parser.parse_args()
     refuse_useless_flags(parser.given, args)
     ckpt = disk.load(args.ckpt, KINDS) if args.ckpt else None
-    rt = runtime.setup(args.device, dtype_of(args, ckpt) if ckpt else args.dtype)
+    # Features are always computed in float32, so a dtype is that of sampling
+    rt = runtime.setup(args.device, dtype_of(args, ckpt) if ckpt else "float32")
     resolve(args, ckpt)
 
     # 1. What is measured: the images of --samples, or those that the network of --ckpt generates
@@ -961,7 +1079,7 @@ def main():
     seconds["metrics"] = time.time() - start
 
     # 4. Print, then write: numbers that cannot be written are not lost
-    print_result(result, args.k)
+    print_result(result, args.k, args.floor)
     write_result(args.out_json, result, settings, seconds)
     print(f"wrote {args.out_json}")
     if args.save_stats:

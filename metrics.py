@@ -18,6 +18,8 @@ KID_SIZE = 1000
 IS_SPLITS = 10
 METRIC_SEED = 2020
 
+FLOOR_IMAGES = 4        # floor_of: a covariance needs two images in each half
+
 
 # --------------------------------------------------------------------------------------------------
 # Frechet distance

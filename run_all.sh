@@ -33,7 +33,8 @@
 #   ROOT          out/paper   the runs' folder; if it is given, the pages are in it as well
 #                             (no "=" and no comma, which report.py's --row reads in its own way)
 #   STEPS                     training steps
-#   FLAGS                     more flags of train.py, for example "--ch 64 --lr 5e-4"
+#   FLAGS                     more flags of train.py, for example "--ch 64 --lr 5e-4"; none
+#                             that a variable above or the target sets
 #   CM_FLAGS                  more flags of train.py for the runs with --cm: "--w-div 0.2"
 #   NUM                       how many images are evaluated, for example 10000
 #   FEATURES                  a checkpoint of classify.py to measure with (default: Inception)
@@ -149,10 +150,20 @@ PAGES=${ROOT:-out}
 
 # check_settings: end where a variable cannot be what was meant, before any work
 check_settings() {
-  local seed before=,
-  if ! grep -qxF "  $TARGET)" run_all.sh; then
-    fail "unknown target '$TARGET'; see the head of run_all.sh"
+  local seed before=, word
+  # A pattern of two lines would be found where one of them is
+  if [[ ! $TARGET =~ ^[a-zA-Z0-9]+$ ]] || ! grep -qxF "  $TARGET)" run_all.sh; then
+    fail "unknown target '${TARGET//$'\n'/ }'; see the head of run_all.sh"
   fi
+  # The one of a command's two such flags that comes last would win without a word
+  for word in $FLAGS $CM_FLAGS; do
+    case ${word%%=*} in
+      --seed | --out | --base | --cm | --no-cm | --dataset | --ir | --data-dir | --steps | \
+        --resolution | --class-order)
+        fail "FLAGS, CM_FLAGS: ${word%%=*} is set by the target or by a variable (see the head of \
+run_all.sh); leave it out" ;;
+    esac
+  done
   if [[ $SCALE != paper && $SCALE != demo ]]; then
     fail "SCALE='$SCALE': must be paper or demo"
   fi

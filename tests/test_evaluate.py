@@ -2,6 +2,9 @@
 
 Also the pool of images that a checkpoint is measured on, and the whole path to JSON and report.
 """
+import json
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -18,6 +21,7 @@ import inception
 import metrics
 import report
 import disk
+import runtime
 import sample
 from data import class_groups, load
 from evaluate import Features
@@ -296,7 +300,7 @@ def test_groups_are_measured_on_their_own_images(capsys):
 def test_checkpoint_samples_and_report_agree(cm_run, classifier, data_dir, tmp_path, capsys):
     in_float32 = ("--device", "cpu", "--dtype", "float32")
     source = ("--ckpt", cm_run / "ckpt.pt", "--num", 60, "--steps", 3, *in_float32)
-    common = ("--features", classifier, "--data-dir", data_dir, *in_float32, "--floor", 2)
+    common = ("--features", classifier, "--data-dir", data_dir, "--device", "cpu", "--floor", 2)
     call(evaluate.main, *source, "--features", classifier, "--per-class",
          "--out-json", tmp_path / "direct.json")
     text = capsys.readouterr().out
@@ -475,8 +479,15 @@ def test_if_needed_notices_what_changed(against_digits, samples, data_dir, tmp_p
         Image.fromarray(image).save(folder / f"{i}.png")
     flags = ("--samples", folder, *against_digits)
     assert measured(*flags) and not measured(*flags)
-    Image.fromarray(255 - images[0]).save(folder / "0.png")
-    assert measured(*flags)
+    first = (folder / "0.png").stat()
+    Image.fromarray(255 - images[0]).save(folder / "0.png", compress_level=0)
+    assert measured(*flags) and not measured(*flags)
+
+    # other images of the same size and time of change
+    for level in (0, 255):
+        Image.fromarray(images[0] * 0 + level).save(folder / "0.png", compress_level=0)
+        os.utime(folder / "0.png", ns=(first.st_atime_ns, first.st_mtime_ns))
+        assert measured(*flags) and not measured(*flags)
 
     # --save-stats: a file of another reference is not what this call would write
     flags = ("--samples", samples, *against_digits, "--save-stats", tmp_path / "s.npz")
@@ -530,7 +541,8 @@ def test_sizes_that_a_classifier_does_not_take(samples, against_digits, tmp_path
 
 @pytest.mark.parametrize("flag, value", [
     ("--sampler", "ddim"), ("--steps", 9), ("--grid", "quad"), ("--eta", 1), ("--guidance", 1),
-    ("--branch", "general"), ("--weights", "raw"), ("--batch-size", 9), ("--num-group", 5)])
+    ("--branch", "general"), ("--weights", "raw"), ("--batch-size", 9), ("--num-group", 5),
+    ("--dtype", "bfloat16")])
 def test_sampling_flags_with_samples(samples, against_digits, capsys, flag, value):
     refuses(capsys, evaluate.main, "--samples", samples, *against_digits, flag, value,
             says=[flag, "leave it out"])
@@ -587,6 +599,85 @@ def test_outputs_are_checked_before_the_work(before_the_work, samples, against_d
             and path.name != "eval.json"} == kept
 
 
+@pytest.mark.parametrize("flags, says", [
+    (["--reference", "x.npz", "--reference-split", "test"], ["--reference-split", "no data set"]),
+    (["--reference", "digits:train", "--reference-split", "test"],
+     ["--reference-split test", "digits:train", "another split"]),
+    (["--inception-weights", "w.pth"], ["--inception-weights", "classifier", "leave it out"]),
+    (["--trust-weights"], ["--trust-weights", "classifier", "leave it out"]),
+    (["--num", 301], ["--num 301", "only 300 images"])], ids=str)
+def test_flags_that_do_nothing(before_the_work, samples, against_digits, capsys, monkeypatch,
+                               flags, says):
+    monkeypatch.chdir(samples.parent)
+    refuses(capsys, evaluate.main, "--samples", samples, *against_digits, *flags, says=says)
+
+
+def test_features_are_in_float32(samples, against_digits, tmp_path, capsys, monkeypatch):
+    """Also on a machine whose networks compute in bfloat16: the result is up to date on both."""
+    call(evaluate.main, "--samples", samples, *against_digits)
+    assert ", float32; about" in capsys.readouterr().out
+    assert disk.read_json(tmp_path / "eval.json")["settings"]["dtype"] == "torch.float32"
+    monkeypatch.setattr(runtime, "computes_bfloat16", lambda device: True)
+    call(evaluate.main, "--samples", samples, *against_digits, "--if-needed")
+    assert "up to date" in capsys.readouterr().out
+
+
+def test_a_classifier_with_other_class_names_than_outputs(before_the_work, samples, against_digits,
+                                                          tmp_path, capsys):
+    ckpt = torch.load(against_digits[5], weights_only=True)
+    ckpt["data"]["class_names"] = ckpt["data"]["class_names"][:8]
+    torch.save(ckpt, tmp_path / "eight.pt")
+    refuses(capsys, evaluate.main, "--samples", samples, *against_digits[:5],
+            tmp_path / "eight.pt", "--device", "cpu", says=["--features", "8 class names", "10"])
+
+
+@pytest.mark.parametrize("about", ["{}", "[1]", "x", '{"class_names": null}'])
+def test_features_with_another_about(before_the_work, samples, against_digits, tmp_path, capsys,
+                                     about):
+    rows = np.zeros((9, 64), np.float32)
+    stats = tmp_path / "s.npz"
+    np.savez(stats, features=rows, logits=rows, about=np.array(about))
+    refuses(capsys, evaluate.main, "--samples", stats, *against_digits,
+            says=["--samples", "--save-stats"])
+    refuses(capsys, evaluate.main, "--samples", samples, "--reference", stats, *against_digits[2:],
+            says=["--reference", "--save-stats"])
+    refuses(capsys, evaluate.main, "--samples", samples, *against_digits, "--save-stats", stats,
+            says=["--save-stats", "not a file of --save-stats"])
+
+
+def test_a_reference_without_a_class_of_the_samples(before_the_work, samples, against_digits,
+                                                    cm_run, tmp_path, capsys):
+    with np.load(samples) as f:
+        rows = f["arr_1"] < 9
+        np.savez(tmp_path / "ref9.npz", f["arr_0"][rows], f["arr_1"][rows])
+    for source in (("--samples", samples), ("--ckpt", cm_run / "ckpt.pt")):
+        refuses(capsys, evaluate.main, *source, "--reference", tmp_path / "ref9.npz",
+                *against_digits[2:], says=["--reference", "no image", "classes (9)"])
+
+
+def test_parts_that_are_left_out_are_said(capsys):
+    """A group lacks a class on either side, or images; and few images give no IS and no floor."""
+    rng = np.random.RandomState(0)
+
+    def side(*labels):
+        features = rng.randn(len(labels), 4).astype(np.float32)
+        return Features(features, features, np.array(labels))
+    fake, real = side(0, 0, 1, 1, 2, 3, 3), side(0, 0, 1, 1, 1, 2, 2, 4)
+    groups = {"Many": [0, 1], "Medium": [1, 3], "Few": [2, 4]}
+    settings = evaluate.Metrics(inception=True, floor=2)
+    result = evaluate.measure_all(fake, real, 7, groups, {"a": 0, "b": 1, "c": 2}, settings)
+    assert list(result["groups"]) == ["Many"] and list(result["classes"]) == ["a", "b"]
+    evaluate.print_result(result, 3, floor=2)
+    text = capsys.readouterr().out
+    assert ("left out: Medium (no image of a class in the reference); "
+            "Few (no image of a class in the samples); "
+            "c (fewer than two images in the samples)") in text
+    assert "is" not in result and "note: no IS" in text
+    assert result["floor"] > 0 and result["groups"]["Many"]["floor"] > 0
+    assert "floor" not in result["classes"]["b"] and "note: --floor: none for a, b;" in text
+    assert "NaN" not in json.dumps(result)
+
+
 def test_the_numbers_are_printed_before_they_are_written(samples, against_digits, monkeypatch,
                                                          capsys):
     def full(*_, **__):
@@ -610,6 +701,28 @@ def test_folders_whose_names_differ_only_in_their_numbers():
     assert evaluate.without_numbers(["0000-a", "0001-b"]) == ["a", "b"]
     assert evaluate.without_numbers(["0000-a", "0001-a"]) == ["0000-a", "0001-a"]
     assert evaluate.without_numbers(["a", "0001-b"]) == ["a", "0001-b"]
+
+
+def test_names_lose_their_numbers_only_where_they_then_fit():
+    own, short = ["0001-cat", "0002-dog"], ["cat", "dog"]
+    for ours, theirs, fitted in [
+            (own, own, (own, own)), (own, short, (short, short)), (short, own, (short, short)),
+            (["0002-dog"], own, (["0002-dog"], own)), (["0005-dog"], own, (["dog"], short)),
+            (["0000-0001-cat", "0001-0002-dog"], own, (own, own)),
+            (own, None, (own, None)), (None, own, (None, own)), (own, ["x"], (own, ["x"]))]:
+        assert evaluate.fit_names(ours, theirs) == fitted
+
+
+def test_users_classes_with_numbers(before_the_work, classifier, tmp_path):
+    """A folder of classes called 0001-cat, as samples and as a data set."""
+    for name in ("0001-cat", "0002-dog", "0003-x"):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        for i in range(2):
+            Image.new("RGB", (8, 8)).save(tmp_path / "set" / name / f"{i}.png")
+    with pytest.raises(AssertionError, match="the work has begun"):
+        call(evaluate.main, "--samples", tmp_path / "set", "--reference", "folder", "--data-dir",
+             tmp_path / "set", "--pack-dir", tmp_path / "packed", "--features", classifier,
+             "--device", "cpu", "--out", tmp_path)
 
 
 # --------------------------------------------------------------------------------------------------
