@@ -898,7 +898,7 @@ def main():
     config = settings_of(args)
     if args.if_needed and is_done(out, old, config, sets):
         return rt.print(f"{out}: up to date")
-    with disk.claim(out, rt):
+    with disk.claim_run(out, rt, old):
         train_and_report(sets, config, old, args, rt)
 
 

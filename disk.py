@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import secrets
 import shutil
 import sys
@@ -131,7 +132,7 @@ def claim(out, rt, flag="--out"):
         with writing(out, flag):
             held = lock(out / ".lock", busy)
             held.__enter__()
-        for path in out.glob(".*.tmp"):
+        for path in filter(is_left_over, out.iterdir()):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     rt.on_rank_0(take)
     try:
@@ -139,6 +140,46 @@ def claim(out, rt, flag="--out"):
     finally:
         if held:
             held.__exit__(None, None, None)
+
+
+@contextmanager
+def claim_run(out, rt, old):
+    """`claim`, for a run that goes on from `old`, what `resume` found in `out` earlier.
+
+    Raises UserError where another process has written another checkpoint there since then.
+    """
+    path = Path(out) / "ckpt.pt"
+
+    def refuse_other():
+        now = sha256(path) if path.exists() else None
+        if now != (old.sha256 if old else None):
+            raise UserError(f"--out {out}: another process has written there meanwhile; start "
+                            "again, or choose another folder")
+    with claim(out, rt):
+        rt.on_rank_0(refuse_other)
+        yield
+
+
+def is_left_over(path):
+    """Whether a path is a temporary one of this project, and of no other process that lives."""
+    name = re.fullmatch(r"\..+\.(\d{1,7})\.tmp", path.name, re.ASCII)
+    if not name or path.is_symlink():
+        return False
+    pid = int(name[1])
+    return pid == os.getpid() or not is_alive(pid)
+
+
+def is_alive(pid):
+    """Whether there is a process of this number; on Windows, which cannot be asked, always."""
+    if os.name == "nt":
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True             # it is another user's
+    return True
 
 
 def write_text(path, text, flag="--out"):

@@ -531,7 +531,7 @@ def main_train(argv):
     record = {"kind": "latent", "command": runtime.command_line("latent.py"), "config": config,
               "data": images.record(), "model_sha256": model.sha256}
     training = make_training(args, rt, net, images, record, old)
-    with disk.claim(args.out, rt):
+    with disk.claim_run(args.out, rt, old):
         run_loop(training, objective, images, model.encode(images.images, rt))
 
 

@@ -369,6 +369,7 @@ def draw_bracket(pen, name, top, bottom, font):
     pen.line([(88, top + 3), (82, top + 3), (82, bottom - 3), (88, bottom - 3)], "black", 2)
 
 
+UNFINISHED = ".png.json"    # beside png/ until samples.json is there: which PNGs a call has made
 PNG_NAME = re.compile(r"(\d{4}|[1-9]\d{4,})-[^/]*/(\d{6}|[1-9]\d{6,})\.png", re.ASCII)
 
 
@@ -384,9 +385,10 @@ def folder_name(text):
 
 
 def own_pngs(folder):
-    """The files in a folder that are named as write_pngs names them, sorted."""
+    """The files in a folder that are named as write_pngs names them, sorted; links are not ours."""
     files = sorted(Path(folder).glob("*/*.png"))
-    return [p for p in files if PNG_NAME.fullmatch(f"{p.parent.name}/{p.name}")]
+    return [p for p in files if PNG_NAME.fullmatch(f"{p.parent.name}/{p.name}")
+            and not p.parent.is_symlink()]
 
 
 def write_pngs(images, labels, class_names, folder):
@@ -419,7 +421,16 @@ def temporary_of(folder):
 def other_files(folder):
     """The files in a folder that write_pngs did not write."""
     ours = set(own_pngs(folder))
-    return [p for p in Path(folder).rglob("*") if not p.is_dir() and p not in ours]
+    return [p for p in Path(folder).rglob("*")
+            if (p.is_symlink() or not p.is_dir()) and p not in ours]
+
+
+def has_our_pngs(out):
+    """Whether the PNGs in out/png are ours: a record says so, or what a killed call left does."""
+    if (out / "samples.json").exists():
+        return True
+    left = disk.read_json(out / UNFINISHED)
+    return isinstance(left, dict) and left.get("png") == png_fingerprint(out / "png")
 
 
 def check_outputs(out, png):
@@ -427,9 +438,13 @@ def check_outputs(out, png):
     for name in ("samples.npz", "samples.json", "grid.png"):
         disk.check_writable(out / name)
     folder = out / "png"
+    ours = has_our_pngs(out)
+    if folder.is_symlink() and (png or ours):
+        raise UserError(f"--out {out}: its png is a link, and what it leads to would be removed or "
+                        "replaced; remove the link, or choose another folder with --out")
     others = other_files(folder)
-    if not (out / "samples.json").exists():
-        others = others or own_pngs(folder)     # no record: they are not known to be ours
+    if not ours:
+        others = others or own_pngs(folder)
     if png and (others or folder.is_file()):
         first = others[0].name if others else "itself"
         raise UserError(f"--png: {folder} holds files that are not those of a samples.json beside "
@@ -450,11 +465,15 @@ def png_fingerprint(folder):
 
 
 def write_png_folder(images, labels, class_names, folder):
-    """write_pngs under another name, renamed when all are there. Returns their fingerprint."""
+    """write_pngs under another name, renamed when all are there. Returns their fingerprint.
+
+    UNFINISHED comes first: killed after the renaming, the next call knows the files as ours.
+    """
     temporary = temporary_of(folder)
     try:
         write_pngs(images, labels, class_names, temporary)
         fingerprint = png_fingerprint(temporary)
+        disk.write_json(folder.with_name(UNFINISHED), {"png": fingerprint})
         with disk.writing(folder):
             os.replace(temporary, folder)
     finally:
@@ -469,10 +488,10 @@ def write_samples(out, images, labels, names, record, data, seconds, png=False):
     them, and the record of the training data. samples.json goes first and comes last: it names the
     content of the others. Prints what was written.
     """
-    if (out / "samples.json").exists():
-        # Without a record nothing in png/ is ours. A metric must not find an earlier call's images
+    if has_our_pngs(out):
+        # A metric must not find an earlier call's images
         remove_pngs(out / "png")
-        (out / "samples.json").unlink()
+    (out / "samples.json").unlink(missing_ok=True)
     disk.write_npz(out / "samples.npz", arr_0=to_rgb(images), arr_1=np.array(labels))
     classes = list(dict.fromkeys(labels))
     picture = grid_image(images, labels, names, data.get("class_counts"),
@@ -485,6 +504,7 @@ def write_samples(out, images, labels, names, record, data, seconds, png=False):
         files.append("png/")
     disk.write_json(out / "samples.json", {"settings": record, "data": data, **made,
                                            "seconds": round(seconds, 2)})
+    (out / UNFINISHED).unlink(missing_ok=True)
     dtype = record["dtype"].removeprefix("torch.")
     print(f"wrote {len(labels)} images, generated in {dtype}, to {out}: {', '.join(files)}")
 
@@ -566,9 +586,15 @@ def clipped(settings):
 
 
 def samples_folder(args):
-    """The folder of the results: --out, or samples beside the checkpoint."""
+    """The folder of the results: --out, or samples beside the checkpoint, with a snapshot's name.
+
+    Those of run/ckpt.pt go to run/samples, those of run/ckpt-0000010.pt to a folder of their own.
+    """
     name = "samples" if args.branch == "full" else "samples-general"
-    return Path(args.out or Path(args.ckpt).parent / name)
+    ckpt = Path(args.ckpt)
+    if ckpt.name != "ckpt.pt":
+        name += f"-{ckpt.stem}"
+    return Path(args.out or ckpt.with_name(name))
 
 
 def dtype_of(args, ckpt):

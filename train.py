@@ -770,7 +770,7 @@ def main():
     if runtime.wants_compile(args, rt):
         module = runtime.compile_or_not(objective, lambda m: m(batch(training.step, 0))[0], rt)
     announce(training, net, compiled=module is not objective)
-    with disk.claim(args.out, rt):
+    with disk.claim_run(args.out, rt, old):
         run_loop(training, rt.parallel(module), batch, old)
 
 

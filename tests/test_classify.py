@@ -3,6 +3,7 @@ import copy
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -545,6 +546,20 @@ def test_the_folder_of_a_run(tmp_path, data_dir, cpu, capsys, monkeypatch):
     call(classify.main, *flags, "--out", tmp_path)
     refuses(capsys, classify.main, *flags, "--epochs", 1, "--out", tmp_path,
             says=["--epochs 1", "started with 2"])
+
+
+def test_a_run_that_finished_meanwhile_is_not_overwritten(classifier, tmp_path, data_dir, capsys,
+                                                          monkeypatch):
+    """Another process trains to its end while this one loads its data."""
+    read = classify.load_long_tailed
+
+    def meanwhile(args):
+        shutil.copy(classifier, tmp_path)
+        return read(args)
+    monkeypatch.setattr(classify, "load_long_tailed", meanwhile)
+    refuses(capsys, classify.main, *FAST, "--data-dir", data_dir, "--out", tmp_path,
+            says=["--out", "meanwhile", "start again"])
+    assert (tmp_path / "ckpt.pt").read_bytes() == classifier.read_bytes()
 
 
 def test_default_folders_have_names_that_a_disk_takes():

@@ -332,6 +332,20 @@ def test_the_folder_of_a_run(tmp_path, tiny, pictures, cpu, capsys, monkeypatch)
     refuses(capsys, latent.main, *flags, "--out", tmp_path / "file/run", says=["cannot write"])
 
 
+def test_a_run_that_finished_meanwhile_is_not_overwritten(plain, tmp_path, tiny, pictures, capsys,
+                                                          monkeypatch):
+    """Another process trains to its end while this one loads its images."""
+    read = latent.load_long_tailed
+
+    def meanwhile(args):
+        shutil.copy(plain / "ckpt.pt", tmp_path)
+        return read(args)
+    monkeypatch.setattr(latent, "load_long_tailed", meanwhile)
+    refuses(capsys, latent.main, "train", *FLAGS, "--model", tiny, "--data-dir", pictures,
+            "--pack-dir", tmp_path / "p", "--out", tmp_path, says=["--out", "meanwhile"])
+    assert (tmp_path / "ckpt.pt").read_bytes() == (plain / "ckpt.pt").read_bytes()
+
+
 def changed_model(tiny, folder, part, **changes):
     """A copy of the tiny model; one part is made anew, with these changes to its settings."""
     import diffusers

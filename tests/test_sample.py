@@ -286,6 +286,66 @@ def test_pngs_without_a_record_are_not_ours(cm_run, tmp_path, capsys):
     assert path.exists()
 
 
+def test_killed_between_the_pngs_and_the_record(cm_run, tmp_path, capsys, monkeypatch):
+    """The same command goes through; PNGs of the user in their place are still refused."""
+    flags = ["--ckpt", cm_run / "ckpt.pt", *SHORT, "--out", tmp_path]
+    write = disk.write_json
+
+    def full(path, value):
+        if path.name == "samples.json":
+            raise UserError("the disk is full")
+        write(path, value)
+
+    def killed():
+        with monkeypatch.context() as m:
+            m.setattr(disk, "write_json", full)
+            with pytest.raises(UserError, match="full"):
+                call(sample.main, *flags, "--png")
+        assert (tmp_path / "png").exists() and not (tmp_path / "samples.json").exists()
+    killed()
+    call(sample.main, *flags, "--png")
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        ".lock", "grid.png", "png", "samples.json", "samples.npz"]
+    killed()
+    call(sample.main, *flags)
+    assert not (tmp_path / "png").exists()
+    killed()
+    mine = tmp_path / "png/0001-cat/000001.png"
+    disk.write_png(mine, Image.new("L", (8, 8)))
+    refuses(capsys, sample.main, *flags, "--png", says=["--png", "samples.json"])
+    assert mine.exists()
+
+
+def test_nothing_is_removed_through_a_link(cm_run, tmp_path, capsys):
+    """png/, or a folder in it, was moved to where there is room, and a link stands in its place."""
+    out, big = tmp_path / "s", tmp_path / "big"
+    flags = ["--ckpt", cm_run / "ckpt.pt", *SHORT, "--out", out]
+    call(sample.main, *flags, "--png")
+    (out / "png").rename(big)
+    (out / "png").symlink_to(big)
+    for more in ([], ["--png"]):
+        refuses(capsys, sample.main, *flags, *more, says=["--out", "png is a link"])
+    assert len(list(big.rglob("*.png"))) == 6
+    (out / "png").unlink()
+    moved = next(big.iterdir())
+    moved.rename(tmp_path / "moved")
+    moved.symlink_to(tmp_path / "moved")
+    big.rename(out / "png")
+    refuses(capsys, sample.main, *flags, "--png", says=["--png", moved.name])
+    call(sample.main, *flags)
+    assert len(list((tmp_path / "moved").iterdir())) == 2
+
+
+def test_samples_of_a_snapshot_have_a_folder_of_their_own(tmp_path):
+    def folder(*flags):
+        args = sample.make_parser().parse_args(["--ckpt", *flags])
+        return str(sample.samples_folder(args))
+    assert folder("run/ckpt.pt") == "run/samples"
+    assert folder("run/ckpt-0000010.pt") == "run/samples-ckpt-0000010"
+    assert folder("a.pt", "--branch", "general") == "samples-general-a"
+    assert folder("a.pt", "--out", "b") == "b"
+
+
 @pytest.mark.parametrize("name", ["0001-a/1000000.png", "12345-a/000000.png"])
 def test_large_numbers_are_ours_too(name, tmp_path):
     """The millionth image, and class number 10,000."""

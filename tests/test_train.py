@@ -1,6 +1,7 @@
 """train.py: exact resume, refusals, signals, divergence, its flags, and that it learns."""
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -365,9 +366,42 @@ def test_a_folder_is_written_by_one_run_at_a_time(tmp_path, data_dir, capsys, cp
     flags = [*TINY_FLAGS, "--data-dir", data_dir, "--out", tmp_path / "run", "--steps", 2]
     with disk.claim(tmp_path / "run", cpu):
         refuses(capsys, train.main, *flags, says=["--out", "another process"])
-    (tmp_path / "run/.ckpt.pt.99999.tmp").write_bytes(b"half")
+    (tmp_path / "run/.ckpt.pt.9999999.tmp").write_bytes(b"half")
     call(train.main, *flags)
     assert not list((tmp_path / "run").glob(".*.tmp"))
+
+
+def test_a_run_that_finished_meanwhile_is_not_overwritten(cm_run, tmp_path, data_dir, capsys,
+                                                          monkeypatch):
+    """Another process trains to its end while this one loads its data; or the file goes."""
+    flags = [*TINY_FLAGS, "--data-dir", data_dir, "--out", tmp_path, "--steps", 31]
+    path, read = tmp_path / "ckpt.pt", train.load_long_tailed
+
+    def appears(args):
+        shutil.copy(cm_run / "ckpt.pt", path)
+        return read(args)
+
+    def goes(args):
+        path.unlink()
+        return read(args)
+    for meanwhile in (appears, goes):
+        monkeypatch.setattr(train, "load_long_tailed", meanwhile)
+        refuses(capsys, train.main, *flags, says=["--out", "meanwhile", "start again"])
+        assert path.exists() == (meanwhile is appears)
+        assert not (tmp_path / "log.jsonl").exists()
+
+
+def test_temporary_files_of_others_stay(tmp_path, cpu):
+    """Of the user, and of a process that lives."""
+    ours = [".ckpt.pt.9999999.tmp", ".png.9999999.tmp/0000-a/000000.png"]
+    others = [".precious.tmp/a", ".notes.tmp", f".ckpt.pt.{os.getppid()}.tmp", "a.9999999.tmp",
+              ".photo.20260101120000.tmp"]
+    for name in (*ours, *others):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
+    with disk.claim(tmp_path, cpu):
+        left = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()}
+    assert left == {".lock", *others}
 
 
 def test_the_lock_of_a_dead_process_is_none(tmp_path, data_dir):
