@@ -156,6 +156,20 @@ def test_other_images_are_refused(main, first, cm_run, data_dir, tmp_path, capsy
             "--device", "cpu", says=["--data-dir", "not the images"])
 
 
+@pytest.mark.parametrize("main, first, says", [
+    (pp.main, ["--split", "test", "--repeats", 1], "losses"),
+    (cp.main, ["allocation"], "predictions"), (cp.main, ["dominance"], "gradients")])
+@pytest.mark.parametrize("part", ["encoder", ".B"])
+def test_weights_that_are_not_finite(main, first, says, part, cm_run, data_dir, tmp_path, capsys):
+    ckpt = disk.load(cm_run / "ckpt.pt", ["diffusion"])
+    name = next(name for name, w in ckpt["ema"].items() if part in name and w.dim() > 1)
+    ckpt["ema"][name].flatten()[0] = math.nan
+    disk.save(tmp_path / "ckpt.pt", ckpt)
+    refuses(capsys, main, *first, "--ckpt", tmp_path / "ckpt.pt", "--data-dir", data_dir,
+            "--device", "cpu", "--out", tmp_path / "out", says=["--ckpt", says, "not finite"])
+    assert not list(tmp_path.glob("out/*"))
+
+
 # --------------------------------------------------------------------------------------------------
 # Dominance
 
