@@ -313,10 +313,10 @@ def allocation(args, rt, ckpt, net):
             "images": f"{data['dataset']}, {words}", "num": len(labels)}
 
 
-def read_quality(paths):
+def read_quality(paths, ckpt):
     """(metric, {group: its Frechet distance with theta and with theta_g}): the two of Table 7.
 
-    paths: evaluate.py's JSON of --branch full, and of --branch general.
+    paths: evaluate.py's JSON of --branch full, and of --branch general; both of this Checkpoint.
     """
     full, general = (disk.read_result(path) for path in paths)
     key = "fid" if full and "fid" in full else "fd"
@@ -330,6 +330,10 @@ def read_quality(paths):
     if branches != ["full", "general"]:
         raise UserError(f"--quality: these are of --branch {branches[0]} and --branch "
                         f"{branches[1]}; give full first, then general")
+    for path, result in zip(paths, (full, general)):
+        if result["settings"].get("ckpt_sha256", ckpt.sha256) != ckpt.sha256:
+            raise UserError(f"--quality {path}: measured on another checkpoint than --ckpt; run "
+                            "evaluate.py on this one")
     return key, quality
 
 
@@ -404,7 +408,7 @@ def main():
 
     # What is measured
     ckpt = disk.load(args.ckpt, ["diffusion"])
-    quality = read_quality(args.quality) if args.quality else None
+    quality = read_quality(args.quality, ckpt) if args.quality else None
     written = str(out / f"{args.what}.json")
     disk.check_writable(written)
     rt = runtime.setup(args.device, dtype_of(args, ckpt))

@@ -333,6 +333,19 @@ def test_quality_is_checked_before_the_work(cm_run, tmp_path, capsys, monkeypatc
                 says=["--quality", says])
 
 
+@pytest.mark.parametrize("other", ["full", "general"])
+def test_quality_of_another_checkpoint_is_refused(other, cm_run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(cp, "load_unmerged", None)          # refused before the network is built
+    for branch in ("full", "general"):
+        digest = "of another" if branch == other else disk.sha256(cm_run / "ckpt.pt")
+        disk.write_json(tmp_path / f"{branch}.json", {
+            "groups": {"Few": {"fd": 2.0}},
+            "settings": {"branch": branch, "ckpt_sha256": digest}})
+    refuses(capsys, cp.main, "allocation", "--ckpt", cm_run / "ckpt.pt", "--device", "cpu",
+            "--quality", tmp_path / "full.json", tmp_path / "general.json",
+            says=[f"{other}.json", "--quality", "another checkpoint"])
+
+
 def test_flags_that_do_nothing(cm_run, capsys):
     ckpt = ["--ckpt", cm_run / "ckpt.pt"]
     refuses(capsys, cp.main, "dominance", *ckpt, "--quality", "a", "b", says=["--quality"])
