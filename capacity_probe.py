@@ -32,6 +32,8 @@ from runtime import Parser, UserError, integer, run
 from sample import dtype_of, load_unmerged
 
 KINDS = ("W", "W^g", "B", "A")      # of parameter matrices, in the order of the output
+NOT_FINITE = ("--ckpt: its network's {} are not finite; its run may have diverged, take another "
+              "checkpoint")
 GRID = [int(t) for t in np.linspace(0, 999, 11)]        # the timesteps of allocation
 
 
@@ -60,7 +62,8 @@ def group_gradients(objective, images, rows, repeats, params, seed, batch_size):
     """The Gradients of the images in `rows`, with respect to `params`.
 
     Each image makes `repeats` examples, with other noise and another timestep each. The examples
-    are shuffled: a batch from one range of timesteps would have a mean of its own.
+    are shuffled: a batch from one range of timesteps would have a mean of its own. Raises UserError
+    where a gradient is not finite.
     """
     device = params[0].device
     sums = [torch.zeros_like(p) for p in params]
@@ -84,6 +87,8 @@ def group_gradients(objective, images, rows, repeats, params, seed, batch_size):
             if g is not None:
                 sums[k] += g
                 squares[k] += float(g.double().square().sum()) / len(which)
+        if not squares.isfinite().all():
+            raise UserError(NOT_FINITE.format("gradients"))
     return Gradients(sums, len(examples), squares, len(firsts))
 
 
@@ -255,7 +260,8 @@ def layers_of(net):
 def distances(net, images, labels, grid, rt, seed, batch_size):
     """D of Eq. (2) per image at each timestep of `grid`: (N, len(grid)) float64.
 
-    D = ||eps_theta - eps_theta_g||^2 / (C H W). images (N, H, W, C) uint8, labels (N,).
+    D = ||eps_theta - eps_theta_g||^2 / (C H W). images (N, H, W, C) uint8, labels (N,). Raises
+    UserError where one is not finite.
     """
     alphas_bar = make_alphas_bar().to(rt.device)
     result = np.zeros((len(labels), len(grid)))
@@ -274,6 +280,8 @@ def distances(net, images, labels, grid, rt, seed, batch_size):
                 with general_only(net.decoder):
                     general = net.decode(*encoded).float()
             result[rows, k] = distance(full, general).cpu().numpy()
+        if not np.isfinite(result[rows]).all():
+            raise UserError(NOT_FINITE.format("predictions"))
     return result
 
 
@@ -293,8 +301,9 @@ def allocation(args, rt, ckpt, net):
                                    config["pack_dir"])
     refuse_other_source(images, data, data_dir)
     labels = to_classes(images.labels, images.class_names, data["class_names"], "--data-dir")
-    layers = layers_of(net)
+    # First, since it refuses weights that are not finite, which have no singular values
     D = distances(net, images.images, labels, GRID, rt, args.seed, args.batch_size)
+    layers = layers_of(net)
     groups = class_groups(data["class_counts"])
     if not groups:
         groups = {name: [c] for c, name in enumerate(data["class_names"])}
@@ -304,10 +313,10 @@ def allocation(args, rt, ckpt, net):
             "images": f"{data['dataset']}, {words}", "num": len(labels)}
 
 
-def read_quality(paths):
+def read_quality(paths, ckpt):
     """(metric, {group: its Frechet distance with theta and with theta_g}): the two of Table 7.
 
-    paths: evaluate.py's JSON of --branch full, and of --branch general.
+    paths: evaluate.py's JSON of --branch full, and of --branch general; both of this Checkpoint.
     """
     full, general = (disk.read_result(path) for path in paths)
     key = "fid" if full and "fid" in full else "fd"
@@ -321,6 +330,10 @@ def read_quality(paths):
     if branches != ["full", "general"]:
         raise UserError(f"--quality: these are of --branch {branches[0]} and --branch "
                         f"{branches[1]}; give full first, then general")
+    for path, result in zip(paths, (full, general)):
+        if result["settings"].get("ckpt_sha256", ckpt.sha256) != ckpt.sha256:
+            raise UserError(f"--quality {path}: measured on another checkpoint than --ckpt; run "
+                            "evaluate.py on this one")
     return key, quality
 
 
@@ -395,7 +408,7 @@ def main():
 
     # What is measured
     ckpt = disk.load(args.ckpt, ["diffusion"])
-    quality = read_quality(args.quality) if args.quality else None
+    quality = read_quality(args.quality, ckpt) if args.quality else None
     written = str(out / f"{args.what}.json")
     disk.check_writable(written)
     rt = runtime.setup(args.device, dtype_of(args, ckpt))

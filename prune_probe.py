@@ -104,10 +104,17 @@ def per_image_losses(net, images, labels, repeats, rt, seed=0, batch_size=500, t
 
 
 def measure(net, images, labels, fractions, args, rt, name):
-    """Losses per image of one network: (N,) as it is, and {fraction: (N,)} pruned."""
+    """Losses per image of one network: (N,) as it is, and {fraction: (N,)} pruned.
+
+    Raises UserError where one is not finite.
+    """
     def losses(network, state):
-        return per_image_losses(network, images, labels, args.repeats, rt, args.seed,
-                                args.batch_size, f"{name}: {state}")
+        values = per_image_losses(network, images, labels, args.repeats, rt, args.seed,
+                                  args.batch_size, f"{name}: {state}")
+        if not np.isfinite(values).all():
+            raise UserError(f"--ckpt: losses of {name} ({state}) are not finite; its run may have "
+                            "diverged, take another checkpoint")
+        return values
 
     raw = losses(net, "raw")
     pruned = {}

@@ -32,6 +32,10 @@ HIGHER_IS_BETTER = {"recall", "precision", "is", "accuracy"}
 DIGITS = {"fid": 3, "kid": 4}       # after the point, as in the paper; else two
 IN_CAPITALS = {"fid", "kid", "fd", "kd", "is"}
 CLASSIFIER_KEYS = {"fid": "fd", "kid": "kd"}        # in a classifier's features
+GENERATED = {       # settings of sample.py: what they are called on a page
+    "dataset": "data set", "step": "training step", "sampler": "sampler", "steps": "steps",
+    "grid": "grid", "eta": "eta", "guidance": "guidance", "weights": "weights",
+    "branch": "branch", "seed": "sampling seed"}
 
 # In this file a row is (name, results): results is a list of what evaluate.py or classify.py
 # wrote, one dict per seed. On the demo's page a row is (name, result).
@@ -58,6 +62,10 @@ def read_row(text):
                             "classify.py; make it again")
     refuse_twice(text, "file", [Path(path).resolve() for path in paths], paths)
     refuse_twice(text, "checkpoint", [checkpoint_of(result) for result in results], paths)
+    for path, result in zip(paths, results):
+        for a, b in generated_otherwise(results[0], result).values():
+            raise UserError(f"--row {text}: {path} has {b}, and {paths[0]} has {a}; a row's files "
+                            "differ in the seed of training only")
     return name, results
 
 
@@ -72,7 +80,8 @@ def refuse_twice(row, what, values, paths):
 
 def checkpoint_of(result):
     """The hash of the checkpoint that was measured, or None where the result does not say it."""
-    return result["settings"].get("ckpt_sha256") or result.get("ckpt_sha256")
+    return (result["settings"].get("ckpt_sha256") or result.get("ckpt_sha256")
+            or result.get("weights_sha256"))            # of a classifier
 
 
 def is_result(result):
@@ -88,7 +97,7 @@ def is_result(result):
         return False
     settings = result["settings"]
     numbers, texts = [], ["reference"]
-    if "sampler" in settings and "guidance" in settings:
+    if is_generated(settings):
         numbers, texts = ["step", "guidance", "steps"], ["dataset", "weights", "reference"]
     elif "epochs" in settings:
         numbers, texts = ["ir", "epochs"], ["dataset", "group_rule"]
@@ -101,6 +110,30 @@ def has_finite_numbers(part):
     """Whether no metric of a part is a text, or not finite."""
     metrics = [part[key] for key in (*HIGHER_IS_BETTER, "fid", "kid", "fd", "kd") if key in part]
     return all(isinstance(value, (int, float)) and np.isfinite(value) for value in metrics)
+
+
+def is_generated(settings):
+    """Whether these are settings of a result of images that sample.py generated."""
+    return "sampler" in settings and "guidance" in settings
+
+
+def generated_otherwise(first, result):
+    """{setting: (words on one result, on another)} of all that made their images differ.
+
+    Empty for classifiers.
+    """
+    pair = [r["settings"] for r in (first, result)]
+    ours = tuple(is_generated(s) for s in pair)
+    if not all(ours):
+        words = {True: "images of sample.py", False: "images of another program"}
+        return {"sampler": tuple(words[is_ours] for is_ours in ours)} if any(ours) else {}
+    found = {}
+    for key, words in GENERATED.items():
+        a, b = (s.get(key) for s in pair)
+        if None not in (a, b) and a != b:           # older results do not say all of it
+            found[key] = tuple(f"{words} {v:.10g}" if isinstance(v, float) else f"{words} {v}"
+                               for v in (a, b))
+    return found
 
 
 def refuse_other_conditions(rows):
@@ -121,7 +154,9 @@ def compared(first, result):
                                       for r in pair)}
     of_settings = {"features": "its features are", "features_sha256": "its features' hash is",
                    "reference": "its reference is", "reference_sha256": "its reference's hash is",
-                   "k": "its --k is", "test_sha256": "its test set's hash is"}
+                   "k": "its --k is", "test_sha256": "its test set's hash is",
+                   "ir": "its --ir is", "epochs": "its --epochs is",
+                   "group_rule": "its --group-rule is"}
     for key, words in of_settings.items():
         values = tuple(r["settings"].get(key) for r in pair)
         if None not in values:              # older results do not say all of it
@@ -394,7 +429,7 @@ def commands_of(rows):
 def notes_of(rows, paper):
     """What a reader of a paper table must know: conditions, budgets, marks."""
     first = rows[0][1][0]
-    notes = [conditions(first)]
+    notes = [conditions_of([(name, results[0]) for name, results in rows])]
     settings = [result["settings"] for _, results in rows for result in results]
     steps = sorted({s["step"] for s in settings if "step" in s})
     if len(steps) > 1:
@@ -451,11 +486,12 @@ def conditions(result, with_guidance=True):
     s = result["settings"]
     num = f"{result['num']:,}"
     num_real = f"{result['num_real']:,}"
-    if "sampler" in s and "guidance" in s:
+    if is_generated(s):
+        alone = ", theta_g alone" if s.get("branch") == "general" else ""
         guidance = f", guidance {s['guidance']:g}" if with_guidance else ""
         return (f"{s['dataset']}, checkpoints at step {s['step']:,}; "
                 f"{s['sampler']} with {s['steps']} steps{guidance}, {clipped(s)}, "
-                f"{s['weights']} weights; "
+                f"{s['weights']} weights{alone}; "
                 f"{num} class-balanced samples "
                 f"against {num_real} real images ({s['reference']}).")
     if "epochs" in s:           # a classifier of classify.py
@@ -464,6 +500,24 @@ def conditions(result, with_guidance=True):
                 f"Many / Medium / Few by {s['group_rule']}.")
     # Images that sample.py did not generate
     return f"{num} samples against {num_real} real images ({s['reference']})."
+
+
+def conditions_of(rows, with_guidance=True):
+    """How the first row's numbers were made, and in what the other rows differ.
+
+    rows: (name, result) of each. with_guidance: as for `conditions`.
+    """
+    first = rows[0][1]
+    others = []
+    for name, result in rows:
+        found = generated_otherwise(first, result)
+        words = [b for key, (_, b) in found.items() if with_guidance or key != "guidance"]
+        if words:
+            others.append(f"{escaped(name)} has {', '.join(words)}")
+    text = conditions(first, with_guidance)
+    if not others:
+        return text
+    return f"The first row: {text} Rows that differ from it: {'; '.join(dict.fromkeys(others))}."
 
 
 # --------------------------------------------------------------------------------------------------
@@ -628,7 +682,7 @@ def demo_page(args, rows):
     one_guidance = len(guidance_strengths(rows)) == 1
     parts = [
         "# Samples per group\n",
-        conditions(rows[0][1], with_guidance=one_guidance) + "\n",
+        conditions_of(rows, with_guidance=one_guidance) + "\n",
         table + "\n",
         "FD is a Frechet distance in the features of a small classifier, not FID. "
         "Real against real compares the halves of the reference; "

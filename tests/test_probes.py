@@ -156,6 +156,20 @@ def test_other_images_are_refused(main, first, cm_run, data_dir, tmp_path, capsy
             "--device", "cpu", says=["--data-dir", "not the images"])
 
 
+@pytest.mark.parametrize("main, first, says", [
+    (pp.main, ["--split", "test", "--repeats", 1], "losses"),
+    (cp.main, ["allocation"], "predictions"), (cp.main, ["dominance"], "gradients")])
+@pytest.mark.parametrize("part", ["encoder", ".B"])
+def test_weights_that_are_not_finite(main, first, says, part, cm_run, data_dir, tmp_path, capsys):
+    ckpt = disk.load(cm_run / "ckpt.pt", ["diffusion"])
+    name = next(name for name, w in ckpt["ema"].items() if part in name and w.dim() > 1)
+    ckpt["ema"][name].flatten()[0] = math.nan
+    disk.save(tmp_path / "ckpt.pt", ckpt)
+    refuses(capsys, main, *first, "--ckpt", tmp_path / "ckpt.pt", "--data-dir", data_dir,
+            "--device", "cpu", "--out", tmp_path / "out", says=["--ckpt", says, "not finite"])
+    assert not list(tmp_path.glob("out/*"))
+
+
 # --------------------------------------------------------------------------------------------------
 # Dominance
 
@@ -317,6 +331,19 @@ def test_quality_is_checked_before_the_work(cm_run, tmp_path, capsys, monkeypatc
         refuses(capsys, cp.main, "allocation", "--ckpt", cm_run / "ckpt.pt", "--device", "cpu",
                 "--quality", *(tmp_path / f"{name}.json" for name in pair),
                 says=["--quality", says])
+
+
+@pytest.mark.parametrize("other", ["full", "general"])
+def test_quality_of_another_checkpoint_is_refused(other, cm_run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(cp, "load_unmerged", None)          # refused before the network is built
+    for branch in ("full", "general"):
+        digest = "of another" if branch == other else disk.sha256(cm_run / "ckpt.pt")
+        disk.write_json(tmp_path / f"{branch}.json", {
+            "groups": {"Few": {"fd": 2.0}},
+            "settings": {"branch": branch, "ckpt_sha256": digest}})
+    refuses(capsys, cp.main, "allocation", "--ckpt", cm_run / "ckpt.pt", "--device", "cpu",
+            "--quality", tmp_path / "full.json", tmp_path / "general.json",
+            says=[f"{other}.json", "--quality", "another checkpoint"])
 
 
 def test_flags_that_do_nothing(cm_run, capsys):

@@ -280,6 +280,60 @@ def test_one_run_twice_in_a_row_is_refused(tmp_path, capsys):
     check(f"{tmp_path}/a.json,{tmp_path}/b.json", "checkpoint")
 
 
+@pytest.mark.parametrize("settings, says", [
+    ({"sampler": "ddpm"}, "sampler ddpm"), ({"steps": 7}, "steps 7"), ({"eta": 1.0}, "eta 1"),
+    ({"grid": "quad"}, "grid quad"), ({"guidance": 4.0}, "guidance 4"), ({"clip": True}, "clipped"),
+    ({"weights": "raw"}, "weights raw"), ({"branch": "general"}, "branch general"),
+    ({"step": 8}, "training step 8"), ({"seed": 1}, "sampling seed 1")])
+def test_a_rows_files_differ_in_the_seed_of_training_only(tmp_path, capsys, settings, says):
+    first = changed(FIRST, {"eta": 0.0, "grid": "uniform", "branch": "full", "seed": 0})
+    write_rows(tmp_path, a=first, b=changed(first, settings))
+    refuses(capsys, report.main, "--paper", "table2", "--row", f"CM={tmp_path}/[ab].json",
+            "--out", tmp_path / "p.md", says=["--row CM", says])
+
+
+def test_the_page_says_how_rows_were_generated_otherwise(tmp_path):
+    other = {"sampler": "ddpm", "steps": 7, "guidance": 4.0, "weights": "raw", "branch": "general"}
+    a, b = write_rows(tmp_path, A=changed(FIRST, {"branch": "full"}), B=changed(FIRST, other))
+    page = make_page(tmp_path / "p.md", "table2", "cifar10-ir7", a, b)
+    assert "The first row: cifar100" in page and "ddim with 50 steps, guidance 1.5" in page
+    assert ("Rows that differ from it: B has sampler ddpm, steps 7, guidance 4, weights raw, "
+            "branch general." in page)
+    page = make_page(tmp_path / "p.md", "table2", "cifar10-ir7", b)
+    assert "raw weights, theta_g alone;" in page and "The first row" not in page
+
+
+def test_the_demo_page_lists_branches_and_not_guidance(tmp_path):
+    first = changed(demo_result(9.0), {"branch": "full"})
+    rows = write_rows(tmp_path, CM=first, CM_g=changed(first, {"branch": "general"}),
+                      CM_4=changed(first, {"guidance": 4.0}))
+    call(report.main, *(word for row in rows for word in ("--row", row)),
+         "--out", tmp_path / "page/p.md")
+    page = (tmp_path / "page/p.md").read_text()
+    assert "Rows that differ from it: CM_g has branch general.\n" in page
+
+
+CLASSIFIER = {      # what classify.py writes
+    "accuracy": 90.0, "num": 9, "num_real": 30, "groups": {}, "classes": {},
+    "weights_sha256": "w", "settings": {"dataset": "digits", "ir": 10.0, "epochs": 1, "seed": 0,
+                                        "group_rule": "counts"}}
+
+
+@pytest.mark.parametrize("settings, says", [
+    ({"ir": 40.0}, "--ir is 40"), ({"epochs": 2}, "--epochs is 2"),
+    ({"group_rule": "thirds"}, "--group-rule is thirds")])
+def test_classifiers_of_other_conditions_are_refused(tmp_path, capsys, settings, says):
+    rows = write_rows(tmp_path, CE=CLASSIFIER, LA=changed(CLASSIFIER, settings))
+    refuses(capsys, report.main, "--paper", "tableG13", "--row", rows[0], "--row", rows[1],
+            "--out", tmp_path / "p.md", says=["--row LA", says])
+
+
+def test_one_classifier_twice_in_a_row_is_refused(tmp_path, capsys):
+    write_rows(tmp_path, a=CLASSIFIER, b=CLASSIFIER)
+    refuses(capsys, report.main, "--paper", "tableG13", "--row", f"CE={tmp_path}/[ab].json",
+            "--out", tmp_path / "p.md", says=["--row CE", "same checkpoint twice"])
+
+
 @pytest.mark.parametrize("content", [
     "", "[1]", "{", '{"num_real": 3}', '{"num": 3, "num_real": 3, "groups": {}, "settings": {}}',
     '{"num": 3, "num_real": 3, "groups": {}, "classes": {}, "fid": NaN, '
