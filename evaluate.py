@@ -167,8 +167,7 @@ def read_folder(name, root, flag):
                     f"{image.size[1]} pixels and {Path(paths[0]).name} {first[0]} x {first[1]}; "
                     f"bring them to one size first")
         return np.stack([np.asarray(image) for image in images])
-    return Images(name, len(paths), at, labels, names,
-                  sha256=hash_of_files(paths, root, flag))
+    return Images(name, len(paths), at, labels, names, sha256=hash_of_files(paths, root, flag))
 
 
 def hash_of_files(paths, root, flag):
@@ -180,10 +179,11 @@ def hash_of_files(paths, root, flag):
     digest = hashlib.sha256()
     for path in paths:
         try:
+            if not os.path.isfile(path):        # a pipe would be waited for
+                raise OSError("it is not a regular file")
             content = disk.sha256(path)
         except OSError as e:
-            raise UserError(f"{flag}: {path} cannot be read ({e.strerror}); fix or remove "
-                            "it") from e
+            raise UserError(f"{flag}: {path} cannot be read ({e}); fix or remove it") from e
         digest.update(os.fsencode(f"{os.path.relpath(path, root)} {content}\n"))
     return digest.hexdigest()
 
@@ -197,9 +197,9 @@ def without_numbers(names):
 
 
 def fit_names(ours, theirs):
-    """Two lists of class names, either without_numbers where only so one is a part of the other.
+    """Both lists of class names; each without_numbers where only so one is a part of the other.
 
-    A user's own class may be called "0003-cat" as well: on both sides then.
+    A user's own classes may have such names, "0003-cat", which are then those of both sides.
     """
     if not ours or not theirs:
         return ours, theirs

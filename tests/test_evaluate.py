@@ -762,6 +762,9 @@ def test_bad_images(capsys, tmp_path, data_dir, against_digits):
     for n in (8, 9):
         Image.new("RGB", (n, n)).save(folder / f"{n}.png")
     check(folder, "--samples", "9.png has 9 x 9", "one size")
+    (folder / "9.png").unlink()
+    os.mkfifo(folder / "9.png")
+    check(folder, "--samples", "9.png cannot be read", "not a regular file")
     check(tmp_path / "nothing", "--samples", "neither a file or folder nor a data set")
     np.savez(tmp_path / "x.npz", good)
     refuses(capsys, evaluate.main, "--samples", tmp_path / "x.npz", "--device", "cpu",
