@@ -311,17 +311,20 @@ def paper_table(rows, columns, paper):
 
 
 def without_cm(name):
-    """The name of the row that differs only in having no CM; None for other rows.
+    """The names of the rows that a row with CM is compared with; [] for other rows.
 
-    X of "X + CM" and of "CM on X"; OC of "CM"; "OC, widths" of "CM, widths".
+    X of "X + CM" and of "CM on X"; OC of "CM"; "OC, widths" of "CM, widths": they differ only in
+    having no CM. Then "X, as long", which has also been trained for as many seconds.
     """
     if name.endswith(" + CM"):
-        return name.removesuffix(" + CM")
-    if name.startswith("CM on "):
-        return name.removeprefix("CM on ")
-    if name == "CM" or name.startswith("CM, "):
-        return "OC" + name.removeprefix("CM")
-    return None
+        other = name.removesuffix(" + CM")
+    elif name.startswith("CM on "):
+        other = name.removeprefix("CM on ")
+    elif name == "CM" or name.startswith("CM, "):
+        other = "OC" + name.removeprefix("CM")
+    else:
+        return []
+    return [other, f"{other}, as long"]
 
 
 def paired_difference(results, others, column):
@@ -345,19 +348,19 @@ def seeds_of(results):
 
 
 def paired_differences(rows, columns):
-    """Markdown: for each row with CM, its difference to the row without; "" if there are none.
+    """Markdown: for each row with CM, its difference to rows without; "" if there are none.
 
     Both rows must have the same seeds, at least two, in the order of their files.
     """
     by_name = dict(rows)
     lines = []
-    for name, results in rows:
-        other_name = without_cm(name)
-        others = by_name.get(other_name, [])
+    pairs = [(name, other) for name in by_name for other in without_cm(name) if other in by_name]
+    for name, other in pairs:
+        results, others = by_name[name], by_name[other]
         if seeds_of(results) != seeds_of(others) or len(results) < 2:
             continue
         differences = [paired_difference(results, others, column) for column in columns]
-        lines.append([escaped(f"{name} against {other_name}"), *differences])
+        lines.append([escaped(f"{name} against {other}"), *differences])
     if not lines:
         return ""
     titles = [title_of(rows[0][1][0], column) for column in columns]

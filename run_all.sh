@@ -579,11 +579,15 @@ case $TARGET in
 
   # Not in the paper: what CM adds to DDPM and to OC, seed by seed, without and with guidance
   gain)
+    # A step of CM takes as long as 1.7 steps without (bench.py)
+    LONG=$((17 * ${STEPS:-300000} / 10))
     for OMEGA in 0 1.5; do
       ddpm -- --guidance $OMEGA
       row "CM on DDPM" cm-ddpm --base ddpm --cm -- --guidance $OMEGA
+      row "DDPM, as long" ddpm-long --base ddpm --no-cm --steps $LONG -- --guidance $OMEGA
       oc -- --guidance $OMEGA
       cm -- --guidance $OMEGA
+      row "OC, as long" oc-long --base oc --no-cm --steps $LONG -- --guidance $OMEGA
       page table3 guidance-$OMEGA
     done
     ;;

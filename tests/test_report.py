@@ -177,6 +177,7 @@ def test_paired_differences():
     rows = [
         ("CE", results([10, 20, 30])),
         ("CE + CM", results([12, 21, 33])),
+        ("CE, as long", results([11, 20, 32])),
         ("LA", results([1])),
         ("LDAM", results([1, 2, 3])),
         ("LDAM + CM", results([1, 2, 3], first_seed=1))]        # other seeds: not paired
@@ -184,14 +185,15 @@ def test_paired_differences():
     # The differences are 2, 1 and 3, with deviation 1; t quantile of two degrees of freedom
     half = 4.302653 * 1.0 / 3 ** 0.5
     assert f"| CE + CM against CE | +2.00 ({2 - half:+.2f} to {2 + half:+.2f}) |" in text
+    assert "| CE + CM against CE, as long | +1.00 (+1.00 to +1.00) |" in text
     assert "LA" not in text and "LDAM" not in text
 
 
 @pytest.mark.parametrize("name, without", [
     ("CM on +ADA", "+ADA"), ("CE + CM", "CE"), ("CM", "OC"), ("CM, 1 2 2", "OC, 1 2 2"),
-    ("CM (theta_g)", None), ("CM w/o L_Div", None), ("OC", None)])
+    ("CM (theta_g)", None), ("CM w/o L_Div", None), ("OC", None), ("OC, as long", None)])
 def test_which_row_lacks_only_cm(name, without):
-    assert report.without_cm(name) == without
+    assert report.without_cm(name) == ([without, f"{without}, as long"] if without else [])
 
 
 # --------------------------------------------------------------------------------------------------
