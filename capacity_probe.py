@@ -368,7 +368,7 @@ def allocation_figure(result, path):
     left.set(xlabel="reserved weights, from the middle to the output", ylabel="||BA|| / ||W||",
              title="size of the reserved part")
     for name, values in result["distance"].items():
-        right.plot(result["timesteps"], values, "o-", label=name)
+        right.plot(result["timesteps"], values, "o-", label=disk.in_figure(name))
     right.set(xlabel="timestep t", ylabel="D between theta and theta_g", yscale="log",
               title="what it changes in the prediction")
     right.legend(fontsize=8)
@@ -403,6 +403,7 @@ def main():
     args = parser.parse_args()
     other = {"dominance": "quality", "allocation": "repeats"}[args.what]
     runtime.refuse_unused(parser.given, {other: f"{args.what} does not use it"})
+    runtime.refuse_processes("capacity_probe.py")
     start = time.time()
     out = Path(args.out or Path(args.ckpt).parent / "probe")
 

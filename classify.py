@@ -801,9 +801,9 @@ def confusion_picture(matrix, counts, names, path):
     fig.colorbar(image, label="share of the class")
     every = max(1, len(names) // 20)
     ticks = range(0, len(names), every)
-    shown = order[::every]
-    ax.set_yticks(ticks, [f"{names[c]} ({counts[c]})" for c in shown], fontsize=7)
-    ax.set_xticks(ticks, [names[c] for c in shown], fontsize=7, rotation=90)
+    shown = [disk.in_figure(name) for name in names]
+    ax.set_yticks(ticks, [f"{shown[c]} ({counts[c]})" for c in order[::every]], fontsize=7)
+    ax.set_xticks(ticks, [shown[c] for c in order[::every]], fontsize=7, rotation=90)
     ax.set(xlabel="predicted", ylabel="true class (training images)")
     disk.save_figure(fig, path)
 

@@ -213,6 +213,16 @@ def pyplot():
     return pyplot
 
 
+def in_figure(text):
+    """A name for matplotlib: dollars enclose no formula, a leading "_" hides no legend entry.
+
+    "_" stands for what cannot be printed: names that are not UTF-8 would end in a TypeError.
+    """
+    text = "".join(c if c.isprintable() else "_" for c in " ".join(text.split()))
+    text = text.replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text
+
+
 def save_figure(fig, path, suffixes=("png",), dpi=120):
     """Write a matplotlib figure beside `path` once per suffix, atomically, and close it."""
     for suffix in suffixes:

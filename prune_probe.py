@@ -8,6 +8,7 @@ set to zero (in memory: the file is not touched). The loss E ||eps_theta - eps||
 class on the same images, noise and timesteps as before: R timesteps per image, one in each R-th of
 0 ... T - 1, labels on, no dropout, EMA weights, CM merged. Intervals are bootstraps over images.
 """
+import argparse
 import copy
 import time
 from pathlib import Path
@@ -159,7 +160,8 @@ def changes(raw, pruned, labels, class_names, counts):
     """All numbers of one checkpoint and fraction: a dict of "classes", "groups" and "spearman".
 
     raw, pruned (N,): losses of images with these labels; counts (C,): training images per class.
-    "spearman" is the rank correlation of a class's change with its number of training images.
+    "spearman" is the rank correlation of a class's change with its number of training images; None
+    where it is undefined.
     """
     classes = {}
     for c, name in enumerate(class_names):
@@ -169,9 +171,10 @@ def changes(raw, pruned, labels, class_names, counts):
     spearman = {}
     for kind in ("absolute", "relative"):
         values = np.array([c[kind][0] for c in classes.values()])
-        # A rank correlation is undefined where all classes have the same size
-        rho, p = spearmanr(values, counts) if np.ptp(counts) else (0.0, 1.0)
-        spearman[kind] = {"rho": float(rho), "p": float(p)}
+        # A rank correlation is undefined where all classes have the same size, or change alike
+        defined = np.ptp(counts) and np.ptp(values)
+        rho, p = map(float, spearmanr(values, counts)) if defined else (None, None)
+        spearman[kind] = {"rho": rho, "p": p}
         for name, members in class_groups(counts).items():
             groups[name][kind] = float(values[members].mean())
     return {"classes": classes, "groups": groups, "spearman": spearman}
@@ -179,6 +182,18 @@ def changes(raw, pruned, labels, class_names, counts):
 
 # --------------------------------------------------------------------------------------------------
 # Figures
+
+def per_cent(fraction):
+    """ "12.5%" for 0.125: with all digits, unlike :.0%."""
+    return f"{100 * fraction:g}%"
+
+
+def correlation(spearman, digits):
+    """ "+0.50 (p = 0.04)", or "undefined"; digits: of p."""
+    if spearman["rho"] is None:
+        return "undefined"
+    return f"{spearman['rho']:+.2f} (p = {spearman['p']:.{digits}g})"
+
 
 def bars_of(result, kind, names):
     """Of these classes, in this order: heights (C,), and lengths of error bars (2, C) or None."""
@@ -193,8 +208,7 @@ def legend_of(name, result, kind):
     """A checkpoint's name, with its rank correlation where the bars are changes."""
     if kind == "raw":
         return name
-    spearman = result["spearman"][kind]
-    return f"{name}: Spearman {spearman['rho']:+.2f} (p = {spearman['p']:.1g})"
+    return f"{name}: Spearman {correlation(result['spearman'][kind], 1)}"
 
 
 def bar_figure(kind, results, fraction, path):
@@ -212,13 +226,13 @@ def bar_figure(kind, results, fraction, path):
     for k, (name, result) in enumerate(results.items()):
         x = np.arange(len(names)) + (k - (n - 1) / 2) * 0.8 / n
         heights, errors = bars_of(result, kind, names)
-        ax.bar(x, heights, 0.8 / n, yerr=errors, label=legend_of(name, result, kind),
-               error_kw={"linewidth": 0.7})
+        label = disk.in_figure(legend_of(name, result, kind))
+        ax.bar(x, heights, 0.8 / n, yerr=errors, label=label, error_kw={"linewidth": 0.7})
     step = max(1, len(names) // 25)                 # no more labels than can be read
-    ticks = [f"{name} ({sizes[name]})" for name in names]
+    ticks = [disk.in_figure(f"{name} ({sizes[name]})") for name in names]
     ax.set_xticks(np.arange(len(names))[::step], ticks[::step], rotation=90, fontsize=7)
     ax.set(ylabel=BARS[kind], xlabel="class (training images), the most populous first",
-           title="" if kind == "raw" else f"{fraction:.0%} of the weights set to zero")
+           title="" if kind == "raw" else f"{per_cent(fraction)} of the weights set to zero")
     ax.legend(fontsize=7)
     ax.spines[["top", "right"]].set_visible(False)
     disk.save_figure(fig, path)
@@ -237,13 +251,13 @@ def curve_figure(results, path):
         first = next(iter(by_fraction.values()))
         for group in first["groups"]:
             values = [r["groups"][group]["relative"] for r in by_fraction.values()]
-            ax.plot(fractions, [100 * v for v in values], "o-", label=group)
+            ax.plot(fractions, [100 * v for v in values], "o-", label=disk.in_figure(group))
         if not first["groups"]:
             for c in first["classes"]:
                 values = [r["classes"][c]["relative"][0] for r in by_fraction.values()]
-                ax.plot(fractions, [100 * v for v in values], "o-", label=c)
-        ax.set(title=name, xlabel="weights set to zero")
-        ax.set_xticks(fractions, [f"{f:.0%}" for f in fractions])
+                ax.plot(fractions, [100 * v for v in values], "o-", label=disk.in_figure(c))
+        ax.set(title=disk.in_figure(name), xlabel="weights set to zero")
+        ax.set_xticks(fractions, [per_cent(f) for f in fractions])
         ax.legend(fontsize=8)
         ax.spines[["top", "right"]].set_visible(False)
     axes[0, 0].set_ylabel("relative loss change (%), mean over classes")
@@ -256,6 +270,7 @@ def write_figures(results, fractions, fraction, out):
     for kind in BARS:
         bar_figure(kind, shown, fraction, out / f"{kind}.png")
     if len(fractions) == 1:
+        (out / "curve.png").unlink(missing_ok=True)         # of an earlier call
         return [f"{kind}.png" for kind in BARS]
     curve_figure(results, out / "curve.png")
     return [f"{kind}.png" for kind in (*BARS, "curve")]
@@ -266,16 +281,20 @@ def print_results(results):
     for name, by_fraction in results.items():
         for fraction, result in by_fraction.items():
             groups = "  ".join(f"{g} {v['relative']:+.2%}" for g, v in result["groups"].items())
-            spearman = result["spearman"]["relative"]
-            print(f"{name}, {float(fraction):.0%} pruned: relative loss change {groups}  "
-                  f"Spearman with class size {spearman['rho']:+.2f} (p = {spearman['p']:.2g})")
+            print(f"{name}, {per_cent(float(fraction))} pruned: relative loss change {groups}  "
+                  f"Spearman with class size {correlation(result['spearman']['relative'], 2)}")
 
 
 # --------------------------------------------------------------------------------------------------
 
 def fractions_of(text):
-    """An argparse type: a list of fractions in (0, 1) from "0.05,0.1"."""
-    return [number(above=0, high=0.999)(word) for word in text.split(",")]
+    """An argparse type: a list of different fractions in (0, 1) from "0.05,0.1"."""
+    fractions = [number(above=0, high=0.999)(word) for word in text.split(",")]
+    shown = [f"{f:g}" for f in fractions]       # as in probe.json
+    for word in shown:
+        if shown.count(word) > 1:
+            raise argparse.ArgumentTypeError(f"{word} is there twice")
+    return fractions
 
 
 def add_pruning_flags(parser):
@@ -344,6 +363,7 @@ def refuse_different_data(paths, ckpts):
 def main():
     """Measure every checkpoint at every fraction; write the numbers and the figures."""
     args = make_parser().parse_args()
+    runtime.refuse_processes("prune_probe.py")
     start = time.time()
 
     # What is measured, and on which images

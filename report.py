@@ -23,6 +23,7 @@ from PIL import Image, ImageDraw, ImageFont
 from scipy import stats
 
 import disk
+import runtime
 from data import read_samples
 from runtime import Parser, UserError, run
 from sample import clipped, grid_image
@@ -175,11 +176,6 @@ def escaped(text):
     for character, code in {"|": "\\|", "<": "&lt;", ">": "&gt;"}.items():
         text = text.replace(character, code)
     return text
-
-
-def in_figure(text):
-    """A name as matplotlib shows it: a dollar is a dollar."""
-    return " ".join(text.split()).replace("$", r"\$")
 
 
 def markdown_table(head, lines):
@@ -382,7 +378,8 @@ def draw_panel(ax, rows, column, numbers, paper):
         theirs = paper_number(paper, name, column)
         if theirs is not None:
             ax.plot(i, theirs.mean, "kD", markersize=4, markerfacecolor="white")
-    ax.set_xticks(x, [in_figure(name) for name, _ in rows], rotation=40, ha="right", fontsize=8)
+    names = [disk.in_figure(name) for name, _ in rows]
+    ax.set_xticks(x, names, rotation=40, ha="right", fontsize=8)
     is_distance = metric_of(column).endswith("fid")
     ylabel = "lower is better" if is_distance else "per cent, higher is better"
     ax.set(title=title_of(rows[0][1][0], column), ylabel=ylabel)
@@ -468,7 +465,7 @@ def paper_page(args, rows):
     differences = paired_differences(rows, columns)
     if differences:
         text += "\n\n" + differences
-    paper_figure(rows, columns, paper, f"{table['title']}, {setting}", page)
+    paper_figure(rows, columns, paper, f"{table['title']}, {disk.in_figure(setting)}", page)
     parts = [
         f"# {table['title']}: {setting}\n",
         notes_of(rows, paper) + "\n",
@@ -558,13 +555,13 @@ def draw_groups(ax, rows, floors):
     for k, (name, result) in enumerate(rows):
         left = x + (k - (len(rows) - 1) / 2) * width
         heights = [result["groups"][group]["fd"] for group in groups]
-        bars = ax.bar(left, heights, width, label=in_figure(name))
+        bars = ax.bar(left, heights, width, label=disk.in_figure(name))
         ax.bar_label(bars, fmt="%.3g", fontsize=7)
     for i, floor in enumerate(floors.values()):
         label = "real against real" if i == 0 else None         # once in the legend
         ax.hlines(floor, i - 0.45, i + 0.45, "black", "dashed", label=label)
     ax.set_yscale("log")
-    ax.set_xticks(x, groups)
+    ax.set_xticks(x, [disk.in_figure(group) for group in groups])
     ax.spines[["top", "right"]].set_visible(False)
 
 
@@ -733,6 +730,7 @@ def is_page(path):
 def main():
     """Make the page that the flags ask for."""
     args = make_parser().parse_args()
+    runtime.refuse_processes("report.py")
     rows = [read_row(text) for text in args.row]
     refuse_other_conditions(rows)
     if Path(args.out).suffix.lower() in (".png", ".pdf"):

@@ -335,6 +335,14 @@ def find_rank():
     return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
+def refuse_processes(script):
+    """Raise UserError where torchrun started several processes: each would do all the work."""
+    _, world = find_rank()
+    if world > 1:
+        raise UserError(f"WORLD_SIZE is {world}, and {script} works in one process; start it with "
+                        f"python {script}, without torchrun")
+
+
 def computes_bfloat16(device):
     """Whether the device multiplies bfloat16 in hardware, so that it is faster than float32."""
     if device.type == "cuda":

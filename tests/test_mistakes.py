@@ -439,3 +439,25 @@ def test_old_flags_are_accepted(script, required, flag, value):
     for word in (flag, old):
         args = script.make_parser().parse_args([*required, f"--{word}", str(value)])
         assert getattr(args, flag.replace("-", "_")) == value
+
+
+# --------------------------------------------------------------------------------------------------
+# Several processes, odd names
+
+@pytest.mark.parametrize("script, flags", [
+    (prune_probe, ["--ckpt", "none.pt"]), (capacity_probe, ["dominance", "--ckpt", "none.pt"]),
+    (report, ["--row", "CM=none.json"])])
+def test_scripts_of_one_process_refuse_torchrun(script, flags, capsys, monkeypatch):
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "2"),
+                        ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "1")):
+        monkeypatch.setenv(name, value)
+    refuses(capsys, script.main, *flags, says=["WORLD_SIZE is 2", f"python {script.__name__}.py"])
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    refuses(capsys, script.main, *flags, says=["none."])
+
+
+def test_odd_class_names_in_the_confusion_picture(tmp_path):
+    path = tmp_path / "confusion.png"
+    names = [r"$\foo$", "_hidden", "not utf-8: \udcff"]
+    classify.confusion_picture(np.eye(3), np.array([3, 2, 1]), names, path)
+    assert path.exists()

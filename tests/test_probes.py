@@ -133,6 +133,68 @@ def test_prune_probe_end_to_end(cm_run, data_dir, tmp_path, capsys):
     assert total[1] > total[0]
 
 
+def test_fractions_are_shown_exactly_and_a_later_run_leaves_no_old_curve(
+        cm_run, data_dir, tmp_path, capsys):
+    flags = ("--ckpt", cm_run / "ckpt.pt", "--data-dir", data_dir, "--repeats", 1,
+             "--split", "test", "--device", "cpu", "--out", tmp_path)
+    call(pp.main, "--fractions", "0.125,0.004", *flags)
+    printed = capsys.readouterr().out
+    assert "12.5% pruned" in printed and " 0.4% pruned" in printed
+    assert (tmp_path / "curve.png").exists()
+    call(pp.main, "--fraction", 0.1, *flags)
+    assert not (tmp_path / "curve.png").exists() and (tmp_path / "raw.png").exists()
+
+
+def test_a_fraction_twice_is_refused(cm_run, capsys):
+    for words in ("0.1,0.1000000001", "0.3,0.1,0.3"):
+        refuses(capsys, pp.main, "--ckpt", cm_run / "ckpt.pt", "--fractions", words,
+                says=["--fractions", "is there twice"])
+
+
+@pytest.mark.parametrize("counts, rises", [([9, 9, 9], [0, 1, 2]), ([9, 8, 7], [0, 0, 0])])
+def test_an_undefined_correlation(counts, rises, tmp_path, capsys):
+    labels = np.repeat(np.arange(3), 4)
+    raw = np.ones(12)
+    result = pp.changes(raw, raw + np.array(rises)[labels], labels, list("abc"), np.array(counts))
+    assert result["spearman"]["absolute"] == {"rho": None, "p": None}
+    pp.write_figures({"net": {"0.1": result}}, [0.1], 0.1, tmp_path)
+    pp.print_results({"net": {"0.1": result}})
+    assert "Spearman with class size undefined" in capsys.readouterr().out
+
+
+ODD_NAMES = [r"$\foo$", "_hidden", "$", "not utf-8: \udcff"]
+
+
+def drawn(monkeypatch):
+    """The figures that `disk.save_figure` would write, in a list that grows."""
+    figures = []
+    monkeypatch.setattr(disk, "save_figure", lambda fig, *_: figures.append(fig))
+    return figures
+
+
+def legends(figure):
+    """The entries of all legends of a figure, as they are drawn."""
+    figure.canvas.draw()
+    return [text.get_text() for ax in figure.axes if ax.get_legend()
+            for text in ax.get_legend().get_texts()]
+
+
+def test_odd_names_in_the_probes_figures(tmp_path, monkeypatch):
+    figures = drawn(monkeypatch)
+    labels = np.repeat(np.arange(4), 4)
+    raw = 1 + np.arange(16) / 16
+    result = pp.changes(raw, raw * 1.1, labels, ODD_NAMES, np.array([9, 8, 7, 6]))
+    result["groups"] = {}
+    results = {name: {"0.1": result, "0.2": result} for name in ODD_NAMES[:2]}
+    pp.write_figures(results, [0.1, 0.2], 0.1, tmp_path)
+    relative, _, raw_bars, curve = figures
+    assert len(legends(relative)) == len(legends(raw_bars)) == 2
+    assert len(legends(curve)) == 2 * len(ODD_NAMES)
+    distances = {name: [1.0, 2.0] for name in ODD_NAMES}
+    cp.allocation_figure({"layers": [], "timesteps": [0, 999], "distance": distances}, tmp_path)
+    assert len(legends(figures[-1])) == len(ODD_NAMES)
+
+
 def test_prune_probe_refuses(cm_run, data_dir, tmp_path):
     ckpt = cm_run / "ckpt.pt"
     other = disk.load(ckpt, ["diffusion"])

@@ -359,6 +359,20 @@ def test_names_are_shown_as_they_are(tmp_path):
     assert "\n| a\\|b &lt;i&gt; $x | 1 |" in page and "# a|b <i> $x\n" in page
 
 
+def test_odd_names_in_the_figures(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(disk, "save_figure", lambda fig, *_: figures.append(fig))
+    odd = [r"$\foo$", "_hidden"]
+    result = demo_result(9.0)
+    result["groups"] = {name: result["groups"]["Few"] for name in odd}
+    report.demo_figure([(name, result) for name in odd], tmp_path)
+    report.paper_figure([(name, [FIRST]) for name in odd], ["fid"], None, "a title", tmp_path)
+    for figure in figures:
+        figure.canvas.draw()
+    entries = [text.get_text() for text in figures[0].axes[0].get_legend().get_texts()]
+    assert [entry.strip() for entry in entries] == ["real against real", r"\$\foo\$", "_hidden"]
+
+
 def test_a_group_is_not_a_class_of_its_name():
     result = {"fid": 1, "groups": {"Few": {"fid": 2}}, "classes": {"Few": {"fid": 3}}}
     assert report.value_of(result, "Few fid") == 2
