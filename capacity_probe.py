@@ -310,7 +310,8 @@ def allocation(args, rt, ckpt, net):
     per_group = {name: D[np.isin(labels, classes)].mean(0).tolist()
                  for name, classes in groups.items()}
     return {"layers": layers, "timesteps": GRID, "distance": per_group,
-            "images": f"{data['dataset']}, {words}", "num": len(labels)}
+            "images": f"{data['dataset']}, {words}", "images_sha256": images.sha256,
+            "num": len(labels)}
 
 
 def read_quality(paths, ckpt):

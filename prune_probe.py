@@ -395,7 +395,8 @@ def main():
     numel = sum(p.numel() for p in prunable(net, args.tensors).values())
     settings = {"ckpt": [str(path) for path in args.ckpt],
                 "ckpt_sha256": [ckpt.sha256 for ckpt in ckpts],
-                "images": f"{data['dataset']}, {words}", "num": len(labels),
+                "images": f"{data['dataset']}, {words}", "images_sha256": images.sha256,
+                "num": len(labels),
                 "repeats": args.repeats, "scope": args.scope, "tensors": args.tensors,
                 "pruned_of": numel, "weights": args.weights, "seed": args.seed,
                 "dtype": str(rt.dtype)}
