@@ -31,7 +31,8 @@ import disk
 import runtime
 from cm_layers import general_only, merge, reserve
 from data import (Batches, ImageSet, add_data_flags, class_groups, images_of_npz, load,
-                  load_long_tailed, open_npz, read_record, refuse_other_data, to_classes, to_float)
+                  load_long_tailed, open_npz, read_record, refuse_other_data, to_classes, to_float,
+                  unused_data_flags)
 from losses import CMConfig, add_cm_flags, class_weights, cm_terms
 from readers import NoSuchSplit
 from runtime import Parser, UserError, integer, number, run
@@ -365,7 +366,7 @@ def resolve(args, given=()):
             setattr(args, key, value)
     if args.out is None:
         args.out = default_folder(args)
-    runtime.refuse_unused(given, unused_flags(args))
+    runtime.refuse_unused(given, {**unused_data_flags(args), **unused_flags(args)})
     return args
 
 

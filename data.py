@@ -26,7 +26,7 @@ from torch import Tensor
 from packing import names_and_sizes, pack_once
 from readers import READERS, NoSuchSplit, read_artbench10, read_folder
 from disk import fingerprint, path_id, read_json, sha256
-from runtime import Parser, UserError, integer, number, run, seed_of
+from runtime import Parser, UserError, integer, number, refuse_unused, run, seed_of
 
 
 # --------------------------------------------------------------------------------------------------
@@ -532,11 +532,17 @@ def add_data_flags(parser, dataset="cifar100", ir=None):
     return g
 
 
+def unused_data_flags(args):
+    """{flag: why it does nothing}, of the data flags beside each other."""
+    return {"tail_seed": "--ir 1 takes every image, and draws none"} if args.ir == 1 else {}
+
+
 def main():
     """Pack a data set and print its class sizes."""
     parser = Parser(__doc__)
     add_data_flags(parser, ir=1)
     args = parser.parse_args()
+    refuse_unused(parser.given, unused_data_flags(args))
     images = load_long_tailed(args)
     print(images.summary())
     for name, classes in class_groups(images.counts).items():

@@ -35,6 +35,9 @@ REQUIRED = {    # what a file of each kind must hold
     "classifier": {"network", "model", "config", "data"},
 }
 REQUIRED["consistency"] = REQUIRED["diffusion"]
+TYPES = {       # of what is there; class names and dtype every script needs
+    "network": dict, "model": dict, "ema": dict, "adapters": dict, "config": dict, "data": dict,
+    "step": int, "command": str}
 RENAMED = {     # settings in older checkpoints and results: what they are called now
     "split_seed": "tail_seed", "split_rule": "group_rule", "num_split": "num_group"}
 
@@ -341,7 +344,8 @@ def load(path, kinds, flag="--ckpt"):
     and "classifier". Its "config" has today's names of the settings. Raises UserError with `flag`.
     """
     if Path(path).is_dir():
-        raise UserError(f"{flag} {path}: a folder; name the ckpt.pt in it")
+        fix = "remove it" if flag == "--out" else "name the ckpt.pt in it"
+        raise UserError(f"{flag}: {path} is a folder; {fix}")
     if not Path(path).is_file():
         raise UserError(f"{flag} {path}: there is no such file")
     try:
@@ -357,13 +361,24 @@ def load(path, kinds, flag="--ckpt"):
     ours = isinstance(value, dict) and value.get("format") == FORMAT
     if not ours or value.get("kind") not in kinds:
         raise UserError(f"{flag} {path}: not a {' or '.join(kinds)} checkpoint of this project")
-    missing = sorted(REQUIRED[value["kind"]] - set(value))
+    missing = what_is_missing(value)
     if missing:
-        raise UserError(f"{flag} {path}: not a whole checkpoint (it lacks {missing[0]!r})")
+        raise UserError(f"{flag} {path}: not a whole checkpoint (it lacks {missing[0]!r}, or has "
+                        "another kind of it)")
     value["config"] = renamed(value["config"])
     ckpt = Checkpoint(value)
     ckpt.sha256 = digest
     return ckpt
+
+
+def what_is_missing(value):
+    """The names of what a checkpoint of ours should hold and does not, or in another kind."""
+    missing = sorted(REQUIRED[value["kind"]] - set(value))
+    missing += [key for key, kind in TYPES.items() if not isinstance(value.get(key, kind()), kind)]
+    if missing:
+        return missing
+    needed = {"class_names": (value["data"], list), "dtype": (value["config"], str)}
+    return [key for key, (part, kind) in needed.items() if not isinstance(part.get(key), kind)]
 
 
 def resume(args, kinds):

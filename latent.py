@@ -33,7 +33,8 @@ from torch.nn.utils import parametrize
 import disk
 import runtime
 from cm_layers import LowRank, count, general_only, matrices, reserve
-from data import Batches, add_data_flags, load_long_tailed, refuse_other_data, to_float
+from data import (Batches, add_data_flags, load_long_tailed, refuse_other_data, to_float,
+                  unused_data_flags)
 from losses import CMConfig, Objective, add_cm_flags, bind, draw_batch
 from runtime import Parser, UserError, integer, number, refuse_unused, run
 from sample import (add_output_flags, add_sampling_flags, check_outputs, claimed, describe,
@@ -416,6 +417,7 @@ def resolve(args, given):
     """Fill in the run's folder. given: Parser.given. Raises UserError for flags that cannot be."""
     if not args.cm:
         refuse_unused(given, {name: "means something with --cm only" for name in CM_ONLY})
+    refuse_unused(given, unused_data_flags(args))
     rest = args.prompt.replace("{}", "")
     if rest == args.prompt or "{" in rest or "}" in rest:
         raise UserError(f"--prompt {args.prompt!r}: must hold {{}}, which stands for the class, "

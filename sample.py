@@ -184,26 +184,30 @@ def build_network(network, rank_ratio=None, experts=None):
     return add_low_rank(UNet(UNetConfig(**network)), rank_ratio, experts)
 
 
-def load_unmerged(ckpt, weights="ema", device="cpu"):
+def load_unmerged(ckpt, weights="ema", device="cpu", flag="--ckpt"):
     """The network of a checkpoint as it was trained, W^g and BA apart, on `device`.
 
-    ckpt: the dict that disk.load returns. weights: "ema" or "raw". Raises UserError where the
-    weights do not fit.
+    ckpt: the dict that disk.load returns. weights: "ema" or "raw". Raises UserError, which names
+    `flag`, where the weights do not fit.
     """
     if weights == "raw" and is_one_network(ckpt):
         raise UserError("--weights raw: this file is an export and holds one network only; leave "
                         "it out, or name the run's checkpoint")
-    net = build_network(ckpt["network"], ckpt["rank_ratio"], ckpt["experts"])
+    names, outputs = ckpt["data"]["class_names"], ckpt["network"].get("num_classes")
+    if len(names) != outputs:
+        raise UserError(f"{flag}: it has {len(names)} class names for a network of {outputs} "
+                        "classes; it is not whole")
     try:
+        net = build_network(ckpt["network"], ckpt["rank_ratio"], ckpt["experts"])
         net.load_state_dict(ckpt["ema" if weights == "ema" else "model"])
-    except RuntimeError as e:
-        why = str(e).splitlines()[-1].strip()
-        raise UserError("--ckpt: its weights do not fit the network that it describes "
+    except (RuntimeError, TypeError, ValueError, AssertionError, IndexError) as e:
+        why = next(iter(str(e).splitlines()[-1:]), type(e).__name__).strip()
+        raise UserError(f"{flag}: its weights do not fit the network that it describes "
                         f"({why})") from e
     return net.to(device, memory_format=torch.channels_last)
 
 
-def load_network(ckpt, weights="ema", branch="full", device="cpu"):
+def load_network(ckpt, weights="ema", branch="full", device="cpu", flag="--ckpt"):
     """The network of a checkpoint merged into a plain UNet, without gradients, on `device`.
 
     branch: "full" (theta) or "general" (theta^g). The rest as load_unmerged. Raises UserError.
@@ -212,7 +216,7 @@ def load_network(ckpt, weights="ema", branch="full", device="cpu"):
     if branch == "general" and not has_general:
         raise UserError("--branch general: this checkpoint has no reserved capacity (it was "
                         "trained with --no-cm, or merged)")
-    net = merge(load_unmerged(ckpt, weights), branch)
+    net = merge(load_unmerged(ckpt, weights, flag=flag), branch)
     return net.to(device, memory_format=torch.channels_last).requires_grad_(False)
 
 

@@ -28,13 +28,14 @@ import augment
 import losses
 import disk
 import runtime
-from data import Batches, add_data_flags, class_groups, load_long_tailed, refuse_other_data
+from data import (Batches, add_data_flags, class_groups, load_long_tailed, refuse_other_data,
+                  unused_data_flags)
 from experts import freeze_all_but_low_rank
 from losses import BASES, CMConfig, Objective, add_cm_flags, bind, draw_batch
 from model import UNet, UNetConfig, make_alphas_bar
 from runtime import Parser, UserError, integer, number, refuse_unused, run
 from sample import (DEFAULTS, KINDS, STEPS, add_low_rank, generate, grid_image, image_shape,
-                    load_network, ten_classes)
+                    is_one_network, load_network, ten_classes)
 
 # --------------------------------------------------------------------------------------------------
 # Settings
@@ -182,6 +183,10 @@ def resolve(args, given=()):
     check_batch_size(args)
     check_sizes(args)
     check_method(args, given)
+    refuse_unused(given, unused_data_flags(args))
+    if args.keep_every and args.keep_every > args.steps:
+        raise UserError(f"--keep-every {args.keep_every}: more than --steps {args.steps}, so that "
+                        "no snapshot would be kept; take fewer")
     if args.out is None:
         plain = vars(make_parser().parse_args([]))
         args.out = "out/" + run_name(args, {**plain, **preset})
@@ -571,6 +576,9 @@ def resume(args):
     if args.base == "consistency" and args.ct_double is None:
         args.ct_double = old["config"]["ct_double"] if old else max(1, args.steps // 4)
     rt.agree(old["step"] if old else 0, args.out)
+    if old and is_one_network(old):
+        raise UserError(f"--out {args.out}: its ckpt.pt is an export of sample.py, which has no "
+                        "training to go on with; choose another folder")
     if old:
         plain = vars(make_parser().parse_args([]))
         config = config_of(args, old["config"])
@@ -645,7 +653,7 @@ def start_from(net, path, kind):
 
     Raises UserError where they do not fit.
     """
-    source = load_network(disk.load(path, [kind], "--init-from"))
+    source = load_network(disk.load(path, [kind], "--init-from"), flag=f"--init-from {path}")
     try:
         net.load_state_dict(source.state_dict())
     except RuntimeError as e:

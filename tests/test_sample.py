@@ -621,3 +621,35 @@ def test_dpmpp_is_of_second_order():
         e = errors[sampler]
         assert all(abs(math.log2(a / b) - order) < 0.3 for a, b in zip(e, e[1:])), e
     assert errors[sample.dpmpp][-1] < errors[sample.ddim][-1] / 10
+
+
+# --------------------------------------------------------------------------------------------------
+# Checkpoints that were edited
+
+def without(part, key):
+    """A change of a checkpoint: `key` is missing from one of its parts, or from itself."""
+    def change(ckpt):
+        del (ckpt[part] if part else ckpt)[key]
+    return change
+
+
+def put(part, key, value):
+    """A change of a checkpoint: another value."""
+    def change(ckpt):
+        (ckpt[part] if part else ckpt)[key] = value
+    return change
+
+
+@pytest.mark.parametrize("change", [
+    without("config", "dtype"), without("data", "class_names"), put("", "config", [1]),
+    put("", "ema", None), put("", "step", "9"), put("network", "unknown", 1),
+    put("network", "ch", "wide"), put("network", "ch", 6), put("data", "class_names", ["a"] * 11),
+    without("network", "num_classes")])
+def test_an_edited_checkpoint(change, cm_run, tmp_path, capsys):
+    ckpt = dict(checkpoint(cm_run))
+    for part in ("config", "data", "network"):
+        ckpt[part] = dict(ckpt[part])
+    change(ckpt)
+    disk.save(tmp_path / "ckpt.pt", ckpt)
+    refuses(capsys, sample.main, "--ckpt", tmp_path / "ckpt.pt", "--num", 2, "--steps", 2,
+            "--device", "cpu", says=["--ckpt"])

@@ -17,6 +17,7 @@ from test_mistakes import refuses
 
 import disk
 import losses
+import sample
 import train
 from runtime import UserError
 
@@ -436,3 +437,26 @@ def test_flags_that_do_nothing_are_refused(flags, flag, tmp_path, data_dir, caps
     refuses(capsys, train.main, *TINY_FLAGS, "--data-dir", data_dir, "--out", tmp_path / "run",
             *flags, says=[flag + ":"])
     assert not (tmp_path / "run").exists()
+
+
+def test_an_export_is_not_gone_on_with(cm_run, tmp_path, data_dir, capsys):
+    call(sample.main, "--ckpt", cm_run / "ckpt.pt", "--export", tmp_path / "ckpt.pt",
+         "--device", "cpu")
+    refuses(capsys, train.main, *TINY_FLAGS, "--data-dir", data_dir, "--steps", 40,
+            "--out", tmp_path, says=["--out", "an export"])
+
+
+def test_init_from_is_named(cm_run, tmp_path, data_dir, capsys):
+    ckpt = load(cm_run)
+    name = next(iter(ckpt["ema"]))
+    disk.save(tmp_path / "broken.pt", {**ckpt, "ema": {name: ckpt["ema"][name]}})
+    refuses(capsys, train.main, *TINY_FLAGS, "--data-dir", data_dir, "--steps", 1, "--no-cm",
+            "--base", "ddpm", "--init-from", tmp_path / "broken.pt", "--out", tmp_path / "run",
+            says=["--init-from", "do not fit"])
+
+
+@pytest.mark.parametrize("flags, flag", [
+    (["--keep-every", 100, "--steps", 2], "--keep-every"),
+    (["--ir", 1, "--tail-seed", 5], "--tail-seed")])
+def test_flags_that_would_do_nothing(flags, flag, capsys):
+    refuses(capsys, train.main, *TINY_FLAGS, *flags, says=[flag])
