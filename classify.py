@@ -406,6 +406,9 @@ def unused_flags(args):
     if not args.cm:
         keys = ("reserve", "lam", "w_con", "w_div", "div_bound", "distance", "rank_ratio")
         unused.update({key: "belongs to --cm" for key in keys})
+    elif not args.lam:
+        unused.update({key: "--lam 0 has no L_CM" for key in
+                       ("w_con", "w_div", "div_bound", "distance")})
     return unused
 
 
@@ -487,7 +490,7 @@ def read_extra(path, images):
     labels = to_classes(labels, names, images.class_names, f"--extra {path}")
     if channels == 1 and (extra != extra[..., :1]).any():
         raise UserError(f"--extra {path}: images in colour, and {images.name} is grey")
-    return extra[..., :channels], labels
+    return extra[..., :channels], labels.astype(np.int64)
 
 
 def random_shift(x, pad, g):
@@ -563,7 +566,8 @@ def set_up(sets, settings, old, args, rt):
     training.loss = make_loss(training, sets.train.counts, args, rt)
     announce(training, sets.train, args, rt)
     if rt.rank == 0:
-        training.board = SummaryWriter(args.out, purge_step=training.step + 1)
+        with disk.writing(args.out):
+            training.board = SummaryWriter(args.out, purge_step=training.step + 1)
     return training
 
 
@@ -672,11 +676,18 @@ def log(training, total, terms, rt):
     if rt.maximum(int(not math.isfinite(value))):
         raise UserError(f"stopped at step {training.step}: the loss is not finite; lower --lr")
     if training.board:
-        for name, term in terms.items():
-            training.board.add_scalar(name, term.item(), training.step)
         rate = training.optimizer.param_groups[0]["lr"]
-        training.board.add_scalar("lr", rate, training.step)
+        numbers = {**{name: term.item() for name, term in terms.items()}, "lr": rate}
+        write_board(training.board, numbers, training.step)
     return value
+
+
+def write_board(board, numbers, step):
+    """Write {name: number} to TensorBoard's files."""
+    with disk.writing(board.log_dir):
+        for name, value in numbers.items():
+            board.add_scalar(name, value, step)
+        board.flush()
 
 
 def loop(training, args, rt):
@@ -842,9 +853,9 @@ def report(training, sets, args, rt):
     else:
         result.update(report_test(net, sets, args, rt), num_real=len(sets.test.labels))
         words += f", {result['accuracy'] / 100:.1%} on {result['num_real']:,} test images"
-        training.board.add_scalar("test/accuracy", result["accuracy"], training.total)
-        for name, group in result["groups"].items():
-            training.board.add_scalar(f"test/{name}", group["accuracy"], training.total)
+        numbers = {f"test/{name}": group["accuracy"] for name, group in result["groups"].items()}
+        numbers["test/accuracy"] = result["accuracy"]
+        write_board(training.board, numbers, training.total)
     training.board.close()
     print(words)
     return result
@@ -857,11 +868,17 @@ def result_settings(config, sets):
 
 
 def is_done(out, old, config, sets):
-    """Whether result.json is that of these settings and data, and of the checkpoint beside it."""
+    """Whether result.json is that of these settings and data, and of the checkpoint `old`."""
     result = disk.read_result(out / "result.json")
-    if not old or not disk.up_to_date(out / "result.json", result_settings(config, sets)):
+    if not disk.up_to_date(out / "result.json", result_settings(config, sets)):
         return False
     return result.get("weights_sha256") == weights_hash(old["model"])
+
+
+def check_outputs(out):
+    """Raise UserError where a file of the run cannot be written."""
+    for name in ("ckpt.pt", "result.json", "confusion.png"):
+        disk.check_writable(out / name)
 
 
 def train_and_report(sets, config, old, args, rt):
@@ -897,9 +914,10 @@ def main():
     refuse_narrow(args.width, rt.device)
     sets = load_sets(args, rt)
     config = settings_of(args)
-    if args.if_needed and is_done(out, old, config, sets):
-        return rt.print(f"{out}: up to date")
+    if old and (args.if_needed or not old["training"]) and is_done(out, old, config, sets):
+        return rt.print(f"{out}: {'up to date' if args.if_needed else 'finished'}")
     with disk.claim_run(out, rt, old):
+        rt.on_rank_0(lambda: check_outputs(out))
         train_and_report(sets, config, old, args, rt)
 
 

@@ -303,10 +303,11 @@ def test_default_folders(tmp_path):
     (["--tau", 1], ["--tau", "--loss la"]),             # also where it is the default
     (["--lam", 2], ["--lam", "--cm"]),
     (["--reserve", "layer4"], ["--reserve", "--cm"]),
+    (["--cm", "--lam", 0, "--distance", "probs"], ["--distance", "--lam 0"]),
     (["--extra-per-class", 5], ["--extra-per-class", "--extra"]),
     (["--extra-per-class", "some"], ["--extra-per-class"]),
     (["--loss", "hinge"], ["--loss", "ldam"]),
-], ids=["tau", "default tau", "lam", "reserve", "extra per class", "some", "hinge"])
+], ids=["tau", "default tau", "lam", "reserve", "lam 0", "extra per class", "some", "hinge"])
 def test_flags_that_are_refused(capsys, flags, says):
     refuses(capsys, classify.main, *flags, says=says)
 
@@ -330,7 +331,7 @@ def extra(tmp_path_factory, data_dir):
     path = tmp_path_factory.mktemp("extra") / "x.npz"
     test = load("digits", data_dir, "test")
     images = np.repeat(test.images, 3, 3)
-    np.savez(path, images, test.labels)
+    np.savez(path, images, test.labels.astype(np.uint64))       # as some programs write them
     return path, images, test.labels
 
 
@@ -340,6 +341,7 @@ def extra(tmp_path_factory, data_dir):
     ("balance", [n + min(30, 148 - n) for n in COUNTS])])
 def test_how_many_extra_images(extra, digits, how, expected):
     joined = classify.with_extra(digits, extra[0], how, 0)
+    assert joined.labels.dtype == np.int64
     assert joined.counts.tolist() == expected and joined.images.shape[1:] == (8, 8, 1)
     assert np.array_equal(joined.images[:502], digits.images)
 
@@ -444,20 +446,49 @@ def test_if_needed_and_resuming_look_at_the_images(tmp_path, capsys):
     assert names[0] != names[1]
 
 
-def test_a_second_run_that_is_killed_is_not_finished(tmp_path, data_dir, capsys, monkeypatch):
-    """The result of the first run goes before the second one writes a checkpoint."""
+def test_a_finished_run_is_not_trained_again(tmp_path, data_dir, capsys, monkeypatch):
+    """Its result stays, with and without --if-needed; other settings are refused as before."""
     flags = [*FAST, "--epochs", 2, "--data-dir", data_dir, "--out", tmp_path]
     call(classify.main, *flags)
+    files = {p: p.read_bytes() for p in (tmp_path / "ckpt.pt", tmp_path / "result.json")}
+    monkeypatch.setattr(classify, "train_and_report", None)
+    for more, says in (([], "finished"), (["--if-needed"], "up to date")):
+        capsys.readouterr()
+        call(classify.main, *flags, *more)
+        assert capsys.readouterr().out == f"{tmp_path}: {says}\n"
+    assert all(path.read_bytes() == content for path, content in files.items())
+
+
+def test_a_second_run_that_is_killed_is_not_finished(tmp_path, data_dir, capsys, monkeypatch):
+    """A run whose result does not fit trains again; that result goes before it does."""
+    flags = [*FAST, "--epochs", 2, "--data-dir", data_dir, "--out", tmp_path]
+    call(classify.main, *flags)
+    result = disk.read_json(tmp_path / "result.json")
+    disk.write_json(tmp_path / "result.json", {**result, "weights_sha256": "another"})
 
     def killed(*_):
         raise KeyboardInterrupt
-    with monkeypatch.context() as m:
-        m.setattr(classify, "loop", killed)
-        with pytest.raises(KeyboardInterrupt):
-            call(classify.main, *flags)
-    capsys.readouterr()
-    call(classify.main, *flags, "--if-needed")
-    assert "up to date" not in capsys.readouterr().out
+    monkeypatch.setattr(classify, "loop", killed)
+    with pytest.raises(KeyboardInterrupt):
+        call(classify.main, *flags)
+    assert not (tmp_path / "result.json").exists()
+
+
+def test_a_folder_in_the_way_of_a_result(tmp_path, data_dir, capsys, monkeypatch):
+    monkeypatch.setattr(classify, "train_and_report", None)
+    (tmp_path / "result.json").mkdir()
+    refuses(capsys, classify.main, *FAST, "--data-dir", data_dir, "--out", tmp_path,
+            says=["--out", "result.json", "a folder"])
+
+
+@pytest.mark.parametrize("what", ["add_scalar", "__init__"])
+def test_a_full_disk_is_one_line(what, tmp_path, data_dir, capsys, monkeypatch):
+    """Where TensorBoard's files cannot be opened, and where they can no longer be written."""
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(classify.SummaryWriter, what, full)
+    refuses(capsys, classify.main, *FAST, "--epochs", 1, "--data-dir", data_dir, "--out", tmp_path,
+            says=["--out", "cannot write", "No space left"])
 
 
 def test_a_result_of_another_checkpoint_is_none(tmp_path, data_dir, capsys):
