@@ -602,7 +602,8 @@ def test_default_folders_have_names_that_a_disk_takes():
 def test_classifiers_that_cannot_be_used(tmp_path):
     """A narrow one, which was trained on a GPU, on a CPU; and weights of another network."""
     network = {"channels": 1, "num_classes": 10, "width": 4}
-    content = {"kind": "classifier", "network": network, "config": {}, "data": {},
+    content = {"kind": "classifier", "network": network,
+               "config": {"dtype": "float32"}, "data": {"class_names": list("0123456789")},
                "model": classify.make_resnet(**network).state_dict()}
     disk.save(tmp_path / "narrow.pt", content)
     disk.save(tmp_path / "wrong.pt", {**content, "network": {**network, "width": 8}})
