@@ -292,7 +292,7 @@ def measure_metric(metric, library, n, D):
     child = multiprocessing.get_context("spawn").Process(
         target=measure_in_child, args=(metric, library, n, D, sender))
     child.start()
-    sender.close()              # so that the wait ends where the child dies
+    sender.close()              # so that the wait ends where the child fails
     result = receiver.recv()
     child.join()
     return result
@@ -382,7 +382,7 @@ def main():
               f"{peak_memory():.1f} GiB\n")
     print_tables(rows, sampling, args.methods[0])
     disk.write_json(out / "bench.json", {"device": name, "torch": torch.__version__,
-                                            "rows": rows, "sampling": sampling})
+                                         "rows": rows, "sampling": sampling})
 
 
 if __name__ == "__main__":

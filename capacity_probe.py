@@ -3,8 +3,8 @@
     python capacity_probe.py dominance --ckpt out/NAME/ckpt.pt      # with or without CM
     python capacity_probe.py allocation --ckpt out/NAME/ckpt.pt     # with CM
 
-dominance asks the question of Theorem 2.1 of real gradients: to which class's mean gradient does
-the aggregated gradient of each parameter matrix point? It takes the gradient of the training loss
+dominance tests Theorem 2.1 on real gradients: to which class's mean gradient does the aggregated
+gradient of each parameter matrix point? It takes the gradient of the training loss
 (L_DDPM, and L_CM where the checkpoint has it) over the long-tailed set, on fixed noise and
 timesteps, for class 1 (the largest), class K (the smallest), Many and Few.
 
@@ -24,8 +24,7 @@ from scipy.stats import norm
 import disk
 import runtime
 from cm_layers import general_only, is_reserved, reserved
-from data import (class_groups, load_long_tailed, load_reference, refuse_other_source, to_classes,
-                  to_float)
+from data import class_groups, reference_images, to_float, training_images
 from losses import CMConfig, Objective, bind, draw_batch
 from model import distance, make_alphas_bar, q_sample, stratified_timesteps
 from runtime import Parser, UserError, integer, run
@@ -113,7 +112,7 @@ def noise_of(gradients):
 
 
 # --------------------------------------------------------------------------------------------------
-# Dominance: the question of Theorem 2.1
+# Dominance: what Theorem 2.1 is about
 
 def compare(one, last, aggregate, n_1, n_K, s2, repeats):
     """Whether the aggregated gradient of one matrix points to group 1 rather than to group K.
@@ -184,23 +183,12 @@ def members_of(counts):
     return members
 
 
-def training_images(args, ckpt):
-    """The long-tailed set that a checkpoint was trained on. Raises UserError for another one."""
-    config = ckpt["config"]
-    data_dir = args.data_dir or config["data_dir"]
-    images = load_long_tailed(Namespace(**{**config, "data_dir": data_dir}))
-    if images.counts.tolist() != ckpt["data"]["class_counts"]:
-        raise UserError(f"--data-dir {data_dir}: not the images that {args.ckpt} was trained on")
-    refuse_other_source(images, ckpt["data"], data_dir)
-    return images
-
-
 def dominance(args, rt, ckpt, net):
     """Per pair of groups and kind of matrix: the share that points to the larger group.
 
     Returns the content of dominance.json. Each share comes with Theorem 2.1's probability.
     """
-    images = training_images(args, ckpt)
+    images = training_images(ckpt, args.data_dir)
     objective = Objective(net=net, base=bind("ddpm"), counts=images.counts,
                           alphas_bar=make_alphas_bar(), label_drop=0.0,
                           cm=CMConfig.of(Namespace(**ckpt["config"]))).to(rt.device)
@@ -294,13 +282,8 @@ def allocation(args, rt, ckpt, net):
     if not is_reserved(net):
         raise UserError(f"--ckpt {args.ckpt}: it has no reserved capacity; use one that was "
                         "trained with --cm")
-    config = ckpt["config"]
     data = ckpt["data"]
-    data_dir = args.data_dir or config["data_dir"]
-    images, words = load_reference(data["dataset"], data_dir, None, data["resolution"],
-                                   config["pack_dir"])
-    refuse_other_source(images, data, data_dir)
-    labels = to_classes(images.labels, images.class_names, data["class_names"], "--data-dir")
+    images, labels, words = reference_images(ckpt, args.data_dir)
     # First, since it refuses weights that are not finite, which have no singular values
     D = distances(net, images.images, labels, GRID, rt, args.seed, args.batch_size)
     layers = layers_of(net)
@@ -310,7 +293,7 @@ def allocation(args, rt, ckpt, net):
     per_group = {name: D[np.isin(labels, classes)].mean(0).tolist()
                  for name, classes in groups.items()}
     return {"layers": layers, "timesteps": GRID, "distance": per_group,
-            "images": f"{data['dataset']}, {words}", "images_sha256": images.sha256,
+            "images": words, "images_sha256": images.sha256,
             "num": len(labels)}
 
 

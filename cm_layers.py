@@ -21,6 +21,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -150,7 +151,7 @@ def unknown_layers(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 @contextmanager
-def general_only(module: nn.Module):
+def general_only(module: nn.Module) -> Iterator[nn.Module]:
     """Within, `module` computes with theta^g alone: every reserved weight is W^g, without BA.
 
     Raises ValueError inside torch's parametrize.cached(), which would give theta once more.
@@ -164,7 +165,7 @@ def general_only(module: nn.Module):
 
 
 @contextmanager
-def branches(parts, general):
+def branches(parts: list[LowRank], general: list[bool]) -> Iterator[None]:
     """Within, part k computes theta^g where general[k], else theta."""
     before = [p.general_only for p in parts]
     try:
@@ -176,7 +177,7 @@ def branches(parts, general):
             p.general_only = b
 
 
-def checkpoint(module: nn.Module, function: Callable, *args):
+def checkpoint(module: nn.Module, function: Callable, *args: Any) -> Any:
     """function(*args), computed anew in the backward pass, with the branch of this call.
 
     module: what `function` computes with. torch.utils.checkpoint alone would recompute a pass of
@@ -216,7 +217,7 @@ def merge(module: nn.Module, branch: str = "full") -> nn.Module:
     return module
 
 
-def give_own_class(module):
+def give_own_class(module: nn.Module) -> None:
     """Give a parametrized module a class of its own.
 
     Deep copies share the class that carries the parametrized property, and removing the property

@@ -5,7 +5,7 @@
 A generated image counts as a copy where its nearest training image is nearer to it than to any
 other training image: in pixels, and in the features of a network. Real images that the model has
 not seen do so by chance too; their share is printed beside those of the models. A model that has
-seen 7 images of a class and copies them has a good Frechet distance and nothing new to show.
+seen 7 images of a class and copies them has a good Frechet distance, but generates nothing new.
 
 Several --samples of one training set stand in one table. --ckpt says which training set: that of
 the long-tailed draw, not the balanced one.
@@ -19,8 +19,7 @@ import torch
 
 import disk
 import runtime
-from capacity_probe import training_images
-from data import class_groups, load, read_samples, to_rgb
+from data import class_groups, load, read_samples, to_rgb, training_images
 from evaluate import Extractor, protocol_of_dataset
 from metrics import radii, squared_distances
 from runtime import Parser, UserError, integer, run
@@ -145,7 +144,7 @@ def main():
     sets = read_all(args, ckpt)
     disk.check_writable(out / "copies.json")
     rt = runtime.setup(args.device, args.dtype)
-    train = training_images(args, ckpt)
+    train = training_images(ckpt, args.data_dir)
     unseen = unseen_images(args, ckpt, train)
     features = args.features or protocol_of_dataset(data["dataset"])["features"]
     settings = Namespace(features_batch_size=args.batch_size, inception_weights=None,

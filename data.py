@@ -15,17 +15,20 @@ import re
 import secrets
 import zipfile
 import zlib
+from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from tokenize import TokenError
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
+from disk import Checkpoint, fingerprint, path_id, read_json, sha256
 from packing import names_and_sizes, pack_once
-from readers import READERS, NoSuchSplit, read_artbench10, read_folder
-from disk import fingerprint, path_id, read_json, sha256
+from readers import READERS, NoSuchSplit, Source, read_artbench10, read_folder
 from runtime import Parser, UserError, integer, number, refuse_unused, run, seed_of
 
 
@@ -71,7 +74,7 @@ class ImageSet:
                 "provenance": self.provenance, "sha256": self.sha256}
 
 
-def refuse_other_data(old: dict, record: dict, args):
+def refuse_other_data(old: dict, record: dict, args: Namespace) -> None:
     """Raise UserError where a run's data, of its checkpoint, are not `record`, this command's.
 
     Older checkpoints have fewer entries: those that they have must agree.
@@ -81,10 +84,10 @@ def refuse_other_data(old: dict, record: dict, args):
                         "was started with; choose another folder with --out")
 
 
-def refuse_other_source(images: ImageSet, old: dict, data_dir):
+def refuse_other_source(images: ImageSet, old: dict, data_dir: str | Path) -> None:
     """Raise UserError where a checkpoint was trained on other images of the same data set.
 
-    images: the split that it was trained on, or another one, of which the checkpoint knows nothing.
+    images: the split that it was trained on, or another one, of which it has no record.
     old: the record of the training data.
     """
     same_split = all(images.provenance.get(key) == old["provenance"].get(key)
@@ -97,8 +100,9 @@ def refuse_other_source(images: ImageSet, old: dict, data_dir):
 # --------------------------------------------------------------------------------------------------
 # Packed sets
 
-def load(name: str, data_dir="data", split="train", resolution=None, class_order=None,
-         pack_dir=None) -> ImageSet:
+def load(name: str, data_dir: str | Path = "data", split: str = "train",
+         resolution: int | None = None, class_order: str | None = None,
+         pack_dir: str | Path | None = None) -> ImageSet:
     """Read a data set, packing it on first use. Raises UserError that names the flag.
 
     split: "train" or "test". resolution: None for the set's own. class_order: names or numbers of
@@ -147,7 +151,7 @@ def load(name: str, data_dir="data", split="train", resolution=None, class_order
     return ImageSet(name, images, labels, names, source.flip, meta["provenance"], meta["sha256"])
 
 
-def read_source(source, name, data_dir, split):
+def read_source(source: Source, name: str, data_dir: str | Path, split: str) -> tuple:
     """What a set's reader gives. Raises UserError where its files cannot be read."""
     try:
         return source.read(data_dir, split)
@@ -155,17 +159,18 @@ def read_source(source, name, data_dir, split):
         raise
     except (OSError, ValueError) as e:
         if source.read.__module__ != "readers":
-            raise               # a reader of one's own: its author wants to see where
+            raise               # a reader of one's own: its author needs the traceback
         raise UserError(f"--data-dir {data_dir}: {name} cannot be read ({e})") from e
 
 
-def labels_hash(labels, class_names):
+def labels_hash(labels: ArrayLike, class_names: list[str]) -> str:
     """A hash of labels (N,) and of the class names that they stand for."""
     return hashlib.sha256(json.dumps([np.asarray(labels).tolist(), list(class_names)]).encode()
                           ).hexdigest()
 
 
-def read_if_there(source, name, data_dir, split, base):
+def read_if_there(source: Source, name: str, data_dir: str | Path, split: str,
+                  base: Path) -> tuple | None:
     """What a set's reader gives; None, with a line, where the files are gone and a pack is there.
 
     Packs of sets with lists can be moved to another machine without the image files.
@@ -182,7 +187,7 @@ def read_if_there(source, name, data_dir, split, base):
         return None
 
 
-def reader_hash(read):
+def reader_hash(read: Callable) -> str | None:
     """A hash of the source of a reader of one's own: where it changes, its set is packed anew.
 
     None for those of readers.py. Where the source cannot be had, a new value each time.
@@ -195,7 +200,8 @@ def reader_hash(read):
         return secrets.token_hex(8)
 
 
-def pack_path(name, data_dir, split, resolution, pack_dir) -> Path:
+def pack_path(name: str, data_dir: str | Path, split: str, resolution: int,
+              pack_dir: str | Path | None) -> Path:
     """Where a set's pack is, without its suffixes.
 
     In a folder that several --data-dir may share, its name says which one it belongs to.
@@ -210,7 +216,7 @@ def pack_path(name, data_dir, split, resolution, pack_dir) -> Path:
 # --------------------------------------------------------------------------------------------------
 # Classes
 
-def resolve_classes(text, class_names: list, flag="--classes") -> list[int]:
+def resolve_classes(text: str, class_names: list[str], flag: str = "--classes") -> list[int]:
     """Class numbers from a string such as "0-2,7" or "cat,dog", in the order given.
 
     Raises UserError that names `flag`.
@@ -224,7 +230,7 @@ def resolve_classes(text, class_names: list, flag="--classes") -> list[int]:
     return result
 
 
-def class_range(word, text, class_names, flag):
+def class_range(word: str, text: str, class_names: list[str], flag: str) -> tuple[int, int]:
     """(first, last) class number of one word: a name, a number, or a range such as 6-9."""
     number = class_names.index(word) if word in class_names else None
     if number is not None and not re.fullmatch("[0-9]+", word):
@@ -243,7 +249,8 @@ def class_range(word, text, class_names, flag):
     return first, last
 
 
-def to_classes(labels, from_names, to_names, flag):
+def to_classes(labels: np.ndarray | None, from_names: list[str] | None,
+               to_names: list[str] | None, flag: str) -> np.ndarray | None:
     """Labels renumbered from one list of class names to another.
 
     None for labels or names that are not known. Raises UserError, which names the flag, for a class
@@ -265,7 +272,7 @@ def to_classes(labels, from_names, to_names, flag):
     return np.array([to_names.index(n) for n in from_names])[labels]
 
 
-def class_groups(counts) -> dict[str, list[int]]:
+def class_groups(counts: ArrayLike) -> dict[str, list[int]]:
     """{"Many": classes, "Medium": ..., "Few": ...} by size (Sec. 4.1).
 
     A third of the classes each; the rest of the division goes to Few. counts (C,), ties by class
@@ -282,7 +289,7 @@ def class_groups(counts) -> dict[str, list[int]]:
 # --------------------------------------------------------------------------------------------------
 # Imbalance, and the balanced reference (Sec. 4.1)
 
-def long_tail_counts(available, ir: float) -> np.ndarray:
+def long_tail_counts(available: ArrayLike, ir: float) -> np.ndarray:
     """Class sizes n_max * IR^(-c / (C - 1)), rounded down, for c = 0 ... C - 1 (Cao et al., 2019).
 
     n_max is the largest whole number, at most N / C, for which every class c has the images that it
@@ -303,7 +310,7 @@ def long_tail_counts(available, ir: float) -> np.ndarray:
     return counts
 
 
-def long_tail(labels, ir: float, seed: int = 0) -> np.ndarray:
+def long_tail(labels: ArrayLike, ir: float, seed: int = 0) -> np.ndarray:
     """Ascending rows of the long-tailed subset, exactly those of Cao et al. (2019).
 
     Class by class: RandomState(seed).shuffle, then the first n_c. labels (N,), ir = N_max / N_min
@@ -319,7 +326,7 @@ def long_tail(labels, ir: float, seed: int = 0) -> np.ndarray:
     return np.sort(np.concatenate(rows))
 
 
-def load_long_tailed(args) -> ImageSet:
+def load_long_tailed(args: Namespace) -> ImageSet:
     """The training set that the data flags describe: `load`, then `long_tail` unless IR is 1."""
     images = load(args.dataset, args.data_dir, "train", args.resolution, args.class_order,
                   args.pack_dir)
@@ -328,7 +335,23 @@ def load_long_tailed(args) -> ImageSet:
     return images.take(long_tail(images.labels, args.ir, args.tail_seed))
 
 
-def load_reference(name, data_dir="data", split=None, resolution=None, pack_dir=None):
+def training_images(ckpt: Checkpoint, data_dir: str | Path | None = None) -> ImageSet:
+    """The long-tailed set that a checkpoint was trained on. Raises UserError for another one.
+
+    data_dir: where data sets are; None for where they were in training.
+    """
+    config = ckpt["config"]
+    data_dir = data_dir or config["data_dir"]
+    images = load_long_tailed(Namespace(**{**config, "data_dir": data_dir}))
+    if images.counts.tolist() != ckpt["data"]["class_counts"]:
+        raise UserError(f"--data-dir {data_dir}: not the images that --ckpt was trained on")
+    refuse_other_source(images, ckpt["data"], data_dir)
+    return images
+
+
+def load_reference(name: str, data_dir: str | Path = "data", split: str | None = None,
+                   resolution: int | None = None,
+                   pack_dir: str | Path | None = None) -> tuple[ImageSet, str]:
     """The class-balanced real images that samples are measured against: (ImageSet, what it is).
 
     split "train" or "test" takes that split whole. None: the set's own choice, the full training
@@ -356,6 +379,23 @@ def load_reference(name, data_dir="data", split=None, resolution=None, pack_dir=
     starts = np.cumsum(images.counts) - images.counts
     rows = by_class[(starts[:, None] + np.arange(n)).ravel()]
     return images.take(rows), f"{words}, {n} images of each class"
+
+
+def reference_images(ckpt: Checkpoint, data_dir: str | Path | None = None,
+                     split: str | None = None) -> tuple[ImageSet, np.ndarray, str]:
+    """load_reference for a checkpoint: (the images, labels (N,) in its classes, what they are).
+
+    data_dir: where data sets are; None for where they were in training. split: as there. Raises
+    UserError for a data set with other images, or classes, than in training.
+    """
+    config = ckpt["config"]
+    data = ckpt["data"]
+    data_dir = data_dir or config["data_dir"]
+    images, words = load_reference(data["dataset"], data_dir, split, data["resolution"],
+                                   config["pack_dir"])
+    refuse_other_source(images, data, data_dir)
+    labels = to_classes(images.labels, images.class_names, data["class_names"], "--data-dir")
+    return images, labels, f"{data['dataset']}, {words}"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -387,8 +427,8 @@ class Batches:
     takes square roots, 1 changes nothing.
     """
 
-    def __init__(self, images: ImageSet, batch_size: int, seed: int, device, limit=4 << 30,
-                 resample: float = 1.0):
+    def __init__(self, images: ImageSet, batch_size: int, seed: int, device: torch.device | str,
+                 limit: int = 4 << 30, resample: float = 1.0):
         self.batch_size = batch_size
         self.seed = seed
         self.device = device
@@ -439,7 +479,7 @@ class Batches:
 # --------------------------------------------------------------------------------------------------
 # Samples in an .npz
 
-def open_npz(path, flag) -> dict:
+def open_npz(path: str | Path, flag: str) -> dict[str, np.ndarray]:
     """{name: array} of an .npz file. Raises UserError where it cannot be read as one."""
     try:
         with np.load(path) as f:
@@ -456,7 +496,8 @@ def open_npz(path, flag) -> dict:
     return content
 
 
-def images_of_npz(content: dict, path, flag):
+def images_of_npz(content: dict[str, np.ndarray], path: str | Path,
+                  flag: str) -> tuple[np.ndarray, np.ndarray | None]:
     """(images (N, H, W, 1 or 3) uint8, labels (N,) or None) of open_npz's result.
 
     arr_0 holds the images, arr_1 perhaps labels: the layout of the ADM evaluator. Raises UserError
@@ -478,7 +519,7 @@ def images_of_npz(content: dict, path, flag):
     return images, labels
 
 
-def read_record(npz, flag="--samples") -> dict:
+def read_record(npz: str | Path, flag: str = "--samples") -> dict:
     """What sample.py wrote in the JSON beside an .npz: its "settings" and "data"; {} for none.
 
     Raises UserError where sample.py wrote the JSON for another .npz.
@@ -493,7 +534,8 @@ def read_record(npz, flag="--samples") -> dict:
     return {k: record[k] for k in ("settings", "data") if isinstance(record.get(k), dict)}
 
 
-def read_samples(path, flag="--samples"):
+def read_samples(path: str | Path,
+                 flag: str = "--samples") -> tuple[np.ndarray, np.ndarray | None, dict]:
     """Images (N, H, W, 3) uint8, labels (N,) and the record of an .npz that sample.py wrote.
 
     Raises UserError where the JSON beside it is missing, or not its own.
@@ -507,7 +549,7 @@ def read_samples(path, flag="--samples"):
 
 # --------------------------------------------------------------------------------------------------
 
-def add_data_flags(parser, dataset="cifar100", ir=None):
+def add_data_flags(parser: Parser, dataset: str = "cifar100", ir: float | None = None):
     """The flags that choose the data, the same in every script; the defaults of two of them."""
     g = parser.add_argument_group("data")
     g.add_argument("--dataset", default=dataset,
@@ -532,7 +574,7 @@ def add_data_flags(parser, dataset="cifar100", ir=None):
     return g
 
 
-def unused_data_flags(args):
+def unused_data_flags(args: Namespace) -> dict[str, str]:
     """{flag: why it does nothing}, of the data flags beside each other."""
     return {"tail_seed": "--ir 1 takes every image, and draws none"} if args.ir == 1 else {}
 

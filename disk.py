@@ -103,7 +103,7 @@ def refuse_overwriting(path, is_same_kind, flag, kind):
 
 @contextmanager
 def lock(path, busy=None):
-    """Within, this process alone holds the lock file `path`; the lock of a dead process is none.
+    """Within, this process alone holds the lock file `path`; an ended process holds none.
 
     busy: the UserError where another process holds it; None waits for it, and says so.
     """
@@ -164,7 +164,7 @@ def claim_run(out, rt, old):
 
 
 def is_left_over(path):
-    """Whether a path is a temporary one of this project, and of no other process that lives."""
+    """Whether a path is a temporary one of this project, and of no other process that runs."""
     name = re.fullmatch(r"\..+\.(\d{1,7})\.tmp", path.name, re.ASCII)
     if not name or path.is_symlink():
         return False

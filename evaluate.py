@@ -375,7 +375,7 @@ def refuse_other_sizes(subject, reference, extractor):
     for flag, (height, width) in sizes.items():
         if extractor.size and (height, width) != (extractor.size, extractor.size):
             raise UserError(f"--features {extractor.name}: this classifier was trained on images "
-                            f"of {extractor.size} pixels a side, and those of {flag} have "
+                            f"of {extractor.size} pixels per side, and those of {flag} have "
                             f"{width} x {height}; train one on images of this size, or measure "
                             "images of its size")
     if len(set(sizes.values())) > 1:

@@ -17,11 +17,13 @@ is one module with one forward, so that DistributedDataParallel and torch.compil
 predictions as one call.
 """
 import inspect
+from argparse import Namespace
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
 import consistency
@@ -95,7 +97,8 @@ def draw_batch(x_0: Tensor, y: Tensor, obj: "Objective", *, seed: int, step: int
         weight=None if weight is None else weight[own])
 
 
-def uniform_t(alphas_bar, n, step, generator):
+def uniform_t(alphas_bar: Tensor, n: int, step: int,
+              generator: torch.Generator) -> tuple[Tensor, None, None]:
     """(t, None, None): t (n,) uniform in [0, T), on the generator's device."""
     t = torch.randint(len(alphas_bar), (n,), generator=generator, device=generator.device)
     return t, None, None
@@ -126,13 +129,17 @@ class Predictions:
 # --------------------------------------------------------------------------------------------------
 # Base losses: loss(pred, batch, obj) -> (scalar to minimise, {name: scalar to log})
 
-def ddpm(pred, batch, obj):
+Terms = dict[str, Tensor]
+
+
+def ddpm(pred: Predictions, batch: Batch, obj: "Objective") -> tuple[Tensor, Terms]:
     """E ||eps_theta(x_t, t, y) - eps||^2: the simple loss of Sec. 3.2 and A."""
     base = distance(pred.eps, batch.eps).mean()
     return base, {"base": base}
 
 
-def cbdm(pred, batch, obj, *, cbdm_tau=1e-3, cbdm_gamma=0.25):
+def cbdm(pred: Predictions, batch: Batch, obj: "Objective", *, cbdm_tau: float = 1e-3,
+         cbdm_gamma: float = 0.25) -> tuple[Tensor, Terms]:
     """Class-balancing diffusion, Eq. (D.1): base + tau cb, which brings predictions together.
 
     cb = E t (||eps(y) - sg eps(y')||^2 + gamma ||sg eps(y) - eps(y')||^2), eps(y) for
@@ -166,13 +173,14 @@ def oc_target(x_t: Tensor, batch: Batch, obj: "Objective") -> Tensor:
     return torch.where(transfers[:, None, None, None], target, batch.eps)
 
 
-def oc(pred, batch, obj):
+def oc(pred: Predictions, batch: Batch, obj: "Objective") -> tuple[Tensor, Terms]:
     """Oriented calibration, Eq. (D.2): E ||eps_theta(x_t, t, y) - eps_hat||^2."""
     base = distance(pred.eps, oc_target(pred.x_t, batch, obj)).mean()
     return base, {"base": base}
 
 
-def focal(pred, batch, obj, *, focal_gamma=2.0):
+def focal(pred: Predictions, batch: Batch, obj: "Objective", *,
+          focal_gamma: float = 2.0) -> tuple[Tensor, Terms]:
     """Focal loss (Lin et al., 2017) for regression: E (1 - e^-l)^gamma l.
 
     The factor (1 - e^-l)^gamma has no gradient. l is an image's squared error: a negative
@@ -198,7 +206,8 @@ def rop_time_weights(alphas_bar: Tensor) -> Tensor:
     return weights / weights.mean()
 
 
-def rop(pred, batch, obj, *, rop_weight=0.1, rop_margin=0.1):
+def rop(pred: Predictions, batch: Batch, obj: "Objective", *, rop_weight: float = 0.1,
+        rop_margin: float = 0.1) -> tuple[Tensor, Terms]:
     """Overlap optimisation (Yan et al., 2024): base + weight overlap, which pushes classes apart.
 
     overlap = E w_t max(0, m - ||eps(y) - eps(y')||^2) at one x_t, with another label y', the KL
@@ -279,7 +288,7 @@ class CMConfig(NamedTuple):
     independent_dropout: bool = False   # theta and theta^g see different dropout masks
 
     @classmethod
-    def of(cls, args) -> "CMConfig":
+    def of(cls, args: Namespace) -> "CMConfig":
         """The constants that a script's flags give."""
         return cls(**{k: v for k, v in vars(args).items() if k in cls._fields})
 
@@ -297,7 +306,7 @@ def add_cm_flags(group, div_bound: float = 0.01):
                        f"where diffusion models diverge (default: {div_bound:g})")
 
 
-def class_weights(counts) -> tuple[Tensor, Tensor]:
+def class_weights(counts: ArrayLike) -> tuple[Tensor, Tensor]:
     """Eq. (3): (w_con, w_div), each (C,) float64 with mean 1 over classes.
 
     counts (C,): training images per class. w_con = C N_y / sum_c N_c and
@@ -307,7 +316,7 @@ def class_weights(counts) -> tuple[Tensor, Tensor]:
     return len(n) * n / n.sum(), len(n) / (n * (1 / n).sum())
 
 
-def cm_terms(D: Tensor, y: Tensor, w_con_y: Tensor, w_div_y: Tensor, bound: float):
+def cm_terms(D: Tensor, y: Tensor, w_con_y: Tensor, w_div_y: Tensor, bound: float) -> Terms:
     """The two terms of Eq. (2), {"con", "div"}, scalars.
 
     D (B,): distances between the predictions of theta and theta^g. y (B,): the true classes, also
@@ -336,8 +345,9 @@ class Objective(nn.Module):
     without CM).
     """
 
-    def __init__(self, *, net, base: Base, counts, alphas_bar: Tensor, cm: CMConfig | None = None,
-                 label_drop: float = 0.1, ada: float = 0.0, y_prime: str = "uniform"):
+    def __init__(self, *, net: nn.Module, base: Base, counts: ArrayLike, alphas_bar: Tensor,
+                 cm: CMConfig | None = None, label_drop: float = 0.1, ada: float = 0.0,
+                 y_prime: str = "uniform"):
         super().__init__()
         self.net = net
         self.base = base
@@ -354,8 +364,8 @@ class Objective(nn.Module):
         self.register_buffer("w_con_y", w_con_y.float(), persistent=False)
         self.register_buffer("w_div_y", w_div_y.float(), persistent=False)
 
-    def forward(self, batch: Batch):
-        """(total, terms, D) of one Batch, as the class says."""
+    def forward(self, batch: Batch) -> tuple[Tensor, Terms, Tensor]:
+        """(total, terms, D) of one Batch, see the class."""
         x_t = q_sample(batch.x_0, batch.t, batch.eps, self.alphas_bar)
         pred = Predictions(self.net, batch, x_t)
         total, terms = self.base.loss(pred, batch, self)

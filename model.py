@@ -12,7 +12,7 @@ Symbols: x_0 image in [-1, 1], x_t noisy image, t in {0 ... T-1}, eps noise, alp
 product (Sec. A). Shapes: N images, C channels, H x W pixels.
 """
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -75,9 +75,9 @@ def stratified_timesteps(n: int, repeats: int, T: int = 1000) -> Tensor:
 def group_norm(channels: int) -> nn.GroupNorm:
     """GroupNorm with min(32, channels / 4) groups: at least four channels per group.
 
-    With one channel per group the norm removes an embedding added to that channel exactly, and a
-    narrow network would be blind to t and y. Raises ValueError where the groups do not divide the
-    channels.
+    With one channel per group the norm removes an embedding added to that channel exactly, and the
+    output of a narrow network would not depend on t and y. Raises ValueError where the groups do
+    not divide the channels.
     """
     groups = min(32, max(1, channels // 4))
     if channels % groups:
@@ -85,14 +85,15 @@ def group_norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(groups, channels)
 
 
-def init_layer(layer, gain=1.0):
+def init_layer(layer: nn.Module, gain: float = 1.0) -> nn.Module:
     """Xavier-uniform weights, zero bias; gain 1e-5 makes a residual branch start as almost 0."""
     nn.init.xavier_uniform_(layer.weight, gain=gain)
     nn.init.zeros_(layer.bias)
     return layer
 
 
-def conv(in_ch, out_ch, kernel=3, stride=1, gain=1.0):
+def conv(in_ch: int, out_ch: int, kernel: int = 3, stride: int = 1,
+         gain: float = 1.0) -> nn.Conv2d:
     """A padded convolution with the initialisation above."""
     layer = nn.Conv2d(in_ch, out_ch, kernel, stride, padding=kernel // 2)
     return init_layer(layer, gain)
@@ -112,7 +113,7 @@ class Embedding(nn.Module):
     y = -1 (Null) adds no label vector.
     """
 
-    def __init__(self, cfg):
+    def __init__(self, cfg: "UNetConfig"):
         super().__init__()
         self.ch = cfg.ch
         self.linear1 = init_layer(nn.Linear(cfg.ch, 4 * cfg.ch))
@@ -122,7 +123,7 @@ class Embedding(nn.Module):
             self.augment = nn.Linear(cfg.augment_dim, 4 * cfg.ch, bias=False)
             nn.init.zeros_(self.augment.weight)
 
-    def forward(self, t, y, a=None):
+    def forward(self, t: Tensor, y: Tensor, a: Tensor | None = None) -> Tensor:
         emb = self.linear2(F.silu(self.linear1(sinusoid(t, self.ch))))    # (N, 4 ch)
         emb = emb + self.label(y.clamp(min=0)) * (y >= 0)[:, None]        # (N, 4 ch)
         return emb if a is None else emb + self.augment(a)
@@ -131,7 +132,7 @@ class Embedding(nn.Module):
 class Attention(nn.Module):
     """Single-head self-attention over the H x W positions, residual: (N, C, H, W) -> same."""
 
-    def __init__(self, ch):
+    def __init__(self, ch: int):
         super().__init__()
         self.norm = group_norm(ch)
         self.q = conv(ch, ch, 1)
@@ -139,7 +140,7 @@ class Attention(nn.Module):
         self.v = conv(ch, ch, 1)
         self.proj = conv(ch, ch, 1, gain=1e-5)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
         q = self.to_sequence(self.q(h))                             # (N, 1, HW, C)
         k = self.to_sequence(self.k(h))
@@ -149,7 +150,7 @@ class Attention(nn.Module):
         return x + self.proj(h)
 
     @staticmethod
-    def to_sequence(x):
+    def to_sequence(x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, 1, HW, C): one head."""
         return x.flatten(2).transpose(1, 2).unsqueeze(1)
 
@@ -161,7 +162,8 @@ class ResBlock(nn.Module):
     mask is.
     """
 
-    def __init__(self, in_ch, out_ch, emb_ch, level, attention=False):
+    def __init__(self, in_ch: int, out_ch: int, emb_ch: int, level: int,
+                 attention: bool = False):
         super().__init__()
         self.level = level
         self.out_ch = out_ch
@@ -173,7 +175,7 @@ class ResBlock(nn.Module):
         self.shortcut = conv(in_ch, out_ch, 1) if in_ch != out_ch else nn.Identity()
         self.attention = Attention(out_ch) if attention else nn.Identity()
 
-    def forward(self, x, emb, mask=None):
+    def forward(self, x: Tensor, emb: Tensor, mask: Tensor | None = None) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
         h = h + self.emb_proj(F.silu(emb))[:, :, None, None]
         h = F.silu(self.norm2(h))
@@ -184,26 +186,26 @@ class ResBlock(nn.Module):
 class Down(nn.Module):
     """Halve H and W with a strided convolution."""
 
-    def __init__(self, ch):
+    def __init__(self, ch: int):
         super().__init__()
         self.conv = conv(ch, ch, stride=2)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.conv(x)
 
 
 class Up(nn.Module):
     """Double H and W (nearest neighbour), then convolve."""
 
-    def __init__(self, ch):
+    def __init__(self, ch: int):
         super().__init__()
         self.conv = conv(ch, ch)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
 
 
-def run_block(layer, x, emb, masks: Iterator):
+def run_block(layer: nn.Module, x: Tensor, emb: Tensor, masks: Iterator) -> Tensor:
     """Call one layer; a ResBlock also takes emb and the next dropout mask, if there is one."""
     if isinstance(layer, ResBlock):
         return layer(x, emb, next(masks, None))
@@ -233,7 +235,7 @@ class UNetConfig:
 class Encoder(nn.Module):
     """The half that theta and theta^g share: embedding, down-sampling path and middle."""
 
-    def __init__(self, cfg):
+    def __init__(self, cfg: UNetConfig):
         super().__init__()
         emb_ch = 4 * cfg.ch
         last = len(cfg.ch_mult) - 1
@@ -253,7 +255,8 @@ class Encoder(nn.Module):
         self.middle = nn.ModuleList([
             ResBlock(ch, ch, emb_ch, last, attention=True), ResBlock(ch, ch, emb_ch, last)])
 
-    def forward(self, x_t, t, y, masks, a=None):
+    def forward(self, x_t: Tensor, t: Tensor, y: Tensor, masks: Sequence[Tensor],
+                a: Tensor | None = None) -> tuple[Tensor, list[Tensor], Tensor]:
         emb = self.embedding(t, y, a)
         masks = iter(masks)
         h = self.head(x_t)                                      # (N, ch, H, W)
@@ -269,7 +272,7 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """The up-sampling half, the part in which CM reserves capacity (Sec. G.1)."""
 
-    def __init__(self, cfg, skip_chs):
+    def __init__(self, cfg: UNetConfig, skip_chs: list[int]):
         super().__init__()
         emb_ch = 4 * cfg.ch
         ch = cfg.ch * cfg.ch_mult[-1]
@@ -285,7 +288,8 @@ class Decoder(nn.Module):
         self.norm = group_norm(ch)
         self.conv = conv(ch, cfg.channels, gain=1e-5)
 
-    def forward(self, h, skips, emb, masks):
+    def forward(self, h: Tensor, skips: list[Tensor], emb: Tensor,
+                masks: Sequence[Tensor]) -> Tensor:
         skips = list(skips)                 # a copy: decode may run twice on one encoding
         masks = iter(masks)
         for layer in self.up:
@@ -309,7 +313,8 @@ class UNet(nn.Module):
         self.encoder = Encoder(self.cfg)
         self.decoder = Decoder(self.cfg, self.encoder.skip_chs)
 
-    def encode(self, x_t: Tensor, t: Tensor, y: Tensor, masks=(), a: Tensor | None = None):
+    def encode(self, x_t: Tensor, t: Tensor, y: Tensor, masks: Sequence[Tensor] = (),
+               a: Tensor | None = None) -> tuple[Tensor, list[Tensor], Tensor]:
         """x_t, t, y -> (h, skips, emb), what decode takes.
 
         masks: the first list of draw_masks, or () for no dropout. a: what augmentation did to the
@@ -320,7 +325,8 @@ class UNet(nn.Module):
         assert H % factor == 0 and W % factor == 0, f"{H} x {W} is not divisible by {factor}"
         return self.encoder(x_t, t, y, masks, a)
 
-    def decode(self, h: Tensor, skips: list, emb: Tensor, masks=()) -> Tensor:
+    def decode(self, h: Tensor, skips: list[Tensor], emb: Tensor,
+               masks: Sequence[Tensor] = ()) -> Tensor:
         """encode's result -> eps (N, channels, H, W).
 
         masks: the second list of draw_masks, or () for no dropout.
@@ -330,8 +336,9 @@ class UNet(nn.Module):
     def forward(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
         return self.decode(*self.encode(x_t, t, y))
 
-    def draw_masks(self, n: int, size: int, generator: torch.Generator, dtype=torch.float32):
-        """Dropout masks for n images of `size` pixels a side: (for encode, for decode).
+    def draw_masks(self, n: int, size: int, generator: torch.Generator,
+                   dtype: torch.dtype = torch.float32) -> tuple[list[Tensor], list[Tensor]]:
+        """Dropout masks for n images of `size` pixels per side: (for encode, for decode).
 
         Each is a list of one tensor per ResBlock, in the order in which they run. A mask is 0 with
         probability cfg.dropout, else 1 / (1 - dropout); it is on the generator's device, in the
@@ -347,7 +354,8 @@ class UNet(nn.Module):
         return masks_of(self.encoder), masks_of(self.decoder)
 
 
-def draw_mask(shape, dropout, generator, dtype):
+def draw_mask(shape: Sequence[int], dropout: float, generator: torch.Generator,
+              dtype: torch.dtype) -> Tensor:
     """One dropout mask, (N, H, W, C) in memory and given as (N, C, H, W)."""
     # The scale as the dtype rounds it, so that the mask's mean stays 1 (to 16 bits)
     scale = torch.tensor(1 / (1 - dropout), dtype=dtype).item()

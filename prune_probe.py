@@ -20,7 +20,7 @@ from torch import nn
 
 import disk
 import runtime
-from data import class_groups, load_reference, refuse_other_source, to_classes, to_float
+from data import class_groups, reference_images, to_float
 from model import distance, make_alphas_bar, q_sample, stratified_timesteps
 from runtime import Parser, UserError, integer, number, run
 from sample import dtype_of, load_network
@@ -371,13 +371,9 @@ def main():
     rt = runtime.setup(args.device, dtype_of(args, ckpts[0]))
     names = names_of(args)
     refuse_different_data(args.ckpt, ckpts)
-    data, config = ckpts[0]["data"], ckpts[0]["config"]
-    data_dir = args.data_dir or config["data_dir"]
-    images, words = load_reference(data["dataset"], data_dir, args.split, data["resolution"],
-                                   config["pack_dir"])
-    refuse_other_source(images, data, data_dir)
-    labels = to_classes(images.labels, images.class_names, data["class_names"], "--data-dir")
-    counts = np.array(data["class_counts"])
+    images, labels, words = reference_images(ckpts[0], args.data_dir, args.split)
+    class_names = ckpts[0]["data"]["class_names"]
+    counts = np.array(ckpts[0]["data"]["class_counts"])
     fractions = args.fractions or [args.fraction]
     out = Path(args.out or Path(args.ckpt[0]).parent / "prune")
     disk.check_writable(out / "probe.json")
@@ -387,7 +383,7 @@ def main():
     for name, ckpt in zip(names, ckpts):
         net = load_network(ckpt, args.weights, "full", rt.device)
         raw, pruned = measure(net, images.images, labels, fractions, args, rt, name)
-        results[name] = {f"{f:g}": changes(raw, losses, labels, data["class_names"], counts)
+        results[name] = {f"{f:g}": changes(raw, losses, labels, class_names, counts)
                          for f, losses in pruned.items()}
 
     # Print and write
@@ -395,8 +391,7 @@ def main():
     numel = sum(p.numel() for p in prunable(net, args.tensors).values())
     settings = {"ckpt": [str(path) for path in args.ckpt],
                 "ckpt_sha256": [ckpt.sha256 for ckpt in ckpts],
-                "images": f"{data['dataset']}, {words}", "images_sha256": images.sha256,
-                "num": len(labels),
+                "images": words, "images_sha256": images.sha256, "num": len(labels),
                 "repeats": args.repeats, "scope": args.scope, "tensors": args.tensors,
                 "pruned_of": numel, "weights": args.weights, "seed": args.seed,
                 "dtype": str(rt.dtype)}

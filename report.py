@@ -64,7 +64,9 @@ def read_row(text):
     refuse_twice(text, "file", [Path(path).resolve() for path in paths], paths)
     refuse_twice(text, "checkpoint", [checkpoint_of(result) for result in results], paths)
     for path, result in zip(paths, results):
-        for a, b in generated_otherwise(results[0], result).values():
+        differences = list(generated_otherwise(results[0], result).values())
+        if differences:
+            a, b = differences[0]
             raise UserError(f"--row {text}: {path} has {b}, and {paths[0]} has {a}; a row's files "
                             "differ in the seed of training only")
     return name, results
@@ -151,8 +153,7 @@ def refuse_other_conditions(rows):
 def compared(first, result):
     """{in words: (of one result, of another)} of all that must be equal in a table."""
     pair = (first, result)
-    known = {"its distance is": tuple("FID" if "fid" in r else "FD" if "fd" in r else "none"
-                                      for r in pair)}
+    known = {"its distance is": tuple(distance_name(r) for r in pair)}
     of_settings = {"features": "its features are", "features_sha256": "its features' hash is",
                    "reference": "its reference is", "reference_sha256": "its reference's hash is",
                    "k": "its --k is", "test_sha256": "its test set's hash is",
@@ -168,6 +169,11 @@ def compared(first, result):
     if not any("epochs" in r["settings"] for r in pair):        # there, those of training
         known["its number of images is"] = tuple(r["num"] for r in pair)
     return known
+
+
+def distance_name(result):
+    """ "FID", "FD" or "none": the Frechet distance that a result has."""
+    return next((key.upper() for key in ("fid", "fd") if key in result), "none")
 
 
 def escaped(text):

@@ -155,7 +155,7 @@ check_settings() {
   if [[ ! $TARGET =~ ^[a-zA-Z0-9]+$ ]] || ! grep -qxF "  $TARGET)" run_all.sh; then
     fail "unknown target '${TARGET//$'\n'/ }'; see the head of run_all.sh"
   fi
-  # The one of a command's two such flags that comes last would win without a word
+  # Of two such flags in a command the last one counts, and nothing would say so
   for word in $FLAGS $CM_FLAGS; do
     case ${word%%=*} in
       --seed | --out | --base | --cm | --no-cm | --dataset | --ir | --data-dir | --steps | \
@@ -569,7 +569,7 @@ case $TARGET in
       --quality "$CM/eval-plain.json" "$CM/eval-__branch_general.json"
     ;;
 
-  # Theorem 2.1's question, asked of a trained network's gradients
+  # Theorem 2.1 on the gradients of a trained network
   dominance)
     ddpm
     cm

@@ -524,7 +524,7 @@ def is_up_to_date(out, record, png=False):
 
 
 def is_done(args, rt, out, record):
-    """Whether --if-needed leaves nothing to do: rank 0 looks, and all ranks hear it."""
+    """Whether --if-needed leaves nothing to do: rank 0 looks, and all ranks get its answer."""
     done = args.if_needed and rt.rank == 0 and is_up_to_date(out, record, args.png)
     return bool(rt.maximum(int(done)))
 

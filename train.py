@@ -25,8 +25,8 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.tensorboard import SummaryWriter
 
 import augment
-import losses
 import disk
+import losses
 import runtime
 from data import (Batches, add_data_flags, class_groups, load_long_tailed, refuse_other_data,
                   unused_data_flags)
@@ -338,14 +338,14 @@ def diverged(name, value, step, args):
                      f"{fix}{kept}")
 
 
-def format_line(step, args, means, lr, speed, seconds_left):
-    """One aligned log line."""
+def format_line(step, args, means, groups, lr, speed, seconds_left):
+    """One aligned log line, with D of each group, or "-" where it had no image."""
     width = len(str(args.steps))
     words = [f"step {step:>{width}}/{args.steps}  "]
     words += [f"{k} {v:<8.4f} " for k, v in means.items()
               if not k.startswith("D_") and k != "grad_norm"]
-    D = [f"{v:.1e}" for k, v in means.items() if k.startswith("D_")]
-    if D and args.cm and args.lam:
+    if args.cm and args.lam:
+        D = [f"{means[f'D_{name}']:.1e}" if f"D_{name}" in means else "-" for name in groups]
         words.append(f"D {'/'.join(D)}  ")
     words.append(f"|g| {means['grad_norm']:<7.3f} lr {lr:.1e}  {speed:>6.0f} img/s  "
                  f"ETA {timedelta(seconds=round(seconds_left))}")
@@ -523,7 +523,7 @@ def loop(training, module, batch, log, after_step=None):
 
 
 class Reporter:
-    """Writes log lines, with the speed since the last one, and a warning where D runs away."""
+    """Writes log lines, with the speed since the last one, and a warning where D is too large."""
 
     def __init__(self, training, log):
         self.training = training
@@ -541,16 +541,17 @@ class Reporter:
         args = self.training.args
         rt = self.training.rt
         step = self.training.step
-        runs_away = any(v > 1 for k, v in means.items() if k.startswith("D_"))
-        if runs_away and not self.warned:
+        too_large = any(v > 1 for k, v in means.items() if k.startswith("D_"))
+        if too_large and not self.warned:
             rt.print("warning: the two predictions differ by more than the noise itself (D > 1): "
-                     "the divergence runs away")
+                     "the divergence term grows without bound")
             self.warned = True
         seconds = max(time.time() - self.clock, 1e-9)
         speed = (step - self.clock_step) * args.batch_size / seconds
         seconds_left = (args.steps - step) * args.batch_size / speed
         lr = learning_rate(step - 1, args)
-        rt.print(format_line(step, args, means, lr, speed, seconds_left))
+        groups = self.training.meter.groups
+        rt.print(format_line(step, args, means, groups, lr, speed, seconds_left))
         if self.log:
             self.log.write(step, {**means, "lr": lr, "images_per_s": round(speed, 1)})
         self.training.meter.reset()

@@ -1,4 +1,4 @@
-"""Shared by all tests: `pytest` from the project's folder; CPU, about five minutes.
+"""Shared by all tests: `pytest` from the project's folder, on the CPU.
 
 No network, and no data but scikit-learn's digits.
 """

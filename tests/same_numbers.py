@@ -1,7 +1,8 @@
 """Whether two checkouts compute the same to the last bit, for a change that must move no number.
 
-    git worktree add ../before main && python tests/same_numbers.py ../before .    # three minutes
-    python tests/same_numbers.py --write tests/numbers.json .                      # what one gives
+    git worktree add ../before origin/main              # or another commit: what the change is to
+    python tests/same_numbers.py ../before .            # be compared with; three minutes
+    python tests/same_numbers.py --write tests/numbers.json .                   # what one gives
 
 Each checkout trains every base loss with and without CM for ten steps, samples, evaluates,
 classifies and probes, on digits, in float32, on one thread. Then both go on from the first one's

@@ -81,6 +81,23 @@ def test_no_file_uses_the_main_of_another(name):
             assert not (isinstance(node.value, ast.Name) and node.value.id in imported)
 
 
+def name_or_two(tree):
+    """Scripts of the upper floors from which a file takes one or two names only."""
+    upper = {module for files in FLOORS[3:] for module in files}
+    return {module for module, names in ours(tree).items()
+            if module in upper and 0 < len(names) <= 2}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_no_script_is_a_library_for_a_name_or_two(name):
+    """What two scripts need is in a file below both.
+
+    A classifier's network is classify.py's, and the extractor of features is evaluate.py's.
+    """
+    allowed = {"evaluate.py": {"classify"}, "copy_probe.py": {"evaluate"}}
+    assert name_or_two(parse(name)) <= allowed.get(name, set())
+
+
 # --------------------------------------------------------------------------------------------------
 # Lines and functions
 
@@ -116,3 +133,33 @@ def unpacks_many(node):
 def test_no_assignment_unpacks_three_values_from_a_literal(name):
     lines = [node.lineno for node in ast.walk(parse(name)) if unpacks_many(node)]
     assert not lines, f"{name}: lines {lines}"
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_conditions_are_not_nested(name):
+    """No `a if b else c if d else e`."""
+    found = [node.lineno for node in ast.walk(parse(name)) if isinstance(node, ast.IfExp)
+             and isinstance(node.orelse, ast.IfExp)]
+    assert not found, f"{name}: lines {found}"
+
+
+def without_annotation(function):
+    """What lacks an annotation in a function: its arguments, or what it returns."""
+    arguments = function.args
+    named = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
+    lacking = [a.arg for a in named if a.annotation is None and a.arg not in ("self", "cls")]
+    if function.returns is None and function.name != "__init__":
+        lacking.append("return")
+    return lacking
+
+
+@pytest.mark.parametrize("name", ["model.py", "cm_layers.py", "losses.py", "metrics.py", "data.py"])
+def test_functions_of_the_core_are_annotated(name):
+    """All but scripts' flags and mains, and what is inside of other functions."""
+    tree = parse(name)
+    classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
+    functions = [node for body in (tree, *classes) for node in body.body
+                 if isinstance(node, ast.FunctionDef)]
+    lacking = {f.name: without_annotation(f) for f in functions
+               if f.name != "main" and not f.name.endswith("_flags")}
+    assert not {f: names for f, names in lacking.items() if names}

@@ -333,7 +333,7 @@ def test_thousands_of_classes_take_no_loop_per_step_and_one_line():
     meter.steps = 1
     args = train.resolve(train.make_parser().parse_args([]))
     means = meter.means(runtime.Runtime(torch.device("cpu"), torch.float32))
-    line = train.format_line(5, args, means, 1e-3, 10, 5)
+    line = train.format_line(5, args, means, meter.groups, 1e-3, 10, 5)
     assert "\n" not in line
     assert len(line) < 200
     labels = np.repeat(np.arange(8142), counts)

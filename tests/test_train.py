@@ -115,6 +115,14 @@ def test_a_checkpoint_from_before_a_flag_is_resumed(cm_run, data_dir, tmp_path):
         call(train.main, *flags, "--steps", 32, "--resample", 0.5)
 
 
+def test_a_log_line_shows_which_group_had_no_image():
+    """Two numbers of three groups would not say whose they are."""
+    args = resolved("--dataset", "digits")
+    means = {"base": 1.0, "D_Many": 1e-5, "D_Few": 2e-3, "grad_norm": 1.0}
+    line = train.format_line(5, args, means, ["Many", "Medium", "Few"], 1e-3, 10, 5)
+    assert "D 1.0e-05/-/2.0e-03 " in line
+
+
 def with_split_seed(cm_run, out, seed):
     """Write a checkpoint of cm_run as it was when --tail-seed was called --split-seed."""
     ckpt = load(cm_run)
