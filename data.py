@@ -28,7 +28,8 @@ from torch import Tensor
 
 from disk import Checkpoint, fingerprint, path_id, read_json, sha256
 from packing import names_and_sizes, pack_once
-from readers import READERS, NoSuchSplit, Source, read_artbench10, read_folder
+from readers import (READERS, NoSuchSplit, Source, read_artbench10, read_folder,
+                     train_and_test_folder)
 from runtime import Parser, UserError, integer, number, refuse_unused, run, seed_of
 
 
@@ -328,6 +329,8 @@ def long_tail(labels: ArrayLike, ir: float, seed: int = 0) -> np.ndarray:
 
 def load_long_tailed(args: Namespace) -> ImageSet:
     """The training set that the data flags describe: `load`, then `long_tail` unless IR is 1."""
+    if args.dataset == "folder" and getattr(args, "out", None):
+        refuse_among_classes(args.out, args.data_dir)
     images = load(args.dataset, args.data_dir, "train", args.resolution, args.class_order,
                   args.pack_dir)
     if args.ir == 1:
@@ -347,6 +350,15 @@ def training_images(ckpt: Checkpoint, data_dir: str | Path | None = None) -> Ima
         raise UserError(f"--data-dir {data_dir}: not the images that --ckpt was trained on")
     refuse_other_source(images, ckpt["data"], data_dir)
     return images
+
+
+def refuse_among_classes(out: str | Path, data_dir: str | Path) -> None:
+    """Raise UserError where a run's folder is among a folder's classes: its pictures become one."""
+    out = Path(out).resolve()
+    for root in filter(None, train_and_test_folder(Path(data_dir))):
+        if root.resolve() in (out, *out.parents):
+            raise UserError(f"--out {out}: lies in {root}, where the next call would take its "
+                            "pictures for a class; choose a folder outside with --out")
 
 
 def load_reference(name: str, data_dir: str | Path = "data", split: str | None = None,
@@ -482,6 +494,8 @@ class Batches:
 def open_npz(path: str | Path, flag: str) -> dict[str, np.ndarray]:
     """{name: array} of an .npz file. Raises UserError where it cannot be read as one."""
     try:
+        if Path(path).exists() and not Path(path).is_file():        # a pipe would be waited for
+            raise OSError("it is not a regular file")
         with np.load(path) as f:
             content = {k: f[k] for k in f.files}
     except (OSError, ValueError, KeyError, EOFError, TypeError, AttributeError, MemoryError,
@@ -522,7 +536,7 @@ def images_of_npz(content: dict[str, np.ndarray], path: str | Path,
 def read_record(npz: str | Path, flag: str = "--samples") -> dict:
     """What sample.py wrote in the JSON beside an .npz: its "settings" and "data"; {} for none.
 
-    Raises UserError where sample.py wrote the JSON for another .npz.
+    Raises UserError where sample.py wrote the JSON for another .npz, or it is damaged.
     """
     path = Path(npz).with_suffix(".json")
     record = read_json(path)
@@ -531,7 +545,25 @@ def read_record(npz: str | Path, flag: str = "--samples") -> dict:
     if record.get("npz_sha256") != sha256(npz):
         raise UserError(f"{flag} {npz}: {path.name} beside it does not belong to it; run sample.py "
                         f"again, or remove {path.name}")
-    return {k: record[k] for k in ("settings", "data") if isinstance(record.get(k), dict)}
+    found = {k: record[k] for k in ("settings", "data") if isinstance(record.get(k), dict)}
+    if not says_classes(found.get("data", {})):
+        raise UserError(f"{flag} {npz}: {path.name} beside it is damaged (its class names, class "
+                        f"counts or resolution); run sample.py again, or remove {path.name}")
+    return found
+
+
+def says_classes(data: dict) -> bool:
+    """Whether what the record of a training set says of classes and pixels can be true."""
+    names = data.get("class_names", [])
+    counts = data.get("class_counts")
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        return False
+    if counts is not None:
+        whole = isinstance(counts, list) and all(type(n) is int and n >= 0 for n in counts)
+        if not whole or len(counts) != len(names):
+            return False
+    resolution = data.get("resolution", 1)
+    return type(resolution) is int and resolution > 0
 
 
 def read_samples(path: str | Path,

@@ -15,6 +15,7 @@ import secrets
 import shutil
 import sys
 import zipfile
+import zlib
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -80,6 +81,8 @@ def check_writable(path, flag="--out"):
     path = Path(path)
     if path.is_dir():
         raise UserError(f"{flag} {path}: a folder; name a file")
+    if path.exists() and not path.is_file():        # a pipe would be waited for, /dev/null replaced
+        raise UserError(f"{flag} {path}: not a regular file; choose another name")
     new = [folder for folder in path.parents if not folder.exists()]    # the deepest one first
     trial = path.with_name(f".{path.name[:100]}.{secrets.token_hex(4)}.try")
     try:
@@ -96,7 +99,7 @@ def refuse_overwriting(path, is_same_kind, flag, kind):
 
     is_same_kind(path) -> bool. kind: what the flag writes, in words.
     """
-    if Path(path).exists() and not is_same_kind(path):
+    if Path(path).exists() and not (Path(path).is_file() and is_same_kind(path)):
         raise UserError(f"{flag} {path}: there is a file that is not {kind}; choose another name, "
                         "or remove it")
 
@@ -237,6 +240,8 @@ def save_figure(fig, path, suffixes=("png",), dpi=120):
 
 def read_json(path):
     """The value in a JSON file, or None where there is no such file or it is not JSON."""
+    if not Path(path).is_file():        # a pipe would be waited for
+        return None
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -347,15 +352,20 @@ def load(path, kinds, flag="--ckpt"):
         fix = "remove it" if flag == "--out" else "name the ckpt.pt in it"
         raise UserError(f"{flag}: {path} is a folder; {fix}")
     if not Path(path).is_file():
-        raise UserError(f"{flag} {path}: there is no such file")
+        what = "a link that leads nowhere" if Path(path).is_symlink() else "there is no such file"
+        raise UserError(f"{flag} {path}: {what}")
     try:
         # One open file for both: another process may rename a newer one to this path in between
         with open(path, "rb") as f:
             digest = sha256_of(f)
+            with zipfile.ZipFile(f) as parts:       # torch does not look at its checksums
+                damaged = parts.testzip()
+            if damaged:
+                raise zipfile.BadZipFile(damaged)
             f.seek(0)
             value = torch.load(f, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError,
-            zipfile.BadZipFile) as e:
+            zipfile.BadZipFile, zlib.error, NotImplementedError) as e:
         raise UserError(f"{flag} {path}: not a whole checkpoint (cut short, damaged or of another "
                         "program)") from e
     ours = isinstance(value, dict) and value.get("format") == FORMAT
@@ -387,7 +397,8 @@ def resume(args, kinds):
     args.dtype becomes what "auto" came to, so that the run keeps it on any device.
     """
     path = Path(args.out) / "ckpt.pt"
-    old = load(path, kinds, "--out") if path.exists() else None
+    # A link that leads nowhere is a run on a disk that is not there, not a new one
+    old = load(path, kinds, "--out") if os.path.lexists(path) else None
     keeps = old is not None and args.dtype == "auto"
     rt = setup(args.device, old["config"]["dtype"] if keeps else args.dtype)
     args.dtype = dtype_name(rt.dtype)
@@ -403,6 +414,11 @@ def refuse_changes(old, config, out, defaults, resumable):
     for key, value in config.items():
         was = old.get(key, defaults.get(key))
         if key not in resumable and was != value:
-            flag = flag_of(key.removesuffix("_sha256"))
+            name = key.removesuffix("_sha256")
+            flag = flag_of(name)
+            if name != key:
+                raise UserError(f"{flag} {config.get(name)}: not the file that the run in {out} "
+                                "was started with; put that one back, or choose another folder "
+                                "with --out")
             raise UserError(f"{flag} {value}: the run in {out} was started with {was}; repeat that "
                             "to resume it, or choose another folder with --out")

@@ -21,6 +21,7 @@ CIFAR_SHA256 = {        # of the published archives
     "CIFAR-10": "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce",
     "CIFAR-100": "85cd44d02ba6437773c5bbd22e183051d648de2e7d6b014e1ef29b855ba677a7",
 }
+SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation"}
 IMAGE_FILES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
 
 
@@ -170,7 +171,8 @@ def files_by_class(root, flag="--data-dir"):
     """{sub-folder: its image files}, in the order of `in_order`.
 
     Hidden sub-folders and those without images are left out. Raises UserError for names that are
-    not text, for links that lead nowhere and for folders that cannot be read.
+    not text, for images beside the sub-folders, for sub-folders that are splits, for links that
+    lead nowhere and for folders that cannot be read.
     """
     try:
         entries = [entry for entry in root.iterdir() if not entry.name.startswith(".")]
@@ -178,6 +180,7 @@ def files_by_class(root, flag="--data-dir"):
             refuse_dangling(entry, flag)
         folders = [entry.name for entry in entries if entry.is_dir()]
         found = {name: files_under(root / name, flag) for name in in_order(folders)}
+        flat = [entry.name for entry in entries if is_image(entry.name) and entry.is_file()]
     except OSError as e:
         raise UserError(f"{flag} {root}: cannot be read ({e})") from e
     classes = {}
@@ -186,8 +189,25 @@ def files_by_class(root, flag="--data-dir"):
             raise UserError(f"{flag} {root}: the folder {name!r} has a name that cannot be "
                             "printed; rename it")
         if files:
+            refuse_split(root, name, files, flag)
             classes[name] = files
+    if classes and flat:
+        raise UserError(f"{flag} {root}: images, such as {min(flat)}, beside sub-folders of "
+                        f"images, such as {next(iter(classes))}; move one of the two elsewhere")
     return classes
+
+
+def refuse_split(root, name, files, flag):
+    """Raise UserError for a sub-folder that would be a class and is a split by its name.
+
+    A class may have such a name, as of railway trains: its images then lie directly in it.
+    """
+    folder = os.path.join(root, name)
+    deeper = all(os.path.dirname(path) != folder for path in files)
+    if deeper and name.lower() in SPLITS:
+        raise UserError(f"{flag} {root}: {name} would be a class, with all that its sub-folders "
+                        f"hold; name {folder}, or for --dataset folder have train beside test "
+                        "or val, named just so")
 
 
 def image_folder(root, flag="--data-dir"):
@@ -199,9 +219,6 @@ def image_folder(root, flag="--data-dir"):
     root = Path(root)
     classes = files_by_class(root, flag)
     flat = [os.path.join(root, f) for f in sorted(os.listdir(root)) if is_image(f)]
-    if classes and flat:
-        raise UserError(f"{flag} {root}: images, such as {os.path.basename(flat[0])}, beside "
-                        f"sub-folders of images, such as {next(iter(classes))}; name one of them")
     if not classes and not flat:
         raise UserError(f"{flag} {root}: no images in it, and no sub-folders of images")
     if flat:

@@ -357,6 +357,7 @@ class Log:
 
     def __init__(self, out, step):
         self.path = Path(out) / "log.jsonl"
+        disk.check_writable(self.path)
         with disk.writing(self.path):
             if self.path.exists():
                 lines = self.path.read_text(errors="replace").splitlines(True)

@@ -245,6 +245,7 @@ def test_recurrent_layers_are_named():
                          "words": nn.Embedding(3, 4)})
     with pytest.warns(UserWarning, match="unknown kind: rnn$"):
         reserve(net)
+    assert [name for name, module in net.items() if parametrize.is_parametrized(module)] == ["head"]
 
 
 @pytest.mark.parametrize("hook", [

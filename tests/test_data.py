@@ -5,6 +5,7 @@ import pickle
 import subprocess
 import sys
 import zipfile
+from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -18,8 +19,9 @@ import data
 import disk
 import readers
 import train
-from data import (Batches, class_groups, images_of_npz, load, load_reference, long_tail,
-                  long_tail_counts, open_npz, read_samples, resolve_classes, to_float, to_uint8)
+from data import (Batches, class_groups, images_of_npz, load, load_long_tailed, load_reference,
+                  long_tail, long_tail_counts, open_npz, read_samples, resolve_classes, to_float,
+                  to_uint8)
 from packing import open_image, read_image
 from runtime import UserError
 
@@ -298,6 +300,20 @@ def test_a_json_that_belongs_to_other_samples(tmp_path, content):
     np.savez(path, arr_0=noise())
     (tmp_path / "samples.json").write_text(content)
     with pytest.raises(UserError, match="^--pair .*does not belong to it.*run sample.py again"):
+        read_samples(path, "--pair")
+
+
+@pytest.mark.parametrize("data", [
+    {"class_names": "ab"}, {"class_names": [1, 2]}, {"class_counts": [1, 2]},
+    {"class_names": ["a", "b"], "class_counts": [5]},
+    {"class_names": ["a", "b"], "class_counts": ["5", "1"]}, {"resolution": "big"}])
+def test_a_damaged_json_beside_samples(tmp_path, data):
+    """Counts of too few classes would leave the groups out, those of text end in a traceback."""
+    path = tmp_path / "samples.npz"
+    np.savez(path, arr_0=noise())
+    content = {"settings": {}, "data": data, "npz_sha256": disk.sha256(path)}
+    disk.write_json(tmp_path / "samples.json", content)
+    with pytest.raises(UserError, match="^--pair .*is damaged.*run sample.py again"):
         read_samples(path, "--pair")
 
 
@@ -590,6 +606,41 @@ def test_image_folder_refuses(tmp_path, change, says):
     change(root)
     with pytest.raises(UserError, match=f"^--samples.*{says}"):
         readers.image_folder(root, "--samples")
+
+
+def test_images_beside_the_classes_are_not_left_out_of_training(tmp_path):
+    root = make_folder(tmp_path / "set", [3, 2])
+    gradient(9, 9).save(root / "x.png")
+    with pytest.raises(UserError, match="^--data-dir.*x.png, beside sub-folders"):
+        readers.read_folder(root, "train")
+
+
+def test_a_run_among_the_classes_is_refused(tmp_path):
+    """Its grids of samples would be a class of the next call; beside train/ and test/ it is not."""
+    root = make_folder(tmp_path / "set", [3, 2])
+    flags = {"dataset": "folder", "data_dir": root, "resolution": 8, "class_order": None,
+             "pack_dir": tmp_path / "packs", "ir": 1}
+    for out in (root, root / "run", root / "class0/run"):
+        with pytest.raises(UserError, match="^--out .*would take its pictures for a class"):
+            load_long_tailed(Namespace(**flags, out=out))
+    for split in ("train", "test"):
+        make_folder(tmp_path / "both" / split, [3, 2])
+    flags["data_dir"] = tmp_path / "both"
+    assert len(load_long_tailed(Namespace(**flags, out=tmp_path / "both/run")).labels) == 5
+
+
+def test_a_split_is_no_class(tmp_path):
+    """train/ beside valid/ would be two classes; a folder of railway trains is one."""
+    for split in ("train", "valid"):
+        make_folder(tmp_path / "set" / split, [3, 2])
+    for read in (lambda root: readers.read_folder(root, "train"), readers.image_folder):
+        with pytest.raises(UserError, match="^--data-dir.*train would be a class.*test or val"):
+            read(tmp_path / "set")
+    (tmp_path / "set/valid").rename(tmp_path / "set/val")
+    assert readers.read_folder(tmp_path / "set", "train")[2] == ["class0", "class1"]
+    trains = make_folder(tmp_path / "trains", [3, 2])
+    (trains / "class0").rename(trains / "train")
+    assert readers.read_folder(trains, "train")[2] == ["class1", "train"]
 
 
 def test_names_that_are_not_utf8(tmp_path):

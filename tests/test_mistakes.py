@@ -244,6 +244,29 @@ def test_a_run_whose_checkpoint_is_cut_is_not_overwritten(capsys, cm_run, data_d
     assert (tmp_path / "ckpt.pt").read_bytes() == content
 
 
+def test_one_byte_of_a_checkpoint_has_changed(capsys, cm_run, tmp_path):
+    """A disk may do that: all parts are there, and one weight is another number."""
+    content = bytearray((cm_run / "ckpt.pt").read_bytes())
+    weights = disk.load(cm_run / "ckpt.pt", ["diffusion"])["model"]
+    largest = max(weights.values(), key=torch.numel).contiguous(memory_format=torch.channels_last)
+    place = content.find(largest.permute(0, 2, 3, 1).numpy().tobytes()[:64])
+    assert place > 0
+    content[place + 2] ^= 1
+    (tmp_path / "ckpt.pt").write_bytes(content)
+    refuses(capsys, sample.main, "--ckpt", tmp_path / "ckpt.pt", "--device", "cpu",
+            says=["--ckpt", "not a whole checkpoint"])
+
+
+@pytest.mark.parametrize("main, flags", [
+    (train.main, ["--ch", 16]), (classify.main, ["--width", 8])])
+def test_a_link_to_a_checkpoint_that_is_gone_is_no_new_run(main, flags, capsys, data_dir, tmp_path):
+    """As where the disk of the runs is not mounted: starting anew would drop the old log."""
+    (tmp_path / "ckpt.pt").symlink_to(tmp_path / "elsewhere.pt")
+    refuses(capsys, main, "--dataset", "digits", "--data-dir", data_dir, "--out", tmp_path,
+            "--device", "cpu", *flags, says=["--out", "ckpt.pt", "link that leads nowhere"])
+    assert (tmp_path / "ckpt.pt").is_symlink()
+
+
 KILLS = """
 import os, random, signal, sys, time, torch, disk
 
@@ -322,6 +345,21 @@ def test_a_log_that_cannot_be_written(capsys, data_dir, tmp_path):
     (tmp_path / "log.jsonl").mkdir()
     refuses(capsys, train.main, *TINY_FLAGS, "--data-dir", data_dir, "--out", tmp_path,
             "--steps", 2, says=["--out", "log.jsonl"])
+
+
+def test_pipes_are_refused_not_waited_for(capsys, cm_run, data_dir, tmp_path):
+    """What is no regular file would be waited for, or, as /dev/null, be replaced."""
+    pipe = tmp_path / "log.jsonl"
+    os.mkfifo(pipe)
+    refuses(capsys, train.main, *TINY_FLAGS, "--data-dir", data_dir, "--out", tmp_path,
+            "--steps", 2, says=["--out", "log.jsonl", "not a regular file"])
+    refuses(capsys, evaluate.main, "--samples", pipe, "--reference", "digits", "--device", "cpu",
+            "--data-dir", data_dir, says=["--samples", "not a regular file"])
+    refuses(capsys, sample.main, "--ckpt", cm_run / "ckpt.pt", "--export", pipe, "--device", "cpu",
+            says=["--export"])
+    refuses(capsys, report.main, "--row", f"CM={pipe}", says=["--row"])
+    with pytest.raises(UserError, match="--out /dev/null: not a regular file"):
+        disk.check_writable("/dev/null")
 
 
 def test_a_log_cut_in_half(cm_run, data_dir, tmp_path):
