@@ -7,6 +7,7 @@ import json
 import os
 import re
 import subprocess
+from functools import cache
 
 import pytest
 from conftest import ROOT, call
@@ -24,13 +25,13 @@ ENVIRONMENTS = {
     "paper": {"NGPU": "2", "DATA_DIR": "my data", "SEEDS": "3,5", "CLASS_ORDER": "b c,a"},
     "inat2018": {"DATASET": "inat2018", "IR": "50"},
     "budget": {"ROOT": "my own", "STEPS": "7", "FLAGS": "--ch 64 --lr 5e-4",
-               "CM_FLAGS": "--w-div 0.2", "NUM": "99", "FEATURES": "c.pt", "DATASET": "folder"},
+               "CM_FLAGS": "--w-div 0.2", "NUM": "99", "FEATURES": "c.pt", "DATASET": "folder",
+               "SEEDS": "4"},
 }
 
-RECORDER = """#!/bin/sh
-printf '%s\\t' {name} "$@" >> "{calls}"
-echo >> "{calls}"
-"""
+# A function of bash's in place of a program, as `export -f` hands it on
+RECORDER = """() {{ {{ printf '%s\\t' {name} "$@"; echo; }} >> "$CALLS"
+}}"""
 
 
 class Parsed(Exception):
@@ -41,12 +42,18 @@ def record(target, env, folder):
     """Run a target with recorders for programs: its exit code and the lists of words called."""
     calls = folder / "calls"
     calls.write_text("")
-    for name in ("python", "torchrun"):
-        (folder / name).write_text(RECORDER.format(name=name, calls=calls))
-        (folder / name).chmod(0o755)
-    env = {**os.environ, **env, "PATH": f"{folder}:{os.environ['PATH']}"}
+    recorders = {f"BASH_FUNC_{name}%%": RECORDER.format(name=name)
+                 for name in ("python", "torchrun")}
+    env = {**os.environ, **env, **recorders, "CALLS": str(calls)}
     done = subprocess.run(["bash", ROOT / "run_all.sh", target], env=env)
     return done.returncode, [line.split("\t")[:-1] for line in calls.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def calls_of(tmp_path_factory):
+    """calls_of(name): what record_all gives for one of ENVIRONMENTS, found out once."""
+    folder = tmp_path_factory.mktemp("calls")
+    return cache(lambda name: record_all(ENVIRONMENTS[name], folder))
 
 
 def record_all(env, folder):
@@ -82,9 +89,10 @@ def test_targets():
     assert set(TARGETS) <= set(head.split())
 
 
-@pytest.mark.parametrize("env", ENVIRONMENTS.values(), ids=ENVIRONMENTS)
-def test_every_command_is_understood(tmp_path, monkeypatch, env):
-    calls = {tuple(words) for words in record_all(env, tmp_path)}
+@pytest.mark.parametrize("name", ENVIRONMENTS)
+def test_every_command_is_understood(calls_of, monkeypatch, name):
+    env = ENVIRONMENTS[name]
+    calls = {tuple(words) for words in calls_of(name)}
     scripts = set()
     for words in calls:
         if words[0] == "torchrun":
@@ -102,9 +110,9 @@ def test_every_command_is_understood(tmp_path, monkeypatch, env):
     assert "latent.py" in scripts or env.get("SCALE") == "demo"
 
 
-def test_a_budget_reaches_every_run(tmp_path):
+def test_a_budget_reaches_every_run(calls_of):
     """A budget of one's own, with runs and pages in a folder of their own."""
-    for words in record_all(ENVIRONMENTS["budget"], tmp_path):
+    for words in calls_of("budget"):
         line = " ".join(words)
         if words[1] == "train.py":
             assert "--steps 7 --ch 64 --lr 5e-4" in line and "--ir 1 " in line
