@@ -64,18 +64,12 @@ class Step(NamedTuple):
 # --------------------------------------------------------------------------------------------------
 # Clocks
 
-def synchronize(device):
-    """Wait until the device has done all its work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def seconds(f, device):
     """Wall time of one call, the device's work included."""
-    synchronize(device)
+    runtime.synchronize(device)
     start = time.perf_counter()
     f()
-    synchronize(device)
+    runtime.synchronize(device)
     return time.perf_counter() - start
 
 

@@ -388,7 +388,7 @@ def default_folder(args):
         words.append("extra" + content)
     if args.seed != 0:
         words.append(f"seed{args.seed}")
-    named = RESUMABLE | {"dataset", "ir", "loss", "drw", "cm", "extra", "seed"}
+    named = RESUMABLE | {"dataset", "ir", "loss", "drw", "cm", "extra", "seed", "plugin"}
     for key, value in sorted(vars(args).items()):
         if key not in named and value != defaults[key]:
             text = "_".join(value) if isinstance(value, list) else str(value)
@@ -414,8 +414,10 @@ def unused_flags(args):
 
 def settings_of(args):
     """What a run's result depends on: {name: value}, with a hash of the extra images' file."""
-    settings = {key: value for key, value in vars(args).items() if key not in RESUMABLE}
-    return {**settings, "extra_sha256": args.extra and disk.sha256(args.extra)}
+    settings = {key: value for key, value in vars(args).items()
+                if key not in RESUMABLE | {"plugin"}}
+    return {**settings, **runtime.Plugins.record(),
+            "extra_sha256": args.extra and disk.sha256(args.extra)}
 
 
 # --------------------------------------------------------------------------------------------------

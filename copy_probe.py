@@ -11,7 +11,6 @@ Several --samples of one training set stand in one table. --ckpt says which trai
 the long-tailed draw, not the balanced one.
 """
 import time
-from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,8 @@ import torch
 import disk
 import runtime
 from data import class_groups, load, read_samples, to_rgb, training_images
-from evaluate import Extractor, protocol_of_dataset
+from evaluate import protocol_of_dataset
+from features import Extractor
 from metrics import radii, squared_distances
 from runtime import Parser, UserError, integer, run
 from sample import KINDS, grid_image
@@ -147,9 +147,7 @@ def main():
     train = training_images(ckpt, args.data_dir)
     unseen = unseen_images(args, ckpt, train)
     features = args.features or protocol_of_dataset(data["dataset"])["features"]
-    settings = Namespace(features_batch_size=args.batch_size, inception_weights=None,
-                         trust_weights=False)
-    extractor = Extractor(features, settings, rt)
+    extractor = Extractor(features, rt, args.batch_size)
     groups = class_groups(data["class_counts"])
 
     # Measure

@@ -112,7 +112,8 @@ def load(name: str, data_dir: str | Path = "data", split: str = "train",
     data/packed for "folder", whose data_dir is its user's.
     """
     if name not in READERS:
-        raise UserError(f"--dataset {name}: unknown; choose one of {', '.join(READERS)}")
+        raise UserError(f"--dataset {name}: unknown; choose one of {', '.join(READERS)}, or name "
+                        "the file of your own with --plugin")
     for path in (Path(data_dir), *Path(data_dir).parents):
         if path.is_file():
             raise UserError(f"--data-dir {data_dir}: {path} is a file; name a folder")

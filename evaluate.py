@@ -10,8 +10,8 @@ All but IS also per group and per class.
 Protocol (Sec. 4.1): 50,000 class-balanced images against the balanced full training set. Per group
 (Many, Medium, Few): 20,000 images of its classes against the real images of its classes. Features
 are those of Inception (inception.py), so that FID, KID and IS are what torch-fidelity computes. On
-digits, or with --features FILE, features are those of a classifier; the Frechet distance and the
-kernel distance are then named FD and KD, never FID and KID.
+digits, or with --features, they are those of another network; the Frechet distance and the kernel
+distance are then named FD and KD, never FID and KID.
 """
 import hashlib
 import json
@@ -29,10 +29,9 @@ import torch
 
 import disk
 import runtime
-from classify import features_and_logits, load_classifier
 from data import (class_groups, images_of_npz, load_reference, open_npz, read_record, to_classes,
-                  to_float, to_rgb)
-from inception import load_inception
+                  to_rgb)
+from features import DIGITS_CLASSIFIER, Extractor, Features
 from metrics import (FLOOR_IMAGES, IS_SPLITS, KID_SIZE, KID_SUBSETS, METRIC_SEED, distance_of,
                      floor_of, inception_score, kernel_distance, precision_recall)
 from packing import open_image
@@ -41,7 +40,6 @@ from runtime import Parser, UserError, integer, run
 from sample import (KINDS, add_sampling_flags, clipped, describe, dtype_of, generate, image_shape,
                     load_network, sample_batch, sampling_settings)
 
-DIGITS_CLASSIFIER = "out/classifier-digits/ckpt.pt"
 PROTOCOL = {
     "paper": {"num": 50_000, "num_group": 20_000, "features": "inception"},
     "digits": {"num": 2000, "num_group": 0, "features": DIGITS_CLASSIFIER},
@@ -110,7 +108,7 @@ def find_set(text, flag, args, split, resolution):
         return read_folder(text, path, flag)
     if not path.exists():
         raise UserError(f"{flag} {text}: neither a file or folder nor a data set "
-                        f"({', '.join(READERS)})")
+                        f"({', '.join(READERS)}; for one of your own, name its file with --plugin)")
     return read_npz(text, path, flag)
 
 
@@ -364,7 +362,7 @@ def assumed_labels(subject, reference):
 
 def refuse_other_sizes(subject, reference, extractor):
     """Raise UserError for images that a classifier, which resizes none, was not made for."""
-    if extractor.inception:
+    if extractor.resizes:
         return
     sizes = {"--reference": reference.size}
     if subject.images:
@@ -451,104 +449,7 @@ def pool_of(sizes):
 
 
 # --------------------------------------------------------------------------------------------------
-# Features
-
-class Features(NamedTuple):
-    """Features of images, and what else metrics need of the images."""
-    features: np.ndarray                # (n, D) float32
-    logits: np.ndarray                  # (n, K) float32
-    labels: np.ndarray | None = None    # (n,)
-
-    def take(self, rows):
-        """Those of some rows."""
-        return Features(*(None if x is None else x[rows] for x in self))
-
-
-class Extractor:
-    """Features and logits by a network in eval mode: Inception, or a classifier of classify.py.
-
-    name, sha256: of the network's file. class_names, size: of a classifier's outputs, and of its
-    training images in pixels; None for Inception, which resizes images itself.
-    """
-
-    def __init__(self, features, args, rt):
-        self.rt = rt
-        self.batch_size = args.features_batch_size
-        self.inception = features == "inception"
-        if self.inception:
-            self.use_inception(args)
-        else:
-            self.use_classifier(features)
-
-    def use_inception(self, args):
-        """Take torch-fidelity's Inception."""
-        self.net, self.sha256 = load_inception(args.inception_weights, self.rt.device,
-                                               args.trust_weights)
-        self.name = "inception-2015-12-05"
-        self.channels = 3
-        self.class_names = None
-        self.size = None
-
-    def use_classifier(self, path):
-        """Take a checkpoint of classify.py."""
-        if not Path(path).is_file():
-            raise UserError(f"--features {path}: there is no such file; "
-                            f"make one with: python classify.py --dataset NAME")
-        self.net, ckpt = load_classifier(path, self.rt.device)
-        self.name = str(path)
-        self.sha256 = ckpt.sha256
-        self.channels = ckpt["network"]["channels"]
-        self.class_names = ckpt["data"]["class_names"]
-        outputs = ckpt["network"]["num_classes"]
-        if len(self.class_names) != outputs:
-            raise UserError(f"--features {path}: it has {len(self.class_names)} class names for "
-                            f"{outputs} outputs; train the classifier again with classify.py")
-        self.size = ckpt["data"].get("resolution")
-
-    def check(self, images):
-        """Raise UserError for images uint8 (n, H, W, 3) that the network was not made for."""
-        if self.channels == 1 and (images != images[..., :1]).any():
-            raise UserError("--features: this classifier takes grey images, "
-                            "and these are in colour")
-
-    @torch.no_grad()
-    def batch(self, images):
-        """uint8 (n, H, W, 3) -> features (n, D) and logits (n, K), float32 NumPy."""
-        self.check(images)
-        images = np.ascontiguousarray(images[..., :self.channels])
-        x = torch.from_numpy(images).to(self.rt.device)
-        if self.inception:
-            features, logits = self.net(x.permute(0, 3, 1, 2))
-        else:
-            features, logits = features_and_logits(self.net, to_float(x))
-        return features.float().cpu().numpy(), logits.float().cpu().numpy()
-
-    def extract(self, at, n, title, shared=True):
-        """Features and logits of images at(rows), rows 0 ... n - 1; on rank 0, elsewhere None.
-
-        shared: every process has all images and takes a share of them. If False, each process has
-        images of its own, numbered from 0.
-        """
-        rows = np.arange(n)
-        if shared:
-            rows = np.array_split(rows, self.rt.world)[self.rt.rank]
-        batches = np.array_split(rows, max(1, -(-len(rows) // self.batch_size)))
-        features, logits = [], []
-        quiet = self.rt.rank > 0
-        with runtime.progress(total=len(rows), desc=title, unit="img", disable=quiet) as bar:
-            for batch in batches:
-                if not len(batch):
-                    continue            # more processes than images
-                of_batch = self.batch(at(batch))
-                features.append(of_batch[0])
-                logits.append(of_batch[1])
-                bar.update(len(batch))
-        return self.rt.gather(features), self.rt.gather(logits)
-
-    def of(self, images, title):
-        """Features and logits of Images: those that --save-stats kept, or extracted."""
-        return images.features or self.extract(images.at, images.n, title)
-
+# Features of both sides
 
 def refuse_non_finite(features, what, extractor):
     """Raise UserError where features or logits of `what` are not finite; None on other ranks."""
@@ -570,10 +471,11 @@ def make_extractor(args, subject, reference, rt):
     if features != "inception":
         weights = {"inception_weights": args.inception_weights,
                    "trust_weights": args.trust_weights}
-        why = f"the features are those of the classifier {features}"
+        why = f"the features are those of {features}"
         runtime.refuse_unused({name for name, value in weights.items() if value},
                               dict.fromkeys(weights, why))
-    return Extractor(features, args, rt)
+    return Extractor(features, rt, args.features_batch_size, args.inception_weights,
+                     args.trust_weights)
 
 
 def extract_both(args, comparison, extractor, rt):
@@ -640,6 +542,28 @@ def make_metrics(args, comparison, extractor, rt):
     if ours and theirs and sorted(ours) == sorted(theirs):      # in any order
         output_classes = np.array([ours.index(name) for name in theirs])
     return Metrics(extractor.inception, args.k, args.floor, rt.device, output_classes)
+
+
+def weak_classes(real, metrics, class_names):
+    """{class: accuracy} of the classes of which a classifier takes most real images for others.
+
+    real: Features of the reference. {} where the features are no classifier's of these classes.
+    """
+    if metrics.output_classes is None or real.labels is None:
+        return {}
+    right = metrics.output_classes[real.logits.argmax(1)] == real.labels
+    found = {class_names[c]: float(right[real.labels == c].mean()) for c in np.unique(real.labels)}
+    return {name: accuracy for name, accuracy in found.items() if accuracy < 0.5}
+
+
+def weak_words(weak, extractor):
+    """The warning about weak_classes, as a list of lines."""
+    if not weak:
+        return []
+    shown = first(f"{name} {accuracy:.0%}" for name, accuracy in weak.items())
+    return [f"warning: the classifier {extractor.name} knows fewer than half of the real images of "
+            f"some classes ({shown}): what it says of these says little; train one on balanced "
+            "images, or take --features torchvision:resnet50"]
 
 
 def rank_in_class(labels):
@@ -749,16 +673,6 @@ def time_of(function):
     return time.time() - start
 
 
-def duration(seconds):
-    """"40 s", "25 min" or "3 h 20 min"."""
-    minutes = round(seconds / 60)
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    if minutes < 100:
-        return f"{minutes} min"
-    return f"{minutes // 60} h {minutes % 60} min"
-
-
 def announce(args, comparison, extractor, rt):
     """Say what will be measured, and how long it will take."""
     subject, reference = comparison.subject, comparison.reference
@@ -771,7 +685,7 @@ def announce(args, comparison, extractor, rt):
     rt.print(f"{comparison.n:,} images of {subject.words}: overall on {comparison.num:,}{per}, "
              f"against {reference.words} ({reference.n:,} images), "
              f"in features of {extractor.name}, float32; "
-             f"about {duration(seconds)} on {rt.device}{processes}")
+             f"about {runtime.duration(seconds)} on {rt.device}{processes}")
     if comparison.used < reference.n:
         rt.print(f"the samples lack some classes of the reference: overall against its "
                  f"{comparison.used:,} images of the samples' classes")
@@ -793,9 +707,11 @@ def thousands(n):
 def line_of(numbers, n):
     """The numbers of one group in one line; n: the number of images, as text, after each metric."""
     frechet, kernel = ("fid", "kid") if "fid" in numbers else ("fd", "kd")
-    kernel_std = numbers[f"{kernel}_std"]
+    kernels = []
+    if numbers["kid_subset_size"] == KID_SIZE:
+        kernels = [f"{kernel.upper()} ({n}) {numbers[kernel]:.5f} ± {numbers[f'{kernel}_std']:.5f}"]
     words = [f"{frechet.upper()} ({n}) {numbers[frechet]:8.3f}",
-             f"{kernel.upper()} ({n}) {numbers[kernel]:.5f} ± {kernel_std:.5f}",
+             *kernels,
              f"precision ({n}) {numbers['precision']:.3f}",
              f"recall ({n}) {numbers['recall']:.3f}"]
     if "is" in numbers:
@@ -841,10 +757,11 @@ def print_warnings(rows, k):
         print(f"warning: {first(small)}: fewer than {FEW:,} images on one side; a Frechet "
               "distance is then biased upwards and can be compared only at equal counts; KID is "
               "not biased")
-    reduced = sorted({r["kid_subset_size"] for _, r in rows} - {KID_SIZE})
+    kernel = "KID" if "kid" in rows[0][1] else "KD"
+    reduced = [name for name, r in rows if r["kid_subset_size"] < KID_SIZE]
     if reduced:
-        print(f"note: KID's subsets are of {', '.join(map(str, reduced))} images instead of "
-              f"{KID_SIZE:,} where there are fewer")
+        print(f"note: no {kernel} of {first(reduced)}: one of its subsets has {KID_SIZE:,} images, "
+              "and one side has fewer")
     fewer = [name for name, r in rows if "k" in r]
     if fewer:
         print(f"warning: {first(fewer)}: precision and recall with fewer than {k} "
@@ -857,7 +774,8 @@ def print_warnings(rows, k):
 def settings_of(args, comparison, extractor, rt):
     """Everything that moves a number of the result: a plain dict."""
     return {
-        **comparison.subject.made, "reference": comparison.reference.words,
+        **comparison.subject.made, **runtime.Plugins.record(),
+        "reference": comparison.reference.words,
         "reference_sha256": comparison.reference.sha256, **comparison.assumed,
         "num": comparison.num, "num_group": comparison.num_group, "per_class": args.per_class,
         "k": args.k, "features": extractor.name, "features_sha256": extractor.sha256,
@@ -994,7 +912,8 @@ def add_protocol_flags(parser):
 def add_features_flags(parser):
     """The flags that choose the network whose features are compared."""
     g = parser.add_argument_group("features")
-    g.add_argument("--features", help='"inception", or a checkpoint of classify.py '
+    g.add_argument("--features", help='"inception", a checkpoint of classify.py, or a network '
+                   'pre-trained on ImageNet, such as "torchvision:resnet50" '
                    f"(default: inception; digits: {DIGITS_CLASSIFIER})")
     g.add_argument("--inception-weights", metavar="FILE",
                    help="weights-inception-2015-12-05-6726825d.pth "
@@ -1077,9 +996,13 @@ def main():
     metrics = make_metrics(args, comparison, extractor, rt)
     result = measure_all(fake, real, comparison.num, comparison.groups, classes, metrics)
     seconds["metrics"] = time.time() - start
+    warnings = weak_words(weak_classes(real, metrics, comparison.class_names), extractor)
+    if warnings:
+        result["warnings"] = warnings
 
     # 4. Print, then write: numbers that cannot be written are not lost
     print_result(result, args.k, args.floor)
+    print("".join(line + "\n" for line in warnings), end="")
     write_result(args.out_json, result, settings, seconds)
     print(f"wrote {args.out_json}")
     if args.save_stats:

@@ -194,6 +194,7 @@ run_all.sh); leave it out" ;;
 check_settings
 if [[ $SCALE == demo ]]; then
   DATASET=digits
+  PRESET=
   IR=${IR:-20}
   SEEDS=${SEEDS-0}
   ROOT=${ROOT:-out/paper-demo}
@@ -205,6 +206,7 @@ if [[ $SCALE == demo ]]; then
   FEATURES=$ROOT/classifier/ckpt.pt
   python classify.py --dataset digits --epochs 10 --out "$ROOT/classifier" --if-needed
 else
+  PRESET="--preset paper"       # also on a CPU, where train.py's default is another
   case $TARGET in
     table4) DATASET=${DATASET:-celebahq} ;;
     table5) DATASET=${DATASET:-imagenet-lt} ;;
@@ -268,8 +270,8 @@ train() {
       cm_flags=$CM_FLAGS
     fi
   done
-  launch train.py "${DATA[@]}" ${STEPS:+--steps "$STEPS"} $FLAGS "${@//@SEED/$seed}" $cm_flags \
-    --seed $seed --out "$RUNS/$run-seed$seed"
+  launch train.py "${DATA[@]}" $PRESET ${STEPS:+--steps "$STEPS"} $FLAGS "${@//@SEED/$seed}" \
+    $cm_flags --seed $seed --out "$RUNS/$run-seed$seed"
 }
 
 # add_row NAME START END: add a row to the page, of the JSON files START<seed>END of all seeds

@@ -1,11 +1,13 @@
 """What the scripts would otherwise each repeat: errors, flags, devices, processes, seeds.
 
 Every script's last line is `run(main)`: a user's mistake (UserError) becomes one line on stderr
-and exit code 2.
+and exit code 2. Before it, the Python files that --plugin names are imported: they add entries to
+the tables losses.BASES, readers.READERS and networks.NETWORKS.
 """
 import argparse
 import errno
 import hashlib
+import importlib.util
 import math
 import os
 import shlex
@@ -15,6 +17,7 @@ import warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -33,9 +36,15 @@ class UserError(Exception):
 
 
 def run(main):
-    """Call main(); a UserError becomes one line (from rank 0) and exit code 2."""
+    """Import the plugins, call main(); a UserError becomes one line (rank 0) and exit code 2.
+
+    While a plugin is imported it does nothing: its last line may be one that starts a script.
+    """
+    if Plugins.importing:
+        return
     code = 0
     try:
+        import_plugins(sys.argv[1:])
         main()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
@@ -60,6 +69,43 @@ def run(main):
         os._exit(code)
     if code:
         sys.exit(code)
+
+
+class Plugins:
+    """What --plugin named: "NAME HASH" of every file that has been imported."""
+    importing = False
+    found = []
+
+    @classmethod
+    def record(cls):
+        """{"plugin": [...]} for the settings of a result; {} where there is none."""
+        return {"plugin": list(cls.found)} if cls.found else {}
+
+
+def import_plugins(words):
+    """Import each FILE of "--plugin FILE" or "--plugin=FILE" on a command line. Raises UserError.
+
+    Before the flags are read, since a plugin may add some.
+    """
+    after = [file for flag, file in zip(words, words[1:]) if flag == "--plugin"]
+    after += [word.partition("=")[2] for word in words if word.startswith("--plugin=")]
+    for path in map(Path, after):
+        if not path.is_file():
+            raise UserError(f"--plugin {path}: there is no such file")
+        known = importlib.util.find_spec(path.stem)
+        if path.suffix != ".py" or (known and Path(known.origin).resolve() != path.resolve()):
+            raise UserError(f"--plugin {path}: must be a .py file with a name of its own, which no "
+                            "module has; rename it")
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
+        sys.path.append(str(path.parent))
+        Plugins.importing = True
+        try:
+            spec.loader.exec_module(module)
+        finally:
+            Plugins.importing = False
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        Plugins.found.append(f"{path.name} {digest[:16]}")
 
 
 def error_line(error):
@@ -94,6 +140,9 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, doc):
         super().__init__(description=doc, allow_abbrev=False,
                          formatter_class=argparse.RawDescriptionHelpFormatter)
+        self.add_argument("--plugin", action="append", metavar="FILE", default=[],
+                          help="a Python file of your own that is imported first, with losses, "
+                          "data sets or networks; repeatable")
 
     def error(self, message):
         raise UserError(message)
@@ -195,6 +244,18 @@ def progress(iterable=None, **kwargs):
     return tqdm(iterable, mininterval=interval, dynamic_ncols=True, **kwargs)
 
 
+def duration(seconds):
+    """"40 s", "25 min", "3 h 20 min" or "5 days"."""
+    minutes = round(seconds / 60)
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    if minutes < 100:
+        return f"{minutes} min"
+    if minutes < 48 * 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{round(minutes / 60 / 24)} days"
+
+
 # --------------------------------------------------------------------------------------------------
 # Device, dtype, processes
 
@@ -209,7 +270,8 @@ class Runtime:
     def print(self, *words):
         """Print, from rank 0 only."""
         if self.rank == 0:
-            print(*words, flush=True)
+            with tqdm.external_write_mode(sys.stdout):      # above a progress bar, not into it
+                print(*words, flush=True)
 
     def autocast(self):
         """The context in which networks are called: bfloat16 autocast, or nothing for float32."""
@@ -351,6 +413,12 @@ def computes_bfloat16(device):
         has = torch.cpu.get_capabilities()
         return bool(has.get("avx512_bf16") or has.get("amx_bf16"))
     return False
+
+
+def synchronize(device):
+    """Wait until the device has done all its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def wants_compile(args, rt):

@@ -28,7 +28,8 @@ import runtime
 from cm_layers import merge, reserve
 from data import class_groups, resolve_classes, to_rgb, to_uint8
 from experts import add_group_experts
-from model import UNet, UNetConfig, make_alphas_bar
+from model import make_alphas_bar
+from networks import build
 from runtime import Parser, UserError, integer, number, refuse_unused, run
 
 
@@ -167,7 +168,7 @@ def guided(net, y, omega, rt):
 # Networks from checkpoints
 
 def add_low_rank(net, rank_ratio, experts=None):
-    """Reserve capacity in a plain UNet's decoder, or give it group experts; return the UNet.
+    """Reserve capacity in a plain network's decoder, or give a UNet group experts; return it.
 
     rank_ratio: None for neither. experts: the training set's class counts where the decoder has one
     low-rank expert for each of Many, Medium and Few in place of CM's one; else None.
@@ -180,8 +181,8 @@ def add_low_rank(net, rank_ratio, experts=None):
 
 
 def build_network(network, rank_ratio=None, experts=None):
-    """An untrained UNet from the plain dict of a UNetConfig, with add_low_rank's parts."""
-    return add_low_rank(UNet(UNetConfig(**network)), rank_ratio, experts)
+    """An untrained network from the plain dict of networks.build, with add_low_rank's parts."""
+    return add_low_rank(build(network), rank_ratio, experts)
 
 
 def load_unmerged(ckpt, weights="ema", device="cpu", flag="--ckpt"):
@@ -208,7 +209,7 @@ def load_unmerged(ckpt, weights="ema", device="cpu", flag="--ckpt"):
 
 
 def load_network(ckpt, weights="ema", branch="full", device="cpu", flag="--ckpt"):
-    """The network of a checkpoint merged into a plain UNet, without gradients, on `device`.
+    """The network of a checkpoint merged into a plain one, without gradients, on `device`.
 
     branch: "full" (theta) or "general" (theta^g). The rest as load_unmerged. Raises UserError.
     """
@@ -236,7 +237,7 @@ def is_export(path):
 def export(ckpt, net, path):
     """Write a merged network as a checkpoint of its own.
 
-    Every script takes it, and its "model" fits a plain UNet. Raises UserError for group experts.
+    Every script takes it, and its "model" fits a plain network. Raises UserError for group experts.
     """
     if ckpt["experts"]:
         raise UserError("--export: group experts depend on the label and do not merge into one "
@@ -611,7 +612,7 @@ def describe(args, ckpt, settings):
     return {"ckpt": str(args.ckpt), "ckpt_sha256": ckpt.sha256,
             "step": ckpt["step"], "command": ckpt["command"],
             "dataset": ckpt["config"]["dataset"], "weights": args.weights, "branch": args.branch,
-            **settings}
+            **settings, **runtime.Plugins.record()}
 
 
 def make_parser():
@@ -647,7 +648,7 @@ def export_network(args, given):
     rt = runtime.setup(args.device, dtype_of(args, ckpt))
     net = load_network(ckpt, args.weights, args.branch, rt.device)
     rt.on_rank_0(lambda: export(ckpt, net, args.export))
-    rt.print(f"wrote {args.export}: {args.weights} weights, {args.branch} branch, a plain U-Net")
+    rt.print(f"wrote {args.export}: {args.weights} weights, {args.branch} branch, a plain network")
 
 
 def main():

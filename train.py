@@ -19,20 +19,27 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.nn.utils import clip_grad_norm_
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.tensorboard import SummaryWriter
 
 import augment
+import budget
 import disk
 import losses
+import networks
 import runtime
-from data import (Batches, add_data_flags, class_groups, load_long_tailed, refuse_other_data,
-                  unused_data_flags)
+from data import (Batches, add_data_flags, class_groups, load_long_tailed, load_reference,
+                  refuse_other_data, to_classes, to_rgb, unused_data_flags)
 from experts import freeze_all_but_low_rank
+from features import DIGITS_CLASSIFIER, Extractor
 from losses import BASES, CMConfig, Objective, add_cm_flags, bind, draw_batch
-from model import UNet, UNetConfig, make_alphas_bar
+from metrics import distance_of
+from model import make_alphas_bar
+from networks import NETWORKS
+from readers import READERS
 from runtime import Parser, UserError, integer, number, refuse_unused, run
 from sample import (DEFAULTS, KINDS, STEPS, add_low_rank, generate, grid_image, image_shape,
                     is_one_network, load_network, ten_classes)
@@ -40,27 +47,40 @@ from sample import (DEFAULTS, KINDS, STEPS, add_low_rank, generate, grid_image, 
 # --------------------------------------------------------------------------------------------------
 # Settings
 
-PRESETS = {     # defaults that depend on the data set; "paper" holds where a set has none
-    "paper": {"ir": 100.0, "ch": 128, "ch_mult": [1, 2, 2, 2], "attn": [1], "num_res_blocks": 2,
-              "dropout": 0.1, "steps": 300_000, "lr": 2e-4, "warmup": 5000, "ema": 0.9999,
-              "save_every": 5000, "sample_every": 20_000, "log_every": 100, "dtype": "auto"},
-    "digits": {"ir": 20.0, "ch": 32, "ch_mult": [1, 2], "num_res_blocks": 1, "steps": 2000,
-               "lr": 1e-3, "warmup": 100, "ema": 0.999, "save_every": 500, "sample_every": 500,
+PRESETS = {     # defaults by size; what one does not have is the paper's
+    "paper": {"resolution": None, "ch": 128, "ch_mult": [1, 2, 2, 2], "attn": [1],
+              "num_res_blocks": 2, "dropout": 0.1, "steps": 300_000, "lr": 2e-4, "warmup": 5000,
+              "ema": 0.9999, "save_every": 5000, "sample_every": 20_000, "log_every": 100,
+              "dtype": "auto"},
+    "small": {"resolution": 32, "ch": 64, "steps": 20_000, "warmup": 500, "ema": 0.999,
+              "save_every": 500, "sample_every": 2000},
+    "tiny": {"resolution": 16, "ch": 32, "ch_mult": [1, 2, 2], "num_res_blocks": 1, "steps": 4000,
+             "lr": 5e-4, "warmup": 200, "ema": 0.999, "save_every": 500, "sample_every": 1000,
+             "log_every": 50},
+    "digits": {"ch": 32, "ch_mult": [1, 2], "num_res_blocks": 1, "steps": 2000, "lr": 1e-3,
+               "warmup": 100, "ema": 0.999, "save_every": 500, "sample_every": 500,
                "log_every": 50, "dtype": "float32"},
-    "cub200": {"ir": 10.0}, "flowers102": {"ir": 10.0},                             # small sets
-    "folder": {"ir": 1.0}, "imagenet-lt": {"ir": 1.0}, "inat2018": {"ir": 1.0},     # as they are
 }
+IR = {          # --ir by data set; 100 for the others
+    "digits": 20.0, "cub200": 10.0, "flowers102": 10.0,         # small ones
+    "folder": 1.0, "imagenet-lt": 1.0, "inat2018": 1.0}         # as they are
 RESUMABLE = {       # settings that may change when a run goes on
     "steps", "save_every", "keep_every", "sample_every", "log_every", "compile", "device", "out",
-    "data_dir", "pack_dir", "accumulate"}
+    "data_dir", "pack_dir", "accumulate", "eval_every", "eval_num", "features"}
+NETWORK_FLAGS = ("ch", "ch_mult", "attn", "num_res_blocks", "dropout")      # and networks.FLAGS
 CM_ONLY = ("lam", "w_con", "w_div", "div_bound", "independent_dropout")
 MAX_BASE = 10.0     # a base loss above this has diverged: predicting zero costs 1
+FRECHET = ("FID", "FD")     # what a Frechet distance is called in Inception's features, in others
 MAX_D = 100.0       # so has a distance between two predictions of noise of variance 1
 
 
 def make_parser():
     """All flags; those in PRESETS have their default filled in by `resolve`."""
     parser = Parser(__doc__)
+    parser.add_argument("--preset", choices=PRESETS,
+                        help="sizes and lengths: paper; small, 32 pixels, hours on a CPU; tiny, 16 "
+                        "pixels, minutes; flags of your own go before it (default: paper with a "
+                        "GPU, tiny without; digits: digits)")
     add_training_data_flags(parser)
     add_method_flags(parser)
     add_network_flags(parser)
@@ -70,15 +90,19 @@ def make_parser():
     for action in parser._actions:
         if action.dest in PRESETS["paper"]:
             action.default = None
-            action.help += preset_words(action.dest)
+            if action.dest != "resolution":
+                action.help += preset_words(str(PRESETS["paper"][action.dest]), {
+                    name: preset.get(action.dest) for name, preset in PRESETS.items()})
+        if action.dest == "ir":
+            action.help += preset_words("100", IR)
     return parser
 
 
-def preset_words(name):
-    """The defaults of a flag in PRESETS, for --help."""
-    own = [f"{dataset}: {preset[name]}" for dataset, preset in PRESETS.items()
-           if name in preset and dataset != "paper"]
-    return f" (default: {'; '.join([str(PRESETS['paper'][name]), *own])})"
+def preset_words(default, others):
+    """The defaults of a flag, for --help; others: {preset or data set: its own one, or None}."""
+    own = [f"{name}: {value}" for name, value in others.items()
+           if value is not None and name != "paper"]
+    return f" (default: {'; '.join([default, *own])})"
 
 
 def add_training_data_flags(parser):
@@ -109,13 +133,8 @@ def add_method_flags(parser):
     g.add_argument("--cbdm-y", choices=("uniform", "train"), default="uniform",
                    help="how y' is drawn: uniformly, as in Eq. (D.1), or by class frequency, as in "
                    "CBDM's code (default: uniform)")
-    defaults = {k: v for base in BASES.values() for k, v in losses.options_of(base).items()}
-    defaults["ct_double"] = None                # a quarter of --steps
-    for name, (kind, words) in losses.FLAGS.items():
-        default = defaults[name]
-        shown = "a quarter of --steps" if default is None else default
-        g.add_argument(f"--{name.replace('_', '-')}", type=kind, default=default,
-                       help=f"{words} (default: {shown})")
+    # That of ct_double is a quarter of --steps
+    add_own_flags(g, losses.FLAGS, [*map(losses.options_of, BASES.values()), {"ct_double": None}])
     g.add_argument("--experts", choices=("group",),
                    help="one low-rank expert for each of Many, Medium and Few, in place of CM's "
                    "one (default: none)")
@@ -126,9 +145,24 @@ def add_method_flags(parser):
                    "without L_CM")
 
 
+def add_own_flags(group, flags, options):
+    """The flags of a table, losses.FLAGS or networks.FLAGS.
+
+    options: {name: default} of each entry of BASES or NETWORKS.
+    """
+    defaults = {name: value for own in options for name, value in own.items()}
+    for name, (kind, words) in flags.items():
+        default = defaults[name]
+        shown = "a quarter of --steps" if default is None else default
+        group.add_argument(runtime.flag_of(name), type=kind, default=default,
+                           help=f"{words} (default: {shown})")
+
+
 def add_network_flags(parser):
-    """The size of the U-Net."""
+    """Which network, and its size."""
     g = parser.add_argument_group("network")
+    g.add_argument("--network", choices=NETWORKS, default="unet",
+                   help="default: unet, the paper's")
     g.add_argument("--ch", type=integer(1, 65_536), help="base width")
     g.add_argument("--ch-mult", type=integer(1), nargs="+", metavar="M",
                    help="width of each level, as a multiple of --ch")
@@ -136,6 +170,7 @@ def add_network_flags(parser):
                    help="levels with attention, 0 the finest")
     g.add_argument("--num-res-blocks", type=integer(1, 1000), help="residual blocks per level")
     g.add_argument("--dropout", type=number(0, 0.99), help="dropout probability")
+    add_own_flags(g, networks.FLAGS, map(networks.options_of, NETWORKS))
 
 
 def add_optimisation_flags(parser):
@@ -144,9 +179,10 @@ def add_optimisation_flags(parser):
     g.add_argument("--steps", type=integer(1), help="training steps; may be raised to train longer")
     g.add_argument("--batch-size", type=integer(1), default=64,
                    help="images per step, over all processes (default: 64)")
-    g.add_argument("--accumulate", type=integer(1), default=1, metavar="K",
+    g.add_argument("--accumulate", type=passes, default="auto", metavar="K",
                    help="passes per step, each over a K-th of the batch and of its memory; the "
-                   "same step but for dropout masks (default: 1)")
+                   "same step but for dropout masks (default: auto, the fewest whose memory is "
+                   "there)")
     g.add_argument("--lr", type=number(above=0), help="Adam's learning rate after the warm-up")
     g.add_argument("--warmup", type=integer(0),
                    help="steps in which the learning rate rises linearly")
@@ -160,6 +196,11 @@ def add_optimisation_flags(parser):
                    help="torch.compile (default: on CUDA only)")
 
 
+def passes(text):
+    """An argparse type: a whole number of passes, or "auto"."""
+    return text if text == "auto" else integer(1)(text)
+
+
 def add_log_flags(parser):
     """How often something is written."""
     g = parser.add_argument_group("output")
@@ -169,6 +210,13 @@ def add_log_flags(parser):
     g.add_argument("--sample-every", type=integer(0),
                    help="steps between grids of samples, the last step included; 0: none")
     g.add_argument("--log-every", type=integer(1), help="steps between log lines")
+    g.add_argument("--eval-every", type=integer(1), metavar="N",
+                   help="steps between Frechet distances of samples, overall and per group, the "
+                   "last step included (default: never)")
+    g.add_argument("--eval-num", type=integer(2), default=2000, metavar="M",
+                   help="class-balanced samples of --eval-every (default: 2000)")
+    g.add_argument("--features", help="of --eval-every, as evaluate.py's: a network's name or a "
+                   f"classifier's checkpoint (default: inception; digits: {DIGITS_CLASSIFIER})")
 
 
 def resolve(args, given=()):
@@ -176,39 +224,72 @@ def resolve(args, given=()):
 
     given: Parser.given. Raises UserError.
     """
-    preset = {**PRESETS["paper"], **PRESETS.get(args.dataset, {})}
-    for key, value in preset.items():
+    if args.preset is None:
+        args.preset = default_preset(args)
+    defaults = defaults_of(args)
+    for key, value in defaults.items():
         if getattr(args, key) is None:
             setattr(args, key, value)
     check_batch_size(args)
-    check_sizes(args)
+    check_network(args, given)
     check_method(args, given)
     refuse_unused(given, unused_data_flags(args))
+    if not args.eval_every:
+        refuse_unused(given, dict.fromkeys(("eval_num", "features"), "belongs to --eval-every"))
     if args.keep_every and args.keep_every > args.steps:
         raise UserError(f"--keep-every {args.keep_every}: more than --steps {args.steps}, so that "
                         "no snapshot would be kept; take fewer")
     if args.out is None:
-        plain = vars(make_parser().parse_args([]))
-        args.out = "out/" + run_name(args, {**plain, **preset})
+        args.out = "out/" + run_name(args, defaults)
     return args
+
+
+def default_preset(args):
+    """The preset where no flag names one. Raises UserError for a device that is not there."""
+    if args.dataset == "digits":
+        return "digits"
+    return "tiny" if runtime.find_device(args.device).type == "cpu" else "paper"
+
+
+def defaults_of(args):
+    """{flag: its default} of the flags that depend on args.preset and args.dataset."""
+    defaults = {**PRESETS["paper"], **PRESETS[args.preset], "ir": IR.get(args.dataset, 100.0)}
+    if args.dataset not in READERS or not READERS[args.dataset].files:
+        defaults["resolution"] = None           # the set has one of its own
+    return defaults
 
 
 def check_batch_size(args):
     """Raise UserError where processes and passes cannot share the batch equally."""
     world = int(os.environ.get("WORLD_SIZE", 1))
-    if args.batch_size % (world * args.accumulate) == 0:
+    passes = 1 if args.accumulate == "auto" else args.accumulate
+    if args.batch_size % (world * passes) == 0:
         return
     parts = []
     if world > 1:
         parts.append(f"{world} processes")
-    if args.accumulate > 1:
-        parts.append(f"--accumulate {args.accumulate}")
+    if passes > 1:
+        parts.append(f"--accumulate {passes}")
     raise UserError(f"--batch-size {args.batch_size}: not divisible by {' x '.join(parts)}; it "
                     "counts the images of all of them")
 
 
-def check_sizes(args):
-    """Raise UserError where the network cannot be built as the flags say."""
+def check_network(args, given):
+    """Raise UserError where the network cannot be built as the flags say, or has no use for one."""
+    if args.network == "unet":
+        check_unet(args)
+    own = networks.options_of(args.network)
+    refuse_unused(given, {name: f"--network {args.network} has none"
+                          for name in (*NETWORK_FLAGS, *networks.FLAGS) if name not in own})
+    if args.ada and "augment_dim" not in own:
+        raise UserError(f"--ada: --network {args.network} has no augment_dim, to be told what was "
+                        "done to an image; leave it out")
+    if args.experts and args.network != "unet":
+        raise UserError(f"--experts: made for the U-Net, not for --network {args.network}")
+
+
+def check_unet(args):
+    """Raise UserError where the U-Net cannot be built as the flags say."""
     if args.ch % 2:
         raise UserError(f"--ch {args.ch}: must be even; take a multiple of 32")
     highest = len(args.ch_mult) - 1
@@ -247,20 +328,34 @@ def check_method(args, given):
 
 
 def run_name(args, defaults):
-    """A folder name made of the settings: data, IR, base, cm, seed, and what is not a default."""
+    """A folder name made of the settings: data, IR, base, cm, seed, and what is not a default.
+
+    defaults: of defaults_of. A run that an earlier version began keeps the name that it has.
+    """
     dataset = args.dataset
+    earlier = dataset
     if dataset == "folder":
-        dataset = disk.path_id(args.data_dir)
-    words = [dataset, f"ir{args.ir:g}", args.base]
+        earlier = disk.path_id(args.data_dir)
+        folder = Path(args.data_dir).resolve()
+        dataset = disk.path_id(folder.parent if folder.name == "train" else folder)
+    words = [args.base]
     if args.cm:
         words.append("cm")
     words.append(f"seed{args.seed}")
-    named = {"dataset", "ir", "base", "cm", "seed"} | RESUMABLE
+    if args.preset not in ("paper", args.dataset):
+        words.append(args.preset)
+    named = {"dataset", "ir", "base", "cm", "seed", "preset", "plugin"} | RESUMABLE
+    defaults = {**vars(make_parser().parse_args([])), **defaults}
     for key, value in sorted(vars(args).items()):
         if key not in named and value != defaults[key]:
             shown = "_".join(map(str, value)) if isinstance(value, list) else value
             words.append(f"{key}{shown}")
-    return disk.short_name("-".join(words))
+    ratio = f"ir{args.ir:g}"
+    earlier = disk.short_name("-".join([earlier, ratio, *words]))
+    if Path("out", earlier, "ckpt.pt").exists():
+        return earlier
+    # With --ir 1 the ratio is that of the data themselves
+    return disk.short_name("-".join([dataset, *([ratio] if args.ir != 1 else []), *words]))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -352,6 +447,15 @@ def format_line(step, args, means, groups, lr, speed, seconds_left):
     return "".join(words)
 
 
+def tag_of(name):
+    """Where TensorBoard shows a logged number: "D/Few" of D_Few, "FD/all" of FD, "loss/base"."""
+    kind, _, group = name.partition("_")
+    if kind in ("D", *FRECHET):
+        return f"{kind}/{group or 'all'}"
+    kinds = {"lr": "optimisation", "grad_norm": "optimisation", "images_per_s": "speed"}
+    return f"{kinds.get(name, 'loss')}/{name}"
+
+
 class Log:
     """log.jsonl and TensorBoard; on resuming, what was logged after the checkpoint is dropped."""
 
@@ -379,8 +483,21 @@ class Log:
             with open(self.path, "a") as f:
                 f.write(json.dumps({"step": step, **record}) + "\n")
             for name, value in record.items():
-                self.board.add_scalar(name, value, step)
+                # Without a second pass D is 0, and no curve
+                if name != "eval_num" and (value or not name.startswith("D_")):
+                    self.board.add_scalar(tag_of(name), value, step)
             self.board.flush()
+
+    def has(self, step, name):
+        """Whether a record of a step has an entry `name`."""
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        return any(r["step"] == step and name in r for r in map(json.loads, lines))
+
+    def settings(self, config, step):
+        """Show the settings of the run in TensorBoard, as a table."""
+        rows = [f"| {key} | {value} |" for key, value in config.items()]
+        self.board.add_text("settings", "\n".join(["| setting | value |", "| --- | --- |", *rows]),
+                            step)
 
     def picture(self, picture, step):
         """Show a PIL image in TensorBoard."""
@@ -446,14 +563,20 @@ def update(params, ema, optimizer, step, args):
     return norm
 
 
-def train_step(training, module, batch):
+def train_step(training, module, batch, stops=lambda: False, bar=None):
     """One step: forward and backward in args.accumulate passes, then the update.
 
     module: the Objective, perhaps compiled and distributed. batch(step, k): pass k's Batch.
+    stops(): asked before every pass but the first; where it is true, the step is given up as if it
+    had not begun. bar: a progress bar, in images. Returns whether the step was taken.
     """
     args = training.args
     meter = training.meter
+    logged = []
     for k in range(args.accumulate):
+        if k and stops():
+            training.optimizer.zero_grad(set_to_none=True)
+            return False
         b = batch(training.step, k)
         last = k == args.accumulate - 1
         # Processes exchange gradients in the last pass only
@@ -462,13 +585,18 @@ def train_step(training, module, batch):
             with training.rt.autocast():
                 total, terms, D = module(b)
             (total / args.accumulate).backward()
+        logged.append(({name: value.detach() for name, value in terms.items()}, D, b.y))
+        if bar is not None:
+            bar.update(args.batch_size / args.accumulate)
+    for terms, D, y in logged:
         meter.add(terms, 1 / args.accumulate)
-        meter.add_D(D, b.y)
+        meter.add_D(D, y)
     params, ema = list(training.params.values()), list(training.ema.values())
     norm = update(params, ema, training.optimizer, training.step, args)
     meter.add({"grad_norm": norm})
     meter.steps += 1
     training.step += 1
+    return True
 
 
 def check_weights(training, module, batch):
@@ -489,31 +617,36 @@ def check_weights(training, module, batch):
 def loop(training, module, batch, log, after_step=None):
     """Train to args.steps, logging and saving; where a signal comes, save and leave the process.
 
-    module, batch: see train_step. log: a Log, on rank 0, else None. after_step(): called on rank 0
-    after every step. Leaves with exit code 128 + the signal.
+    module, batch: see train_step. log: a Log, on rank 0, else None. after_step(): called on every
+    rank after every step. Leaves with exit code 128 + the signal, after the pass in which it came.
     """
     args, rt = training.args, training.rt
     path = Path(args.out) / "ckpt.pt"
     stop = runtime.StopSignal()
     reporter = Reporter(training, log)
     signal = 0
+    bar = runtime.progress(
+        total=args.steps * args.batch_size, initial=training.step * args.batch_size, unit="img",
+        leave=False, disable=rt.rank > 0 or not sys.stderr.isatty())
     while training.step < args.steps and not signal:
-        train_step(training, module, batch)
+        whole = train_step(training, module, batch, lambda: rt.maximum(stop.number), bar)
         step = training.step
         signal = rt.maximum(stop.number)
-        logs = step % args.log_every == 0 or step == args.steps
+        logs = whole and (step % args.log_every == 0 or step == args.steps)
         saves = step % args.save_every == 0 or step == args.steps or signal
-        if logs or saves:
+        if (logs or saves) and training.meter.steps:
             means = training.meter.means(rt)
             check(means, step, args)
         if logs:
             reporter.report(means)
+        reporter.estimate()
         if saves:
             check_weights(training, module, batch)
         if rt.rank == 0 and saves:
             disk.save(path, training.state())
-        if rt.rank == 0 and after_step:
+        if after_step and whole:
             after_step()
+    bar.close()
     if log:
         log.board.close()
     if signal:
@@ -530,12 +663,28 @@ class Reporter:
         self.training = training
         self.log = log
         self.warned = False
+        self.first = training.step
         self.start_clock()
 
     def start_clock(self):
         """The speed counts from here."""
         self.clock = time.time()
         self.clock_step = self.training.step
+
+    def estimate(self):
+        """Say once how long the run will take, after three steps, of which the first warms up."""
+        rt = self.training.rt
+        done = self.training.step - self.first
+        if done not in (1, 3) or self.clock_step > self.first:      # a log line said it
+            return
+        runtime.synchronize(rt.device)
+        if done == 1:
+            self.warm = time.time()
+            return
+        seconds = (time.time() - self.warm) / 2
+        left = self.training.args.steps - self.training.step
+        rt.print(f"{seconds:.2g} s a step: about {runtime.duration(seconds * left)} for the other "
+                 f"{left:,} steps; the log lines say it better later")
 
     def report(self, means):
         """One line on the terminal, in log.jsonl and in TensorBoard; the meter starts anew."""
@@ -566,7 +715,9 @@ def start_log(training):
     out = Path(training.args.out)
     config = {**training.record, "torch": torch.__version__}
     disk.write_json(out / "config.json", config)
-    return Log(out, training.step)
+    log = Log(out, training.step)
+    log.settings(training.record["config"], training.step)
+    return log
 
 
 # --------------------------------------------------------------------------------------------------
@@ -584,8 +735,11 @@ def resume(args):
     if old:
         plain = vars(make_parser().parse_args([]))
         config = config_of(args, old["config"])
-        defaults = {**plain, **PRESETS["paper"], **PRESETS.get(args.dataset, {}),
-                    "init_from_sha256": config.get("init_from_sha256")}     # older runs have none
+        # What older runs, which have fewer settings, were
+        size = "digits" if args.dataset == "digits" else "paper"
+        defaults = {**plain, **PRESETS["paper"], **PRESETS[size], "preset": size,
+                    "ir": IR.get(args.dataset, 100.0),
+                    "init_from_sha256": config.get("init_from_sha256")}
         disk.refuse_changes(old["config"], config, args.out, defaults, RESUMABLE)
     if old and old["step"] > args.steps:
         raise UserError(f"--steps {args.steps}: the run in {args.out} is at step {old['step']} "
@@ -609,6 +763,7 @@ def config_of(args, old=None):
     old: the settings of the checkpoint that the run goes on from; it needs that file no more.
     """
     config = {k: v for k, v in vars(args).items() if k not in ("device", "out")}
+    config["plugin"] = list(runtime.Plugins.found)
     if config.get("init_from"):         # latent.py has no such flag
         there = Path(args.init_from).is_file()
         before = (old or {}).get("init_from_sha256")
@@ -617,16 +772,15 @@ def config_of(args, old=None):
 
 
 def network_settings(args, images):
-    """The UNetConfig of these flags for these images, as a dict. Raises UserError."""
+    """The network of these flags for these images, what networks.build takes. Raises UserError."""
     resolution = images.images.shape[1]
     halvings = len(args.ch_mult) - 1
-    if resolution % 2 ** halvings:
+    if args.network == "unet" and resolution % 2 ** halvings:
         raise UserError(f"--ch-mult: {halvings + 1} levels halve the image {halvings} times, and "
                         f"{resolution} pixels cannot be; take fewer levels or another --resolution")
-    return {"channels": images.images.shape[3], "num_classes": len(images.class_names),
-            "ch": args.ch, "ch_mult": args.ch_mult, "attn": args.attn,
-            "num_res_blocks": args.num_res_blocks, "dropout": args.dropout,
-            "augment_dim": augment.DIM if args.ada else 0}
+    return networks.settings_of(args.network, {
+        **vars(args), "channels": images.images.shape[3], "num_classes": len(images.class_names),
+        "size": resolution, "augment_dim": augment.DIM if args.ada else 0})
 
 
 def make_network(args, network, low_rank, kind, old):
@@ -636,8 +790,10 @@ def make_network(args, network, low_rank, kind, old):
     """
     torch.manual_seed(runtime.seed_of(args.seed, "init"))
     try:
-        net = UNet(UNetConfig(**network))
+        net = networks.build(network)
     except ValueError as e:
+        if args.network != "unet":
+            raise UserError(f"--network {args.network}: {e}") from e
         raise UserError(f"--ch {args.ch} with --ch-mult {args.ch_mult}: {e}; take a multiple of "
                         "32") from e
     if args.init_from and not old:
@@ -651,7 +807,7 @@ def make_network(args, network, low_rank, kind, old):
 
 
 def start_from(net, path, kind):
-    """Copy the merged EMA weights of a checkpoint of this kind into a plain UNet.
+    """Copy the merged EMA weights of a checkpoint of this kind into a plain network.
 
     Raises UserError where they do not fit.
     """
@@ -664,20 +820,28 @@ def start_from(net, path, kind):
                         "--ch-mult, --attn, --num-res-blocks and data set") from e
 
 
+def ema_samples(state, labels, rt, gather=True):
+    """Images of a checkpoint's EMA weights with these labels, as sample.py makes them by default.
+
+    Each from its own fixed noise; what generate returns.
+    """
+    net = load_network(state, device=rt.device)
+    defaults = DEFAULTS[state["kind"]]
+    settings = {**defaults, "steps": STEPS[defaults["sampler"]], "seed": state["config"]["seed"]}
+    return generate(net, labels, range(len(labels)), image_shape(state), rt, batch_size=250,
+                    title=None, gather=gather, **settings)
+
+
 def save_grid(state, path, rt, log=None):
     """Generate EMA samples of up to ten classes on fixed noise: a PNG, and TensorBoard's copy.
 
     state: a checkpoint. log: a Log, or None for the PNG alone.
     """
-    net = load_network(state, device=rt.device)
     names = state["data"]["class_names"]
     classes = ten_classes(len(names))
     labels = classes * 10
-    defaults = DEFAULTS[state["kind"]]
-    settings = {**defaults, "steps": STEPS[defaults["sampler"]], "seed": state["config"]["seed"]}
     alone = runtime.Runtime(rt.device, rt.dtype)        # rank 0 generates all of it
-    images = generate(net, labels, range(len(labels)), image_shape(state), alone, len(labels),
-                      title=None, **settings)
+    images = ema_samples(state, labels, alone)
     picture = grid_image(images, labels, names, state["data"]["class_counts"], classes)
     disk.write_png(path, picture)
     if log:
@@ -697,6 +861,52 @@ def save_due(step, state, args, rt, log=None, missing_only=False):
         disk.save(snapshot, state())
     if grid_due and not (missing_only and grid.exists()):
         save_grid(state(), grid, rt, log)
+
+
+def make_objective(args, net, images):
+    """The Objective that the flags ask for, of a network and its training images."""
+    return Objective(
+        net=net, base=bind(args.base, vars(args)), counts=images.counts,
+        alphas_bar=make_alphas_bar(), cm=CMConfig.of(args), label_drop=args.label_drop,
+        ada=args.ada, y_prime=args.cbdm_y)
+
+
+def choose_passes(args, rt, objective, batches, old):
+    """Say what memory a step needs; with --accumulate auto, set args.accumulate to what fits.
+
+    old: the checkpoint that the run goes on from, or None: its passes are kept where they fit,
+    since dropout masks depend on them. Raises UserError where not even one image fits.
+    """
+    x_0, y = batches.at(0)
+
+    def loss_of(n):
+        with rt.autocast():
+            return objective(draw_batch(x_0, y, objective, seed=args.seed, step=0,
+                                        parts=args.batch_size // n, dtype=rt.dtype))[0]
+    images = args.batch_size // rt.world
+    need = budget.measure_memory(objective, loss_of, images)
+    free = budget.free_memory(rt.device)
+    asked = args.accumulate
+    if asked == "auto":
+        fewest = budget.passes_that_fit(need, images, free) if free is not None else 1
+        # The same on every rank; more than `images` where one rank has no room
+        fewest = rt.maximum(fewest or images + 1)
+        before = old["config"].get("accumulate", 1) if old else 1
+        args.accumulate = before if before > fewest and images % before == 0 else fewest
+        if fewest > images:
+            raise UserError(f"--accumulate auto: one image needs {budget.in_words(need.of(1))} and "
+                            f"{budget.in_words(free)} are free; take a smaller --ch, --resolution "
+                            f"or --preset, or --accumulate {images} to try it nevertheless")
+    n = images // args.accumulate
+    words = f"memory: about {budget.in_words(need.of(n))} for a pass of {n} images"
+    if free is not None:
+        words += f", {budget.in_words(free)} are free"
+    if free is not None and asked != "auto" and need.of(n) > free:
+        words += f"; warning: that may not fit; --accumulate {2 * asked} needs less"
+    if asked == "auto" and args.accumulate > 1:
+        words += (f"; each step takes {args.accumulate} passes (--accumulate {args.accumulate}), "
+                  "the same step")
+    rt.print(words)
 
 
 def make_training(args, rt, net, images, record, old):
@@ -738,6 +948,9 @@ def main():
     parser = make_parser()
     args = resolve(parser.parse_args(), parser.given)
     old, rt = resume(args)
+    if "preset" not in parser.given and args.preset == "tiny":
+        rt.print(f"no GPU: --preset tiny, {args.steps:,} steps of --ch {args.ch}; --preset small "
+                 "takes hours here, --preset paper weeks")
 
     # Data
     with rt.rank_0_first():
@@ -761,10 +974,8 @@ def main():
                 "experts": images.counts.tolist() if args.experts else None}
     net = make_network(args, network, low_rank, kind, old)
     net.to(rt.device, memory_format=torch.channels_last)
-    objective = Objective(
-        net=net, base=bind(args.base, vars(args)), counts=images.counts,
-        alphas_bar=make_alphas_bar(), cm=CMConfig.of(args), label_drop=args.label_drop,
-        ada=args.ada, y_prime=args.cbdm_y).to(rt.device)
+    objective = make_objective(args, net, images).to(rt.device)
+    choose_passes(args, rt, objective, batches, old)
     config = config_of(args, old and old["config"])
     record = {"kind": kind, "command": runtime.command_line("train.py"), "config": config,
               "data": images.record(), "network": network, **low_rank}
@@ -780,18 +991,83 @@ def main():
     if runtime.wants_compile(args, rt):
         module = runtime.compile_or_not(objective, lambda m: m(batch(training.step, 0))[0], rt)
     announce(training, net, compiled=module is not objective)
+    evaluation = Evaluation(args, rt, record["data"]) if args.eval_every else None
     with disk.claim_run(args.out, rt, old):
-        run_loop(training, rt.parallel(module), batch, old)
+        run_loop(training, rt.parallel(module), batch, old, evaluation)
 
 
-def run_loop(training, module, batch, old):
-    """The loop, with the snapshots and grids that the flags ask for."""
+class Evaluation:
+    """--eval-every: Frechet distances of EMA samples to the reference, overall and per group.
+
+    The reference is evaluate.py's; its features are computed once. Raises UserError where they
+    cannot be.
+    """
+
+    def __init__(self, args, rt, data):
+        self.args = args
+        self.rt = rt
+        self.data = data
+        names = data["class_names"]
+        self.labels = np.arange(args.eval_num) % len(names)
+        features = DIGITS_CLASSIFIER if args.dataset == "digits" else "inception"
+        self.extractor = Extractor(args.features or features, rt)
+        if self.extractor.size not in (None, data["resolution"]):
+            raise UserError(f"--features {args.features}: a classifier of images of "
+                            f"{self.extractor.size} pixels, and these have {data['resolution']}")
+        self.name = FRECHET[0] if self.extractor.inception else FRECHET[1]
+        with rt.rank_0_first():
+            images, words = load_reference(args.dataset, args.data_dir, None, data["resolution"],
+                                           args.pack_dir)
+        self.real_labels = to_classes(images.labels, images.class_names, names, "--data-dir")
+        rt.print(f"every {args.eval_every:,} steps {self.name} of {args.eval_num:,} samples: "
+                 f"against {args.dataset}, {words}, {len(images.labels):,} images, in features of "
+                 f"{self.extractor.name}")
+        self.real, _ = self.extractor.extract(lambda rows: to_rgb(images.images[rows]),
+                                              len(images.labels), "features of the reference")
+
+    def is_due(self, step):
+        """Whether it is done after this step."""
+        return step % self.args.eval_every == 0 or step == self.args.steps
+
+    def measure(self, state, log):
+        """Generate and measure, on all ranks, and log the numbers; state: a checkpoint."""
+        images = ema_samples(state, self.labels.tolist(), self.rt, gather=False)
+        fake, _ = self.extractor.extract(lambda rows: to_rgb(images[rows]), len(images),
+                                         "features of samples", shared=False)
+        if self.rt.rank > 0:
+            return
+        found = {self.name: distance_of(fake, self.real)}
+        for group, classes in class_groups(self.data["class_counts"]).items():
+            own = [np.isin(labels, classes) for labels in (self.labels, self.real_labels)]
+            if min(rows.sum() for rows in own) > 1:
+                found[f"{self.name}_{group}"] = distance_of(fake[own[0]], self.real[own[1]])
+        words = [f"{key.partition('_')[2] or 'all'} {value:.3g}" for key, value in found.items()]
+        self.rt.print(f"step {state['step']}/{self.args.steps}  {self.name} "
+                      f"({len(self.labels):,} samples): {', '.join(words)}")
+        log.write(state["step"], {**found, "eval_num": len(self.labels)})
+
+    def make_up(self, state, log):
+        """Measure what a run that was killed after this checkpoint did not get to."""
+        missing = self.rt.rank == 0 and not log.has(state["step"], self.name)
+        if self.is_due(state["step"]) and self.rt.maximum(int(missing)):
+            self.measure(state, log)
+
+
+def run_loop(training, module, batch, old, evaluation):
+    """The loop, with the snapshots, grids and distances that the flags ask for."""
     args, rt = training.args, training.rt
     log = start_log(training)
     if old and rt.rank == 0:
         save_due(old["step"], lambda: old, args, rt, log, missing_only=True)
-    loop(training, module, batch, log,
-         after_step=lambda: save_due(training.step, training.state, args, rt, log))
+    if old and evaluation:
+        evaluation.make_up(old, log)
+
+    def after_step():
+        if rt.rank == 0:
+            save_due(training.step, training.state, args, rt, log)
+        if evaluation and evaluation.is_due(training.step):
+            evaluation.measure(training.state(), log)
+    loop(training, module, batch, log, after_step)
 
 
 if __name__ == "__main__":

@@ -866,4 +866,4 @@ def test_training_on_a_folder(tmp_path, capsys):
     with pytest.raises(UserError, match="--data-dir .*not the images"):
         call(train.main, *flags, "--steps", 3)
     args = train.make_parser().parse_args([str(f) for f in data])
-    assert train.resolve(args).out.endswith("-ir1-oc-cm-seed0")
+    assert train.resolve(args).out.endswith("-oc-cm-seed0-tiny")

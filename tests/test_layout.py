@@ -10,19 +10,24 @@ TEXTS = sorted(str(path.relative_to(ROOT))
 
 FLOORS = (      # from the ground up: a file imports files of lower floors, runtime and disk
     ("model", "cm_layers", "augment", "metrics", "inception", "readers", "packing", "runtime",
-     "disk", "theory_sim"),
-    ("consistency", "experts", "data"),
+     "disk", "theory_sim", "budget"),
+    ("consistency", "experts", "data", "dit"),
+    ("networks",),
     ("losses", "sample"),
-    ("train", "classify"),
+    ("classify",),
+    ("features",),
+    ("train",),
     ("evaluate", "prune_probe", "capacity_probe", "latent", "bench"),
     ("report", "copy_probe"),
 )
-CORE = {        # all that a file of the floors 1 and 2 imports, besides runtime and disk
+CORE = {        # all that a file of the floors 1 to 3 imports, besides runtime and disk
     "consistency": {"model"},
     "experts": {"cm_layers"},
     "data": {"readers", "packing"},
     "losses": {"model", "cm_layers", "augment", "consistency"},
-    "sample": {"model", "cm_layers", "experts", "consistency", "data"},
+    "dit": {"model"},
+    "networks": {"dit", "model"},
+    "sample": {"model", "cm_layers", "experts", "consistency", "data", "networks"},
 }
 
 
@@ -60,7 +65,7 @@ def test_every_file_has_a_floor():
 
 
 def test_the_core_is_laid_out_downwards():
-    for floor, files in enumerate(FLOORS[1:3], 1):
+    for floor, files in enumerate(FLOORS[1:4], 1):
         for module in files:
             assert CORE[module] <= set().union(*FLOORS[:floor])
 
@@ -83,7 +88,7 @@ def test_no_file_uses_the_main_of_another(name):
 
 def name_or_two(tree):
     """Scripts of the upper floors from which a file takes one or two names only."""
-    upper = {module for files in FLOORS[3:] for module in files}
+    upper = {module for files in FLOORS[4:] for module in files} - {"features"}
     return {module for module, names in ours(tree).items()
             if module in upper and 0 < len(names) <= 2}
 
@@ -92,9 +97,9 @@ def name_or_two(tree):
 def test_no_script_is_a_library_for_a_name_or_two(name):
     """What two scripts need is in a file below both.
 
-    A classifier's network is classify.py's, and the extractor of features is evaluate.py's.
+    A classifier's network is classify.py's, and a data set's protocol evaluate.py's.
     """
-    allowed = {"evaluate.py": {"classify"}, "copy_probe.py": {"evaluate"}}
+    allowed = {"features.py": {"classify"}, "copy_probe.py": {"evaluate"}}
     assert name_or_two(parse(name)) <= allowed.get(name, set())
 
 

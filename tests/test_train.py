@@ -16,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_mistakes import refuses
 
 import disk
+import evaluate
 import losses
 import sample
 import train
@@ -89,6 +90,42 @@ def test_signals_save_and_exit(tmp_path, data_dir, number, code):
     assert p.wait(60) == code
     assert "saved" in p.stdout.read()
     assert load(tmp_path)["step"] == read_log(tmp_path)[-1]["step"]
+
+
+def test_a_signal_is_answered_within_a_pass(tmp_path, data_dir, monkeypatch, capsys):
+    """It comes in the second of four passes of step 3: saved as after step 2, and gone on with."""
+    flags = [*TINY_FLAGS, "--accumulate", 4, "--data-dir", data_dir, "--out"]
+    call(train.main, *flags, tmp_path / "straight", "--steps", 4)
+    draw, calls = train.draw_batch, []
+
+    def draw_and_stop(*args, **kwargs):
+        calls.append(kwargs)
+        if len([k for k in calls if k["parts"] == 4]) == 10:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return draw(*args, **kwargs)
+    monkeypatch.setattr(train, "draw_batch", draw_and_stop)
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(SystemExit) as e:
+            call(train.main, *flags, tmp_path / "stopped", "--steps", 4)
+    finally:
+        signal.signal(signal.SIGTERM, before[0])
+        signal.signal(signal.SIGINT, before[1])
+    assert e.value.code == 143 and "at step 2; saved" in capsys.readouterr().out
+    assert len([k for k in calls if k["parts"] == 4]) == 11     # and one that checks the weights
+    assert load(tmp_path / "stopped")["step"] == 2
+    monkeypatch.undo()
+    call(train.main, *flags, tmp_path / "stopped", "--steps", 4)
+    assert read_log(tmp_path / "stopped") == read_log(tmp_path / "straight")
+
+
+def test_how_long_it_takes_is_said_once(tmp_path, data_dir, capsys):
+    """From the first steps; not where a log line comes before."""
+    flags = [*TINY_FLAGS, "--data-dir", data_dir, "--steps", 6, "--out"]
+    call(train.main, *flags, tmp_path / "a", "--log-every", 5)
+    assert capsys.readouterr().out.count("s a step: about 0 s for the other 3 steps") == 1
+    call(train.main, *flags, tmp_path / "b", "--log-every", 1)
+    assert "s a step: about" not in capsys.readouterr().out
 
 
 def test_changed_settings_are_refused_and_finished_runs_skipped(cm_run, data_dir, capsys):
@@ -166,7 +203,8 @@ def test_it_learns(tmp_path, data_dir):
     assert log[-1]["base"] < 0.3 < log[0]["base"]
     names = {"base", "con", "div", "D_Many", "D_Few", "grad_norm", "lr", "step"}
     assert names <= set(log[-1])
-    assert list(tmp_path.glob("events*"))
+    board = EventAccumulator(str(tmp_path)).Reload()
+    assert len(board.Scalars("loss/base")) == 4
     assert (tmp_path / "config.json").exists()
 
 
@@ -176,6 +214,9 @@ def test_every_base_trains(tmp_path, data_dir, base, cm):
     call(train.main, *TINY_FLAGS, "--base", base, cm, "--steps", 3, "--data-dir", data_dir,
          "--out", tmp_path)
     assert ("con" in read_log(tmp_path)[-1]) == (cm == "--cm")
+    # Without a second pass there is no curve of zeros
+    tags = EventAccumulator(str(tmp_path)).Reload().Tags()["scalars"]
+    assert ("D/Few" in tags) == (cm == "--cm") and "loss/base" in tags
 
 
 PAIRS = {       # flags -> whether L_CM's terms are logged
@@ -243,24 +284,93 @@ def test_snapshots_and_grids(tmp_path, data_dir):
     board = EventAccumulator(str(tmp_path)).Reload()
     image = board.Images("samples")[0]
     assert image.step == 4
-    assert {"base", "div", "D_Few", "lr"} <= set(board.Tags()["scalars"])
+    scalars = set(board.Tags()["scalars"])
+    assert {"loss/base", "loss/div", "D/Few", "optimisation/lr", "speed/images_per_s"} <= scalars
+    assert "settings/text_summary" in board.Tags()["tensors"]
     grid = (tmp_path / "grid-0000004.png").read_bytes()
     assert grid[:4] == image.encoded_image_string[:4]
+
+
+def test_distances_during_training(tmp_path, data_dir, classifier, capsys):
+    """Those that evaluate.py measures on the same samples; a killed run makes up for one."""
+    flags = [*TINY_FLAGS, "--steps", 5, "--eval-every", 3, "--eval-num", 60, "--features",
+             classifier, "--save-every", 3, "--keep-every", 3, "--data-dir", data_dir,
+             "--out", tmp_path]
+    call(train.main, *flags)
+    records = [r for r in read_log(tmp_path) if "FD" in r]
+    assert [r["step"] for r in records] == [3, 5] and records[0]["eval_num"] == 60
+    text = capsys.readouterr().out
+    assert "FD (60 samples): all" in text and "full training set" in text
+    board = EventAccumulator(str(tmp_path)).Reload()
+    assert {"FD/all", "FD/Many", "FD/Medium", "FD/Few"} <= set(board.Tags()["scalars"])
+    call(evaluate.main, "--ckpt", tmp_path / "ckpt-0000003.pt", "--num", 60, "--features",
+         classifier, "--data-dir", data_dir, "--device", "cpu", "--out-json", tmp_path / "e.json")
+    result = disk.read_json(tmp_path / "e.json")
+    assert records[0]["FD"] == pytest.approx(result["fd"], rel=1e-6)
+    for group in ("Many", "Medium", "Few"):
+        assert records[0][f"FD_{group}"] == pytest.approx(result["groups"][group]["fd"], rel=1e-6)
+    # Killed after the checkpoint of step 3 and before its distance
+    shutil.copy(tmp_path / "ckpt-0000003.pt", tmp_path / "ckpt.pt")
+    lines = [json.dumps(r) + "\n" for r in read_log(tmp_path) if "FD" not in r]
+    (tmp_path / "log.jsonl").write_text("".join(lines))
+    call(train.main, *flags)
+    again = [r for r in read_log(tmp_path) if "FD" in r]
+    assert again == records
+
+
+def test_features_without_distances(capsys):
+    for flag in ("--eval-num", "--features"):
+        refuses(capsys, train.main, *TINY_FLAGS, flag, 5, says=[f"{flag}: belongs to --eval-every"])
 
 
 # --------------------------------------------------------------------------------------------------
 # Flags
 
 def test_default_names_and_paper_defaults():
-    paper = vars(resolved())
+    paper = vars(resolved("--preset", "paper"))
     expected = {"dataset": "cifar100", "ir": 100, "base": "oc", "cm": True, "lam": 1,
                 "rank_ratio": 0.1, "steps": 300000, "lr": 2e-4, "warmup": 5000, "batch_size": 64,
                 "ema": 0.9999, "dropout": 0.1, "out": "out/cifar100-ir100-oc-cm-seed0"}
     assert {k: paper[k] for k in expected} == expected
-    assert resolved("--lam", "0.5").out != paper["out"]
-    assert resolved("--seed", "2").out.endswith("seed2")
-    assert resolved("--ch", "64").out != paper["out"]
-    assert resolved("--steps", "9").out == paper["out"]
+    own = ("--preset", "paper")
+    assert resolved(*own, "--lam", "0.5").out != paper["out"]
+    assert resolved(*own, "--seed", "2").out.endswith("seed2")
+    assert resolved(*own, "--ch", "64").out != paper["out"]
+    assert resolved(*own, "--steps", "9").out == paper["out"]
+
+
+def test_presets(monkeypatch):
+    """tiny without a GPU; a flag goes before its preset; sets of one size keep it."""
+    sizes = {"tiny": (16, 32, 4000), "small": (32, 64, 20_000), "paper": (None, 128, 300_000)}
+    for name, size in sizes.items():
+        args = resolved("--dataset", "folder", "--preset", name)
+        assert (args.resolution, args.ch, args.steps) == size
+        assert resolved("--preset", name).resolution is None            # CIFAR-100
+        assert resolved("--preset", name).ch == size[1]
+    assert resolved() == resolved("--preset", "tiny")
+    assert resolved("--dataset", "digits").preset == "digits"
+    own = resolved("--dataset", "folder", "--ch", "16", "--resolution", "8")
+    assert (own.ch, own.resolution, own.preset) == (16, 8, "tiny")
+    monkeypatch.setattr(train.runtime, "find_device", lambda name: torch.device("cuda"))
+    assert resolved() == resolved("--preset", "paper")
+    assert resolved("--dataset", "digits").preset == "digits"
+
+
+def test_names_of_runs_are_short(tmp_path, monkeypatch):
+    """Without what the preset sets; a folder's own name, and no ratio that is not drawn."""
+    monkeypatch.chdir(tmp_path)
+    birds = tmp_path / "birds/train"
+    name = resolved("--dataset", "folder", "--data-dir", str(birds)).out
+    assert name == f"out/{disk.path_id(tmp_path / 'birds')}-oc-cm-seed0-tiny"
+    assert resolved("--dataset", "folder", "--ir", "9", "--data-dir", str(birds)).out == (
+        f"out/{disk.path_id(tmp_path / 'birds')}-ir9-oc-cm-seed0-tiny")
+    # A run of an earlier version is gone on with
+    flags = ["--dataset", "folder", "--preset", "paper", "--data-dir", str(birds)]
+    earlier = f"out/{disk.path_id(birds)}-ir1-oc-cm-seed0"
+    assert resolved(*flags).out != earlier
+    os.makedirs(earlier)
+    open(f"{earlier}/ckpt.pt", "w").close()
+    assert resolved(*flags).out == earlier
 
 
 def test_help_names_every_flag_with_a_text():
@@ -333,6 +443,7 @@ def test_finished_is_not_said_of_other_images(tmp_path, capsys):
     a = write_folder(tmp_path / "a/images", 0)
     b = write_folder(tmp_path / "b/images", 5)
     call(train.main, *folder_flags(tmp_path, a, "--steps", 2))
+    assert "no GPU: --preset tiny" in capsys.readouterr().out
     for steps in (2, 4):
         refuses(capsys, train.main, *folder_flags(tmp_path, b, "--steps", steps),
                 says=["--data-dir", "not the images"])

@@ -1,0 +1,145 @@
+"""networks.py and dit.py: CM trains on networks other than the U-Net."""
+import numpy as np
+import pytest
+import torch
+from conftest import TINY_FLAGS, call, randomize
+from test_mistakes import refuses
+from test_train import read_log
+
+import capacity_probe
+import disk
+import networks
+import prune_probe
+import sample
+import train
+from cm_layers import count, general_only, merge, reserve, reserved
+from dit import DiT, positions
+from model import UNet, UNetConfig
+
+SMALL = {"channels": 1, "num_classes": 10, "size": 8, "ch": 16, "depth": 3, "patch": 2}
+FLAGS = [*TINY_FLAGS, "--network", "dit", "--depth", 2]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, data_dir):
+    """A DiT trained with CM for a few steps: the run's folder."""
+    out = tmp_path_factory.mktemp("dit") / "run"
+    call(train.main, *FLAGS, "--base", "ddpm", "--steps", 60, "--log-every", 20, "--lr", 0.003,
+         "--warmup", 0, "--data-dir", data_dir, "--out", out)
+    return out
+
+
+def inputs(n=4):
+    """x_t, t, y of n images of SMALL; the last label is Null."""
+    g = torch.Generator().manual_seed(0)
+    x_t = torch.randn(n, 1, 8, 8, generator=g)
+    return x_t, torch.arange(n) * 200, torch.tensor([*range(n - 1), -1])
+
+
+def test_the_table_builds_what_it_says():
+    settings = networks.settings_of("dit", {**SMALL, "lr": 1, "dropout": 0.2, "augment_dim": 0})
+    assert settings == {"network": "dit", **SMALL, "dropout": 0.2, "augment_dim": 0}
+    assert isinstance(networks.build(settings), DiT)
+    plain = UNetConfig(ch=16, ch_mult=[1, 2]).to_dict()
+    assert networks.settings_of("unet", plain) == plain            # as older checkpoints have it
+    assert isinstance(networks.build(plain), UNet)
+
+
+def test_the_halves_and_what_they_depend_on():
+    net = randomize(DiT(**SMALL), scale=0.2)
+    x_t, t, y = inputs()
+    eps = net(x_t, t, y)
+    assert eps.shape == x_t.shape
+    assert torch.equal(net.decode(*net.encode(x_t, t, y)), eps)
+    for other in ((x_t + 1, t, y), (x_t, t + 1, y), (x_t, t, y.roll(1))):
+        assert ((net(*other) - eps).abs().flatten(1).amax(1) > 1e-4).all()
+    # Patches are where they were: with the blocks off, a pixel moves its own patch only
+    for block in (*net.encoder.blocks, *net.decoder.blocks):
+        torch.nn.init.zeros_(block.condition.weight)
+        torch.nn.init.zeros_(block.condition.bias)
+    moved = x_t.clone()
+    moved[:, :, 2, 7] += 1
+    where = (net(moved, t, y) - net(x_t, t, y)).abs()[0, 0] > 1e-6
+    assert where.nonzero().amin(0).tolist() == [2, 6] and where.nonzero().amax(0).tolist() == [3, 7]
+
+
+def test_positions_differ():
+    p = positions(4, 16)
+    assert p.shape == (16, 16) and len(torch.unique(p, dim=0)) == 16
+    assert torch.equal(p[5, :8], p[6, :8]) and torch.equal(p[5, 8:], p[9, 8:])
+
+
+def test_dropout_masks_are_an_argument():
+    net = randomize(DiT(**SMALL, dropout=0.5), scale=0.2)
+    x_t, t, y = inputs()
+    encode, decode = net.draw_masks(4, 8, torch.Generator().manual_seed(1))
+    assert [m.shape for m in (*encode, *decode)] == [(4, 16, 16)] * 3
+    assert set(torch.cat([*encode, *decode]).unique().tolist()) == {0.0, 2.0}
+    dropped = net.decode(*net.encode(x_t, t, y, encode), decode)
+    assert not torch.equal(dropped, net(x_t, t, y))
+    assert torch.equal(dropped, net.decode(*net.encode(x_t, t, y, encode), decode))
+    assert DiT(**SMALL, dropout=0).draw_masks(4, 8, None) == ([], [])
+
+
+def test_capacity_is_reserved_in_the_second_half_and_merges():
+    net = DiT(**SMALL)
+    reserve(net.decoder, 0.2)
+    randomize(net, scale=0.2)
+    assert {type(owner).__name__ for owner, _, _ in reserved(net)} == {"ParametrizedLinear"}
+    assert count(net)["expert"] == count(net.decoder)["expert"] > 0
+    x_t, t, y = inputs()
+    full = net(x_t, t, y)
+    with general_only(net.decoder):
+        assert not torch.allclose(net(x_t, t, y), full, atol=1e-3)
+    merge(net.decoder)
+    assert torch.allclose(net(x_t, t, y), full, atol=1e-5)
+    assert net.state_dict().keys() == DiT(**SMALL).state_dict().keys()
+
+
+@pytest.mark.parametrize("more", ["--base oc", "--base cbdm --ada 0.12", "--base consistency",
+                                  "--base ddpm --lora --init-from RUN"])
+def test_cm_trains_on_it(more, run, tmp_path, data_dir):
+    flags = more.replace("RUN", str(run / "ckpt.pt")).split()
+    call(train.main, *FLAGS, *flags, "--steps", 2, "--data-dir", data_dir, "--out", tmp_path)
+    assert read_log(tmp_path)[-1]["step"] == 2
+
+
+def test_it_learns_and_allocates(run):
+    log = read_log(run)
+    assert log[-1]["base"] < 0.5 < log[0]["base"]
+    assert log[-1]["D_Few"] > 1e-4              # it was 0 before the first step
+    ckpt = disk.load(run / "ckpt.pt", ["diffusion"])
+    assert ckpt["network"]["network"] == "dit" and ckpt["network"]["depth"] == 2
+
+
+def test_every_other_script_takes_it(run, tmp_path, data_dir):
+    common = ["--ckpt", run / "ckpt.pt", "--device", "cpu"]
+    call(sample.main, *common, "--num", 10, "--steps", 3, "--out", tmp_path / "full")
+    call(sample.main, *common, "--export", tmp_path / "merged.pt")
+    call(sample.main, "--ckpt", tmp_path / "merged.pt", "--device", "cpu", "--num", 10, "--steps",
+         3, "--out", tmp_path / "merged")
+    pictures = [np.load(tmp_path / name / "samples.npz")["arr_0"] for name in ("full", "merged")]
+    assert np.array_equal(*pictures)
+    probe = [*common, "--data-dir", data_dir, "--out", tmp_path / "probe"]
+    call(capacity_probe.main, "allocation", *probe)
+    call(prune_probe.main, *probe, "--repeats", 1)
+
+
+@pytest.mark.parametrize("flags, says", [
+    (["--network", "dit", "--attn", 1], "--attn: --network dit has none"),
+    (["--depth", 4], "--depth: --network unet has none"),
+    (["--network", "dit", "--patch", 3], "8 pixels have no patches of 3"),
+    (["--network", "dit", "--ch", 100], "--ch 100 has no heads"),
+    (["--network", "dit", "--depth", 1], "cannot be cut in two"),
+    (["--network", "dit", "--no-cm", "--experts", "group"], "--experts"),
+    (["--network", "unit"], "--network")])
+def test_mistakes(flags, says, tmp_path, data_dir, capsys):
+    refuses(capsys, train.main, *TINY_FLAGS, "--data-dir", data_dir, "--out", tmp_path / "run",
+            *flags, says=[says])
+
+
+def test_a_checkpoint_of_an_unknown_network(run, tmp_path, capsys):
+    ckpt = disk.load(run / "ckpt.pt", ["diffusion"])
+    disk.save(tmp_path / "x.pt", {**ckpt, "network": {**ckpt["network"], "network": "mine"}})
+    refuses(capsys, sample.main, "--ckpt", tmp_path / "x.pt", "--device", "cpu",
+            says=["'mine'", "unet, dit", "--plugin"])
