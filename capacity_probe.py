@@ -344,17 +344,27 @@ def print_quality(metric, quality):
     print(f"{metric.upper()} of theta_g / of theta: {'  '.join(groups)}")
 
 
-def allocation_figure(result, path):
-    """Left: the size of each reserved part. Right: D per group over the timesteps."""
+def allocation_figure(result, path, bound=0):
+    """Left: the size of each reserved part. Right: D per group over the timesteps.
+
+    bound: --div-bound of the run, shown as a line; 0 for none.
+    """
     plt = disk.pyplot()
-    fig, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8), constrained_layout=True)
-    left.bar(range(len(result["layers"])), [r["ratio"] for r in result["layers"]])
-    left.set(xlabel="reserved weights, from the middle to the output", ylabel="||BA|| / ||W||",
-             title="size of the reserved part")
+    names = [r["layer"].removeprefix("decoder.") for r in result["layers"]]
+    size = (9, max(3.8, 0.17 * len(names) + 1))
+    fig, (left, right) = plt.subplots(1, 2, figsize=size, constrained_layout=True)
+    left.barh(range(len(names)), [r["ratio"] for r in result["layers"]])
+    left.set_yticks(range(len(names)), names, fontsize=7)
+    left.invert_yaxis()                 # from the middle of the network down to its output
+    left.axvline(0, color="black", linewidth=2, label="before training: B = 0")
+    left.set(xlabel="||BA|| / ||W||", title="size of the reserved part of each weight")
+    left.legend(fontsize=8, loc="lower right")
+    if bound:
+        right.axhline(bound, color="black", linestyle=":", label=f"bound of L_Div, {bound:g}")
     for name, values in result["distance"].items():
         right.plot(result["timesteps"], values, "o-", label=disk.in_figure(name))
     right.set(xlabel="timestep t", ylabel="D between theta and theta_g", yscale="log",
-              title="what it changes in the prediction")
+              title="what it changes in the prediction\n(before training D = 0)")
     right.legend(fontsize=8)
     for ax in (left, right):
         ax.spines[["top", "right"]].set_visible(False)
@@ -415,7 +425,7 @@ def main():
                               "ckpt_sha256": ckpt.sha256,
                               "seconds": round(time.time() - start, 1)})
     if args.what == "allocation":
-        allocation_figure(result, out / "allocation.png")
+        allocation_figure(result, out / "allocation.png", ckpt["config"].get("div_bound"))
         written += " and allocation.png"
     print(f"wrote {written}")
 

@@ -27,7 +27,7 @@ from sample import dtype_of, load_network
 
 CHUNK = 256     # images whose noise is drawn at once, whatever --batch-size is: it changes nothing
 BARS = {        # one figure of bars for each: its name, and what its y axis shows
-    "relative": "relative loss change (pruned - raw) / raw",
+    "relative": "relative loss change (pruned - raw) / raw (%)",
     "absolute": "absolute loss change",
     "raw": "raw loss",
 }
@@ -200,7 +200,8 @@ def bars_of(result, kind, names):
     classes = [result["classes"][name] for name in names]
     if kind == "raw":
         return np.array([c["raw"] for c in classes]), None
-    value, low, high = np.array([c[kind] for c in classes]).T
+    scale = 100 if kind == "relative" else 1        # in per cent
+    value, low, high = scale * np.array([c[kind] for c in classes]).T
     return value, np.stack([value - low, high - value])
 
 
@@ -228,12 +229,16 @@ def bar_figure(kind, results, fraction, path):
         heights, errors = bars_of(result, kind, names)
         label = disk.in_figure(legend_of(name, result, kind))
         ax.bar(x, heights, 0.8 / n, yerr=errors, label=label, error_kw={"linewidth": 0.7})
+    if kind != "raw":
+        ax.axhline(0, color="black", linewidth=0.7)
     step = max(1, len(names) // 25)                 # no more labels than can be read
     ticks = [disk.in_figure(f"{name} ({sizes[name]})") for name in names]
     ax.set_xticks(np.arange(len(names))[::step], ticks[::step], rotation=90, fontsize=7)
-    ax.set(ylabel=BARS[kind], xlabel="class (training images), the most populous first",
-           title="" if kind == "raw" else f"{per_cent(fraction)} of the weights set to zero")
-    ax.legend(fontsize=7)
+    ax.set(ylabel=BARS[kind], xlabel="class (training images), the most populous first")
+    if kind != "raw":
+        ax.set_title(f"{per_cent(fraction)} of the weights set to zero; with 95 % intervals over "
+                     "the images")
+    ax.legend(fontsize=8)
     ax.spines[["top", "right"]].set_visible(False)
     disk.save_figure(fig, path)
 

@@ -2,11 +2,13 @@
 
     python report.py --out out/demo/report.md --row DDPM=out/demo/ddpm/samples/eval.json \\
         --row CM=... --pair out/demo/cm/samples-general/samples.npz out/demo/cm/samples/samples.npz
+    python report.py --grid DDPM=A/samples.npz --grid CM=B/samples.npz --out grid.png
     python report.py --paper table2 --setting cifar100-ir100 \\
         --row "CM=out/paper/cm-seed*/eval.json" --row ...
 
 Without --paper the rows must have been measured with a classifier and --floor, as in the demo.
---pair shows samples of theta_g and of theta from the same noise, side by side (Fig. G.4).
+--pair shows samples of theta_g and of theta from the same noise, side by side (Fig. G.4). --grid
+makes a picture only: training images, and beside them each method's samples.
 
 --paper makes one of the paper's tables. Each number is the mean ± standard deviation over a row's
 files (one per seed), with the paper's number beside it (paper_results.json). The best is in bold,
@@ -14,7 +16,7 @@ the second best in italics. The page also lists the commands behind each row.
 """
 import glob
 import re
-import shutil
+import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,9 +26,9 @@ from scipy import stats
 
 import disk
 import runtime
-from data import read_samples
+from data import read_samples, training_images
 from runtime import Parser, UserError, run
-from sample import clipped, grid_image
+from sample import KINDS, clipped, grid_image, ten_classes
 
 PAPER = Path(__file__).with_name("paper_results.json")
 HIGHER_IS_BETTER = {"recall", "precision", "is", "accuracy"}
@@ -406,7 +408,8 @@ def paper_figure(rows, columns, paper, title, path):
         draw_panel(ax, rows, column, numbers, paper)
     for ax in axes.flat[len(columns):]:
         ax.remove()
-    fig.suptitle(title)
+    # About ten characters to an inch
+    fig.suptitle(textwrap.fill(title, round(10 * size[0])))
     disk.save_figure(fig, path, ("png", "pdf"))
 
 
@@ -612,31 +615,82 @@ def side_by_side(general, full, path, columns=6):
          grid_image(images, labels, *known, columns=columns)),
     ]
 
+    disk.write_png(path, in_a_row(titled))
+
+
+def in_a_row(titled, first_left=0):
+    """One picture of several (title, picture), side by side, each below its title.
+
+    first_left: from which pixel column on the first title stands.
+    """
     title_height = 30
     gap = 24
     font = ImageFont.load_default(15)
-    width = sum(picture.width for _, picture in titled) + gap
+    width = sum(picture.width for _, picture in titled) + gap * (len(titled) - 1)
     page = Image.new("RGB", (width, titled[0][1].height + title_height), "white")
     pen = ImageDraw.Draw(page)
     x = 0
     for title, picture in titled:
         page.paste(picture, (x, title_height))
-        center = (x + picture.width // 2, title_height // 2)
-        pen.text(center, title, fill="black", anchor="mm", font=font)
+        left = x if x else first_left
+        pen.text((left, title_height // 2), title, fill="black", anchor="lm", font=font)
         x += picture.width + gap
-    disk.write_png(path, page)
+    return page
 
 
-def copy_file(source, path):
-    """Copy a file, atomically."""
-    disk.write_atomic(path, lambda temporary: shutil.copyfile(source, temporary))
+class Samples(NamedTuple):
+    """Images of one column of a picture of samples: uint8 (N, H, W, 1 or 3), labels (N,)."""
+    title: str
+    images: np.ndarray
+    labels: np.ndarray
 
 
-def grid_of(name, settings):
-    """The grid.png of the samples that a result measured, or None where it measured no file.
+def write_columns(columns, class_names, counts, path, across=4):
+    """Write a PNG of several Samples side by side: a row per class, its name once, at the left.
 
-    Raises UserError where the samples have been made again since.
+    At most ten rows, of classes that each of them has; across: images per row of each.
     """
+    common = sorted(set.intersection(*(set(c.labels.tolist()) for c in columns)))
+    classes = [common[i] for i in ten_classes(len(common))]
+    titled = []
+    for column in columns:
+        picture = grid_image(column.images, column.labels, class_names, counts, classes, across)
+        cell = picture.height // len(classes)
+        left = picture.width - across * cell            # of the images; before it are the names
+        if titled:
+            picture = picture.crop((left, 0, *picture.size))
+        titled.append((column.title, picture))
+    disk.write_png(path, in_a_row(titled, left))
+
+
+def real_and_sampled(args):
+    """Write the picture that --grid asks for: training images, then each method's samples."""
+    if Path(args.out).suffix != ".png":
+        raise UserError(f"--out {args.out}: --grid makes a picture; name a .png file")
+    columns = []
+    for text in args.grid:
+        name, _, file = text.rpartition("=")
+        images, labels, record = read_samples(file, "--grid")
+        if not name or labels is None or "data" not in record:
+            raise UserError(f"--grid {text}: give NAME=FILE, with a samples.npz of sample.py")
+        columns.append(Samples(name, images, labels))
+        ckpt = disk.load(record["settings"]["ckpt"], KINDS, "--grid")
+        if len(columns) == 1:
+            first = ckpt["data"]
+        if ckpt["data"] != first:
+            raise UserError(f"--grid {text}: trained on other images than {args.grid[0]}")
+    real = training_images(ckpt, args.data_dir)
+    columns.insert(0, Samples("training images", real.images, real.labels))
+    write_columns(columns, first["class_names"], first["class_counts"], args.out)
+
+
+def samples_of(name, result):
+    """(Samples, the record of their training data) of what a result measured, or None.
+
+    None where it measured no labelled file of sample.py. Raises UserError where the samples have
+    been made again since.
+    """
+    settings = result["settings"]
     if "samples" not in settings:
         return None
     npz = Path(settings["samples"])
@@ -645,20 +699,31 @@ def grid_of(name, settings):
     measured = settings.get("samples_sha256")
     if measured and npz.is_file() and disk.sha256(npz) != measured:
         raise UserError(f"--row {name}: {npz} is not what was measured; run evaluate.py again")
-    return npz.parent / "grid.png"
+    if not npz.is_file():
+        return None
+    images, labels, record = read_samples(npz, "--row")
+    if labels is None or "data" not in record:
+        return None
+    return Samples(" ".join(name.split()), images, labels), record["data"]
 
 
-def sample_grids(rows, folder, first_number):
-    """Copy each row's grid.png into `folder`; returns the page's parts that show them."""
+def sample_pages(rows, folder):
+    """A picture for each guidance strength, methods side by side; the page's parts that show them.
+
+    Methods of other classes or another size than the first one's are left out.
+    """
     parts = []
-    for name, result in rows:
-        settings = result["settings"]
-        grid = grid_of(name, settings)
-        if grid and grid.exists():
-            copy = f"grid-{first_number + len(parts)}.png"
-            copy_file(grid, folder / copy)
-            title = f"{escaped(name)}, guidance {settings['guidance']:g}"
-            parts.append(f"## {title}\n\n![{title}, one class per row]({copy})\n")
+    for strength in guidance_strengths(rows):
+        found = [samples_of(name, r) for name, r in rows if r["settings"]["guidance"] == strength]
+        found = [pair for pair in found if pair]
+        if not found:
+            continue
+        first, data = found[0]
+        columns = [s for s, d in found if d["class_names"] == data["class_names"]
+                   and s.images.shape[1:] == first.images.shape[1:]]
+        file = f"samples-{strength:g}.png"
+        write_columns(columns, data["class_names"], data.get("class_counts"), folder / file)
+        parts.append(f"## Samples, guidance {strength:g}\n\n![one class per row]({file})\n")
     return parts
 
 
@@ -702,7 +767,7 @@ def demo_page(args, rows):
         parts.append("## Samples of theta_g and of theta from the same noise\n\n"
                      "![theta_g and theta](theta_g_theta.png)\n")
     demo_figure(rows, folder / "groups.png")
-    parts += sample_grids(rows, folder, first_number=len(parts))
+    parts += sample_pages(rows, folder)
     disk.write_text(page, "\n".join(parts))
     return table
 
@@ -712,8 +777,14 @@ def demo_page(args, rows):
 def make_parser():
     """The flags."""
     parser = Parser(__doc__)
-    parser.add_argument("--row", action="append", required=True, metavar="NAME=FILE",
-                        help="a row of the table; repeatable")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--row", action="append", metavar="NAME=FILE",
+                      help="a row of the table; repeatable")
+    what.add_argument("--grid", action="append", metavar="NAME=FILE",
+                      help="no table but a picture: training images, and beside them the images of "
+                      "this samples.npz; repeatable")
+    parser.add_argument("--data-dir", help="of --grid: where the data set is (default: the "
+                        "checkpoint's)")
     parser.add_argument("--pair", nargs=2, metavar=("GENERAL", "FULL"),
                         help="samples.npz of theta_g and of theta")
     parser.add_argument("--paper", metavar="TABLE",
@@ -737,6 +808,9 @@ def main():
     """Make the page that the flags ask for."""
     args = make_parser().parse_args()
     runtime.refuse_processes("report.py")
+    if args.grid:
+        real_and_sampled(args)
+        return print(f"wrote {args.out}")
     rows = [read_row(text) for text in args.row]
     refuse_other_conditions(rows)
     if Path(args.out).suffix.lower() in (".png", ".pdf"):

@@ -12,7 +12,7 @@
 #   tables     table1 table2 table3 table4 table5 table6 table7
 #              tableE2 tableG8 tableG9 tableG10 tableG12 tableG13
 #   figures    fig1b fig4a fig4b fig4c fig4d
-#   others     theory allocation dominance gain
+#   others     theory allocation dominance gain pictures
 # They share their runs, which are in out/paper.
 #
 # Environment variables of these targets (the demo and the smoke run take none of them):
@@ -24,6 +24,7 @@
 #   SEEDS         0,1,2       one run per seed; different whole numbers
 #   NGPU          1           how many GPUs; more than one: torchrun
 #   DATA_DIR      data        where the data set is
+#   PRESET        paper       small or tiny: smaller networks, fewer steps (see train.py)
 #   RESOLUTION                the images' size in pixels (imagenet-lt, inat2018: 64)
 #   CLASS_ORDER               all classes, the most frequent one first (if not given: as numbered)
 #   SCALE         paper       demo: everything on digits, in minutes, with defaults of its own
@@ -194,7 +195,7 @@ run_all.sh); leave it out" ;;
 check_settings
 if [[ $SCALE == demo ]]; then
   DATASET=digits
-  PRESET=
+  PRESET=digits
   IR=${IR:-20}
   SEEDS=${SEEDS-0}
   ROOT=${ROOT:-out/paper-demo}
@@ -206,7 +207,7 @@ if [[ $SCALE == demo ]]; then
   FEATURES=$ROOT/classifier/ckpt.pt
   python classify.py --dataset digits --epochs 10 --out "$ROOT/classifier" --if-needed
 else
-  PRESET="--preset paper"       # also on a CPU, where train.py's default is another
+  PRESET=${PRESET:-paper}       # also on a CPU, where train.py's default is another
   case $TARGET in
     table4) DATASET=${DATASET:-celebahq} ;;
     table5) DATASET=${DATASET:-imagenet-lt} ;;
@@ -231,12 +232,16 @@ if [[ $DATASET == imagenet-lt || $DATASET == inat2018 ]]; then
 else
   SETTING=$DATASET-ir$IR${RESOLUTION:+-$RESOLUTION}
 fi
+case $PRESET in               # as train.py's presets
+  small) STEPS=${STEPS:-20000} SETTING+=-small ;;
+  tiny) STEPS=${STEPS:-4000} SETTING+=-tiny ;;
+esac
 RUNS=$ROOT/$SETTING
 
 # Some targets look at one network of each kind
 FIRST_SEED=${SEEDS%%,*}
 case $TARGET in
-  fig1b | dominance | allocation) SEEDS=$FIRST_SEED ;;
+  fig1b | dominance | allocation | pictures) SEEDS=$FIRST_SEED ;;
 esac
 
 DATA=(
@@ -270,7 +275,7 @@ train() {
       cm_flags=$CM_FLAGS
     fi
   done
-  launch train.py "${DATA[@]}" $PRESET ${STEPS:+--steps "$STEPS"} $FLAGS "${@//@SEED/$seed}" \
+  launch train.py "${DATA[@]}" --preset "$PRESET" ${STEPS:+--steps "$STEPS"} $FLAGS "${@//@SEED/$seed}" \
     $cm_flags --seed $seed --out "$RUNS/$run-seed$seed"
 }
 
@@ -592,5 +597,17 @@ case $TARGET in
       row "OC, as long" oc-long --base oc --no-cm --steps $LONG -- --guidance $OMEGA
       page table3 guidance-$OMEGA
     done
+    ;;
+
+  # A picture: training images, and beside them samples of DDPM and of CM on it
+  pictures)
+    train ddpm $FIRST_SEED --base ddpm --no-cm
+    train cm-ddpm $FIRST_SEED --base ddpm --cm
+    for RUN in ddpm cm-ddpm; do
+      launch sample.py --ckpt "$RUNS/$RUN-seed$FIRST_SEED/ckpt.pt" --num "${NUM:-400}" --if-needed
+    done
+    python report.py --grid "DDPM=$RUNS/ddpm-seed$FIRST_SEED/samples/samples.npz" \
+      --grid "CM on DDPM=$RUNS/cm-ddpm-seed$FIRST_SEED/samples/samples.npz" \
+      --data-dir "$DATA_DIR" --out "$PAGES/pictures/$SETTING.png"
     ;;
 esac

@@ -1,6 +1,6 @@
 """Simulate the gradient model of Theorems 2.1, 3.1, F.1, F.2; compare it with the closed forms.
 
-    python theory_sim.py        # out/theory: table.md, theory.json, theory.png, .pdf; ten seconds
+    python theory_sim.py        # out/theory: table.md, theory.json and two figures; ten seconds
 
 The model (Assumption F.1): a sample of class y contributes g ~ N(mu_y, sigma^2 I) to the gradient
 of a weight matrix, with ||mu_y|| = mu. The update points to class 1 rather than to class K where
@@ -166,6 +166,7 @@ SWEEPS = {      # Theorem 2.1. name: (label, values)
     "ratio": ("sigma / mu", np.geomspace(1.3, 20, 10)),
     "N": ("samples N", np.geomspace(10, 600, 10).round()),
 }
+LOG_TICKS = {"ratio": [2, 5, 10, 20], "N": [10, 30, 100, 300]}
 MINORITY_SIZES = {      # Theorem 3.1. alpha_r: values of N_2, of 100 samples in all
     0.3: [1, 2, 5, 10, 20, 30, 40, 45, 49, 50],
     1.0: [1, 5, 10, 20, 30, 40, 45, 50],
@@ -297,28 +298,37 @@ def plot_sweep(ax, sweep, points):
     interval = [y - column("low"), column("high") - y]
     ax.errorbar(x, y, interval, fmt="k.", capsize=2, label="simulation")
     theorem, _, name = sweep.partition(": ")
-    xlabel = SWEEPS[name][0] if name in SWEEPS else name
+    xlabel = SWEEPS[name][0] if name in SWEEPS else name.replace(", ", ",\n")
     ax.set(title=theorem, xlabel=xlabel, ylim=(-0.03, 1.03))
-    if name in ("ratio", "N"):
+    if name in LOG_TICKS:
         ax.set_xscale("log")
+        ax.set_xticks(LOG_TICKS[name])
         ax.xaxis.set_minor_formatter(NullFormatter())
         ax.xaxis.set_major_formatter(ScalarFormatter())
-    ax.legend(fontsize=7, loc="lower left")
     ax.spines[["top", "right"]].set_visible(False)
 
 
+FIGURES = {     # name: the theorems in it, those without and those with a low-rank part
+    "theory": ("Theorem 2.1", "Theorem F.1"),
+    "theory_low_rank": ("Theorem 3.1", "Theorem F.2"),
+}
+
+
 def figure(points, path):
-    """Plot all sweeps, one panel per sweep; written as PNG and PDF."""
+    """Plot the sweeps of these points, one panel each and a legend; written as PNG and PDF."""
     plt = disk.pyplot()
     sweeps = list(dict.fromkeys(p["sweep"] for p in points))
-    columns = 5
-    rows = math.ceil(len(sweeps) / columns)
-    fig, axes = plt.subplots(rows, columns, figsize=(3.5 * columns, 6.4),
-                             constrained_layout=True, sharey=True)
+    columns = 3
+    rows = len(sweeps) // columns + 1           # at least one cell is left for the legend
+    fig, axes = plt.subplots(rows, columns, figsize=(3 * columns, 2.7 * rows),
+                             constrained_layout=True)
     for ax, sweep in zip(axes.flat, sweeps):
         plot_sweep(ax, sweep, [p for p in points if p["sweep"] == sweep])
+    entries = {label: handle for ax in axes.flat for handle, label in
+               zip(*ax.get_legend_handles_labels())}
     for ax in axes.flat[len(sweeps):]:
-        ax.remove()
+        ax.axis("off")
+    axes.flat[-1].legend(entries.values(), entries.keys(), loc="center", frameon=False)
     fig.supylabel("share of matrices that class 1 dominates")
     disk.save_figure(fig, path, suffixes=("png", "pdf"), dpi=110)
 
@@ -350,13 +360,15 @@ def main():
     disk.check_writable(out / "theory.json")
     points = results(args.trials, args.seed)
     text = table(points)
-    figure(points, out / "theory.png")
+    for name, theorems in FIGURES.items():
+        figure([p for p in points if p["sweep"].startswith(theorems)], out / f"{name}.png")
     disk.write_text(out / "table.md", text + "\n")
     settings = {"trials": args.trials, "seed": args.seed}
     disk.write_json(out / "theory.json", {"settings": settings, "points": points})
     print(text)
     print_summary(points, time.time() - start)
-    print(f"wrote {out}: table.md, theory.json, theory.png, theory.pdf")
+    pictures = ", ".join(f"{name}.png, {name}.pdf" for name in FIGURES)
+    print(f"wrote {out}: table.md, theory.json, {pictures}")
 
 
 if __name__ == "__main__":

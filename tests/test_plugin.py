@@ -1,4 +1,6 @@
 """--plugin: a file of one's own is imported before the flags are read, in every script."""
+import importlib
+import re
 import subprocess
 import sys
 
@@ -6,6 +8,7 @@ import pytest
 from conftest import ROOT, TINY_FLAGS
 
 import disk
+import runtime
 
 MY_RUN = """
 import losses, readers
@@ -62,44 +65,63 @@ def test_it_is_recorded_by_name_and_hash(folder):
 
 
 def test_a_checkpoint_does_not_run_it(folder):
-    """evaluate.py knows the data set with it, and says what is missing without."""
-    common = ["--ckpt", folder / "run/ckpt.pt", "--num", 9, "--steps", 2, "--device", "cpu",
-              "--data-dir", folder / "data", "--features", folder / "classifier/ckpt.pt"]
-    classify = ["classify.py", "--dataset", "stripes", "--width", 8, "--epochs", 1, "--device",
-                "cpu", "--data-dir", folder / "data", "--out", folder / "classifier"]
-    plugin = ["--plugin", folder / "my_run.py"]
-    without = start("evaluate.py", *common)
+    """A script needs the file named once more, and says so."""
+    words = ["--ckpt", folder / "run/ckpt.pt", "--num", 3, "--steps", 1, "--device", "cpu"]
+    without = start("evaluate.py", *words, "--features", "x", "--data-dir", folder / "data")
     assert without.returncode == 2 and "--plugin" in without.stderr
-    assert "--plugin" in start(*classify).stderr
-    assert start(*classify, *plugin).returncode == 0
-    done = start("evaluate.py", *common, *plugin)
+    done = start("sample.py", *words, "--plugin", folder / "my_run.py")
     assert done.returncode == 0, done.stderr
-    settings = disk.read_json(folder / "run/eval.json")["settings"]
-    assert settings["plugin"][0].startswith("my_run.py ")
+    settings = disk.read_json(folder / "run/samples/samples.json")["settings"]
+    assert settings["plugin"] == [f"my_run.py {disk.sha256(folder / 'my_run.py')[:16]}"]
     assert "starting" not in done.stdout            # its last line, which trains, did nothing
 
 
 def test_a_changed_file_is_another_setting(folder):
-    other = folder / "other"
-    other.mkdir()
-    (other / "my_run.py").write_text(MY_RUN + "# changed\n")
-    done = start("train.py", *flags_of(folder), "--steps", 3, "--plugin", other / "my_run.py")
+    (folder / "other").mkdir()
+    (folder / "other/my_run.py").write_text(MY_RUN + "# changed\n")
+    done = start("train.py", *flags_of(folder), "--steps", 3, "--plugin",
+                 folder / "other/my_run.py")
     assert done.returncode == 2 and "--plugin ['my_run.py " in done.stderr
 
 
+@pytest.fixture
+def unchanged(monkeypatch):
+    """What importing a plugin changes is undone."""
+    monkeypatch.setattr(runtime.Plugins, "found", [])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield
+    sys.modules.pop("mine", None)
+
+
+def test_it_is_imported_before_main_and_once(tmp_path, unchanged, monkeypatch, capsys):
+    """By either form of the flag; a script that it starts does not start."""
+    (tmp_path / "mine.py").write_text(
+        "import runtime\nFLAG = '--of-mine'\nruntime.run(lambda: 1 / 0)\n")
+    for words in (["--plugin", str(tmp_path / "mine.py")], [f"--plugin={tmp_path / 'mine.py'}"]):
+        monkeypatch.setattr(runtime.Plugins, "found", [])
+        monkeypatch.setattr(sys, "argv", ["script", *words])
+        runtime.run(lambda: print(sys.modules["mine"].FLAG, runtime.Plugins.found))
+        digest = disk.sha256(tmp_path / "mine.py")[:16]
+        assert capsys.readouterr().out == f"--of-mine ['mine.py {digest}']\n"
+        del sys.modules["mine"]
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_every_script_takes_it(name, tmp_path):
-    """And imports it first: here it ends the process."""
-    (tmp_path / "mine.py").write_text("import sys; print('mine'); sys.exit(7)")
-    words = [name, "train"] if name == "latent.py" else [name]
-    done = start(*words, f"--plugin={tmp_path / 'mine.py'}")
-    assert (done.returncode, done.stdout) == (7, "mine\n"), done.stderr
+def test_every_script_has_the_flag(name):
+    module = importlib.import_module(name.removesuffix(".py"))
+    parsers = [getattr(module, f) for f in dir(module)
+               if re.fullmatch("make(_train|_sample)?_parser", f)]
+    assert all("--plugin" in parser().format_help() for parser in parsers)
+    assert parsers or "parser = Parser(__doc__)" in (ROOT / name).read_text()
 
 
-def test_mistakes(tmp_path):
-    (tmp_path / "train.py").write_text("")
-    (tmp_path / "losses.py").write_text("")
-    for name, words in {"none.py": "no such file", "losses.py": "a name of its own"}.items():
-        done = start("sample.py", "--plugin", tmp_path / name, "--ckpt", "x")
-        assert done.returncode == 2
-        assert done.stderr.startswith("error: --plugin") and words in done.stderr
+@pytest.mark.parametrize("name, says", [
+    ("none.py", "no such file"), ("losses.py", "a name of its own"), ("mine.txt", "a .py file")])
+def test_mistakes(name, says, tmp_path, unchanged, capsys, monkeypatch):
+    for own in ("losses.py", "mine.txt"):
+        (tmp_path / own).write_text("")
+    monkeypatch.setattr(sys, "argv", ["script", "--plugin", str(tmp_path / name)])
+    with pytest.raises(SystemExit) as e:
+        runtime.run(lambda: None)
+    text = capsys.readouterr().err
+    assert e.value.code == 2 and text.startswith("error: --plugin") and says in text

@@ -189,10 +189,18 @@ def test_odd_names_in_the_probes_figures(tmp_path, monkeypatch):
     pp.write_figures(results, [0.1, 0.2], 0.1, tmp_path)
     relative, _, raw_bars, curve = figures
     assert len(legends(relative)) == len(legends(raw_bars)) == 2
+    # In per cent, and said what the lines are
+    heights = {round(bar.get_height(), 6) for bar in relative.axes[0].patches}
+    assert heights == {10.0} and "%" in relative.axes[0].get_ylabel()
+    assert "95 % intervals" in relative.axes[0].get_title()
     assert len(legends(curve)) == 2 * len(ODD_NAMES)
     distances = {name: [1.0, 2.0] for name in ODD_NAMES}
-    cp.allocation_figure({"layers": [], "timesteps": [0, 999], "distance": distances}, tmp_path)
-    assert len(legends(figures[-1])) == len(ODD_NAMES)
+    layers = [{"layer": "decoder.up.0.conv1", "ratio": 0.5}]
+    cp.allocation_figure({"layers": layers, "timesteps": [0, 999], "distance": distances}, tmp_path,
+                         0.01)
+    # One entry for the value before training, and one for the bound
+    assert len(legends(figures[-1])) == len(ODD_NAMES) + 2
+    assert [t.get_text() for t in figures[-1].axes[0].get_yticklabels()] == ["up.0.conv1"]
 
 
 def test_prune_probe_refuses(cm_run, data_dir, tmp_path):

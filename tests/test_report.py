@@ -3,12 +3,15 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from conftest import ROOT, call
+from PIL import Image
 from test_mistakes import refuses
 
-import report
 import disk
+import report
+import sample
 
 PAPER = disk.read_json(ROOT / "paper_results.json")["tables"]
 
@@ -386,10 +389,55 @@ def test_grids_of_other_samples_than_those_measured(tmp_path, capsys, monkeypatc
     refuses(capsys, report.main, "--row", row, "--out", tmp_path / "page/p.md",
             says=["--row CM", "samples.npz", "run evaluate.py again"])
     # a result of --ckpt names no samples: a grid.png that lies here is not theirs
-    (tmp_path / "grid.png").write_bytes(b"")
     row, = write_rows(tmp_path, CM=demo_result(9.0))
     call(report.main, "--row", row, "--out", tmp_path / "page/p.md")
-    assert "grid-" not in (tmp_path / "page/p.md").read_text()
+    assert "samples-" not in (tmp_path / "page/p.md").read_text()
+
+
+def test_methods_side_by_side(tmp_path):
+    """Class names once, at the left; only classes that all have; four images each."""
+    images = np.full((40, 8, 8, 3), 90, np.uint8)
+    labels = np.arange(40) % 10
+    few = report.Samples("B", images[:12], labels[:12] % 3)
+    names, counts = [f"class {c}" for c in range(10)], list(range(20, 10, -1))
+    both = report.Samples("A", images, labels), few
+    report.write_columns(both, names, counts, tmp_path / "two.png")
+    picture = Image.open(tmp_path / "two.png")
+    assert picture.height == 3 * 60 + 30
+    report.write_columns(both[:1], names, counts, tmp_path / "one.png")
+    one = Image.open(tmp_path / "one.png")
+    assert one.height == 10 * 60 + 30
+    assert picture.width == one.width + 4 * 60 + 24
+
+
+def test_the_demo_page_shows_methods_side_by_side(cm_run, digits, data_dir, tmp_path):
+    """One picture per guidance strength, of the files that were measured."""
+    rows = []
+    for name in ("full", "general"):
+        call(sample.main, "--ckpt", cm_run / "ckpt.pt", "--branch", name, "--num", 20, "--steps", 1,
+             "--device", "cpu", "--out", tmp_path / name)
+        rows += write_rows(tmp_path, **{name: changed(demo_result(9.0), {
+            "samples": f"{tmp_path}/{name}/samples.npz"})})
+    call(report.main, *[w for row in rows for w in ("--row", row)], "--out", tmp_path / "p.md")
+    assert "![one class per row](samples-1.5.png)" in (tmp_path / "p.md").read_text()
+    assert Image.open(tmp_path / "samples-1.5.png").height == 10 * 60 + 30
+    # Real images first, then each method's
+    grid = [w for name in ("full", "general")
+            for w in ("--grid", f"{name}={tmp_path}/{name}/samples.npz")]
+    call(report.main, *grid, "--data-dir", data_dir, "--out", tmp_path / "grid.png")
+    picture = np.asarray(Image.open(tmp_path / "grid.png"))
+    assert picture.shape[1] == Image.open(tmp_path / "samples-1.5.png").width + 4 * 60 + 24
+    real = digits.images[digits.labels == 0][0, ..., 0]
+    left = picture.shape[1] - 3 * 240 - 2 * 24
+    assert np.array_equal(picture[30:86, left:left + 56, 0], np.kron(real, np.ones((7, 7))))
+
+
+@pytest.mark.parametrize("flags, says", [
+    (["--grid", "x.npz", "--out", "a.md"], ["--out a.md", ".png"]),
+    (["--grid", "A=none.npz", "--out", "a.png"], ["--grid none.npz"]),
+    (["--out", "a.md"], ["--row", "--grid"])])
+def test_grid_refuses(flags, says, capsys):
+    refuses(capsys, report.main, *flags, says=says)
 
 
 @pytest.mark.parametrize("name, says", [

@@ -27,6 +27,7 @@ ENVIRONMENTS = {
     "budget": {"ROOT": "my own", "STEPS": "7", "FLAGS": "--ch 64 --lr 5e-4",
                "CM_FLAGS": "--w-div 0.2", "NUM": "99", "FEATURES": "c.pt", "DATASET": "folder",
                "SEEDS": "4"},
+    "tiny": {"PRESET": "tiny", "DATASET": "folder", "DATA_DIR": "my data", "SEEDS": "4"},
 }
 
 # A function of bash's in place of a program, as `export -f` hands it on
@@ -83,7 +84,7 @@ def parse(monkeypatch, script, args):
 
 
 def test_targets():
-    assert len(TARGETS) == 22 and len(set(TARGETS)) == 22
+    assert len(TARGETS) == 23 and len(set(TARGETS)) == 23
     assert {"table2", "tableG8", "fig4d", "gain"} <= set(TARGETS)
     head = (ROOT / "run_all.sh").read_text().split("\nset -euo")[0]
     assert set(TARGETS) <= set(head.split())

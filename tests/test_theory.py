@@ -89,7 +89,7 @@ def test_files_and_seed(tmp_path, capsys):
     for seed, folder in ((0, "a"), (0, "b"), (1, "c")):
         call(ts.main, "--trials", 200, "--seed", seed, "--out", tmp_path / folder)
     assert "points above the printed bound" in capsys.readouterr().out
-    for name in ("theory.png", "theory.pdf"):
+    for name in ("theory.png", "theory.pdf", "theory_low_rank.png", "theory_low_rank.pdf"):
         assert (tmp_path / "a" / name).exists()
     a, b, c = (disk.read_json(tmp_path / f / "theory.json")["points"] for f in "abc")
     assert a == b != c
