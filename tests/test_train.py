@@ -124,8 +124,8 @@ def test_how_long_it_takes_is_said_once(tmp_path, data_dir, capsys):
     """From the first steps; not where a log line comes before."""
     flags = [*TINY_FLAGS, "--data-dir", data_dir, "--steps", 6, "--out"]
     call(train.main, *flags, tmp_path / "a", "--log-every", 5)
-    said = re.findall(r"[\d.]+ s a step: about \d+ s for the other 3 steps", capsys.readouterr().out)
-    assert len(said) == 1
+    text = capsys.readouterr().out
+    assert len(re.findall(r"[\d.]+ s a step: about \d+ s for the other 3 steps", text)) == 1
     call(train.main, *flags, tmp_path / "b", "--log-every", 1)
     assert "s a step: about" not in capsys.readouterr().out
 
