@@ -490,8 +490,8 @@ case $TARGET in
   tableG13)
     classes CE ce --loss ce
     classes "CE + CM" ce-cm --loss ce --cm
-    classes LDAM ldam --loss ldam --drw
-    classes "LDAM + CM" ldam-cm --loss ldam --drw --cm
+    classes LDAM ldam --loss ldam
+    classes "LDAM + CM" ldam-cm --loss ldam --cm
     classes LA la --loss la
     classes "LA + CM" la-cm --loss la --cm
     page tableG13

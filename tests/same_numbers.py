@@ -46,7 +46,7 @@ SAMPLES = {         # name: (run, flags of sample.py)
 }
 CLASSIFIERS = {     # name: flags of classify.py
     "features": [],
-    "ldam": "--ir 20 --loss ldam --drw --cm".split(),
+    "ldam": "--ir 20 --loss ldam --drw --cm --reserve layer3 layer4".split(),
     "la": "--ir 20 --loss la --tau 0.5 --schedule steps --no-nesterov".split(),
     "logits": "--ir 20 --cm --distance logits --reserve layer4 --div-bound 0.1".split(),
 }
