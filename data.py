@@ -403,21 +403,23 @@ def load_reference(name: str, data_dir: str | Path = "data", split: str | None =
                    pack_dir: str | Path | None = None) -> tuple[ImageSet, str]:
     """The class-balanced real images that samples are measured against: (ImageSet, what it is).
 
-    split "train" or "test" takes that split whole. None: the set's own choice, the full training
-    set or (ImageNet-LT, iNaturalist, a folder that has one) the test set; if its largest class has
-    more than 1.5 times the images of its smallest, equally many of each class, as many as the
-    smallest has. The second result is a few words for a reader.
+    split: "train", "test", or None for the set's own choice: the training set, or (ImageNet-LT,
+    iNaturalist, a folder that has one) the test set. Where its largest class has more than 1.5
+    times the images of its smallest, equally many of each class are taken, as many as the smallest
+    has. The second result is a few words for a reader.
     """
-    if split:
-        return load(name, data_dir, split, resolution, None, pack_dir), f"{split} set"
-    split = READERS[name].reference if name in READERS else "train"
+    chosen = split or (READERS[name].reference if name in READERS else "train")
     try:
-        images = load(name, data_dir, split, resolution, None, pack_dir)
+        images = load(name, data_dir, chosen, resolution, None, pack_dir)
     except NoSuchSplit:
-        split = "train"
-        images = load(name, data_dir, split, resolution, None, pack_dir)
-    words = {"train": "training set", "test": "test set"}[split]
+        if split:
+            raise
+        chosen = "train"
+        images = load(name, data_dir, chosen, resolution, None, pack_dir)
+    words = {"train": "training set", "test": "test set"}[chosen]
     n = images.counts.min()
+    if split and images.counts.max() <= 1.5 * n:
+        return images, f"{split} set"
     if not n:
         empty = images.class_names[int(np.argmin(images.counts))]
         raise UserError(f"--data-dir {data_dir}: class {empty} has no image in the {words}")

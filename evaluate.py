@@ -891,9 +891,9 @@ def add_protocol_flags(parser):
     g.add_argument("--reference", help="what to compare with, of the same kinds as --samples "
                    "(default: the balanced images of the set that was trained on)")
     g.add_argument("--reference-split", choices=("train", "test"),
-                   help="of a data set as --reference; the same as writing NAME:test "
-                   "(default: full training set; folder: test images, "
-                   "else equally many of each class)")
+                   help="of a data set as --reference; the same as writing NAME:test (default: "
+                   "train; imagenet-lt, inat2018: test, their validation images; folder: test "
+                   "where it has one). Of a long-tailed split, equally many of each class")
     g.add_argument("--data-dir", help="where data sets are (default: the checkpoint's, or data)")
     g.add_argument("--pack-dir", help="where packed arrays are "
                    "(default: the checkpoint's, or packed in --data-dir)")

@@ -150,15 +150,17 @@ def test_by_default_all_convolutions_are_reserved():
 
 def test_groups_are_those_of_the_papers_table():
     """The paper's "Overall" is the mean of its groups with the numbers of classes of our rule."""
-    paper = json.loads((ROOT / "paper_results.json").read_text())["tableG13"]["settings"]
+    tables = json.loads((ROOT / "paper_results.json").read_text())["tables"]
+    paper = tables["tableG13"]["settings"]
     for ir, sizes in ((200, [30, 31, 39]), (100, [35, 35, 30])):
         counts = long_tail_counts([500] * 100, ir)
         groups = classify.recognition_groups(counts, "counts")
         assert [len(groups[name]) for name in ("Many", "Medium", "Few")] == sizes
         for *accuracies, overall in paper[f"cifar100-ir{ir}"]["rows"].values():
-            assert np.dot(accuracies, sizes) / 100 == pytest.approx(overall, abs=0.006)
-        thirds = classify.recognition_groups(counts, "thirds")
-        assert [len(classes) for classes in thirds.values()] == [33, 33, 34]
+            assert np.dot(accuracies, sizes) / 100 == pytest.approx(overall, abs=0.012)
+        thirds = [len(c) for c in classify.recognition_groups(counts, "thirds").values()]
+        of_ce = paper[f"cifar100-ir{ir}"]["rows"]["CE"]
+        assert abs(np.dot(of_ce[:-1], thirds) / 100 - of_ce[-1]) > 0.5
 
 
 def test_the_default_has_no_bound():

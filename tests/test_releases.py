@@ -168,6 +168,19 @@ def test_release(name, tmp_path):
     assert description == words
 
 
+def test_either_split_is_a_balanced_reference(tmp_path):
+    """ImageNet-LT's training set is long-tailed: equally many of each class."""
+    imagenet_lt(tmp_path)
+    train_images, words = load_reference("imagenet-lt", tmp_path, "train", resolution=8)
+    assert train_images.counts.tolist() == [2, 2, 2]
+    assert words == "training set, 2 images of each class"
+    test_images, words = load_reference("imagenet-lt", tmp_path, "test", resolution=8)
+    assert test_images.counts.tolist() == [2, 2, 2] and words == "test set"
+    with pytest.raises(UserError, match="--reference-split test: CelebA-HQ"):
+        celebahq(tmp_path)
+        load_reference("celebahq", tmp_path, "test", resolution=8)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_an_image_is_changed_after_packing(name, tmp_path):
     """Another image of the same name, and perhaps size, is packed anew."""
