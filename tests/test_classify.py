@@ -622,9 +622,9 @@ def test_a_run_that_finished_meanwhile_is_not_overwritten(classifier, tmp_path, 
     """Another process trains to its end while this one loads its data."""
     read = classify.load_long_tailed
 
-    def meanwhile(args):
+    def meanwhile(*args):
         shutil.copy(classifier, tmp_path)
-        return read(args)
+        return read(*args)
     monkeypatch.setattr(classify, "load_long_tailed", meanwhile)
     refuses(capsys, classify.main, *FAST, "--data-dir", data_dir, "--out", tmp_path,
             says=["--out", "meanwhile", "start again"])
