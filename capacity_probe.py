@@ -24,7 +24,7 @@ from scipy.stats import norm
 import disk
 import runtime
 from cm_layers import general_only, is_reserved, reserved
-from data import class_groups, reference_images, to_float, training_images
+from data import by_size, class_groups, reference_images, to_float, training_images
 from losses import CMConfig, Objective, bind, draw_batch
 from model import distance, make_alphas_bar, q_sample, stratified_timesteps
 from runtime import Parser, UserError, integer, run
@@ -422,7 +422,7 @@ def main():
 
     # Write
     disk.write_json(written, {**result, "ckpt": args.ckpt, "weights": args.weights,
-                              "ckpt_sha256": ckpt.sha256,
+                              "ckpt_sha256": ckpt.sha256, "class_order": by_size(ckpt["data"]),
                               "seconds": round(time.time() - start, 1)})
     if args.what == "allocation":
         allocation_figure(result, out / "allocation.png", ckpt["config"].get("div_bound"))

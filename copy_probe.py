@@ -74,7 +74,7 @@ def unseen_images(args, ckpt, images):
     """(images uint8 (N, H, W, 3), labels) of the data set that the draw left out; None for none."""
     config = ckpt["config"]
     whole = load(config["dataset"], args.data_dir or config["data_dir"], "train",
-                 config["resolution"], config["class_order"], config["pack_dir"])
+                 config["resolution"], ckpt["data"]["class_names"], config["pack_dir"])
     seen = {image.tobytes() for image in images.images}
     rows = [i for i, image in enumerate(whole.images) if image.tobytes() not in seen]
     if not rows:

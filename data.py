@@ -102,13 +102,13 @@ def refuse_other_source(images: ImageSet, old: dict, data_dir: str | Path) -> No
 # Packed sets
 
 def load(name: str, data_dir: str | Path = "data", split: str = "train",
-         resolution: int | None = None, class_order: str | None = None,
+         resolution: int | None = None, class_order: str | list[str] | None = None,
          pack_dir: str | Path | None = None) -> ImageSet:
     """Read a data set, packing it on first use. Raises UserError that names the flag.
 
-    split: "train" or "test". resolution: None for the set's own. class_order: names or numbers of
-    all classes, the most populous first; class i of the result is the i-th of them, so that the
-    long-tail draw follows that order. pack_dir: where packs are; None for data_dir/packed, and
+    split: "train" or "test". resolution: None for the set's own. class_order: the classes, the most
+    populous first (see order_of); class i of the result is the i-th of them, so that the long-tail
+    draw follows that order. pack_dir: where packs are; None for data_dir/packed, and
     data/packed for "folder", whose data_dir is its user's.
     """
     if name not in READERS:
@@ -143,13 +143,9 @@ def load(name: str, data_dir: str | Path = "data", split: str = "train",
         resolution if source.files else None, name)
     labels = np.array(meta["labels"])
     names = meta["class_names"]
-    if class_order is not None:
-        order = resolve_classes(class_order, names, "--class-order")
-        if sorted(order) != list(range(len(names))):
-            raise UserError(f"--class-order: name each of the {len(names)} classes once, the most "
-                            "populous first")
-        labels = np.argsort(order)[labels]
-        names = [names[c] for c in order]
+    order = order_of(class_order, names, source)
+    labels = np.argsort(order)[labels]
+    names = [names[c] for c in order]
     return ImageSet(name, images, labels, names, source.flip, meta["provenance"], meta["sha256"])
 
 
@@ -230,6 +226,35 @@ def resolve_classes(text: str, class_names: list[str], flag: str = "--classes") 
             raise UserError(f"{flag} {text}: classes are 0 to {len(class_names) - 1}")
         result.extend(range(first, last + 1))
     return result
+
+
+def order_of(class_order: str | list[str] | None, class_names: list[str],
+             source: Source) -> list[int]:
+    """The numbers of all classes, the most populous first.
+
+    class_order: what --class-order says of each class, by names or numbers; a list of names, of a
+    checkpoint; or None for the order of the set's `source`. Classes that such a list lacks follow
+    as they are numbered. Raises UserError where --class-order does not name each class once.
+    """
+    numbers = {name: c for c, name in enumerate(class_names)}
+    if isinstance(class_order, str):
+        order = resolve_classes(class_order, class_names, "--class-order")
+        if sorted(order) != list(range(len(class_names))):
+            raise UserError(f"--class-order: name each of the {len(class_names)} classes once, the "
+                            "most populous first")
+        return order
+    if class_order == class_names:
+        return list(range(len(class_names)))
+    known = [numbers[name] for name in class_order or source.order if name in numbers]
+    return known + sorted(set(range(len(class_names))) - set(known))
+
+
+def by_size(data: dict) -> list[str] | None:
+    """The class names of a training set's record, the most populous first; None for no record."""
+    if not {"class_counts", "class_names"} <= set(data):
+        return None
+    order = np.argsort(-np.array(data["class_counts"]), kind="stable")
+    return [data["class_names"][c] for c in order]
 
 
 def class_range(word: str, text: str, class_names: list[str], flag: str) -> tuple[int, int]:
@@ -328,12 +353,22 @@ def long_tail(labels: ArrayLike, ir: float, seed: int = 0) -> np.ndarray:
     return np.sort(np.concatenate(rows))
 
 
-def load_long_tailed(args: Namespace) -> ImageSet:
-    """The training set that the data flags describe: `load`, then `long_tail` unless IR is 1."""
+def class_order_of(args: Namespace, ckpt: Checkpoint | None) -> str | list[str] | None:
+    """--class-order; where it is not given, that of the checkpoint, or None for no checkpoint."""
+    if args.class_order is None and ckpt:
+        return ckpt["data"]["class_names"]
+    return args.class_order
+
+
+def load_long_tailed(args: Namespace, ckpt: Checkpoint | None = None) -> ImageSet:
+    """The training set that the data flags describe: `load`, then `long_tail` unless IR is 1.
+
+    ckpt: the checkpoint that a run goes on from, in whose order the classes stay.
+    """
     if args.dataset == "folder" and getattr(args, "out", None):
         refuse_among_classes(args.out, args.data_dir)
-    images = load(args.dataset, args.data_dir, "train", args.resolution, args.class_order,
-                  args.pack_dir)
+    images = load(args.dataset, args.data_dir, "train", args.resolution,
+                  class_order_of(args, ckpt), args.pack_dir)
     if args.ir == 1:
         return images
     return images.take(long_tail(images.labels, args.ir, args.tail_seed))
@@ -346,8 +381,9 @@ def training_images(ckpt: Checkpoint, data_dir: str | Path | None = None) -> Ima
     """
     config = ckpt["config"]
     data_dir = data_dir or config["data_dir"]
-    images = load_long_tailed(Namespace(**{**config, "data_dir": data_dir}))
-    if images.counts.tolist() != ckpt["data"]["class_counts"]:
+    images = load_long_tailed(Namespace(**{**config, "data_dir": data_dir}), ckpt)
+    record = images.record()
+    if any(record[key] != ckpt["data"][key] for key in ("class_counts", "class_names")):
         raise UserError(f"--data-dir {data_dir}: not the images that --ckpt was trained on")
     refuse_other_source(images, ckpt["data"], data_dir)
     return images
@@ -367,21 +403,23 @@ def load_reference(name: str, data_dir: str | Path = "data", split: str | None =
                    pack_dir: str | Path | None = None) -> tuple[ImageSet, str]:
     """The class-balanced real images that samples are measured against: (ImageSet, what it is).
 
-    split "train" or "test" takes that split whole. None: the set's own choice, the full training
-    set or (ImageNet-LT, iNaturalist, a folder that has one) the test set; if its largest class has
-    more than 1.5 times the images of its smallest, equally many of each class, as many as the
-    smallest has. The second result is a few words for a reader.
+    split: "train", "test", or None for the set's own choice: the training set, or (ImageNet-LT,
+    iNaturalist, a folder that has one) the test set. Where its largest class has more than 1.5
+    times the images of its smallest, equally many of each class are taken, as many as the smallest
+    has. The second result is a few words for a reader.
     """
-    if split:
-        return load(name, data_dir, split, resolution, None, pack_dir), f"{split} set"
-    split = READERS[name].reference if name in READERS else "train"
+    chosen = split or (READERS[name].reference if name in READERS else "train")
     try:
-        images = load(name, data_dir, split, resolution, None, pack_dir)
+        images = load(name, data_dir, chosen, resolution, None, pack_dir)
     except NoSuchSplit:
-        split = "train"
-        images = load(name, data_dir, split, resolution, None, pack_dir)
-    words = {"train": "training set", "test": "test set"}[split]
+        if split:
+            raise
+        chosen = "train"
+        images = load(name, data_dir, chosen, resolution, None, pack_dir)
+    words = {"train": "training set", "test": "test set"}[chosen]
     n = images.counts.min()
+    if split and images.counts.max() <= 1.5 * n:
+        return images, f"{split} set"
     if not n:
         empty = images.class_names[int(np.argmin(images.counts))]
         raise UserError(f"--data-dir {data_dir}: class {empty} has no image in the {words}")
@@ -603,7 +641,8 @@ def add_data_flags(parser: Parser, dataset: str = "cifar100", ir: float | None =
                    metavar="SEED",
                    help="seed of the long-tail draw (default: 0, Cao et al.)")
     g.add_argument("--class-order", help="classes, the most populous first: names or numbers with "
-                   "commas (default: as it is)")
+                   "commas (default: as it is; artbench10: one that agrees with what the paper "
+                   "says of three styles)")
     return g
 
 

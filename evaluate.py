@@ -29,8 +29,8 @@ import torch
 
 import disk
 import runtime
-from data import (class_groups, images_of_npz, load_reference, open_npz, read_record, to_classes,
-                  to_rgb)
+from data import (by_size, class_groups, images_of_npz, load_reference, open_npz, read_record,
+                  to_classes, to_rgb)
 from features import DIGITS_CLASSIFIER, Extractor, Features
 from metrics import (FLOOR_IMAGES, IS_SPLITS, KID_SIZE, KID_SUBSETS, METRIC_SEED, distance_of,
                      floor_of, inception_score, kernel_distance, precision_recall)
@@ -872,11 +872,12 @@ def keep_earlier(out_json, settings):
     print(f"{out_json} had numbers of other settings; they are kept as {kept.name}")
 
 
-def write_result(out_json, result, settings, seconds):
-    """Write the numbers, and what is needed to get them again."""
+def write_result(out_json, result, settings, seconds, class_order):
+    """Write the numbers, and what is needed to get them again; class_order: see data.by_size."""
     keep_earlier(out_json, settings)
     disk.write_json(out_json, {
-        **result, "settings": settings, "command": runtime.command_line("evaluate.py"),
+        **result, "settings": settings, "class_order": class_order,
+        "command": runtime.command_line("evaluate.py"),
         "seconds": {what: round(value, 1) for what, value in seconds.items()},
         "versions": {"torch": torch.__version__, "numpy": np.__version__,
                      "scipy": scipy.__version__}}, "--out-json")
@@ -890,9 +891,9 @@ def add_protocol_flags(parser):
     g.add_argument("--reference", help="what to compare with, of the same kinds as --samples "
                    "(default: the balanced images of the set that was trained on)")
     g.add_argument("--reference-split", choices=("train", "test"),
-                   help="of a data set as --reference; the same as writing NAME:test "
-                   "(default: full training set; folder: test images, "
-                   "else equally many of each class)")
+                   help="of a data set as --reference; the same as writing NAME:test (default: "
+                   "train; imagenet-lt, inat2018: test, their validation images; folder: test "
+                   "where it has one). Of a long-tailed split, equally many of each class")
     g.add_argument("--data-dir", help="where data sets are (default: the checkpoint's, or data)")
     g.add_argument("--pack-dir", help="where packed arrays are "
                    "(default: the checkpoint's, or packed in --data-dir)")
@@ -1003,7 +1004,7 @@ def main():
     # 4. Print, then write: numbers that cannot be written are not lost
     print_result(result, args.k, args.floor)
     print("".join(line + "\n" for line in warnings), end="")
-    write_result(args.out_json, result, settings, seconds)
+    write_result(args.out_json, result, settings, seconds, by_size(subject.data))
     print(f"wrote {args.out_json}")
     if args.save_stats:
         save_stats(args.save_stats, real, comparison, extractor)

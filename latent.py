@@ -495,7 +495,7 @@ def announce(training, net):
 def load_images(args, rt, old):
     """The images of a run, which must be those of its checkpoint `old`; sets args.steps."""
     with rt.rank_0_first():
-        images = load_long_tailed(args)
+        images = load_long_tailed(args, old)
     if images.images.shape[3] != 3:
         raise UserError(f"--dataset {args.dataset}: grey images, and Stable Diffusion is for "
                         "colour")

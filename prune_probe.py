@@ -5,8 +5,15 @@
 
 This is the experiment of Sec. 2.2, Figures 1(b), G.1 and G.2. The weights of smallest magnitude are
 set to zero (in memory: the file is not touched). The loss E ||eps_theta - eps||^2 is measured per
-class on the same images, noise and timesteps as before: R timesteps per image, one in each R-th of
-0 ... T - 1, labels on, no dropout, EMA weights, CM merged. Intervals are bootstraps over images.
+class on the long-tailed training images, as the paper measures "the original training loss"
+(Sec. G.2); `--images balanced` measures it on images of which the network has not seen most of the
+rare classes'. Both times are the same images, noise and timesteps: R timesteps per image, one in
+each R-th of 0 ... T - 1, labels on, no dropout, EMA weights, CM merged. Intervals are bootstraps
+over images.
+
+"10 % of its parameters with the smallest L1-norm" is read as single numbers, all in one order. The
+paper does not say which tensors they come from: `--tensors weights` takes the weights of
+convolutions and linear layers, `--tensors all` every parameter; `--scope layer` orders each alone.
 """
 import argparse
 import copy
@@ -20,7 +27,7 @@ from torch import nn
 
 import disk
 import runtime
-from data import class_groups, reference_images, to_float
+from data import class_groups, reference_images, to_float, training_images
 from model import distance, make_alphas_bar, q_sample, stratified_timesteps
 from runtime import Parser, UserError, integer, number, run
 from sample import dtype_of, load_network
@@ -138,9 +145,13 @@ def with_interval(value, samples):
 def bootstrap(raw, pruned, resamples=1000, seed=0):
     """Absolute and relative change of a mean loss, each [value, low, high].
 
-    raw, pruned (n,): losses of the same images. low and high bound a 95 % interval over the images.
+    raw, pruned (n,): losses of the same images. low and high bound a 95 % interval over the images;
+    None where there is one image only, which says nothing about others.
     """
     n = len(raw)
+    if n == 1:
+        change = float(pruned[0] - raw[0])
+        return [change, None, None], [change / float(raw[0]), None, None]
     rng = np.random.RandomState(seed)
     weights = rng.multinomial(n, np.full(n, 1 / n), resamples) / n
     means = weights @ np.stack([raw, pruned], 1)        # (resamples, 2): the same images in both
@@ -201,7 +212,8 @@ def bars_of(result, kind, names):
     if kind == "raw":
         return np.array([c["raw"] for c in classes]), None
     scale = 100 if kind == "relative" else 1        # in per cent
-    value, low, high = scale * np.array([c[kind] for c in classes]).T
+    # Where there is no interval, NaN: it is not drawn
+    value, low, high = scale * np.array([c[kind] for c in classes], float).T
     return value, np.stack([value - low, high - value])
 
 
@@ -313,16 +325,16 @@ def add_pruning_flags(parser):
     g.add_argument("--scope", choices=("global", "layer"), default="global",
                    help="one threshold for all tensors, or one for each (default: global)")
     g.add_argument("--tensors", choices=("weights", "all"), default="weights",
-                   help="which take part: weights of convolutions and linear layers, or also "
-                   "biases, norms and label embeddings (default: weights)")
+                   help="which parameters the share is of: weights of convolutions and linear "
+                   "layers, or all: also biases, norms and label embeddings (default: weights)")
 
 
 def add_measurement_flags(parser):
     """What the loss is measured on."""
     g = parser.add_argument_group("measurement")
-    g.add_argument("--split", choices=("train", "test"),
-                   help="these images of the data set (default: the balanced reference, as in "
-                   "evaluate.py)")
+    g.add_argument("--images", choices=("trained", "balanced", "test"), default="trained",
+                   help="those that the network was trained on, evaluate.py's balanced reference, "
+                   "or the data set's test images (default: trained)")
     g.add_argument("--repeats", type=integer(1), default=10, metavar="R",
                    help="timesteps per image (default: 10)")
     g.add_argument("--data-dir", help="where data sets are (default: the checkpoint's)")
@@ -358,11 +370,25 @@ def names_of(args):
 
 def refuse_different_data(paths, ckpts):
     """Raise UserError where a checkpoint was trained on other data than the first one."""
-    first = ckpts[0]["data"]
+    def essentials(ckpt):
+        keys = ("dataset", "class_counts", "class_names", "resolution")
+        return [ckpt["data"][key] for key in keys] + [ckpt["config"]["tail_seed"]]
+
     for path, ckpt in zip(paths, ckpts):
-        for key in ("dataset", "class_counts", "class_names", "resolution"):
-            if ckpt["data"][key] != first[key]:
-                raise UserError(f"--ckpt {path}: trained on other data than {paths[0]}")
+        if essentials(ckpt) != essentials(ckpts[0]):
+            raise UserError(f"--ckpt {path}: trained on other data than {paths[0]}")
+
+
+def images_of(args, ckpt):
+    """What the loss is measured on: (ImageSet, labels as in the checkpoint, what they are).
+
+    Raises UserError where they are not of the checkpoint's data set.
+    """
+    if args.images == "trained":
+        images = training_images(ckpt, args.data_dir)
+        words = f"{images.name}, training images, as long-tailed as they were"
+        return images, images.labels, words
+    return reference_images(ckpt, args.data_dir, "test" if args.images == "test" else None)
 
 
 def main():
@@ -376,7 +402,7 @@ def main():
     rt = runtime.setup(args.device, dtype_of(args, ckpts[0]))
     names = names_of(args)
     refuse_different_data(args.ckpt, ckpts)
-    images, labels, words = reference_images(ckpts[0], args.data_dir, args.split)
+    images, labels, words = images_of(args, ckpts[0])
     class_names = ckpts[0]["data"]["class_names"]
     counts = np.array(ckpts[0]["data"]["class_counts"])
     fractions = args.fractions or [args.fraction]

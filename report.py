@@ -479,6 +479,7 @@ def paper_page(args, rows):
         f"# {table['title']}: {setting}\n",
         notes_of(rows, paper) + "\n",
         text + "\n",
+        *([paper["note"] + "\n"] if paper and "note" in paper else []),
         f"![the table as bars]({page.stem}.png)\n",
         "## The first seed's commands\n",
         f"```bash\n{commands_of(rows)}\n```\n",

@@ -223,7 +223,17 @@ else
   ROOT=${ROOT:-out/paper}
 fi
 
-# SETTING: the data set and its ratio, in folders and for report.py
+# SETTING: the data set and its ratio, in folders and for report.py; the resolution as well where
+# it is not the set's own (see READERS in readers.py)
+case $DATASET in
+  digits) OWN_RESOLUTION=8 ;;
+  cifar10 | cifar100) OWN_RESOLUTION=32 ;;
+  artbench10) OWN_RESOLUTION=256 ;;
+  *) OWN_RESOLUTION=64 ;;
+esac
+if [[ ${RESOLUTION:-} == "$OWN_RESOLUTION" ]]; then
+  RESOLUTION=
+fi
 if [[ $DATASET == imagenet-lt || $DATASET == inat2018 ]]; then
   # These two are long-tailed as they are
   IR=1
@@ -495,8 +505,8 @@ case $TARGET in
   tableG13)
     classes CE ce --loss ce
     classes "CE + CM" ce-cm --loss ce --cm
-    classes LDAM ldam --loss ldam --drw
-    classes "LDAM + CM" ldam-cm --loss ldam --drw --cm
+    classes LDAM ldam --loss ldam
+    classes "LDAM + CM" ldam-cm --loss ldam --cm
     classes LA la --loss la
     classes "LA + CM" la-cm --loss la --cm
     page tableG13

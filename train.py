@@ -954,7 +954,7 @@ def main():
 
     # Data
     with rt.rank_0_first():
-        images = load_long_tailed(args)
+        images = load_long_tailed(args, old)
     if old:
         refuse_other_data(old["data"], images.record(), args)
     if is_finished(old, args, rt):

@@ -46,7 +46,7 @@ SAMPLES = {         # name: (run, flags of sample.py)
 }
 CLASSIFIERS = {     # name: flags of classify.py
     "features": [],
-    "ldam": "--ir 20 --loss ldam --drw --cm".split(),
+    "ldam": "--ir 20 --loss ldam --drw --cm --reserve layer3 layer4".split(),
     "la": "--ir 20 --loss la --tau 0.5 --schedule steps --no-nesterov".split(),
     "logits": "--ir 20 --cm --distance logits --reserve layer4 --div-bound 0.1".split(),
 }
@@ -115,9 +115,12 @@ def measure_all(runs, out, data):
     """Samples, metrics, classifiers and probes of the runs in a folder: {name: {...}}."""
     import numpy as np
 
+    import prune_probe
     import sample
     # Older checkouts never clip x_0, and have no flag for it
     as_before = ["--no-clip"] if hasattr(sample, "to_range") else []
+    # Older checkouts always prune on the balanced images
+    balanced = ["--images", "balanced"] if hasattr(prune_probe, "images_of") else []
     result = {}
     for name, (run, flags) in SAMPLES.items():
         call("sample", "--ckpt", runs / run / "ckpt.pt", "--num", 20, "--seed", 5, *flags,
@@ -138,7 +141,7 @@ def measure_all(runs, out, data):
          *measure, "--out-json", out / "kept.json")
     probe = ["--data-dir", data, "--device", "cpu"]
     call("prune_probe", "--ckpt", runs / "ddpm-no-cm/ckpt.pt", runs / "oc-cm/ckpt.pt", *probe,
-         "--fractions", "0.1,0.3", "--repeats", 1, "--out", out / "prune")
+         *balanced, "--fractions", "0.1,0.3", "--repeats", 1, "--out", out / "prune")
     probe += ["--ckpt", runs / "oc-cm/ckpt.pt", "--out", out]
     call("capacity_probe", "allocation", *probe)
     call("capacity_probe", "dominance", *probe, "--repeats", 1)

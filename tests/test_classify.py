@@ -22,7 +22,7 @@ import classify
 import disk
 import runtime
 from cm_layers import general_only, merge, reserve, reserved
-from data import load
+from data import load, long_tail_counts
 from losses import CMConfig
 from runtime import UserError
 
@@ -106,7 +106,7 @@ def test_deferred_reweighting():
 # --------------------------------------------------------------------------------------------------
 # CM
 
-STAGES = [("layer4",), ("layer3", "layer4"), ("layer2",), ("layer1", "layer2", "layer3", "layer4")]
+STAGES = [("layer4",), ("layer3", "layer4"), ("layer2",), classify.STAGES]
 
 
 @pytest.mark.parametrize("stages", STAGES, ids="+".join)
@@ -133,8 +133,34 @@ def test_cm_on_any_stages(stages, distance):
     obj.net.conv1.register_forward_hook(lambda *_: calls.append(1))
     total, terms = obj(x, y)
     assert total.item() == pytest.approx(expected.item(), rel=1e-4)
-    assert len(calls) == 1 and D.max() > 1e-6
+    assert len(calls) == (2 if "conv1" in stages else 1) and D.max() > 1e-6
     assert terms["con"].item() == pytest.approx(con.item(), rel=1e-3)
+
+
+def test_by_default_all_convolutions_are_reserved():
+    """Sec. G.11: "the convolutional layers"; the stem and the 1 x 1 ones are among them."""
+    args = classify.resolve(classify.make_parser().parse_args(["--cm"]))
+    net = classify.make_reserved({"channels": 1, "num_classes": 10, "width": 8}, args.reserve, 0.1)
+    owners = {owner for owner, _, _ in reserved(net)}
+    convolutions = {m for m in net.modules() if isinstance(m, torch.nn.Conv2d)}
+    assert owners == convolutions and len(owners) == 20
+    some = classify.resolve(classify.make_parser().parse_args(["--cm", "--reserve", "layer4"]))
+    assert some.reserve == ["layer4"] and some.out != args.out
+
+
+def test_groups_are_those_of_the_papers_table():
+    """The paper's "Overall" is the mean of its groups with the numbers of classes of our rule."""
+    tables = json.loads((ROOT / "paper_results.json").read_text())["tables"]
+    paper = tables["tableG13"]["settings"]
+    for ir, sizes in ((200, [30, 31, 39]), (100, [35, 35, 30])):
+        counts = long_tail_counts([500] * 100, ir)
+        groups = classify.recognition_groups(counts, "counts")
+        assert [len(groups[name]) for name in ("Many", "Medium", "Few")] == sizes
+        for *accuracies, overall in paper[f"cifar100-ir{ir}"]["rows"].values():
+            assert np.dot(accuracies, sizes) / 100 == pytest.approx(overall, abs=0.012)
+        thirds = [len(c) for c in classify.recognition_groups(counts, "thirds").values()]
+        of_ce = paper[f"cifar100-ir{ir}"]["rows"]["CE"]
+        assert abs(np.dot(of_ce[:-1], thirds) / 100 - of_ce[-1]) > 0.5
 
 
 def test_the_default_has_no_bound():
@@ -244,6 +270,18 @@ def test_runs_from_before_the_renaming(tmp_path, data_dir, capsys):
     call(classify.main, *flags, "--out", tmp_path)
     again = disk.load(tmp_path / "ckpt.pt", ["classifier"])["model"]
     assert all(torch.equal(again[k], ckpt["model"][k]) for k in again)
+
+
+def test_a_run_without_cm_from_before_the_stem_could_be_reserved(tmp_path, data_dir, capsys):
+    """Its settings say layer3 and layer4, which mean nothing: it is finished, not refused."""
+    flags = (*FAST, "--data-dir", data_dir, "--out", tmp_path)
+    call(classify.main, *flags)
+    ckpt = disk.load(tmp_path / "ckpt.pt", ["classifier"])
+    assert ckpt["config"]["reserve"] == ["layer3", "layer4"]
+    capsys.readouterr()
+    call(classify.main, *flags)
+    assert "finished" in capsys.readouterr().out
+    refuses(capsys, classify.main, *flags, "--cm", says=["--cm", "choose another folder"])
 
 
 def test_scores():
@@ -584,9 +622,9 @@ def test_a_run_that_finished_meanwhile_is_not_overwritten(classifier, tmp_path, 
     """Another process trains to its end while this one loads its data."""
     read = classify.load_long_tailed
 
-    def meanwhile(args):
+    def meanwhile(*args):
         shutil.copy(classifier, tmp_path)
-        return read(args)
+        return read(*args)
     monkeypatch.setattr(classify, "load_long_tailed", meanwhile)
     refuses(capsys, classify.main, *FAST, "--data-dir", data_dir, "--out", tmp_path,
             says=["--out", "meanwhile", "start again"])

@@ -281,8 +281,8 @@ def cut_short(script, monkeypatch):
     def reached(*args, **kwargs):
         raise Reached
 
-    def reached_after_loading(args):
-        data.load_long_tailed(args)
+    def reached_after_loading(*args):
+        data.load_long_tailed(*args)
         raise Reached           # before the test whether the images have colours: digits have none
     module, _, _, works = SCRIPTS[script]
     for name in works:

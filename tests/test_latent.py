@@ -337,9 +337,9 @@ def test_a_run_that_finished_meanwhile_is_not_overwritten(plain, tmp_path, tiny,
     """Another process trains to its end while this one loads its images."""
     read = latent.load_long_tailed
 
-    def meanwhile(args):
+    def meanwhile(*args):
         shutil.copy(plain / "ckpt.pt", tmp_path)
-        return read(args)
+        return read(*args)
     monkeypatch.setattr(latent, "load_long_tailed", meanwhile)
     refuses(capsys, latent.main, "train", *FLAGS, "--model", tiny, "--data-dir", pictures,
             "--pack-dir", tmp_path / "p", "--out", tmp_path, says=["--out", "meanwhile"])

@@ -8,6 +8,7 @@ import json
 import math
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -111,6 +112,34 @@ def test_oc_target(digits):
         assert np.allclose(target[i], expected, atol=1e-3)
         moved += j != i
     assert moved >= 3
+
+
+class Recorder:
+    """In place of a batch's Gumbel noise: it keeps the log-chances that it is added to."""
+
+    def __radd__(self, log_q):
+        self.log_q = log_q
+        return log_q
+
+
+def test_single_precision_hardly_moves_the_chances_of_a_reference():
+    """At 32 x 32, at the timesteps where the choice is open: against distances in float64."""
+    g = torch.Generator().manual_seed(0)
+    coarse = torch.rand(64, 3, 4, 4, generator=g) * 2 - 1
+    x_0 = torch.nn.functional.interpolate(coarse, size=32, mode="bilinear")
+    y = torch.arange(64) % len(COUNTS)
+    open_choices = 0
+    for step in (500, 600, 700, 800):
+        t = torch.full((64,), step)
+        x_t = q_sample(x_0, t, torch.randn(x_0.shape, generator=g), AB)
+        gap = torch.cdist(x_t.double().flatten(1), AB[step].sqrt() * x_0.double().flatten(1))
+        exact = (-gap.square() / (2 * (1 - AB[step]))).softmax(1)
+        batch = SimpleNamespace(t=t, y=y, pool_x_0=x_0, pool_y=y, gumbel=Recorder(), eps=x_t)
+        oc_target(x_t, batch, SimpleNamespace(alphas_bar=AB, counts=torch.tensor(COUNTS)))
+        difference = batch.gumbel.log_q.double().softmax(1) - exact
+        assert difference.abs().sum(1).max() / 2 < 0.002
+        open_choices += int((exact.max(1).values < 0.9).sum())
+    assert open_choices > 64
 
 
 def test_the_choice_of_a_reference_follows_eq_d4():

@@ -87,6 +87,20 @@ def test_losses_are_the_diffusion_loss_and_the_batch_size_changes_nothing(digits
         assert got[i] == pytest.approx(error, rel=1e-4)
 
 
+def test_all_parameters_and_their_share():
+    """--tensors all: 10 % of every parameter that there is, biases and label embeddings too."""
+    net = tiny_net(None)
+    everything = dict(net.named_parameters())
+    before = [p.detach().clone() for p in everything.values()]
+    assert set(pp.prunable(net, "all")) == set(everything)
+    pp.prune(net, 0.1, tensors="all")
+    total = sum(p.numel() for p in before)
+    assert sum(int((p == 0).sum()) for p in everything.values()) == int(0.1 * total)
+    cut = cut_of(before, 0.1)
+    for old, new in zip(before, everything.values()):
+        assert torch.equal(new, torch.where(old.abs() < cut, 0, old))
+
+
 def test_changes_and_intervals():
     """A planted effect: class k's loss rises by k percent. Spearman's correlation with the sizes
     is -1, and intervals contain the truth.
@@ -112,11 +126,47 @@ def test_changes_and_intervals():
     assert low < value < high
 
 
+def test_one_image_gives_no_interval(tmp_path):
+    """A bootstrap of one image would say that its change is exact."""
+    counts = np.array([3, 2, 1])
+    labels = np.repeat(np.arange(3), counts)
+    raw = np.arange(1.0, 7.0)
+    result = pp.changes(raw, raw + 0.5, labels, list("abc"), counts)
+    assert result["classes"]["c"]["absolute"] == [0.5, None, None]
+    assert result["classes"]["c"]["relative"] == [pytest.approx(0.5 / 6), None, None]
+    assert None not in result["classes"]["b"]["relative"]
+    pp.write_figures({"net": {"0.1": result}}, [0.1], 0.1, tmp_path)
+
+
+def test_the_images_are_those_of_the_training(cm_run, data_dir, digits, tmp_path):
+    """By default the loss is that of the long-tailed training images; the paper's "original
+    training loss" (Sec. G.2).
+    """
+    def measured(*flags):
+        call(pp.main, "--ckpt", cm_run / "ckpt.pt", "--data-dir", data_dir, "--repeats", 1,
+             "--device", "cpu", "--out", tmp_path, *flags)
+        return disk.read_json(tmp_path / "probe.json")
+
+    probe = measured()
+    classes = probe["results"]["cm"]["0.1"]["classes"].values()
+    assert [c["images"] for c in classes] == [c["train_images"] for c in classes]
+    assert probe["settings"]["num"] == len(digits.labels) == 502
+    assert "training images" in probe["settings"]["images"]
+    net = pp.load_network(disk.load(cm_run / "ckpt.pt", ["diffusion"]), "ema", "full")
+    cpu = runtime.Runtime(torch.device("cpu"), torch.float32)
+    losses = pp.per_image_losses(net, digits.images, digits.labels, 1, cpu)
+    raw = probe["results"]["cm"]["0.1"]["classes"]["9"]["raw"]
+    assert raw == pytest.approx(losses[digits.labels == 9].mean(), rel=1e-4)
+    balanced = measured("--images", "balanced")
+    assert balanced["settings"]["num"] == 1497
+    assert balanced["settings"]["images"] == "digits, full training set"
+
+
 def test_prune_probe_end_to_end(cm_run, data_dir, tmp_path, capsys):
     ckpt = cm_run / "ckpt.pt"
     before = ckpt.read_bytes()
     flags = ("--data-dir", data_dir, "--repeats", 2, "--device", "cpu", "--out", tmp_path,
-             "--split", "test")
+             "--images", "test")
     call(pp.main, "--ckpt", ckpt, ckpt, "--names", "a", "b", "--fractions", "0.1,0.4", *flags)
     assert ckpt.read_bytes() == before              # pruned weights never reach the file
     assert {p.name for p in tmp_path.iterdir()} == {
@@ -136,7 +186,7 @@ def test_prune_probe_end_to_end(cm_run, data_dir, tmp_path, capsys):
 def test_fractions_are_shown_exactly_and_a_later_run_leaves_no_old_curve(
         cm_run, data_dir, tmp_path, capsys):
     flags = ("--ckpt", cm_run / "ckpt.pt", "--data-dir", data_dir, "--repeats", 1,
-             "--split", "test", "--device", "cpu", "--out", tmp_path)
+             "--images", "test", "--device", "cpu", "--out", tmp_path)
     call(pp.main, "--fractions", "0.125,0.004", *flags)
     printed = capsys.readouterr().out
     assert "12.5% pruned" in printed and " 0.4% pruned" in printed
@@ -211,6 +261,11 @@ def test_prune_probe_refuses(cm_run, data_dir, tmp_path):
     flags = ("--data-dir", data_dir, "--device", "cpu", "--out", tmp_path)
     with pytest.raises(UserError, match="trained on other data"):
         call(pp.main, "--ckpt", ckpt, tmp_path / "other.pt", "--names", "a", "b", *flags)
+    other["data"]["class_names"].reverse()
+    other["config"] = {**other["config"], "tail_seed": 5}           # another draw of equal size
+    disk.save(tmp_path / "other.pt", other)
+    with pytest.raises(UserError, match="trained on other data"):
+        call(pp.main, "--ckpt", ckpt, tmp_path / "other.pt", "--names", "a", "b", *flags)
     for names in (["a"], ["a", "a"], ["a", "a", "b"]):
         with pytest.raises(UserError, match="--names: give 2 different ones"):
             call(pp.main, "--ckpt", ckpt, ckpt, "--names", *names, *flags)
@@ -227,7 +282,7 @@ def test_other_images_are_refused(main, first, cm_run, data_dir, tmp_path, capsy
 
 
 @pytest.mark.parametrize("main, first, says", [
-    (pp.main, ["--split", "test", "--repeats", 1], "losses"),
+    (pp.main, ["--images", "test", "--repeats", 1], "losses"),
     (cp.main, ["allocation"], "predictions"), (cp.main, ["dominance"], "gradients")])
 @pytest.mark.parametrize("part", ["encoder", ".B"])
 def test_weights_that_are_not_finite(main, first, says, part, cm_run, data_dir, tmp_path, capsys):

@@ -10,8 +10,14 @@ import sys
 import pytest
 from conftest import ROOT, TINY_FLAGS, call
 
+import classify
 import disk
+import latent
 import runtime
+import sample
+import train
+from data import long_tail_counts
+from model import UNet, UNetConfig
 
 TEXT = (ROOT / "README.md").read_text()
 HACK_IT = TEXT.split("## Hack it")[1].split("\n## ")[0]
@@ -19,6 +25,7 @@ RESULTS = (ROOT / "RESULTS.md").read_text()
 MORE = RESULTS.split("## More to hack")[1].split("\n## ")[0]
 BLOCKS = re.findall(r"```python\n(.*?)```", HACK_IT + MORE, re.S)
 COMMANDS = re.findall(r"`python ([^`]*my_run\.py[^`]*)`", HACK_IT + MORE)
+DIFFERENCES = (ROOT / "DIFFERENCES.md").read_text()
 FEW_STEPS = [*TINY_FLAGS[2:], "--steps", "2", "--out", "run"]      # without --dataset digits
 
 
@@ -61,12 +68,74 @@ def test_size():
 
 
 def test_pictures_and_links():
-    for text in (TEXT, RESULTS):
+    for text in (TEXT, RESULTS, DIFFERENCES):
         targets = re.findall(r"\]\(([^)#]+)", text)
         assert targets
         for target in targets:
             assert (ROOT / target).exists(), target
 
+
+# --------------------------------------------------------------------------------------------------
+# DIFFERENCES.md says what the code does
+
+def choice(name):
+    """What the row `name` says of the paper and of this code."""
+    row = next(line for line in DIFFERENCES.splitlines() if line.startswith(f"| {name} |"))
+    return row.removeprefix(f"| {name} |")
+
+
+def test_the_choices_in_training():
+    args = train.resolve(train.make_parser().parse_args(["--dataset", "cifar100"]))
+    digits = train.resolve(train.make_parser().parse_args(["--dataset", "digits"]))
+    assert f"norm {args.grad_clip} " in choice("Gradient clipping")
+    assert f"decay {args.ema}, " in choice("Averaged weights (EMA)")
+    assert f"digits {digits.ema};" in choice("Averaged weights (EMA)")
+    assert f"probability {args.label_drop} " in choice("Label drop")
+    assert (args.cbdm_tau, args.cbdm_gamma, args.cbdm_y) == (1e-3, 1 / 4, "uniform")
+    assert "tau = 1e-3" in choice("CBDM") and "gamma = 1/4" in choice("CBDM")
+    assert f"rank ratio {args.rank_ratio}" in choice("CBDM (LoRA), Table 1")
+    assert args.attn == [1] and "16 x 16 of 32" in choice("Attention")
+    assert args.ch == 128 and args.num_res_blocks == 2 and "128 channels" in choice("Width, blocks")
+
+
+def test_the_choice_of_the_first_attention_output():
+    net = UNet(UNetConfig(ch=32, ch_mult=[1, 2], num_res_blocks=1))
+    outputs = [m.weight for name, m in net.named_modules() if name.endswith("attention.proj")]
+    assert len(outputs) >= 3 and all(0 < w.abs().max() < 1e-5 for w in outputs)
+    assert "gain 1e-5" in choice("First attention output")
+
+
+def test_the_choices_of_data_and_stable_diffusion():
+    assert long_tail_counts([18_943, 11_057], 100).tolist() == [15_000, 150]
+    assert "15,000 Female and 150 Male" in choice("CelebA-HQ")
+    parser = latent.make_train_parser()
+    args = parser.parse_args([])
+    assert (args.lr, args.warmup) == (3e-4, 0) and "constant, no warm-up" in choice(
+        'Learning rate | "initial" 3e-4')
+    assert f"decay {args.ema} " in choice("Averaged weights, clipping")
+    assert f"norm {args.grad_clip};" in choice("Averaged weights, clipping")
+    assert sample.DEFAULTS["latent"] == {"sampler": "ddim", "guidance": 1.5, "clip": False}
+    assert " 1.5," in choice("Guidance")
+
+
+def test_the_choices_of_recognition():
+    norms = classify.NormedLinear(512, 100).weight.norm(dim=1)
+    assert abs(norms.mean().item() - 0.58) < 0.01 and "norm 0.58" in choice("LDAM")
+    args = classify.resolve(classify.make_parser().parse_args(["--dataset", "cifar100", "--cm"]))
+    assert args.reserve == list(classify.STAGES) and "all 20 with the stem" in choice("CM")
+    assert not args.drw and "without deferred re-weighting" in choice("LDAM")
+    assert f"{args.epochs} epochs" in choice("Recipe")
+
+
+@pytest.mark.parametrize("name, words", [
+    ("Flips", "mirrored"), ("Group experts, Table E.2", "third"), ("+Focal", "no gradient"),
+    ("CBDM", "one y'"), ("OC", "move no chance"), ("ArtBench-10's order", "is not known"),
+    ("DDIM's end", "alphas_bar = 1"), ("CBDM (LoRA), Table 1", "another full run")])
+def test_other_choices_are_named(name, words):
+    assert words in choice(name)
+
+
+# --------------------------------------------------------------------------------------------------
 
 def printed_commands(text):
     """[(script, [its flags])] of the commands of a Markdown text that start a script of ours."""

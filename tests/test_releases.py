@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import time
+from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -19,7 +20,8 @@ import packing
 import readers
 import runtime
 import train
-from data import load, load_reference
+from data import (add_data_flags, by_size, class_groups, load, load_long_tailed, load_reference,
+                  training_images)
 from packing import read_image
 from runtime import UserError
 
@@ -166,6 +168,19 @@ def test_release(name, tmp_path):
     assert description == words
 
 
+def test_either_split_is_a_balanced_reference(tmp_path):
+    """ImageNet-LT's training set is long-tailed: equally many of each class."""
+    imagenet_lt(tmp_path)
+    train_images, words = load_reference("imagenet-lt", tmp_path, "train", resolution=8)
+    assert train_images.counts.tolist() == [2, 2, 2]
+    assert words == "training set, 2 images of each class"
+    test_images, words = load_reference("imagenet-lt", tmp_path, "test", resolution=8)
+    assert test_images.counts.tolist() == [2, 2, 2] and words == "test set"
+    with pytest.raises(UserError, match="--reference-split test: CelebA-HQ"):
+        celebahq(tmp_path)
+        load_reference("celebahq", tmp_path, "test", resolution=8)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_an_image_is_changed_after_packing(name, tmp_path):
     """Another image of the same name, and perhaps size, is packed anew."""
@@ -215,6 +230,39 @@ def test_artbench10_in_its_two_releases(tmp_path):
     (divided / "test/baroque/some-artist_título-1.jpg").unlink()
     assert load("artbench10", tmp_path, resolution=8).class_names == STYLES
     assert load("artbench10", tmp_path, "test", resolution=8).counts.tolist() == [4, 3, 4]
+
+
+def test_artbench10_order_agrees_with_the_paper(tmp_path):
+    """Fig. 3 and Sec. G.4: Realism is in Few; Fig. G.5: Post-Impressionism in the tail; Fig. G.7:
+    Surrealism in Medium. The folders come in alphabetical order.
+    """
+    styles = sorted(readers.READERS["artbench10"].order)
+    assert len(set(styles)) == 10
+    for k, style in enumerate(styles):
+        for i in range(4):
+            picture(tmp_path / style / f"{i}.jpg", 10 * k + i)
+    parser = runtime.Parser("flags")
+    add_data_flags(parser)
+    args = parser.parse_args(["--dataset", "artbench10", "--data-dir", str(tmp_path),
+                              "--resolution", "8", "--ir", "4"])
+    images = load_long_tailed(args)
+    groups = {name: {images.class_names[c] for c in classes}
+              for name, classes in class_groups(images.counts).items()}
+    assert {"realism", "post_impressionism"} <= groups["Few"]
+    assert "surrealism" in groups["Medium"] and len(groups["Few"]) == 4
+    assert (np.diff(images.counts) <= 0).all() and images.counts[0] == 4 * images.counts[-1]
+    assert by_size(images.record()) == images.class_names
+    # Labels went with their names
+    first = read_image(tmp_path / images.class_names[0] / "0.jpg", 8)
+    assert any(np.array_equal(image, first) for image in images.images[images.labels == 0])
+    # A run of before goes on in its own order, and is probed in it
+    old = {"data": {**images.record(), "class_names": styles}, "config": vars(args)}
+    assert load_long_tailed(args, old).class_names == styles
+    old["data"]["sha256"] = None
+    assert training_images(old).class_names == styles
+    given = ",".join(styles[::-1])
+    assert load_long_tailed(Namespace(**{**vars(args), "class_order": given}), old
+                            ).class_names == styles[::-1]
 
 
 def test_class_order(tmp_path):

@@ -13,7 +13,8 @@ import disk
 import report
 import sample
 
-PAPER = disk.read_json(ROOT / "paper_results.json")["tables"]
+CONTENT = disk.read_json(ROOT / "paper_results.json")
+PAPER = CONTENT["tables"]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -40,11 +41,31 @@ def test_cells_read_off_the_paper_by_hand(table, setting, row, column, number):
 
 
 def test_every_row_is_as_long_as_its_columns():
-    assert len(PAPER) == 19
-    for table in PAPER.values():
+    assert len(PAPER) == 19 and list(CONTENT["not_measured_here"]) == ["tableG7"]
+    for table in [*PAPER.values(), *CONTENT["not_measured_here"].values()]:
         assert table["settings"]
         for setting in table["settings"].values():
             assert all(len(row) == len(setting["columns"]) for row in setting["rows"].values())
+
+
+def test_the_user_study_adds_up():
+    rows = CONTENT["not_measured_here"]["tableG7"]["settings"]["artbench10-ir100"]["rows"]
+    for *each, overall in rows.values():
+        assert len(each) == 8 and sum(each) == overall
+    ddpm, cm = (row[-1] for row in rows.values())
+    assert (ddpm, cm) == (63, 151) and round(100 * cm / (ddpm + cm), 2) == 70.56
+
+
+@pytest.mark.parametrize("setting, said, is_", [("cifar10-ir100", "2.725", "2.970"),
+                                                ("cifar100-ir50", "2.571", "2.631")])
+def test_where_the_papers_text_and_table_disagree(setting, said, is_, tmp_path, three_rows):
+    gain = (paper_cell("table2", setting, "DDPM", "fid")[0]
+            - paper_cell("table2", setting, "CM", "fid")[0])
+    assert f"{gain:.3f}" == is_
+    page = make_page(tmp_path / "page.md", "table2", setting, *three_rows)
+    assert said in page and f"= {is_}" in page
+    other = make_page(tmp_path / "other.md", "table2", "cifar10-ir50", *three_rows)
+    assert "paper's text" not in other
 
 
 @pytest.mark.parametrize("figure", ["fig4a", "fig4b", "fig4c", "fig4d"])
@@ -453,27 +474,69 @@ def test_out_must_be_a_page(tmp_path, capsys, name, says):
 # --------------------------------------------------------------------------------------------------
 # run_all.sh
 
-@pytest.mark.parametrize("target, rows", [
-    ("table1", ["DDPM", "CBDM", "CBDM (theta_g + theta_e)", "CBDM (LoRA)", "CM"]),
-    ("tableG10", ["DDPM", "CM"])])
-def test_run_all_makes_a_table(tmp_path, target, rows):
-    """One of the paper's tables on digits; the smaller one twice: then everything is skipped."""
+@pytest.fixture(scope="module")
+def scripts(tmp_path_factory):
+    """A folder with the scripts, whose targets share their runs."""
+    folder = tmp_path_factory.mktemp("scripts")
     for path in [*ROOT.glob("*.py"), ROOT / "paper_results.json"]:
-        (tmp_path / path.name).symlink_to(path)
+        (folder / path.name).symlink_to(path)
     # Not a link: the script works in its own folder
-    (tmp_path / "run_all.sh").write_text((ROOT / "run_all.sh").read_text())
-    env = {**os.environ, "SCALE": "demo", "STEPS": "4", "NUM": "30", "CUDA_VISIBLE_DEVICES": "",
+    (folder / "run_all.sh").write_text((ROOT / "run_all.sh").read_text())
+    return folder
+
+
+def run_target(scripts, target):
+    """Run a target on digits, with a few steps and images; returns what it printed."""
+    env = {**os.environ, "SCALE": "demo", "STEPS": "4", "NUM": "30", "EXTRA": "20", "EPOCHS": "2",
+           "CUDA_VISIBLE_DEVICES": "",
            "PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"}
-    command = ["bash", tmp_path / "run_all.sh", target]
-    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    done = subprocess.run(["bash", scripts / "run_all.sh", target], capture_output=True, text=True,
+                          env=env)
     assert done.returncode == 0, done.stderr
-    page = (tmp_path / f"out/{target}/digits-ir20/report.md").read_text()
-    for row in rows:
-        assert f"\n| {row} | 1 | " in page
-    assert "do not compare them with the paper's numbers" in page
-    if target != "tableG10":
-        return
-    again = subprocess.run(command, capture_output=True, text=True, env=env)
-    assert again.returncode == 0
-    assert again.stdout.count("finished, step 4 of 4") == len(rows)
-    assert "img/s" not in again.stdout
+    return done.stdout
+
+
+TARGETS = {     # target: {page: its rows}
+    "table1": {"report": ["DDPM", "CBDM", "CBDM (theta_g + theta_e)", "CBDM (LoRA)", "CM"]},
+    "table7": {"theta_g": ["DDPM", "CM (theta_g)", "CM"],
+               "report": ["DDPM", "OC", "CM", "CM w/o L_Con", "CM w/o L_Div"]},
+    "tableE2": {"report": ["DDPM", "Group-Expert LoRA", "CM"]},
+    "tableG8": {"report": ["No augmentation", "DDPM", "CM"]},
+    "tableG10": {"report": ["DDPM", "CM"]},
+}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_run_all_makes_a_table(scripts, target):
+    """Each of these tables of the paper, with a number in every cell."""
+    run_target(scripts, target)
+    for name, rows in TARGETS[target].items():
+        page = (scripts / f"out/{target}/digits-ir20/{name}.md").read_text()
+        for row in rows:
+            line = next(line for line in page.splitlines() if line.startswith(f"| {row} | 1 | "))
+            assert " - |" not in line
+        assert ("do not compare them with the paper's numbers" in page) == (target != "tableG8")
+
+
+def test_what_is_finished_is_skipped(scripts):
+    run_target(scripts, "tableG10")
+    again = run_target(scripts, "tableG10")
+    assert again.count("finished, step 4 of 4") == 2
+    assert "img/s" not in again
+
+
+def test_the_rows_are_of_the_runs_that_they_name(scripts):
+    """theta_g, each of L_CM's terms left out, experts, and generated images in the training set."""
+    for target in ("table7", "tableE2", "tableG8"):
+        run_target(scripts, target)
+    runs = scripts / "out/paper-demo/digits-ir20"
+    config = {path.parent.name: disk.read_json(path)["config"]
+              for path in runs.glob("*-seed0/config.json")}
+    assert (config["cm-no-con-seed0"]["w_con"], config["cm-no-con-seed0"]["w_div"]) == (0, 1)
+    assert (config["cm-no-div-seed0"]["w_con"], config["cm-no-div-seed0"]["w_div"]) == (1, 0)
+    assert config["experts-seed0"]["experts"] == "group" and not config["experts-seed0"]["cm"]
+    of_theta_g = disk.read_json(runs / "cm-seed0/eval-__branch_general.json")
+    assert of_theta_g["settings"]["branch"] == "general"
+    num = {name: disk.read_json(runs / f"classify-{name}-seed0/result.json")["num"]
+           for name in ("plain", "ddpm", "cm")}
+    assert num == {"plain": 502, "ddpm": 522, "cm": 522}

@@ -16,6 +16,7 @@ import classify
 import report
 import runtime
 import train
+from readers import READERS
 
 TARGETS = re.findall(r"^  (\w+)\)$", (ROOT / "run_all.sh").read_text(), re.M)
 SCRIPTS = {"train.py", "evaluate.py", "classify.py", "sample.py", "report.py", "prune_probe.py",
@@ -122,6 +123,19 @@ def test_a_budget_reaches_every_run(calls_of):
             assert "--num 99 --features c.pt" in line
         if words[1] in ("train.py", "report.py"):
             assert any(word.startswith("my own/") for word in words)
+
+
+@pytest.mark.parametrize("dataset", READERS)
+def test_the_sets_own_resolution_is_the_default(tmp_path, dataset):
+    """RESOLUTION=64 of CelebA-HQ: the same runs, and the page with the paper's column."""
+    env = {"DATASET": dataset, "SEEDS": "0", "STEPS": "5"}
+    size = READERS[dataset].resolution
+    _, default = record("tableG9", env, tmp_path)
+    _, named = record("tableG9", {**env, "RESOLUTION": str(size)}, tmp_path)
+    assert named == default
+    _, other = record("tableG9", {**env, "RESOLUTION": str(2 * size)}, tmp_path)
+    assert any(f"-{2 * size}" in words[words.index("--setting") + 1] for words in other
+               if "--setting" in words)
 
 
 REFUSED = {     # target, variables, and what the message names

@@ -82,7 +82,35 @@ def test_the_bound_of_theorem_3_1_over_many_settings():
     for n_2, alpha, angle, ratio in itertools.product(sizes, alphas, angles, ratios):
         counts = np.array([100.0 - n_2, n_2])
         exact = ts.exact_3_1(alpha, counts, ts.two_means(angle), ratio)
-        assert exact <= ts.theorem_3_1(alpha, 100, ratio, angle) + 1e-12
+        bound = ts.theorem_3_1(alpha, 100, ratio, angle)
+        tighter = ts.line_of_f14(alpha, 100, n_2, ratio, angle)
+        assert exact <= tighter + 1e-12
+        assert tighter <= bound + 1e-12
+        assert alpha in (0, 1) or bound > 0.999 or tighter < bound
+
+
+def test_the_line_of_f14_is_that_of_its_own_variables():
+    """Eq. (F.10) to (F.13), simulated: grad' has class 1's samples only, grad_e is independent."""
+    counts, alpha, sigma = np.array([90.0, 10.0]), 0.4, 5.0
+    means = ts.two_means(1.2)
+    rng = np.random.default_rng(0)
+    general = ts.sums([100], means[:1], sigma, 20_000, rng)[0] / 100
+    reserved = ts.sums(counts[1:], means[1:], sigma, 20_000, rng)[0] / 10
+    hits = int(((general + alpha * reserved) @ (means[0] - means[1]) > 0).sum())
+    expected = ts.line_of_f14(alpha, 100, 10, sigma, 1.2)
+    assert binomtest(hits, 20_000, expected).pvalue > 1e-3
+    assert abs(expected - ts.theorem_3_1(alpha, 100, sigma, 1.2)) > 0.03
+
+
+def test_the_line_of_f14_is_drawn(points, monkeypatch, tmp_path):
+    figures = []
+    monkeypatch.setattr(disk, "save_figure", lambda fig, *_, **__: figures.append(fig))
+    ts.figure(points, tmp_path)
+    drawn = {ax.get_title() for ax in figures[0].axes for line in ax.get_lines()
+             if "(F.14)" in line.get_label()}
+    assert drawn == {"Theorem 3.1", "Theorem F.2"}
+    row = next(line for line in ts.table(points).splitlines() if "Theorem 3.1: alpha_r" in line)
+    assert row.count("|") == 8
 
 
 def test_files_and_seed(tmp_path, capsys):

@@ -499,13 +499,13 @@ def test_a_run_that_finished_meanwhile_is_not_overwritten(cm_run, tmp_path, data
     flags = [*TINY_FLAGS, "--data-dir", data_dir, "--out", tmp_path, "--steps", 31]
     path, read = tmp_path / "ckpt.pt", train.load_long_tailed
 
-    def appears(args):
+    def appears(*args):
         shutil.copy(cm_run / "ckpt.pt", path)
-        return read(args)
+        return read(*args)
 
-    def goes(args):
+    def goes(*args):
         path.unlink()
-        return read(args)
+        return read(*args)
     for meanwhile in (appears, goes):
         monkeypatch.setattr(train, "load_long_tailed", meanwhile)
         refuses(capsys, train.main, *flags, says=["--out", "meanwhile", "start again"])
