@@ -26,7 +26,7 @@
 #   DATA_DIR      data        where the data set is
 #   PRESET        paper       small or tiny: smaller networks, fewer steps (see train.py)
 #   RESOLUTION                the images' size in pixels (imagenet-lt, inat2018: 64)
-#   CLASS_ORDER               all classes, the most frequent one first (if not given: as numbered)
+#   CLASS_ORDER               all classes, the most frequent one first (if not given: as train.py)
 #   SCALE         paper       demo: everything on digits, in minutes, with defaults of its own
 #
 # For a budget of your own, with runs and pages in a folder of their own:
