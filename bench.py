@@ -8,15 +8,19 @@ A step is the one that train.py takes: making the batch, forward, backward, clip
 averaged weights. All methods, with each dtype and compilation, take turns, step by step, and the
 median counts. So the ratios are fair where a machine's speed changes over time: that of a method to
 the first one, and (speed-up) that of a dtype or compilation to float32 without compilation. "Hours
-per run" is the time of the paper's 300,000 steps of 64 images at a row's images per second.
+per run" is the time of the paper's 300,000 steps of 64 images at a row's images per second. "0.5"
+is --cm-fraction. Images are sampled from DDPM's network and from CM's, merged, in turns as well.
+Compiled steps are 3 to 5 ms faster in train.py, which skips the checks of each call's guards.
 """
 import math
 import multiprocessing
 import resource
 import statistics
 import time
+import weakref
 from argparse import BooleanOptionalAction
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
@@ -24,26 +28,32 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import metrics
 import disk
 import runtime
 import train
+from cm_layers import merge
 from data import Batches, ImageSet, long_tail_counts
-from losses import Objective, bind, draw_batch
+from losses import CMConfig, Objective, bind, draw_batch
 from model import UNetConfig, make_alphas_bar
 from runtime import Parser, UserError, dtype_name, integer, run
-from sample import build_network, guided
+from sample import build_network, guided, prepare
 
 RUN = 300_000 * 64      # images of one of the paper's runs
-METHODS = {             # name: (base loss, whether with CM)
-    "DDPM": ("ddpm", False),
-    "OC": ("oc", False),
-    "CBDM": ("cbdm", False),
-    "CM on DDPM": ("ddpm", True),
-    "CM on OC": ("oc", True),
+METHODS = {             # name: (base loss, --cm-fraction, or None without CM)
+    "DDPM": ("ddpm", None),
+    "OC": ("oc", None),
+    "CBDM": ("cbdm", None),
+    "CM on DDPM": ("ddpm", 1.0),
+    "CM on OC": ("oc", 1.0),
+    "CM on DDPM, 0.5": ("ddpm", 0.5),
+    "CM on OC, 0.5": ("oc", 0.5),
 }
+SAMPLED = {"DDPM": None, "CM, merged": 0.1}     # networks that generate: the share reserved
 
 
 class Cell(NamedTuple):
@@ -58,6 +68,7 @@ class Step(NamedTuple):
     call: Callable          # takes the step
     net: torch.nn.Module
     flops: int              # floating-point operations of its forward and backward pass
+    memory: int             # the most bytes that this pass has at once, beyond the weights
     compiled: bool          # False also where it should be compiled, but cannot be
 
 
@@ -85,6 +96,31 @@ def peak_memory():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
 
 
+class TensorMemory(TorchDispatchMode):
+    """Within, `peak` becomes the most bytes that tensors made within have at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = {}         # of storages that live, 0 of those that were there before
+        self.peak = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.see((args, kwargs), made=False)
+        result = function(*args, **(kwargs or {}))
+        self.see(result, made=True)
+        self.peak = max(self.peak, sum(self.sizes.values()))
+        return result
+
+    def see(self, tensors, made):
+        """Note the storages of nested tensors that are new, until they are freed."""
+        for t in tree_leaves(tensors):
+            if isinstance(t, torch.Tensor):
+                storage = t.untyped_storage()
+                if storage._cdata not in self.sizes:
+                    self.sizes[storage._cdata] = storage.nbytes() if made else 0
+                    weakref.finalize(storage, self.sizes.pop, storage._cdata, None)
+
+
 # --------------------------------------------------------------------------------------------------
 # Training steps and sampling
 
@@ -101,15 +137,16 @@ def make_step(method, images, batch_size, rt, compiled, settings):
 
     settings: what train.resolve returns.
     """
-    base, cm = METHODS[method]
+    base, fraction = METHODS[method]
     torch.manual_seed(0)
-    net = build_network(UNetConfig(num_classes=100).to_dict(), 0.1 if cm else None)
+    net = build_network(UNetConfig(num_classes=100).to_dict(), 0.1 if fraction else None)
     net.to(rt.device, memory_format=torch.channels_last)
     params = list(net.parameters())
     ema = [p.detach().clone(memory_format=torch.preserve_format) for p in params]
     optimizer = torch.optim.Adam(params, lr=2e-4, fused=True)
     objective = Objective(net=net, base=bind(base), counts=images.counts,
-                          alphas_bar=make_alphas_bar()).to(rt.device)
+                          alphas_bar=make_alphas_bar(),
+                          cm=CMConfig(cm_fraction=fraction or 1.0)).to(rt.device)
     batches = Batches(images, batch_size, 0, rt.device)
     steps = count()
 
@@ -120,7 +157,7 @@ def make_step(method, images, batch_size, rt, compiled, settings):
 
     module = objective
     if compiled:
-        module = runtime.compile_or_not(objective, lambda m: m(next_batch())[0], rt)
+        module, _ = runtime.compile_or_not(objective, lambda m: m(next_batch())[0], rt)
 
     def call():
         batch = next_batch()
@@ -129,26 +166,40 @@ def make_step(method, images, batch_size, rt, compiled, settings):
         total.backward()
         train.update(params, ema, optimizer, 0, settings)
 
-    with FlopCounterMode(display=False) as counter, rt.autocast():
+    with FlopCounterMode(display=False) as counter, TensorMemory() as memory, rt.autocast():
         objective(next_batch())[0].backward()
     optimizer.zero_grad(set_to_none=True)
-    return Step(call, net, counter.get_total_flops(), module is not objective)
+    return Step(call, net, counter.get_total_flops(), memory.peak, module is not objective)
 
 
-def measure(cells, steps, rounds, device, title):
+def if_it_fits(words, function, *args):
+    """function(*args); None, with a line, where the device's memory is too small for it."""
+    try:
+        return function(*args)
+    except torch.OutOfMemoryError:
+        print(f"{words}: out of memory, left out; take a smaller --batch-size or fewer --methods",
+              flush=True)
+    torch.cuda.empty_cache()        # after the exception, which holds what it could not use
+
+
+def measure(steps, rounds, device, title):
     """Take turns, step by step: ({cell: its median time}, {cell: its memory in bytes}).
 
-    The memory is that of the step alone, without the weights of all cells, which stay on the
-    device. It is measured on CUDA only, else the second dict is empty.
+    steps: {cell: Step}. A cell that runs out of memory is left out. The memory is that of the step
+    alone, without the weights of all cells, which stay on the device: as CUDA measures it, else
+    that of an eager pass.
     """
-    times = {cell: [] for cell in cells}
-    memory = {}
+    times = {cell: [] for cell in steps}
+    memory = {cell: step.memory for cell, step in steps.items()}
     for r in runtime.progress(range(rounds + 1), desc=title, unit="round"):
-        for cell in cells:
+        for cell in list(times):
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(device)
                 before = torch.cuda.memory_allocated(device)
-            t = seconds(steps[cell].call, device)
+            t = if_it_fits(words_of(cell), seconds, steps[cell].call, device)
+            if t is None:
+                del times[cell]
+                continue
             if r > 0:                       # the first round warms up
                 times[cell].append(t)
             if device.type == "cuda":
@@ -156,50 +207,77 @@ def measure(cells, steps, rounds, device, title):
     return {cell: statistics.median(ts) for cell, ts in times.items()}, memory
 
 
-def sampling_speed(net, batch_size, rounds, rt):
-    """Images per second of DDIM in 50 steps with guidance."""
+@torch.no_grad()
+def sampling_speeds(batch_size, rounds, rt, compiled):
+    """{name: images per second} of DDIM in 50 steps with guidance: DDPM's network, and CM's.
+
+    CM's is merged, a plain network: the paper's claim of no cost at inference. The two take turns.
+    """
     x = torch.randn(batch_size, 3, 32, 32, device=rt.device)
     x = x.contiguous(memory_format=torch.channels_last)
     y = torch.zeros(batch_size, dtype=torch.int64, device=rt.device)
-    predict = guided(net, y, 1.5, rt)
-    with torch.no_grad():
-        times = [seconds(lambda: predict(x, 500), rt.device) for _ in range(max(3, rounds // 2))]
-    return batch_size / (50 * statistics.median(times))
+    calls = {}
+    for name, rank_ratio in SAMPLED.items():
+        net = merge(build_network(UNetConfig(num_classes=100).to_dict(), rank_ratio))
+        net.to(rt.device, memory_format=torch.channels_last).requires_grad_(False)
+        net = prepare(net, rt, x.shape[1:], RUN if compiled else 0, batch_size)
+        predict = guided(net, y, 1.5, rt)
+        calls[name] = partial(predict, x, 500)
+    times = {name: [] for name in calls}
+    for r in range(rounds + 1):
+        for name, call in calls.items():
+            t = seconds(call, rt.device)
+            if r > 0:                       # the first round warms up
+                times[name].append(t)
+    return {name: batch_size / (50 * statistics.median(ts)) for name, ts in times.items()}
 
 
 def row_of(cell, first, batch_size, median, step, peak, memory):
     """A row of the table. first: the cell of the first method, in float32, not compiled."""
     t = median[cell]
     of_first_method = median.get(cell._replace(method=first.method), math.nan)
-    as_it_is = median[first._replace(method=cell.method)]
+    as_it_is = median.get(first._replace(method=cell.method), math.nan)
     return {"method": cell.method, "dtype": dtype_name(cell.dtype), "compiled": cell.compiled,
             "batch": batch_size, "step_ms": 1e3 * t, "images_per_s": batch_size / t,
             "run_hours": RUN / batch_size * t / 3600, "ratio": t / of_first_method,
             "faster": as_it_is / t, "peak_share": step.flops / t / peak,
-            "memory_gib": None if memory is None else memory / 2 ** 30}
+            "memory_gib": memory / 2 ** 30}
 
 
-def bench(batch_size, cells, rounds, device, settings):
-    """(one row per cell: speed of training; one row per dtype: speed of sampling)."""
+def bench_training(batch_size, cells, rounds, runtimes, settings):
+    """One row per cell that fits: the speed of training. runtimes: {dtype: Runtime}."""
     images = noise_images()
-    runtimes = {cell.dtype: runtime.Runtime(device, cell.dtype) for cell in cells}
+    device = next(iter(runtimes.values())).device
     n = 8192 if device.type == "cuda" else 2048
     peaks = {dtype: matmul_peak(rt, n) for dtype, rt in runtimes.items()}
     steps = {}
-    for cell in runtime.progress(cells, desc=f"batch {batch_size}: preparing", unit="cell"):
-        steps[cell] = make_step(cell.method, images, batch_size, runtimes[cell.dtype],
-                                cell.compiled, settings)
-    # What could not be compiled is not measured twice
-    cells = [cell for cell in cells if steps[cell].compiled == cell.compiled]
-    median, memory = measure(cells, steps, rounds, device, f"batch {batch_size}: measuring")
-    rows = [row_of(cell, cells[0], batch_size, median, steps[cell], peaks[cell.dtype],
-                   memory.get(cell)) for cell in cells]
-    sampling = []
+    for cell in cells:
+        print(f"batch {batch_size}: preparing {words_of(cell)}", flush=True)
+        step = if_it_fits(words_of(cell), make_step, cell.method, images, batch_size,
+                          runtimes[cell.dtype], cell.compiled, settings)
+        # What could not be compiled is not measured twice
+        if step and step.compiled == cell.compiled:
+            steps[cell] = step
+    median, memory = measure(steps, rounds, device, f"batch {batch_size}: measuring")
+    return [row_of(cell, cells[0], batch_size, median, steps[cell], peaks[cell.dtype],
+                   memory[cell]) for cell in median]
+
+
+def bench_sampling(batch_size, rounds, runtimes, compiled):
+    """One row per dtype and network: the speed of sampling. runtimes: {dtype: Runtime}."""
+    rows = []
     for dtype, rt in runtimes.items():
-        net = next(steps[cell].net for cell in cells if cell.dtype == dtype)
-        sampling.append({"dtype": dtype_name(dtype), "batch": batch_size,
-                         "images_per_s": sampling_speed(net, batch_size, rounds, rt)})
-    return rows, sampling
+        words = f"batch {batch_size}: sampling in {dtype_name(dtype)}"
+        print(words, flush=True)
+        speeds = if_it_fits(words, sampling_speeds, batch_size, rounds, rt, compiled) or {}
+        rows += [{"network": name, "dtype": dtype_name(dtype), "batch": batch_size,
+                  "images_per_s": speed} for name, speed in speeds.items()]
+    return rows
+
+
+def words_of(cell):
+    """ "OC, float32, compiled"."""
+    return f"{cell.method}, {dtype_name(cell.dtype)}" + (", compiled" if cell.compiled else "")
 
 
 def print_tables(rows, sampling, first_method):
@@ -209,13 +287,12 @@ def print_tables(rows, sampling, first_method):
           "| --- | ---: | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
     for r in rows:
         compiled = "yes" if r["compiled"] else "no"
-        gib = f"{r['memory_gib']:.1f}" if r["memory_gib"] else ""
         print(f"| {r['method']} | {r['batch']} | {r['dtype']} | {compiled} | {r['step_ms']:.1f} | "
               f"{r['images_per_s']:.1f} | {r['run_hours']:.1f} | {r['ratio']:.2f} | "
-              f"{r['faster']:.2f} | {r['peak_share']:.0%} | {gib} |")
+              f"{r['faster']:.2f} | {r['peak_share']:.0%} | {r['memory_gib']:.2f} |")
     for s in sampling:
-        print(f"\nsampling, DDIM-50 with guidance, {s['dtype']}, batch {s['batch']}: "
-              f"{s['images_per_s']:.2f} images/s")
+        print(f"\nsampling, DDIM-50 with guidance, {s['network']}, {s['dtype']}, batch "
+              f"{s['batch']}: {s['images_per_s']:.2f} images/s")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -292,7 +369,7 @@ def measure_metric(metric, library, n, D):
     return result
 
 
-def words_of(values):
+def digits_of(values):
     """Numbers with six digits, for the table."""
     return ", ".join(f"{v:.6g}" for v in values)
 
@@ -310,8 +387,8 @@ def bench_metrics(n, D):
         a, b = (measure_metric(metric, library, n, D) for library in LIBRARIES)
         speed_up = b["seconds"] / a["seconds"]
         print(f"| {metric} | {a['seconds']:.1f} s | {b['seconds']:.1f} s | {speed_up:.1f} | "
-              f"{a['gib']:.2f} | {b['gib']:.2f} | {words_of(a['values'])} | "
-              f"{words_of(b['values'])} |", flush=True)
+              f"{a['gib']:.2f} | {b['gib']:.2f} | {digits_of(a['values'])} | "
+              f"{digits_of(b['values'])} |", flush=True)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -354,17 +431,15 @@ def main():
 
     # Measure
     torch._dynamo.config.recompile_limit = 64       # all cells share the code of Objective.forward
+    runtimes = {dtype: runtime.Runtime(rt.device, dtype) for dtype in dtypes}
     rows = []
     sampling = []
     for batch_size in args.batch_size or ([64, 512] if cuda else [16]):
-        try:
-            training, generating = bench(batch_size, cells, args.rounds, rt.device, settings)
-        except torch.OutOfMemoryError as e:
-            raise UserError(f"--batch-size {batch_size}: out of memory; use fewer --methods or a "
-                            "smaller batch") from e
-        rows += training
-        sampling += generating
+        rows += bench_training(batch_size, cells, args.rounds, runtimes, settings)
+        sampling += bench_sampling(batch_size, args.rounds, runtimes, cuda and compiled[-1])
         torch._dynamo.reset()
+    if not rows:
+        raise UserError("--batch-size: nothing fits into the memory; take a smaller one")
 
     # Write
     if cuda:

@@ -609,7 +609,7 @@ def make_loss(training, counts, args, rt):
                           distance=args.distance).to(rt.device)
     if runtime.wants_compile(args, rt):
         trial = next_batch(training, args, rt)
-        loss = runtime.compile_or_not(loss, lambda module: module(*trial)[0], rt)
+        loss, _ = runtime.compile_or_not(loss, lambda module: module(*trial)[0], rt)
     # All processes go on from rank 0's running statistics, which are those of the checkpoint
     return rt.parallel(loss, broadcast_buffers=True)
 

@@ -468,21 +468,39 @@ def to_rgb(images: np.ndarray) -> np.ndarray:
     return np.repeat(images, 3, axis=3) if images.shape[3] == 1 else images
 
 
+def device_limit(device) -> int:
+    """How many bytes of training data are copied to a device.
+
+    On CUDA a quarter of the memory that is free, on the CPU 4 GiB.
+    """
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] // 4
+    return 4 << 30
+
+
+def send(tensor: Tensor, device) -> Tensor:
+    """A tensor on a device; from the CPU's memory to a GPU's so that neither waits for the copy."""
+    if torch.device(device).type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 class Batches:
     """The training batches: `at(step)` is a pure function of (seed, step); no state to save.
 
     Step s takes positions s B ... (s + 1) B - 1 of an endless sequence of epochs, each a
     permutation of all images seeded by (seed, epoch). The images are copied to `device` if they
-    take at most `limit` bytes, else they stay where they are. resample Q (+RS): class c is drawn
-    with probability proportional to N_c^Q instead, with replacement: 0 balances the classes, 0.5
-    takes square roots, 1 changes nothing.
+    take at most `limit` bytes (device_limit's by default), else they stay where they are.
+    resample Q (+RS): class c is drawn with probability proportional to N_c^Q instead, with
+    replacement: 0 balances the classes, 0.5 takes square roots, 1 changes nothing.
     """
 
     def __init__(self, images: ImageSet, batch_size: int, seed: int, device: torch.device | str,
-                 limit: int = 4 << 30, resample: float = 1.0):
+                 limit: int | None = None, resample: float = 1.0):
         self.batch_size = batch_size
         self.seed = seed
         self.device = device
+        limit = device_limit(device) if limit is None else limit
         self.on_device = images.images.nbytes <= limit
         self.pixels = images.images
         if self.on_device:
@@ -519,11 +537,11 @@ class Batches:
     def at(self, step: int) -> tuple[Tensor, Tensor]:
         """The global batch of a step: x_0 (B, C, H, W) float32 in [-1, 1], y (B,) int64."""
         rows = self.rows(step)
-        index = torch.from_numpy(rows).to(self.device, non_blocking=True)
+        index = send(torch.from_numpy(rows), self.device)
         if self.on_device:
             pixels = self.pixels[index]
         else:
-            pixels = torch.from_numpy(self.pixels[rows]).to(self.device)
+            pixels = send(torch.from_numpy(self.pixels[rows]), self.device)
         return to_float(pixels), self.labels[index]
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from model import Embedding, draw_mask, init_layer
+from model import Embedding, dropout_masks, init_layer
 
 
 def positions(side, ch):
@@ -145,6 +145,6 @@ class DiT(nn.Module):
         shape = (n, self.side, self.side, self.ch)
 
         def masks_of(half):
-            masks = [draw_mask(shape, self.dropout, generator, dtype) for _ in half.blocks]
+            masks = dropout_masks([shape] * len(half.blocks), self.dropout, generator, dtype)
             return [mask.flatten(2).transpose(1, 2) for mask in masks]
         return masks_of(self.encoder), masks_of(self.decoder)

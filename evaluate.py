@@ -33,12 +33,12 @@ from data import (by_size, class_groups, images_of_npz, load_reference, open_npz
                   to_classes, to_rgb)
 from features import DIGITS_CLASSIFIER, Extractor, Features
 from metrics import (FLOOR_IMAGES, IS_SPLITS, KID_SIZE, KID_SUBSETS, METRIC_SEED, distance_of,
-                     floor_of, inception_score, kernel_distance, precision_recall)
+                     floor_of, inception_score, kernel_distance, placed, precision_recall)
 from packing import open_image
 from readers import READERS, image_folder
 from runtime import Parser, UserError, integer, run
 from sample import (KINDS, add_sampling_flags, clipped, describe, dtype_of, generate, image_shape,
-                    load_network, sample_batch, sampling_settings)
+                    load_network, prepare, sample_batch, sampling_settings)
 
 PROTOCOL = {
     "paper": {"num": 50_000, "num_group": 20_000, "features": "inception"},
@@ -514,10 +514,11 @@ class Metrics:
     def of(self, fake, real, score=False):
         """The numbers of one set of images; fake, real: Features; score: also the IS."""
         frechet, kernel = ("fid", "kid") if self.inception else ("fd", "kd")
-        mean, std, size = kernel_distance(fake.features, real.features)
+        generated, reference = (placed(x.features, self.device) for x in (fake, real))
+        mean, std, size = kernel_distance(generated, reference)
         precision, recall = precision_recall(fake.features, real.features, self.k,
                                              device=self.device)
-        result = {frechet: distance_of(fake.features, real.features),
+        result = {frechet: distance_of(generated, reference),
                   kernel: mean, f"{kernel}_std": std, "kid_subset_size": size,
                   "precision": precision, "recall": recall}
         others = min(len(fake.features), len(real.features)) - 1
@@ -531,7 +532,7 @@ class Metrics:
         result["num"] = len(fake.features)
         result["num_real"] = len(real.features)
         if self.floor and len(real.features) >= FLOOR_IMAGES:
-            result["floor"] = floor_of(real.features, self.floor)
+            result["floor"] = floor_of(reference, self.floor)
         return result
 
 
@@ -985,12 +986,16 @@ def main():
     if args.if_needed and is_done(args, args.out_json, settings, comparison, extractor):
         return rt.print(f"{args.out_json}: up to date")
     rt.on_rank_0(lambda: check_outputs(args, comparison))
+    if subject.net:
+        subject.net = prepare(subject.net, rt, subject.shape, comparison.n, args.batch_size)
     announce(args, comparison, extractor, rt)
 
     # 3. Measure; the metrics on rank 0 only
     fake, real, seconds = extract_both(args, comparison, extractor, rt)
     if rt.rank > 0:
         return
+    if rt.world > 1:
+        runtime.use_all_cores()
     start = time.time()
     per_class = args.per_class or not comparison.groups
     classes = {name: c for c, name in enumerate(comparison.class_names or [])} if per_class else {}

@@ -108,10 +108,13 @@ class Extractor:
         self.class_names = None
         self.size = None
         if self.inception:
-            self.net, self.sha256 = load_inception(inception_weights, rt.device, trust_weights)
+            with rt.rank_0_first():         # which downloads the weights, and not every process
+                self.net, self.sha256 = load_inception(inception_weights, rt.device, trust_weights)
             self.name = "inception-2015-12-05"
         elif self.resizes:
-            self.net, self.sha256 = load_pretrained(features.removeprefix(TORCHVISION), rt.device)
+            with rt.rank_0_first():
+                self.net, self.sha256 = load_pretrained(features.removeprefix(TORCHVISION),
+                                                        rt.device)
             self.name = features
         else:
             self.use_classifier(features)

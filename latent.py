@@ -33,8 +33,8 @@ from torch.nn.utils import parametrize
 import disk
 import runtime
 from cm_layers import LowRank, count, general_only, matrices, reserve
-from data import (Batches, add_data_flags, load_long_tailed, refuse_other_data, to_float,
-                  unused_data_flags)
+from data import (Batches, add_data_flags, device_limit, load_long_tailed, refuse_other_data,
+                  send, to_float, unused_data_flags)
 from losses import CMConfig, Objective, add_cm_flags, bind, draw_batch
 from runtime import Parser, UserError, integer, number, refuse_unused, run
 from sample import (add_output_flags, add_sampling_flags, check_outputs, claimed, describe,
@@ -540,12 +540,14 @@ def main_train(argv):
 def run_loop(training, objective, images, moments):
     """train.py's loop, on latents drawn from their distributions `moments` of Model.encode."""
     args, rt = training.args, training.rt
-    batches = Batches(images, args.batch_size, args.seed, "cpu", limit=0)
+    batches = Batches(images, args.batch_size, args.seed, rt.device, limit=0)
+    if moments.nbytes <= device_limit(rt.device):
+        moments = moments.to(rt.device)
 
     def batch(step, k):
-        rows = torch.from_numpy(batches.rows(step))
-        x_0 = draw_latents(moments[rows].to(rt.device), args.seed, step)
-        y = batches.labels[rows].to(rt.device)
+        rows = send(torch.from_numpy(batches.rows(step)), moments.device)
+        x_0 = draw_latents(send(moments[rows], rt.device), args.seed, step)
+        y = batches.labels[send(rows, rt.device)]
         part = rt.rank * args.accumulate + k
         return draw_batch(x_0, y, objective, seed=args.seed, step=step, part=part,
                           parts=rt.world * args.accumulate)

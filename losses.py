@@ -53,6 +53,8 @@ class Batch(NamedTuple):
     a: Tensor | None        # (B, augment.DIM), what was done to the images; None: no augmentation
     t_below: Tensor | None  # (B,) int64, the timestep below t, for a base that compares two,
     weight: Tensor | None   # and (B,) the weights of such pairs; else None
+    scale: Tensor | None = None     # (m,): theta^g sees the first m images alone, with these
+                                    # weights in L_CM; None: it sees all
 
 
 @torch.no_grad()
@@ -62,9 +64,9 @@ def draw_batch(x_0: Tensor, y: Tensor, obj: "Objective", *, seed: int, step: int
 
     x_0 (G, C, H, W) in [-1, 1] and y (G,) are the whole global batch. Noise, timesteps and the rest
     are drawn for all of it and sliced, so that cutting it into parts (one per process, and per pass
-    of --accumulate) changes nothing. Only dropout masks are drawn for the part alone, from (seed,
-    step, part). flip: mirror each image with probability 1/2. dtype: of the masks, the one that the
-    network computes in.
+    of --accumulate) changes nothing. Only dropout masks, and with --cm-fraction the images that
+    theta^g sees, are drawn for the part alone, from (seed, step, part). flip: mirror each image
+    with probability 1/2. dtype: of the masks, the one that the network computes in.
     """
     G = len(x_0)
     device = x_0.device
@@ -89,12 +91,48 @@ def draw_batch(x_0: Tensor, y: Tensor, obj: "Objective", *, seed: int, step: int
         masks_general = obj.net.draw_masks(G // parts, size, g, dtype)[1]
 
     own = slice(part * G // parts, (part + 1) * G // parts)
+    scale = None
+    if obj.two_passes and obj.cm.cm_fraction < 1:
+        order, scale = choose(torch.maximum(obj.w_con_y, obj.w_div_y)[y[own]], obj.cm.cm_fraction,
+                              generator(device, seed, "general", step, part))
+        own = part * G // parts + order
     return Batch(
         x_0=x_0[own], y=y[own], y_in=torch.where(dropped, -1, y)[own], t=t[own], eps=eps[own],
         y_prime=y_prime[own], pool_x_0=x_0, pool_y=y, gumbel=gumbel[own],
         masks_encode=masks_encode, masks_decode=masks_decode, masks_general=masks_general,
         a=None if a is None else a[own], t_below=None if t_below is None else t_below[own],
-        weight=None if weight is None else weight[own])
+        weight=None if weight is None else weight[own], scale=scale)
+
+
+def choose(importance: Tensor, fraction: float, generator: torch.Generator):
+    """A random part of a batch that stands for all of it: (order (B,) int64, scale (m,)).
+
+    importance (B,), positive. The images order[:m], m = fraction B rounded and at least 1, are the
+    chosen ones. Image i is among them with probability p_i = min(1, c importance_i), where c makes
+    the p_i sum to m (systematic sampling: one uniform number shifts m ticks of distance 1 on the
+    line of all p_i). scale is m / (B p_i) of the chosen ones, so that the mean of scale_i f_i over
+    them has the mean of all f_i as its expectation.
+    """
+    B = len(importance)
+    m = max(1, round(fraction * B))
+    largest = importance.double().sort(descending=True).values
+    rest = largest.flip(0).cumsum(0).flip(0)                # the sums of largest[k:]
+    c = (m - torch.arange(B, device=rest.device)) / rest    # where the k largest are certain
+    k = (c * largest <= 1 + 1e-9).int().argmax()            # so many are
+    p = (c[k] * importance.double()).clamp(max=1)           # (B,)
+    u = torch.rand(1, generator=generator, device=p.device, dtype=torch.float64)
+    ticks = u + torch.arange(m, device=p.device)
+    chosen = torch.searchsorted(p.cumsum(0), ticks, right=True).clamp(max=B - 1)
+    left_out = torch.ones(B, dtype=torch.int8, device=p.device).index_fill(0, chosen, 0)
+    order = left_out.argsort(stable=True)
+    return order, (m / (B * p[order[:m]])).float()
+
+
+def first(values, m: int):
+    """The first m images of tensors in nested lists and tuples; other values as they are."""
+    if isinstance(values, (list, tuple)):
+        return type(values)(first(value, m) for value in values)
+    return values[:m] if isinstance(values, Tensor) else values
 
 
 def uniform_t(alphas_bar: Tensor, n: int, step: int,
@@ -115,9 +153,12 @@ class Predictions:
         self.eps = net.decode(*self.encoded, batch.masks_decode).float()
 
     def general(self) -> Tensor:
-        """eps_{theta^g}(x_t, t, y): (B, C, H, W) float32."""
+        """eps_{theta^g}(x_t, t, y) float32: (B, C, H, W), or (m, C, H, W), see Batch.scale."""
+        encoded, masks = self.encoded, self.batch.masks_general
+        if self.batch.scale is not None:
+            encoded, masks = first((encoded, masks), len(self.batch.scale))
         with general_only(self.net.decoder):
-            return self.net.decode(*self.encoded, self.batch.masks_general).float()
+            return self.net.decode(*encoded, masks).float()
 
     def under(self, y: Tensor) -> Tensor:
         """eps_theta(x_t, t, y) for other labels y (B,), the same dropout masks: (B, C, H, W)."""
@@ -287,6 +328,7 @@ class CMConfig(NamedTuple):
     w_div: float = 1.0
     div_bound: float = 0.01             # L_Div saturates per image at this distance; 0: never
     independent_dropout: bool = False   # theta and theta^g see different dropout masks
+    cm_fraction: float = 1.0            # of a batch, which theta^g sees
 
     @classmethod
     def of(cls, args: Namespace) -> "CMConfig":
@@ -317,16 +359,20 @@ def class_weights(counts: ArrayLike) -> tuple[Tensor, Tensor]:
     return len(n) * n / n.sum(), len(n) / (n * (1 / n).sum())
 
 
-def cm_terms(D: Tensor, y: Tensor, w_con_y: Tensor, w_div_y: Tensor, bound: float) -> Terms:
+def cm_terms(D: Tensor, y: Tensor, w_con_y: Tensor, w_div_y: Tensor, bound: float,
+             scale: Tensor | None = None) -> Terms:
     """The two terms of Eq. (2), {"con", "div"}, scalars.
 
     D (B,): distances between the predictions of theta and theta^g. y (B,): the true classes, also
     where the label is dropped. w_con_y, w_div_y (C,): class_weights. con = E w_con^y D. div = -E
     w_div^y min(D, bound); with bound 0 it is -E w_div^y D, as printed, which has no lower bound:
-    training then diverges.
+    training then diverges. scale (B,): a factor of each image (see `choose`), None for 1.
     """
     bounded = D.clamp(max=bound) if bound else D
-    return {"con": (w_con_y[y] * D).mean(), "div": -(w_div_y[y] * bounded).mean()}
+    w_con, w_div = w_con_y[y], w_div_y[y]
+    if scale is not None:
+        w_con, w_div = w_con * scale, w_div * scale
+    return {"con": (w_con * D).mean(), "div": -(w_div * bounded).mean()}
 
 
 class Objective(nn.Module):
@@ -342,8 +388,8 @@ class Objective(nn.Module):
     ada:        augment.py's probability; 0: no augmentation
     y_prime:    how y' is drawn: "uniform", the mean over Y of Eq. (D.1), or "train", by class
                 frequency, as in CBDM's code
-    forward(batch) -> (total, a scalar; {name: scalar} of unweighted terms; D (B,) detached, 0
-    without CM).
+    forward(batch) -> (total, a scalar; {name: scalar} of unweighted terms; D detached, of the
+    images that theta^g sees, 0 without CM).
     """
 
     def __init__(self, *, net: nn.Module, base: Base, counts: ArrayLike, alphas_bar: Tensor,
@@ -372,8 +418,10 @@ class Objective(nn.Module):
         total, terms = self.base.loss(pred, batch, self)
         D = torch.zeros_like(batch.t, dtype=torch.float32)
         if self.two_passes:
-            D = distance(pred.eps, pred.general())
-            both = cm_terms(D, batch.y, self.w_con_y, self.w_div_y, self.cm.div_bound)
+            general = pred.general()
+            D = distance(pred.eps[:len(general)], general)
+            both = cm_terms(D, batch.y[:len(D)], self.w_con_y, self.w_div_y, self.cm.div_bound,
+                            batch.scale)
             total = total + self.cm.lam * self.cm.w_con * both["con"]
             total = total + self.cm.lam * self.cm.w_div * both["div"]
             terms = {**terms, **both}

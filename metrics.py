@@ -5,9 +5,10 @@
     precision_recall(fake, real, k=3)
     inception_score(logits)                 # IS: mean, standard deviation
 
-Features are NumPy arrays, float32. Those of the generated images come first, those of the real
-images second. tests/test_evaluate.py compares each metric with torch-fidelity's and with a literal
-version of its definition.
+Features are NumPy arrays, float32; FID and KID take tensors as well, and compute where these are
+(`placed`). Those of the generated images come first, those of the real images second.
+tests/test_evaluate.py compares each metric with torch-fidelity's and with a literal version of its
+definition.
 """
 import numpy as np
 import torch
@@ -21,38 +22,50 @@ METRIC_SEED = 2020
 FLOOR_IMAGES = 4        # floor_of: a covariance needs two images in each half
 
 
+def placed(features: np.ndarray, device: torch.device | str) -> np.ndarray | torch.Tensor:
+    """Features as they are for the CPU, where NumPy computes; else a tensor on the device."""
+    if torch.device(device).type == "cpu":
+        return features
+    return torch.from_numpy(features).to(device)
+
+
+def double(x):
+    """An array or a tensor in float64."""
+    return x.double() if isinstance(x, torch.Tensor) else np.asarray(x, np.float64)
+
+
 # --------------------------------------------------------------------------------------------------
 # Frechet distance
 
-def statistics(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def statistics(features):
     """Mean (D,) and covariance (D, D), divided by N - 1, of features (N, D): float64."""
-    features = np.asarray(features, np.float64)
+    features = double(features)
     mean = features.mean(0)
     features = features - mean
     return mean, features.T @ features / (len(features) - 1)
 
 
-def frechet_distance(mu_1: np.ndarray, sigma_1: np.ndarray,
-                     mu_2: np.ndarray, sigma_2: np.ndarray) -> float:
+def frechet_distance(mu_1, sigma_1, mu_2, sigma_2) -> float:
     """||mu_1 - mu_2||^2 + tr(S_1 + S_2 - 2 (S_1 S_2)^{1/2}) of two Gaussians (Heusel et al., 2017).
 
     tr (S_1 S_2)^{1/2} is the sum of the square roots of the eigenvalues of S_1^{1/2} S_2 S_1^{1/2}.
     This matrix is symmetric and non-negative, so no imaginary part can appear, even with fewer
-    samples than dimensions.
+    samples than dimensions. Means (D,) and covariances (D, D) are arrays, or tensors.
     """
-    values, vectors = np.linalg.eigh(sigma_1)
-    root = vectors * np.sqrt(values.clip(0)) @ vectors.T
-    cross = np.sqrt(np.linalg.eigvalsh(root @ sigma_2 @ root).clip(0)).sum()
-    distance = ((mu_1 - mu_2) ** 2).sum() + np.trace(sigma_1) + np.trace(sigma_2) - 2 * cross
+    linalg = torch.linalg if isinstance(sigma_1, torch.Tensor) else np.linalg
+    values, vectors = linalg.eigh(sigma_1)
+    root = vectors * values.clip(0) ** 0.5 @ vectors.T
+    cross = (linalg.eigvalsh(root @ sigma_2 @ root).clip(0) ** 0.5).sum()
+    distance = ((mu_1 - mu_2) ** 2).sum() + sigma_1.trace() + sigma_2.trace() - 2 * cross
     return float(distance)
 
 
-def distance_of(a: np.ndarray, b: np.ndarray) -> float:
+def distance_of(a, b) -> float:
     """Frechet distance between two sets of features (N, D) and (M, D)."""
     return frechet_distance(*statistics(a), *statistics(b))
 
 
-def floor_of(features: np.ndarray, rounds: int = 10) -> float:
+def floor_of(features, rounds: int = 10) -> float:
     """Mean Frechet distance between two random halves of real features, over `rounds` divisions.
 
     It says how small the distance of perfect samples would be, with half as many images.
@@ -68,14 +81,14 @@ def floor_of(features: np.ndarray, rounds: int = 10) -> float:
 # --------------------------------------------------------------------------------------------------
 # Kernel distance
 
-def polynomial_kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+def polynomial_kernel(a, b):
     """(x . y / D + 1)^3 of all rows x of a and y of b: the products in float32, then float64."""
-    base = (a @ b.T).astype(np.float64) / a.shape[1] + 1
+    base = double(a @ b.T) / a.shape[1] + 1
     return base * base * base
 
 
-def kernel_distance(fake: np.ndarray, real: np.ndarray, subsets: int = KID_SUBSETS,
-                    size: int = KID_SIZE, seed: int = METRIC_SEED) -> tuple[float, float, int]:
+def kernel_distance(fake, real, subsets: int = KID_SUBSETS, size: int = KID_SIZE,
+                    seed: int = METRIC_SEED) -> tuple[float, float, int]:
     """KID (Binkowski et al., 2018): the unbiased MMD^2 over random subsets.
 
     Returns the mean, the standard deviation and the subset size, which is at most the size of the
@@ -92,7 +105,7 @@ def kernel_distance(fake: np.ndarray, real: np.ndarray, subsets: int = KID_SUBSE
         yy = polynomial_kernel(y, y)
         pairs = size * (size - 1)
         within = (xx.sum() - xx.trace() + yy.sum() - yy.trace()) / pairs
-        values.append(within - 2 * polynomial_kernel(x, y).mean())
+        values.append(float(within - 2 * polynomial_kernel(x, y).mean()))
     return float(np.mean(values)), float(np.std(values)), size
 
 

@@ -85,6 +85,74 @@ def group_norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(groups, channels)
 
 
+class GroupNormSiLU(torch.autograd.Function):
+    """SiLU(group norm(x)), or the group norm alone, in x's memory layout: (N, C, H, W) -> same.
+
+    What torch has for CUDA knows one layout, and channels-last activations would be copied into it
+    and back. Plain operations with a backward pass of their own, for torch.compile to fuse: x is
+    read twice and the result written once; backwards x and the gradient are read twice.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, groups, eps, silu):
+        N, C = x.shape[:2]
+        x_32 = GroupNormSiLU.accurate(x)
+        var, mean = torch.var_mean(x_32, dim=(2, 3), correction=0)
+        var, mean = var.view(N, groups, -1), mean.view(N, groups, -1)       # (N, G, C / G)
+        mean_g = mean.mean(2, keepdim=True)                                 # (N, G, 1)
+        rstd = torch.rsqrt((var + (mean - mean_g).square()).mean(2, keepdim=True) + eps)
+        ctx.save_for_backward(x, weight, bias, mean_g, rstd)
+        ctx.silu = silu
+        scale, shift = GroupNormSiLU.affine(weight, bias, mean_g, rstd)
+        y = x_32 * scale + shift
+        return (F.silu(y) if silu else y).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, bias, mean_g, rstd = ctx.saved_tensors
+        N, C, H, W = x.shape
+        G = mean_g.shape[1]
+        scale, shift = GroupNormSiLU.affine(weight, bias, mean_g, rstd)
+        x_32 = GroupNormSiLU.accurate(x)
+        dy = GroupNormSiLU.accurate(grad)
+        if ctx.silu:
+            y = x_32 * scale + shift
+            s = torch.sigmoid(y)
+            dy = dy * s * (1 + y * (1 - s))
+        d_bias = dy.sum((2, 3)).view(N, G, -1)                              # of each image
+        d_weight = ((dy * x_32).sum((2, 3)).view(N, G, -1) - mean_g * d_bias) * rstd
+        # dx = scale dy - rstd (mean of w dy over the group + (x - mean) rstd mean of w dy x_hat)
+        w = weight.view(G, -1) * (G / (C * H * W))
+        slope = -rstd.square() * (w * d_weight).sum(2, keepdim=True)
+        offset = -rstd * (w * d_bias).sum(2, keepdim=True) - slope * mean_g
+
+        def per_channel(v):
+            return v.expand(N, G, C // G).reshape(N, C, 1, 1)
+        dx = x_32 * per_channel(slope) + per_channel(offset) + dy * scale      # in x's layout
+        return (dx.to(x.dtype), d_weight.reshape(N, C).sum(0), d_bias.reshape(N, C).sum(0),
+                None, None, None)
+
+    @staticmethod
+    def affine(weight, bias, mean_g, rstd):
+        """The norm as x * scale + shift, (N, C, 1, 1) each."""
+        N, G, _ = mean_g.shape
+        scale = rstd * weight.view(G, -1)                                   # (N, G, C / G)
+        shift = bias.view(G, -1) - mean_g * scale
+        return scale.reshape(N, -1, 1, 1), shift.reshape(N, -1, 1, 1)
+
+    @staticmethod
+    def accurate(x):
+        """x in float32, or in float64 if it is."""
+        return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def norm_silu(norm, x, silu=True):
+    """SiLU(norm(x)), or norm(x); by GroupNormSiLU in code that is compiled for CUDA."""
+    if x.is_cuda and torch.compiler.is_compiling():
+        return GroupNormSiLU.apply(x, norm.weight, norm.bias, norm.num_groups, norm.eps, silu)
+    return F.silu(norm(x)) if silu else norm(x)
+
+
 def init_layer(layer: nn.Module, gain: float = 1.0) -> nn.Module:
     """Xavier-uniform weights, zero bias; gain 1e-5 makes a residual branch start as almost 0."""
     nn.init.xavier_uniform_(layer.weight, gain=gain)
@@ -141,7 +209,7 @@ class Attention(nn.Module):
         self.proj = conv(ch, ch, 1, gain=1e-5)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.norm(x)
+        h = norm_silu(self.norm, x, silu=False)
         q = self.to_sequence(self.q(h))                             # (N, 1, HW, C)
         k = self.to_sequence(self.k(h))
         v = self.to_sequence(self.v(h))
@@ -176,9 +244,9 @@ class ResBlock(nn.Module):
         self.attention = Attention(out_ch) if attention else nn.Identity()
 
     def forward(self, x: Tensor, emb: Tensor, mask: Tensor | None = None) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv1(norm_silu(self.norm1, x))
         h = h + self.emb_proj(F.silu(emb))[:, :, None, None]
-        h = F.silu(self.norm2(h))
+        h = norm_silu(self.norm2, h)
         h = self.conv2(h if mask is None else h * mask)
         return self.attention(self.shortcut(x) + h)
 
@@ -296,7 +364,7 @@ class Decoder(nn.Module):
             if isinstance(layer, ResBlock):
                 h = torch.cat([h, skips.pop()], dim=1)
             h = run_block(layer, h, emb, masks)
-        return self.conv(F.silu(self.norm(h)))                  # (N, channels, H, W)
+        return self.conv(norm_silu(self.norm, h))               # (N, channels, H, W)
 
 
 class UNet(nn.Module):
@@ -347,22 +415,28 @@ class UNet(nn.Module):
         if not self.cfg.dropout:
             return [], []
 
-        def masks_of(half):
+        shapes = []
+        for half in (self.encoder, self.decoder):
             blocks = [m for m in half.modules() if isinstance(m, ResBlock)]
-            shapes = [(n, size >> m.level, size >> m.level, m.out_ch) for m in blocks]
-            return [draw_mask(shape, self.cfg.dropout, generator, dtype) for shape in shapes]
-        return masks_of(self.encoder), masks_of(self.decoder)
+            shapes.append([(n, size >> m.level, size >> m.level, m.out_ch) for m in blocks])
+        masks = dropout_masks(shapes[0] + shapes[1], self.cfg.dropout, generator, dtype)
+        return masks[:len(shapes[0])], masks[len(shapes[0]):]
 
 
-def draw_mask(shape: Sequence[int], dropout: float, generator: torch.Generator,
-              dtype: torch.dtype) -> Tensor:
-    """One dropout mask, (N, H, W, C) in memory and given as (N, C, H, W)."""
+def dropout_masks(shapes: Sequence[Sequence[int]], dropout: float, generator: torch.Generator,
+                  dtype: torch.dtype) -> list[Tensor]:
+    """Dropout masks of these shapes, (N, H, W, C) in memory and given as (N, C, H, W): a list.
+
+    All in one draw, since a GPU would wait for each.
+    """
     # The scale as the dtype rounds it, so that the mask's mean stays 1 (to 16 bits)
     scale = torch.tensor(1 / (1 - dropout), dtype=dtype).item()
     threshold = min(round(65536 / scale) - 32768, 32767)
-    count = math.prod(shape)
-    # One random int64 makes four 16-bit numbers
-    bits = torch.empty(-(-count // 4), dtype=torch.int64, device=generator.device)
+    counts = [math.prod(shape) for shape in shapes]
+    # One random int64 makes four 16-bit numbers; each mask begins with a new one
+    lengths = [-(-count // 4) * 4 for count in counts]
+    bits = torch.empty(sum(lengths) // 4, dtype=torch.int64, device=generator.device)
     bits.random_(-2 ** 63, None, generator=generator)
-    kept = bits.view(torch.int16)[:count].view(shape) < threshold
-    return (kept.to(dtype) * scale).permute(0, 3, 1, 2)
+    masks = (bits.view(torch.int16) < threshold).to(dtype) * scale
+    return [part[:count].view(shape).permute(0, 3, 1, 2)
+            for part, count, shape in zip(masks.split(lengths), counts, shapes)]

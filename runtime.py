@@ -13,8 +13,9 @@ import os
 import shlex
 import signal
 import sys
+import traceback
 import warnings
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -22,10 +23,15 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from threadpoolctl import threadpool_limits
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 DEVICES = ("cpu", "cuda", "mps", "xpu")
+# How long processes wait for each other: in a step on GPUs, where nothing else says that one has
+# ended, and where rank 0 packs 437,513 images or computes metrics
+STEP_WAIT = timedelta(minutes=20)
+LONG_WAIT = timedelta(hours=12)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -36,9 +42,10 @@ class UserError(Exception):
 
 
 def run(main):
-    """Import the plugins, call main(); a UserError becomes one line (rank 0) and exit code 2.
+    """Import the plugins, call main(); a UserError becomes one line and exit code 2.
 
     While a plugin is imported it does nothing: its last line may be one that starts a script.
+    Under torchrun every process that fails says why, with its rank, and leaves at once.
     """
     if Plugins.importing:
         return
@@ -53,16 +60,19 @@ def run(main):
         code = e.code or 0
     except Exception as e:
         line = error_line(e)
-        if line is None:
-            raise
-        if int(os.environ.get("RANK", "0")) == 0:
-            print(f"error: {line}", file=sys.stderr, flush=True)
-        code = 2
-    finally:
         distributed = dist.is_initialized()
-        if distributed:
+        if line is None and not distributed:
+            raise
+        if line is None:
+            line = traceback.format_exc()
+            code = 1
+        else:
+            code = 2
+        print(f"error: {rank_words()}{line}", file=sys.stderr, flush=True)
+    if dist.is_initialized():
+        if not code:
+            # Not after a failure: NCCL would wait for processes that wait for this one
             dist.destroy_process_group()
-    if distributed:
         # Without shutting the interpreter down: a gloo thread that still needs it would abort
         sys.stdout.flush()
         sys.stderr.flush()
@@ -108,9 +118,18 @@ def import_plugins(words):
         Plugins.found.append(f"{path.name} {digest[:16]}")
 
 
+def rank_words():
+    """ "rank 3: " among several processes of torchrun, else ""."""
+    several = os.environ.get("WORLD_SIZE", "1") != "1"
+    return f"rank {os.environ['RANK']}: " if several and "RANK" in os.environ else ""
+
+
 def error_line(error):
     """What to tell the user of an exception, in one line; None for a mistake of the program."""
     first = next(iter(str(error).splitlines()), "")
+    if dist.is_initialized() and is_of_connection(error):
+        return ("an exchange with the other processes failed; where one of them has ended, its "
+                f"own line says why ({first[:120]})")
     if isinstance(error, UserError):
         return " ".join(str(error).split("\n"))
     if isinstance(error, torch.OutOfMemoryError):
@@ -124,6 +143,13 @@ def error_line(error):
         return ("out of memory on this machine; take smaller numbers: --batch-size, --num, --ch "
                 f"({first[:200]})")
     return None
+
+
+def is_of_connection(error):
+    """Whether an exchange with the other processes failed, as where one of them has ended."""
+    ends = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in ends))
 
 
 def flag_that_names(path):
@@ -261,11 +287,15 @@ def duration(seconds):
 
 @dataclass
 class Runtime:
-    """Where a script runs: its device, the dtype it computes in, its rank among the processes."""
+    """Where a script runs: its device, the dtype it computes in, its rank among the processes.
+
+    patient: a gloo group of all processes that waits LONG_WAIT, where there are several.
+    """
     device: torch.device
     dtype: torch.dtype
     rank: int = 0
     world: int = 1
+    patient: object = None
 
     def print(self, *words):
         """Print, from rank 0 only."""
@@ -289,16 +319,17 @@ class Runtime:
 
         Where rank 0 fails, it says why, and the others leave with exit code 2.
         """
-        if self.rank > 0 and self.maximum(0):
+        if self.rank > 0 and self.maximum(0, self.patient):
             sys.exit(2)
         try:
             yield
         except BaseException:
             if self.rank == 0:
-                self.maximum(1)
+                with suppress(RuntimeError):        # of processes that have ended already
+                    self.maximum(1, self.patient)
             raise
         if self.rank == 0:
-            self.maximum(0)
+            self.maximum(0, self.patient)
 
     def on_rank_0(self, work):
         """work() on rank 0; where it fails, the others leave with exit code 2."""
@@ -311,7 +342,7 @@ class Runtime:
         if self.world == 1:
             return np.concatenate(arrays)
         shares = [None] * self.world if self.rank == 0 else None
-        dist.gather_object(arrays, shares)
+        dist.gather_object(arrays, shares, group=self.patient)
         if self.rank > 0:
             return None
         return np.concatenate([a for share in shares for a in share])
@@ -336,12 +367,15 @@ class Runtime:
             raise UserError(f"--out {out}: the processes find different checkpoints there; "
                             "all nodes must share this folder")
 
-    def maximum(self, value):
-        """The largest of every rank's `value` (an int), without waiting for the device."""
+    def maximum(self, value, group=None):
+        """The largest of every rank's `value` (an int), without waiting for the device.
+
+        group: `patient` where another rank may be hours late; None: all, as in a step.
+        """
         if self.world == 1:
             return value
         tensor = torch.tensor(value)
-        dist.all_reduce(tensor, dist.ReduceOp.MAX)      # a CPU tensor: gloo
+        dist.all_reduce(tensor, dist.ReduceOp.MAX, group)       # a CPU tensor: gloo
         return int(tensor)
 
 
@@ -375,14 +409,24 @@ def setup(device="auto", dtype="auto"):
     device = find_device(device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True       # batches have one size
     # float32 is float32, in every script
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     if "RANK" in os.environ and not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        # Hours: the others wait while rank 0 packs 437,513 images or computes the metrics
-        dist.init_process_group(backend, timeout=timedelta(hours=12))
+        if device.type == "cuda":
+            dist.init_process_group("cpu:gloo,cuda:nccl", timeout=STEP_WAIT)
+        else:
+            dist.init_process_group("gloo", timeout=LONG_WAIT)
+    patient = dist.new_group(backend="gloo", timeout=LONG_WAIT) if world > 1 else None
     bfloat16 = dtype == "bfloat16" or (dtype == "auto" and computes_bfloat16(device))
-    return Runtime(device, torch.bfloat16 if bfloat16 else torch.float32, rank, world)
+    return Runtime(device, torch.bfloat16 if bfloat16 else torch.float32, rank, world, patient)
+
+
+def use_all_cores():
+    """Let this process compute on every core that it may use; torchrun gives each process one."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    torch.set_num_threads(cores)
+    threadpool_limits(cores)        # NumPy's matrix products; scikit-learn requires the package
 
 
 def find_rank():
@@ -427,29 +471,45 @@ def wants_compile(args, rt):
 
 
 def compile_or_not(module, loss_of, rt):
-    """torch.compile(module), or the module itself, with a line, where that fails.
+    """(torch.compile(module), None), or (the module itself, a warning) where that fails.
 
-    loss_of(compiled) is run forwards and backwards once, as a trial. It leaves no trace: gradients
-    are dropped, and buffers, such as batch norm's statistics, are what they were.
+    Every rank prints its warning. loss_of(compiled) is run once as a trial, forwards, and backwards
+    where it has gradients. It leaves no trace: gradients are dropped, and buffers, such as batch
+    norm's statistics, are what they were.
     """
     compiled = torch.compile(module)
     before = [b.clone() for b in module.buffers()]
     try:
         with rt.autocast():
             loss = loss_of(compiled)
-        loss.backward()
-        return compiled
+        if loss.requires_grad:
+            loss.backward()
+        return compiled, None
     except torch.OutOfMemoryError:
         raise
     except Exception as e:      # whatever a missing or broken compiler raises; training goes on
         why = next(iter(str(e).strip().splitlines()), "")[:160]
-        rt.print(f"--compile: cannot compile here ({type(e).__name__}: {why}), going on without")
-        return module
+        cost = "steps take about twice the time and memory; " if rt.device.type == "cuda" else ""
+        warning = (f"cannot compile here ({type(e).__name__}: {why}), going on without: {cost}"
+                   "--no-compile is the same, without this trial")
+        print(f"WARNING: {rank_words()}--compile: {warning}", file=sys.stderr, flush=True)
+        return module, warning
     finally:
         module.zero_grad(set_to_none=True)
         with torch.no_grad():
             for b, value in zip(module.buffers(), before):
                 b.copy_(value)
+
+
+def without_guards(module, on):
+    """Within, if `on`, a compiled module is called without a check whether its code fits.
+
+    The checks of a CM step take 3 to 5 ms. Only for calls like one that has been made already.
+    """
+    module = getattr(module, "module", module)          # of DistributedDataParallel
+    if not on or not hasattr(module, "_orig_mod"):
+        return nullcontext()
+    return torch.compiler.set_stance(skip_guard_eval_unsafe=True)
 
 
 class StopSignal:

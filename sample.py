@@ -21,6 +21,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 import consistency
 import disk
@@ -139,6 +141,7 @@ STEPS = {"ddim": 50, "ddpm": 1000, "dpm++": 15, "consistency": 2}   # the paper'
 UNUSED = (          # flags that mean nothing with --export
     "classes", "num", "sampler", "steps", "grid", "eta", "guidance", "clip", "batch_size",
     "png", "if_needed", "seed", "dtype", "out")
+COMPILED_FROM = 2000        # images per process: fewer take less time than compiling does
 KINDS = ("diffusion", "consistency")        # of the checkpoints that can be sampled here
 DEFAULTS = {        # per kind of model; latents have no range
     "diffusion": {"sampler": "ddim", "guidance": 1.5, "clip": True},
@@ -221,6 +224,25 @@ def load_network(ckpt, weights="ema", branch="full", device="cpu", flag="--ckpt"
     return net.to(device, memory_format=torch.channels_last).requires_grad_(False)
 
 
+def prepare(net, rt, shape, num, batch_size):
+    """A network without gradients made fast for `generate`, in place; the one to be called.
+
+    The weights that autocast would cast in every call are cast once, to the same numbers. On CUDA
+    it is compiled where num images are worth it. shape: (C, H, W). batch_size: generate's.
+    """
+    if rt.dtype != torch.float32:
+        for layer in net.modules():
+            if isinstance(layer, (nn.Linear, nn.Conv2d)) and not is_parametrized(layer):
+                layer.to(rt.dtype)
+    if rt.device.type != "cuda" or num < COMPILED_FROM * rt.world:
+        return net
+    size = min(batch_size, -(-num // rt.world))
+    x = torch.zeros(size, *shape, device=rt.device).contiguous(memory_format=torch.channels_last)
+    zeros = torch.zeros(size, dtype=torch.int64, device=rt.device)
+    with torch.no_grad():
+        return runtime.compile_or_not(net, lambda m: m(x, zeros, zeros).sum(), rt)[0]
+
+
 def is_one_network(ckpt):
     """Whether a checkpoint is what `export` writes, and not that of a training run."""
     return "optimizer" not in ckpt
@@ -284,6 +306,20 @@ def timesteps_of(sampler, T, steps, grid):
     return make_timesteps(T, steps, grid)
 
 
+def batches_of(rows, batch_size, fixed):
+    """Cut the rows (n,) into batches: a list of (rows of a batch, how many of them count).
+
+    fixed: every batch has the same size, that of the first, which compiled code and cuDNN's choice
+    of algorithms need; the last one is filled up with rows that do not count.
+    """
+    if not fixed:
+        parts = np.array_split(rows, max(1, -(-len(rows) // batch_size)))
+        return [(part, len(part)) for part in parts if len(part)]
+    size = min(batch_size, len(rows))
+    parts = [rows[i:i + size] for i in range(0, len(rows), max(1, size))]
+    return [(np.resize(part, size), len(part)) for part in parts]
+
+
 def generate(net, labels, indices, shape, rt, batch_size, title="sampling", gather=True,
              to_image=None, **settings):
     """Images number `indices` with these labels (lists of N ints): uint8 (N, H, W, C).
@@ -294,23 +330,22 @@ def generate(net, labels, indices, shape, rt, batch_size, title="sampling", gath
     Raises UserError, in every process, where an image of one of them is not finite.
     """
     share = np.array_split(np.arange(len(labels)), rt.world)[rt.rank]
-    batches = np.array_split(share, max(1, -(-len(share) // batch_size)))
+    batches = batches_of(share, batch_size, fixed=rt.device.type == "cuda")
     hidden = rt.rank > 0 or not title
     parts = []
     finite = True
     with runtime.progress(total=len(share), desc=title, unit="img", disable=hidden) as bar:
-        for rows in batches:
-            if not len(rows):
-                continue                # more processes than images
+        for rows, n in batches:
             y = torch.tensor([labels[r] for r in rows], device=rt.device, dtype=torch.int64)
-            x = sample_batch(net, y, [indices[r] for r in rows], shape, rt, **settings)
+            with runtime.without_guards(net, len(parts) > 0):
+                x = sample_batch(net, y, [indices[r] for r in rows], shape, rt, **settings)[:n]
             image = x if to_image is None else to_image(x)
             finite = bool(image.isfinite().all())
             if not finite:
                 break
             parts.append(to_uint8(image).cpu().numpy())
-            bar.update(len(rows))
-    if rt.maximum(int(not finite)):
+            bar.update(n)
+    if rt.maximum(int(not finite), rt.patient):
         raise UserError("--ckpt: its network generates images with numbers that are not finite; it "
                         "was not trained, or the run has diverged")
     if gather:
@@ -673,6 +708,7 @@ def main():
     labels = [classes[i % len(classes)] for i in range(args.num)]
     with claimed(out, args.png, rt):
         start = time.time()
+        net = prepare(net, rt, image_shape(ckpt), args.num, args.batch_size)
         images = generate(net, labels, range(args.num), image_shape(ckpt), rt, args.batch_size,
                           **settings)
         seconds = time.time() - start

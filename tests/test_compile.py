@@ -4,6 +4,7 @@ The compiler is the real one, and the networks are small, so that it has little 
 """
 import shutil
 from collections import OrderedDict
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch.testing import assert_close
 import classify
 import runtime
 from cm_layers import reserve, reserved
-from losses import Objective, bind, draw_batch
+from losses import CMConfig, Objective, bind, draw_batch
 from model import make_alphas_bar
 
 COUNTS = [9, 8, 7, 6, 5, 5, 4, 3, 2, 1]
@@ -39,11 +40,12 @@ class Small(nn.Module):
 
 
 def diffusion(base, cm):
-    """(an Objective, its inputs)."""
+    """(an Objective, its inputs). cm: --cm-fraction, or False."""
     net = Small()
     if cm:
         reserve(net.decoder, 0.3)
-    objective = Objective(net=net, base=bind(base), counts=COUNTS, alphas_bar=make_alphas_bar())
+    objective = Objective(net=net, base=bind(base), counts=COUNTS, alphas_bar=make_alphas_bar(),
+                          cm=CMConfig(cm_fraction=cm or 1.0))
     x_0 = torch.rand(8, 1, 8, 8) * 2 - 1
     return objective, (draw_batch(x_0, torch.arange(8), objective, seed=0, step=3),)
 
@@ -75,8 +77,9 @@ def twins(make, loss, cm):
 
 @pytest.mark.parametrize("make, loss, cm", [
     pytest.param(diffusion, "ddpm", False, id="ddpm"),
-    pytest.param(diffusion, "oc", True, id="oc + cm"),
-    pytest.param(diffusion, "consistency", True, id="consistency + cm"),
+    pytest.param(diffusion, "oc", 1.0, id="oc + cm"),
+    pytest.param(diffusion, "oc", 0.5, id="oc + cm, half"),
+    pytest.param(diffusion, "consistency", 1.0, id="consistency + cm"),
     pytest.param(recognition, "ce", False, id="ce"),
     pytest.param(recognition, "la", True, id="la + cm"),
 ])
@@ -86,15 +89,16 @@ def test_compiled_is_eager(make, loss, cm, cpu, capsys):
     counters = torch._dynamo.utils.counters
     torch._dynamo.reset()
     counters.clear()
-    compiled = runtime.compile_or_not(twin, lambda m: m(*inputs)[0], cpu)
-    printed = capsys.readouterr().out
+    compiled, _ = runtime.compile_or_not(twin, lambda m: m(*inputs)[0], cpu)
+    printed = capsys.readouterr().err
     if shutil.which("c++") or shutil.which("g++"):
         assert compiled is not twin, printed
     else:
         assert "going on without" in printed
     graphs = counters["stats"]["unique_graphs"]
     for _ in range(2):                          # one graph for all steps, not one per step
-        compiled(*inputs)
+        with runtime.without_guards(compiled, True):
+            compiled(*inputs)
     assert counters["stats"]["unique_graphs"] == graphs, dict(counters)
     assert compiled is twin or graphs == 1, dict(counters)
 
@@ -116,3 +120,20 @@ def test_the_trial_leaves_buffers_and_gradients_alone(cpu):
     runtime.compile_or_not(objective, lambda m: m(*inputs)[0], cpu)
     assert all(torch.equal(b, before[name]) for name, b in objective.named_buffers())
     assert all(p.grad is None for p in objective.parameters())
+
+
+def test_without_guards(cpu, monkeypatch):
+    """Guards are skipped for compiled modules only, only within, and only where asked for."""
+    stances = []
+
+    @contextmanager
+    def set_stance(**stance):
+        stances.append(stance)
+        yield
+    monkeypatch.setattr(torch.compiler, "set_stance", set_stance)
+    net = nn.Linear(2, 2)
+    compiled = torch.compile(net)
+    for module, on in ((net, True), (compiled, False), (compiled, True)):
+        with runtime.without_guards(module, on):
+            pass
+    assert stances == [{"skip_guard_eval_unsafe": True}]

@@ -867,3 +867,28 @@ def test_training_on_a_folder(tmp_path, capsys):
         call(train.main, *flags, "--steps", 3)
     args = train.make_parser().parse_args([str(f) for f in data])
     assert train.resolve(args).out.endswith("-oc-cm-seed0-tiny")
+
+
+class PinnedTensor:
+    """Stands for a tensor in the CPU's memory, and keeps what is called."""
+
+    device = torch.device("cpu")
+
+    def __init__(self):
+        self.calls = []
+
+    def pin_memory(self):
+        self.calls.append("pinned")
+        return self
+
+    def to(self, device, non_blocking):
+        self.calls.append((torch.device(device).type, non_blocking))
+        return self
+
+
+def test_copies_to_a_gpu_start_from_pinned_memory(monkeypatch):
+    assert data.send(PinnedTensor(), "cuda").calls == ["pinned", ("cuda", True)]
+    assert data.send(PinnedTensor(), "cpu").calls == [("cpu", True)]
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (60 << 30, 80 << 30))
+    assert data.device_limit("cuda") == 15 << 30
+    assert data.device_limit("cpu") == 4 << 30

@@ -56,6 +56,18 @@ def test_frechet_equals_torch_fidelitys(n, D):
     assert abs(metrics.distance_of(a, a)) < 1e-3
 
 
+def test_fid_and_kid_of_tensors_are_those_of_arrays():
+    """On a GPU the features are tensors; both are computed in float64."""
+    a, b = gaussian_features(700, 600)
+    tensors = [torch.from_numpy(x) for x in (a, b)]
+    assert metrics.distance_of(*tensors) == pytest.approx(metrics.distance_of(a, b), rel=1e-9)
+    theirs = metrics.kernel_distance(a, b, 5, 300)
+    assert metrics.kernel_distance(*tensors, 5, 300) == pytest.approx(theirs, rel=1e-5)
+    assert metrics.floor_of(tensors[0], 2) == pytest.approx(metrics.floor_of(a, 2), rel=1e-9)
+    assert metrics.placed(a, "cpu") is a
+    assert metrics.placed(a, "meta").device.type == "meta"
+
+
 def test_kernel_distance_equals_torch_fidelitys():
     a, b = gaussian_features(1500, 1300)
     theirs = metric_kid.kid_features_to_metric(torch.from_numpy(a), torch.from_numpy(b),

@@ -18,8 +18,8 @@ from torch import nn
 
 from cm_layers import general_only, reserved
 from data import to_float
-from losses import (BASES, FLAGS, CMConfig, Objective, Predictions, bind, cbdm, class_weights,
-                    cm_terms, draw_batch, oc_target, options_of)
+from losses import (BASES, FLAGS, CMConfig, Objective, Predictions, bind, cbdm, choose,
+                    class_weights, cm_terms, draw_batch, oc_target, options_of)
 from model import distance, make_alphas_bar, q_sample
 
 COUNTS = [148, 106, 76, 54, 39, 28, 20, 14, 10, 7]
@@ -240,6 +240,73 @@ def test_d_is_exactly_zero_while_b_is_zero(digits):
     objective.cm = CMConfig(independent_dropout=True)
     again = draw_batch(batch.pool_x_0, batch.pool_y, objective, seed=0, step=3)
     assert (objective(again)[2] > 0).all()              # independent masks put a floor under D
+
+
+@pytest.mark.parametrize("B, fraction, m", [(1, 0.5, 1), (2, 0.5, 1), (5, 0.1, 1), (5, 0.9, 4),
+                                            (12, 0.5, 6), (12, 0.99, 12)])
+def test_a_chosen_part_stands_for_the_whole_batch(B, fraction, m):
+    """--cm-fraction: over many draws the weighted mean of the chosen is the mean of all."""
+    importance = torch.tensor([9.0, 0.2, 1, 3, 0.1, 2, 2, 0.5, 30, 1, 0.3, 4])[:B]
+    f = torch.linspace(-1, 2, B, dtype=torch.float64)
+    means, chosen = [], torch.zeros(B)
+    for seed in range(600):
+        order, scale = choose(importance, fraction, torch.Generator().manual_seed(seed))
+        assert order.sort().values.tolist() == list(range(B)) and len(scale) == m
+        means.append((scale * f[order[:m]]).mean())
+        chosen[order[:m]] += 1 / 600
+    means = torch.stack(means)
+    error = means.std(unbiased=False) / 600 ** 0.5
+    assert abs(means.mean() - f.mean()) <= 4 * error + 1e-6
+    # As often as the importance says, but not more often than always
+    c = (m - (chosen > 0.999).sum()) / importance[chosen <= 0.999].sum()
+    assert torch.allclose(chosen, (c * importance).where(chosen <= 0.999, 1), atol=0.1)
+
+
+def weighted(objective, batch, factors):
+    """L_CM of a whole batch with a factor per image, as Eq. (2) has it."""
+    pred = Predictions(objective.net, batch, q_sample(batch.x_0, batch.t, batch.eps, AB))
+    D = distance(pred.eps, pred.general())
+    con, div = objective.w_con_y[batch.y] * D, objective.w_div_y[batch.y] * D.clamp(max=0.01)
+    return (factors * (con - div)).mean(), D.detach()
+
+
+def test_cm_fraction_evaluates_the_chosen_images_alone(digits):
+    """The terms and gradients are those of the whole batch with factors 0 and m / (B p)."""
+    objective, _ = setup(digits, cm=CMConfig(cm_fraction=0.5), dropout=0.1)
+    for _, _, part in reserved(objective.net.decoder):
+        nn.init.normal_(part.B, generator=torch.Generator().manual_seed(1))
+    x_0 = torch.rand(12, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    y = torch.arange(12) % 10
+    batch = draw_batch(x_0, y, objective, seed=0, step=3)
+    assert len(batch.scale) == 6
+    total, terms, D = objective(batch)
+    params = list(objective.parameters())
+    of_chosen = terms["con"] + terms["div"]
+    assert total.item() == pytest.approx(terms["base"].item() + of_chosen.item())
+    grads = torch.autograd.grad(of_chosen, params, allow_unused=True)
+    factors = torch.cat([batch.scale * 2, torch.zeros(6)])
+    expected, all_D = weighted(objective, batch._replace(scale=None), factors)
+    assert torch.allclose(D, all_D[:6], rtol=1e-4)
+    assert of_chosen.item() == pytest.approx(expected.item(), rel=1e-3)
+    theirs = torch.autograd.grad(expected, params, allow_unused=True)
+    assert [g is None for g in grads] == [g is None for g in theirs]
+    g, h = (torch.cat([p.flatten() for p in part if p is not None]) for part in (grads, theirs))
+    assert (g - h).norm() <= 1e-3 * h.norm() and h.norm() > 0
+    # The base loss sees every image once
+    everything = draw_batch(x_0, y, setup(digits)[0], seed=0, step=3)
+    assert everything.scale is None
+    assert sorted(batch.t.tolist()) == sorted(everything.t.tolist())
+
+
+def test_cm_fraction_per_part_of_a_batch(digits):
+    objective, batch = setup(digits, cm=CMConfig(cm_fraction=0.5))
+    parts = [draw_batch(batch.pool_x_0, batch.pool_y, objective, seed=0, step=3, part=k, parts=3)
+             for k in range(3)]
+    assert [len(part.scale) for part in parts] == [2, 2, 2]
+    assert sorted(torch.cat([part.y for part in parts]).tolist()) == batch.pool_y.tolist()
+    objective.cm = CMConfig(cm_fraction=0.5, lam=0)         # no second pass, and none to choose for
+    assert Objective(net=objective.net, base=objective.base, counts=COUNTS, alphas_bar=AB,
+                     cm=objective.cm).two_passes is False
 
 
 def test_class_weights():

@@ -7,8 +7,8 @@ import torch
 from conftest import TINY, randomize, tiny_net
 from torch.testing import assert_close
 
-from model import (ResBlock, UNet, UNetConfig, distance, make_alphas_bar, q_sample, sinusoid,
-                   stratified_timesteps)
+from model import (GroupNormSiLU, ResBlock, UNet, UNetConfig, distance, make_alphas_bar, q_sample,
+                   sinusoid, stratified_timesteps)
 
 
 def parameters(**settings):
@@ -181,3 +181,49 @@ def test_any_channels_and_sizes_and_a_clear_error():
     with pytest.raises(ValueError, match="group norm cannot split 130"):
         UNet(UNetConfig(ch=130))
     assert UNetConfig(**UNetConfig(**TINY).to_dict()) is not None
+
+
+# --------------------------------------------------------------------------------------------------
+# What stands for torch's group norm in code that is compiled for CUDA
+
+@pytest.mark.parametrize("silu", [True, False])
+@pytest.mark.parametrize("shape, groups", [
+    ((3, 16, 5, 4), 4), ((2, 6, 1, 2), 3), ((1, 8, 7, 7), 1)])
+def test_group_norm_silu_is_torchs(silu, shape, groups):
+    g = torch.Generator().manual_seed(0)
+    x = 3 + torch.randn(shape, generator=g, dtype=torch.float64)
+    x = x.to(memory_format=torch.channels_last).requires_grad_()
+    norm = torch.nn.GroupNorm(groups, shape[1]).double()
+    for p in norm.parameters():
+        torch.nn.init.normal_(p, generator=g)
+    y = GroupNormSiLU.apply(x, norm.weight, norm.bias, groups, norm.eps, silu)
+    theirs = torch.nn.functional.silu(norm(x)) if silu else norm(x)
+    assert_close(y, theirs, rtol=0, atol=1e-12)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    weights = torch.randn(shape, generator=g, dtype=torch.float64)
+    inputs = [x, norm.weight, norm.bias]
+    grads = [torch.autograd.grad((weights * out).sum(), inputs) for out in (y, theirs)]
+    assert_close(*grads, rtol=0, atol=1e-11)
+    assert grads[0][0].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_group_norm_silu_in_bfloat16_is_accurate():
+    """Sums are in float32, of images far from zero too; the result has the input's dtype."""
+    x = (20 + torch.randn(2, 32, 8, 8)).bfloat16()
+    y = GroupNormSiLU.apply(x, torch.ones(32), torch.zeros(32), 8, 1e-5, True)
+    assert y.dtype == torch.bfloat16
+    exact = torch.nn.functional.silu(torch.nn.functional.group_norm(x.double(), 8))
+    assert (y - exact).abs().max() < 0.02
+
+
+def test_masks_are_one_draw():
+    """One call of the generator for all blocks: the numbers of one call for each, on a CPU."""
+    net = tiny_net(dropout=0.3)
+    both = net.draw_masks(3, 8, torch.Generator().manual_seed(1))
+    g = torch.Generator().manual_seed(1)
+    for mask in both[0] + both[1]:
+        count = mask.numel()
+        bits = torch.empty(-(-count // 4), dtype=torch.int64).random_(-2 ** 63, None, generator=g)
+        numbers = bits.view(torch.int16)[:count].view(mask.permute(0, 2, 3, 1).shape)
+        kept = numbers.permute(0, 3, 1, 2) < round(0.7 * 65536) - 32768
+        assert torch.equal(mask > 0, kept)

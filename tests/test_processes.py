@@ -1,6 +1,6 @@
 """torchrun: two gloo processes give the same run, images and numbers as one; --accumulate.
 
-And a killed rank: the job ends, and its checkpoint is whole.
+And a killed or failing rank: the job ends, says why, and its checkpoint is whole.
 """
 import json
 import os
@@ -158,6 +158,26 @@ def test_a_signal_to_torchrun_saves(tmp_path, data_dir):
     text = p.communicate(timeout=60)[0]
     assert "stopped by signal 15" in text
     assert step_of(tmp_path) == read_log(tmp_path)[-1]["step"]
+
+
+@pytest.mark.parametrize("how, rank, line", [
+    ("memory", 1, "out of memory on the device; take a smaller --batch-size"),
+    ("disk", 0, "No space left on device"),
+    ("user", 1, "--flag: a mistake of one rank"),
+    ("bug", 1, "ZeroDivisionError: a mistake of the program"),
+])
+def test_a_rank_that_fails_ends_the_job_and_says_why_once(tmp_path, data_dir, how, rank, line):
+    """The others wait for it in an exchange of gradients, and none waits to destroy the group."""
+    flags = train_flags("ddpm", "--cm", 10 ** 6, data_dir, tmp_path / "run", "--sample-every", 2)
+    failed = tmp_path / "failed"
+    p = torchrun("tests/failing_process.py", how, rank, failed, *flags)
+    text = p.communicate(timeout=300)[0]
+    assert p.returncode != 0 and time.time() - failed.stat().st_mtime < 60
+    said = [words for words in text.splitlines() if line in words]
+    assert len(said) == 1, text
+    assert text.count(f"error: rank {rank}: ") == 1 and text.count(f"error: rank {1 - rank}: ") <= 1
+    assert how == "bug" or f"error: rank {rank}: " in said[0]
+    assert ('train.py", line' in text) == (how == "bug"), text
 
 
 def test_a_refusal_of_rank_0_ends_every_rank_without_a_traceback(tmp_path):

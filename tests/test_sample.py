@@ -2,17 +2,19 @@
 import math
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import call
+from conftest import TINY, call, randomize, tiny_net
 from PIL import Image
 from test_mistakes import refuses
 from torch.testing import assert_close
 
 import disk
+import runtime
 import sample
 from cm_layers import general_only, merge, reserved
 from model import UNet, UNetConfig, make_alphas_bar
@@ -653,3 +655,46 @@ def test_an_edited_checkpoint(change, cm_run, tmp_path, capsys):
     disk.save(tmp_path / "ckpt.pt", ckpt)
     refuses(capsys, sample.main, "--ckpt", tmp_path / "ckpt.pt", "--num", 2, "--steps", 2,
             "--device", "cpu", says=["--ckpt"])
+
+
+# --------------------------------------------------------------------------------------------------
+# What makes it fast
+
+def test_batches_on_a_gpu_have_one_size():
+    rows = np.arange(7)
+    free = sample.batches_of(rows, 3, fixed=False)
+    assert [(part.tolist(), n) for part, n in free] == [([0, 1, 2], 3), ([3, 4], 2), ([5, 6], 2)]
+    fixed = sample.batches_of(rows, 3, fixed=True)
+    assert [n for _, n in fixed] == [3, 3, 1]
+    assert {len(part) for part, _ in fixed} == {3}
+    assert np.concatenate([part[:n] for part, n in fixed]).tolist() == rows.tolist()
+    assert [(part.tolist(), n) for part, n in sample.batches_of(rows[:2], 3, True)] == [([0, 1], 2)]
+    assert sample.batches_of(rows[:0], 3, True) == sample.batches_of(rows[:0], 3, False) == []
+
+
+def test_a_padded_batch_gives_the_same_images(cpu, monkeypatch):
+    """Seven images in fixed batches of three: no more, and the same ones."""
+    net = tiny_net(None)
+    make = partial(sample.generate, net, [1] * 7, range(7), SHAPE, cpu, 3, title=None, steps=2)
+    images = make()
+    monkeypatch.setattr(sample, "batches_of", lambda rows, size, fixed, of=sample.batches_of:
+                        of(rows, size, True))
+    again = make()
+    assert again.shape == images.shape == (7, 8, 8, 1)
+    assert np.abs(again.astype(int) - images).max() <= 1
+
+
+@pytest.mark.parametrize("experts", [None, [90, 50, 40, 30, 20, 10, 9, 8, 7, 6]])
+def test_weights_cast_once_predict_the_same(experts):
+    """In bfloat16 autocast casts the same weights to the same numbers, in every call."""
+    rt = runtime.Runtime(torch.device("cpu"), torch.bfloat16)
+    net = randomize(sample.build_network(TINY, 0.3 if experts else None, experts))
+    net.requires_grad_(False)
+    x, y = torch.randn(2, 1, 8, 8), torch.tensor([1, 9])
+    with torch.no_grad():
+        before = sample.guided(net, y, 1.5, rt)(x, 500)
+        prepared = sample.prepare(net, rt, SHAPE, 10 ** 6, 100)
+        after = sample.guided(prepared, y, 1.5, rt)(x, 500)
+    assert torch.equal(before, after) and before.abs().sum() > 0
+    assert net.encoder.head.weight.dtype == torch.bfloat16
+    assert net.encoder.middle[0].norm1.weight.dtype == torch.float32

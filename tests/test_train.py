@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from test_mistakes import refuses
 import disk
 import evaluate
 import losses
+import runtime
 import sample
 import train
 from runtime import UserError
@@ -263,7 +265,7 @@ def test_the_unbounded_divergence_runs_away(tmp_path, data_dir, capsys):
 
 
 def test_a_compiler_that_is_missing(tmp_path, data_dir, monkeypatch, capsys):
-    """--compile where nothing compiles: one line, and the same training."""
+    """--compile where nothing compiles: a warning, also in the log, and the same training."""
     def broken(module):
         def call(*_):
             raise RuntimeError("no C++ compiler found")
@@ -274,8 +276,31 @@ def test_a_compiler_that_is_missing(tmp_path, data_dir, monkeypatch, capsys):
     call(train.main, *flags, tmp_path / "broken", "--compile")
     line = ("--compile: cannot compile here (RuntimeError: no C++ compiler found), going on "
             "without")
-    assert line in capsys.readouterr().out
-    assert read_log(tmp_path / "eager") == read_log(tmp_path / "broken")
+    assert "WARNING: " + line in capsys.readouterr().err
+    first, *rest = read_log(tmp_path / "broken")
+    assert first["step"] == 0 and line in "--compile: " + first["warning"]
+    assert read_log(tmp_path / "eager") == rest
+
+
+def test_when_ranks_agree_on_signals():
+    """One process, CPUs, or several passes a step: after every step. GPUs: every ten steps."""
+    def steps(device, world, accumulate):
+        rt = runtime.Runtime(torch.device(device), torch.float32, 0, world)
+        args = SimpleNamespace(accumulate=accumulate)
+        return [step for step in range(1, 25) if train.agrees(step, args, rt)]
+    assert steps("cpu", 2, 1) == steps("cuda", 1, 1) == steps("cuda", 2, 4) == [*range(1, 25)]
+    assert steps("cuda", 2, 1) == [10, 20]
+
+
+def test_d_per_group_is_weighted(digits):
+    """With --cm-fraction an image stands for as many as its weight says."""
+    meter = train.Meter(digits.counts, digits.class_names, torch.device("cpu"))
+    y = torch.tensor([0, 0, 9])
+    meter.add_D(torch.tensor([1.0, 4.0, 7.0]), y, torch.tensor([2.0, 1.0, 0.5]))
+    meter.add({"base": torch.tensor(1.0)})
+    meter.steps = 1
+    means = meter.means(runtime.Runtime(torch.device("cpu"), torch.float32))
+    assert means["D_Many"] == pytest.approx(2.0) and means["D_Few"] == pytest.approx(7.0)
 
 
 def test_snapshots_and_grids(tmp_path, data_dir):
