@@ -224,14 +224,14 @@ else
 fi
 
 # SETTING: the data set and its ratio, in folders and for report.py; the resolution as well where
-# it is not the set's own (see READERS in readers.py)
+# it is not the set's own (see READERS in readers.py); small and tiny have one of theirs
 case $DATASET in
   digits) OWN_RESOLUTION=8 ;;
   cifar10 | cifar100) OWN_RESOLUTION=32 ;;
   artbench10) OWN_RESOLUTION=256 ;;
   *) OWN_RESOLUTION=64 ;;
 esac
-if [[ ${RESOLUTION:-} == "$OWN_RESOLUTION" ]]; then
+if [[ ${RESOLUTION:-} == "$OWN_RESOLUTION" && $PRESET != small && $PRESET != tiny ]]; then
   RESOLUTION=
 fi
 if [[ $DATASET == imagenet-lt || $DATASET == inat2018 ]]; then

@@ -138,6 +138,14 @@ def test_the_sets_own_resolution_is_the_default(tmp_path, dataset):
                if "--setting" in words)
 
 
+def test_a_presets_resolution_is_not_the_sets_own(tmp_path):
+    """Where a small preset has another one, RESOLUTION=64 reaches train.py."""
+    env = {"DATASET": "folder", "SEEDS": "0", "PRESET": "tiny", "RESOLUTION": "64"}
+    _, calls = record("tableG9", env, tmp_path)
+    trained = [words for words in calls if words[1] == "train.py"]
+    assert trained and all(words[words.index("--resolution") + 1] == "64" for words in trained)
+
+
 REFUSED = {     # target, variables, and what the message names
     "another scale": ("table2", {"SCALE": "Paper"}, "SCALE='Paper'"),
     "demo of SD": ("table6", {"SCALE": "demo"}, "SCALE=demo"),
