@@ -520,16 +520,17 @@ def finished(tmp_path_factory):
     return folder / "out"
 
 
-@pytest.mark.parametrize("page, rows", [
-    ("table7/digits-ir20/theta_g", ["DDPM", "CM (theta_g)", "CM"]),
-    ("table7/digits-ir20/report", ["DDPM", "OC", "CM", "CM w/o L_Con", "CM w/o L_Div"]),
-    ("tableE2/digits-ir20/report", ["DDPM", "Group-Expert LoRA", "CM"]),
-    ("tableG8/digits-ir20/report", ["No augmentation", "DDPM", "CM"])])
-def test_a_table_has_a_number_in_every_cell(finished, page, rows):
+@pytest.mark.parametrize("page, rows, empty", [
+    ("table7/digits-ir20/theta_g", ["DDPM", "CM (theta_g)", "CM"], 0),
+    # The Inception score is Inception's: a classifier has none
+    ("table7/digits-ir20/report", ["DDPM", "OC", "CM", "CM w/o L_Con", "CM w/o L_Div"], 1),
+    ("tableE2/digits-ir20/report", ["DDPM", "Group-Expert LoRA", "CM"], 0),
+    ("tableG8/digits-ir20/report", ["No augmentation", "DDPM", "CM"], 0)])
+def test_a_table_has_a_number_in_every_cell(finished, page, rows, empty):
     text = (finished / f"{page}.md").read_text()
     for row in rows:
         line = next(line for line in text.splitlines() if line.startswith(f"| {row} | 1 | "))
-        assert " - |" not in line
+        assert line.count(" - |") == empty
     assert ("do not compare them with the paper's numbers" in text) == ("tableG8" not in page)
 
 
