@@ -5,9 +5,10 @@
     python train.py --dataset digits                            # minutes on a laptop
     python train.py --dataset digits --base ddpm --no-cm        # the plain baseline
 
---batch-size counts the images of all processes. Defaults are the paper's (Sec. 4.1, G.1); a data
-set's own are in PRESETS. The folder of a run holds ckpt.pt, config.json, log.jsonl, TensorBoard
-events and grids of samples. The same command resumes a stopped run, bit for bit on a CPU.
+--batch-size counts the images of all processes. With a GPU the defaults are the paper's (Sec. 4.1,
+G.1), without one those of --preset tiny; digits have their own (see PRESETS). The folder of a run
+holds ckpt.pt, config.json, log.jsonl, TensorBoard events and grids of samples. The same command
+resumes a stopped run, bit for bit on a CPU.
 """
 import json
 import os
