@@ -1008,6 +1008,7 @@ def main():
     record = {"kind": kind, "command": runtime.command_line("train.py"), "config": config,
               "data": images.record(), "network": network, **low_rank}
     training = make_training(args, rt, net, images, record, old)
+    evaluation = Evaluation(args, rt, record["data"]) if args.eval_every else None
 
     # Loop
     def batch(step, k):
@@ -1020,7 +1021,6 @@ def main():
         module, warning = runtime.compile_or_not(
             objective, lambda m: m(batch(training.step, 0))[0], rt)
     announce(training, net, compiled=module is not objective)
-    evaluation = Evaluation(args, rt, record["data"]) if args.eval_every else None
     with disk.claim_run(args.out, rt, old):
         run_loop(training, rt.parallel(module), batch, old, evaluation, warning)
 
