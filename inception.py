@@ -254,8 +254,8 @@ def find_weights(path=None):
             raise UserError(
                 f"--inception-weights: {FILE} is not there and cannot be downloaded ({e}); "
                 f"download it from {URL}, then put it into {cached.parent} or name it with "
-                f"--inception-weights; or measure in the features of a classifier with "
-                f"--features FILE, a checkpoint of classify.py") from e
+                f"evaluate.py's --inception-weights; or measure in the features of a classifier "
+                f"with --features FILE, a checkpoint of classify.py") from e
     return cached
 
 

@@ -5,9 +5,10 @@
     python train.py --dataset digits                            # minutes on a laptop
     python train.py --dataset digits --base ddpm --no-cm        # the plain baseline
 
---batch-size counts the images of all processes. Defaults are the paper's (Sec. 4.1, G.1); a data
-set's own are in PRESETS. The folder of a run holds ckpt.pt, config.json, log.jsonl, TensorBoard
-events and grids of samples. The same command resumes a stopped run, bit for bit on a CPU.
+--batch-size counts the images of all processes. With a GPU the defaults are the paper's (Sec. 4.1,
+G.1), without one those of --preset tiny; digits have their own (see PRESETS). The folder of a run
+holds ckpt.pt, config.json, log.jsonl, TensorBoard events and grids of samples. The same command
+resumes a stopped run, bit for bit on a CPU.
 """
 import json
 import os
@@ -1007,6 +1008,7 @@ def main():
     record = {"kind": kind, "command": runtime.command_line("train.py"), "config": config,
               "data": images.record(), "network": network, **low_rank}
     training = make_training(args, rt, net, images, record, old)
+    evaluation = Evaluation(args, rt, record["data"]) if args.eval_every else None
 
     # Loop
     def batch(step, k):
@@ -1019,7 +1021,6 @@ def main():
         module, warning = runtime.compile_or_not(
             objective, lambda m: m(batch(training.step, 0))[0], rt)
     announce(training, net, compiled=module is not objective)
-    evaluation = Evaluation(args, rt, record["data"]) if args.eval_every else None
     with disk.claim_run(args.out, rt, old):
         run_loop(training, rt.parallel(module), batch, old, evaluation, warning)
 

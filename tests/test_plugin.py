@@ -31,7 +31,7 @@ readers.READERS["stripes"] = readers.Source(read_stripes, resolution=8, flip=Fal
 
 import train; train.run(train.main)
 """
-SCRIPTS = sorted(p.name for p in ROOT.glob("*.py") if "run(main)" in p.read_text())
+SCRIPTS = sorted(p.name for p in ROOT.glob("*.py") if "\n    run(main)" in p.read_text())
 
 
 def start(*words):

@@ -132,6 +132,31 @@ def test_how_long_it_takes_is_said_once(tmp_path, data_dir, capsys):
     assert "s a step: about" not in capsys.readouterr().out
 
 
+def test_the_bar_moves_with_every_pass(tmp_path, data_dir, monkeypatch):
+    """In images; it is shown on a terminal only, and gone before the last line."""
+    calls = []
+
+    class Bar:
+        update = staticmethod(calls.append)
+
+        @staticmethod
+        def close():
+            calls.append("closed")
+
+    def progress(*args, **kwargs):
+        if kwargs.get("total") != 3 * 16:
+            return runtime.tqdm(*args, **{**kwargs, "disable": True})
+        calls.append((kwargs["initial"], kwargs["disable"]))
+        return Bar()
+    monkeypatch.setattr(runtime, "progress", progress)
+    call(train.main, *TINY_FLAGS, "--accumulate", 2, "--steps", 3, "--data-dir", data_dir, "--out",
+         tmp_path)
+    assert calls == [(0, True), *[8] * 6, "closed"]
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    call(train.main, *TINY_FLAGS, "--steps", 3, "--data-dir", data_dir, "--out", tmp_path / "b")
+    assert calls[8:] == [(0, False), *[16] * 3, "closed"]
+
+
 def test_changed_settings_are_refused_and_finished_runs_skipped(cm_run, data_dir, capsys):
     same = (*TINY_FLAGS, "--data-dir", data_dir, "--out", cm_run)
     call(train.main, *same, "--steps", 30)
