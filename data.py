@@ -468,7 +468,7 @@ def to_rgb(images: np.ndarray) -> np.ndarray:
     return np.repeat(images, 3, axis=3) if images.shape[3] == 1 else images
 
 
-def device_limit(device) -> int:
+def device_limit(device: torch.device | str) -> int:
     """How many bytes of training data are copied to a device.
 
     On CUDA a quarter of the memory that is free, on the CPU 4 GiB.
@@ -478,7 +478,7 @@ def device_limit(device) -> int:
     return 4 << 30
 
 
-def send(tensor: Tensor, device) -> Tensor:
+def send(tensor: Tensor, device: torch.device | str) -> Tensor:
     """A tensor on a device; from the CPU's memory to a GPU's so that neither waits for the copy."""
     if torch.device(device).type == "cuda" and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()

@@ -104,7 +104,8 @@ def draw_batch(x_0: Tensor, y: Tensor, obj: "Objective", *, seed: int, step: int
         weight=None if weight is None else weight[own], scale=scale)
 
 
-def choose(importance: Tensor, fraction: float, generator: torch.Generator):
+def choose(importance: Tensor, fraction: float,
+           generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """A random part of a batch that stands for all of it: (order (B,) int64, scale (m,)).
 
     importance (B,), positive. The images order[:m], m = fraction B rounded and at least 1, are the
@@ -128,7 +129,7 @@ def choose(importance: Tensor, fraction: float, generator: torch.Generator):
     return order, (m / (B * p[order[:m]])).float()
 
 
-def first(values, m: int):
+def first(values: Tensor | list | tuple, m: int) -> Tensor | list | tuple:
     """The first m images of tensors in nested lists and tuples; other values as they are."""
     if isinstance(values, (list, tuple)):
         return type(values)(first(value, m) for value in values)

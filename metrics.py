@@ -19,17 +19,19 @@ KID_SIZE = 1000
 IS_SPLITS = 10
 METRIC_SEED = 2020
 
+Array = np.ndarray | torch.Tensor
+
 FLOOR_IMAGES = 4        # floor_of: a covariance needs two images in each half
 
 
-def placed(features: np.ndarray, device: torch.device | str) -> np.ndarray | torch.Tensor:
+def placed(features: np.ndarray, device: torch.device | str) -> Array:
     """Features as they are for the CPU, where NumPy computes; else a tensor on the device."""
     if torch.device(device).type == "cpu":
         return features
     return torch.from_numpy(features).to(device)
 
 
-def double(x):
+def double(x: Array) -> Array:
     """An array or a tensor in float64."""
     return x.double() if isinstance(x, torch.Tensor) else np.asarray(x, np.float64)
 
@@ -37,7 +39,7 @@ def double(x):
 # --------------------------------------------------------------------------------------------------
 # Frechet distance
 
-def statistics(features):
+def statistics(features: Array) -> tuple[Array, Array]:
     """Mean (D,) and covariance (D, D), divided by N - 1, of features (N, D): float64."""
     features = double(features)
     mean = features.mean(0)
@@ -45,7 +47,7 @@ def statistics(features):
     return mean, features.T @ features / (len(features) - 1)
 
 
-def frechet_distance(mu_1, sigma_1, mu_2, sigma_2) -> float:
+def frechet_distance(mu_1: Array, sigma_1: Array, mu_2: Array, sigma_2: Array) -> float:
     """||mu_1 - mu_2||^2 + tr(S_1 + S_2 - 2 (S_1 S_2)^{1/2}) of two Gaussians (Heusel et al., 2017).
 
     tr (S_1 S_2)^{1/2} is the sum of the square roots of the eigenvalues of S_1^{1/2} S_2 S_1^{1/2}.
@@ -60,12 +62,12 @@ def frechet_distance(mu_1, sigma_1, mu_2, sigma_2) -> float:
     return float(distance)
 
 
-def distance_of(a, b) -> float:
+def distance_of(a: Array, b: Array) -> float:
     """Frechet distance between two sets of features (N, D) and (M, D)."""
     return frechet_distance(*statistics(a), *statistics(b))
 
 
-def floor_of(features, rounds: int = 10) -> float:
+def floor_of(features: Array, rounds: int = 10) -> float:
     """Mean Frechet distance between two random halves of real features, over `rounds` divisions.
 
     It says how small the distance of perfect samples would be, with half as many images.
@@ -81,13 +83,13 @@ def floor_of(features, rounds: int = 10) -> float:
 # --------------------------------------------------------------------------------------------------
 # Kernel distance
 
-def polynomial_kernel(a, b):
+def polynomial_kernel(a: Array, b: Array) -> Array:
     """(x . y / D + 1)^3 of all rows x of a and y of b: the products in float32, then float64."""
     base = double(a @ b.T) / a.shape[1] + 1
     return base * base * base
 
 
-def kernel_distance(fake, real, subsets: int = KID_SUBSETS, size: int = KID_SIZE,
+def kernel_distance(fake: Array, real: Array, subsets: int = KID_SUBSETS, size: int = KID_SIZE,
                     seed: int = METRIC_SEED) -> tuple[float, float, int]:
     """KID (Binkowski et al., 2018): the unbiased MMD^2 over random subsets.
 

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 
 
@@ -94,7 +95,8 @@ class GroupNormSiLU(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, groups, eps, silu):
+    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor, groups: int,
+                eps: float, silu: bool) -> Tensor:
         N, C = x.shape[:2]
         x_32 = GroupNormSiLU.accurate(x)
         var, mean = torch.var_mean(x_32, dim=(2, 3), correction=0)
@@ -108,7 +110,7 @@ class GroupNormSiLU(torch.autograd.Function):
         return (F.silu(y) if silu else y).to(x.dtype)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple:
         x, weight, bias, mean_g, rstd = ctx.saved_tensors
         N, C, H, W = x.shape
         G = mean_g.shape[1]
@@ -133,7 +135,8 @@ class GroupNormSiLU(torch.autograd.Function):
                 None, None, None)
 
     @staticmethod
-    def affine(weight, bias, mean_g, rstd):
+    def affine(weight: Tensor, bias: Tensor, mean_g: Tensor,
+               rstd: Tensor) -> tuple[Tensor, Tensor]:
         """The norm as x * scale + shift, (N, C, 1, 1) each."""
         N, G, _ = mean_g.shape
         scale = rstd * weight.view(G, -1)                                   # (N, G, C / G)
@@ -141,12 +144,12 @@ class GroupNormSiLU(torch.autograd.Function):
         return scale.reshape(N, -1, 1, 1), shift.reshape(N, -1, 1, 1)
 
     @staticmethod
-    def accurate(x):
+    def accurate(x: Tensor) -> Tensor:
         """x in float32, or in float64 if it is."""
         return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def norm_silu(norm, x, silu=True):
+def norm_silu(norm: nn.GroupNorm, x: Tensor, silu: bool = True) -> Tensor:
     """SiLU(norm(x)), or norm(x); by GroupNormSiLU in code that is compiled for CUDA."""
     if x.is_cuda and torch.compiler.is_compiling():
         return GroupNormSiLU.apply(x, norm.weight, norm.bias, norm.num_groups, norm.eps, silu)
