@@ -105,7 +105,8 @@ def refuse_other_sinusoids(table, ch, flag):
 def read(path, flag="--ckpt"):
     """(their averaged weights, the step) of one of their files. Raises UserError."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with zipfile.ZipFile(path):             # else torch would read it as it did before 1.6
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError,
             zipfile.BadZipFile) as e:
         raise UserError(f"{flag} {path}: cannot be read as a checkpoint of tensors and plain "
