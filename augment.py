@@ -1,26 +1,36 @@
 """+ADA: augmentation (Karras et al., 2020) in its non-leaky form (Karras et al., 2022).
 
-    x_0, a = augment(x_0, p=0.12, generator=g)          # a (N, 14): what was done; zeros: nothing
+    x_0, a = augment(x_0, p=0.12, generator=g)          # a (N, 9): what was done; zeros: nothing
     eps = net.decode(*net.encode(x_t, t, y, masks, a))  # the network gets a
 
 The network gets `a` in training. At sampling a = 0, so it generates plain images.
 
-The paper names ADA without its settings. p = 0.12 is what the 2022 paper uses on CIFAR-10. Each
-operation is applied to an image with probability p, independently of the others. The geometric
-operations are one affine resampling (bilinear, mirrored at the border). The colour operations are
-those of torchvision, one after the other. At p = 0 images come back unchanged.
+The paper names ADA without its settings. These are the operations, strengths and rates of the 2022
+paper on CIFAR-10 (EDM), which CBDM's code has too: geometric ones only. An image is mirrored left
+to right with probability 1/2; each other operation is applied with probability p, independently of
+the others. All but the mirrors are one affine resampling, as in the 2020 paper: the image is
+doubled by the wavelet sym6, sampled bilinearly and halved by sym6, and mirrored at its border.
 """
 import math
+from functools import cache
 
 import torch
 from torch.nn import functional as F
 
 NAMES = (               # of the numbers in the vector that the network gets
-    "mirror_x", "mirror_y", "quarter_turn_cos", "quarter_turn_sin", "scale", "turn_cos", "turn_sin",
-    "stretch", "shift_x", "shift_y", "brightness", "contrast", "saturation", "hue",
+    "mirror_x", "mirror_y", "scale", "turn_cos", "turn_sin", "stretch_cos", "stretch_sin",
+    "shift_x", "shift_y",
 )
 DIM = len(NAMES)
-GREY = (0.2989, 0.587, 0.114)           # luminance of red, green and blue, as in torchvision
+SCALE_STD = 0.2         # standard deviations: of log2 of the scale,
+STRETCH_STD = 0.2       # of log2 of the stretch along one axis, and the shrinking along the other,
+SHIFT_STD = 0.125       # and of each shift, as a part of the image's size
+SYM6 = (                # the low-pass filter of the wavelet "sym6" (as PyWavelets has it)
+    0.015404109327027373, 0.0034907120842174702, -0.11799011114819057, -0.048311742585633,
+    0.4910559419267466, 0.787641141030194, 0.3379294217276218, -0.07263752278646252,
+    -0.021060292512300564, 0.04472490177066578, 0.0017677118642428036, -0.007800708325034148,
+)
+CENTRE = sum(k * h for k, h in enumerate(SYM6)) / sum(SYM6)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -29,7 +39,8 @@ GREY = (0.2989, 0.587, 0.114)           # luminance of red, green and blue, as i
 def draw_parameters(n, p, generator):
     """Random parameters of n images, {name: (n,)}; each is that of the identity unless chosen.
 
-    The order of the lines below is the order of the random numbers.
+    "scale", "stretch" and the shifts are in standard deviations, angles in radians. The order of
+    the lines below is the order of the random numbers.
     """
     device = generator.device
 
@@ -40,22 +51,21 @@ def draw_parameters(n, p, generator):
         return torch.randn(n, generator=generator, device=device)
 
     def chosen(value):
-        return value * (uniform() < p)          # 0 is the identity of every parameter below
+        return torch.where(uniform() < p, value, 0)
 
-    return {
-        "mirror_x": chosen((uniform() < 0.5).float()),
+    params = {
+        "mirror_x": (uniform() < (0.5 if p else 0)).float(),
         "mirror_y": chosen((uniform() < 0.5).float()),
-        "quarter_turns": chosen((uniform() * 4).floor()),
-        "log2_scale": chosen(0.2 * normal()),
+        "scale": chosen(normal()),
         "turn": chosen((uniform() * 2 - 1) * math.pi),
-        "log2_stretch": chosen(0.2 * normal()),
-        "shift_x": chosen(0.125 * normal()),
-        "shift_y": chosen(0.125 * normal()),
-        "log2_brightness": chosen(0.2 * normal()),
-        "log2_contrast": chosen(0.5 * normal()),
-        "log2_saturation": chosen(normal()),
-        "hue": chosen((uniform() * 2 - 1) / 2),
+        "stretch": chosen(normal()),
+        # Half of the stretches are along x, the others along any axis
+        "axis": (uniform() * 2 - 1) * math.pi * (uniform() < 0.5),
     }
+    shifted = uniform() < p
+    params["shift_x"] = torch.where(shifted, normal(), 0)
+    params["shift_y"] = torch.where(shifted, normal(), 0)
+    return params
 
 
 def vector(params):
@@ -63,22 +73,16 @@ def vector(params):
 
     All zero for the identity.
     """
-    quarter = params["quarter_turns"] * math.pi / 2
     return torch.stack([
         params["mirror_x"],
         params["mirror_y"],
-        quarter.cos() - 1,
-        quarter.sin(),
-        params["log2_scale"],
+        params["scale"],
         params["turn"].cos() - 1,
         params["turn"].sin(),
-        params["log2_stretch"],
+        params["stretch"] * params["axis"].cos(),
+        params["stretch"] * params["axis"].sin(),
         params["shift_x"],
         params["shift_y"],
-        params["log2_brightness"],
-        params["log2_contrast"],
-        params["log2_saturation"],
-        2 * params["hue"],
     ], 1)
 
 
@@ -90,94 +94,73 @@ def matrices(a, b, c, d):
     return torch.stack([torch.stack([a, b], 1), torch.stack([c, d], 1)], 1)
 
 
-def diagonal(x, y):
-    """Numbers (N,) -> diagonal matrices (N, 2, 2)."""
-    zero = torch.zeros_like(x)
-    return matrices(x, zero, zero, y)
-
-
 def inverse_rotation(angle):
     """Inverses (N, 2, 2) of counter-clockwise rotations by angle (N,), where y points down."""
     return matrices(angle.cos(), -angle.sin(), angle.sin(), angle.cos())
 
 
-def inverse_affine(params):
-    """The matrix (2, 3) of each image from output to input coordinates in [-1, 1]: (N, 2, 3).
+def inverse_linear(params):
+    """The matrices (N, 2, 2) from output to input positions, relative to the image's centre.
 
-    It is the inverse of what is done to an image. The image is mirrored, turned by quarters, scaled
-    by 2^s, turned by an angle (both turns counter-clockwise), stretched by 2^a along x and 2^-a
-    along y, then shifted by a fraction of its size.
+    An image is scaled by 2^(0.2 scale), turned counter-clockwise, then stretched by 2^(0.2 stretch)
+    along an axis and shrunk by the same across it.
     """
-    scale = 2 ** -params["log2_scale"]
-    stretch = 2 ** params["log2_stretch"]
-    mirror = diagonal(1 - 2 * params["mirror_x"], 1 - 2 * params["mirror_y"])
-    quarter_turn = inverse_rotation(params["quarter_turns"] * math.pi / 2)
-    turn = inverse_rotation(params["turn"])
-    linear = mirror @ quarter_turn @ diagonal(scale, scale) @ turn @ diagonal(1 / stretch, stretch)
-    shift = torch.stack([2 * params["shift_x"], 2 * params["shift_y"]], 1)[:, :, None]
-    return torch.cat([linear, -linear @ shift], 2)
+    zero = torch.zeros_like(params["scale"])
+    scale = 2 ** (-SCALE_STD * params["scale"])
+    stretch = 2 ** (-STRETCH_STD * params["stretch"])
+    to_axis = inverse_rotation(params["axis"])
+    back = inverse_rotation(-params["axis"])
+    along = back @ matrices(stretch, zero, zero, 1 / stretch) @ to_axis
+    return matrices(scale, zero, zero, scale) @ inverse_rotation(params["turn"]) @ along
+
+
+@cache
+def kernel(device, dtype):
+    """The outer product of sym6 with itself, (1, 1, 12, 12)."""
+    h = torch.tensor(SYM6, device=device, dtype=dtype)
+    return (h[:, None] * h)[None, None]
+
+
+def resample(x, linear, shift):
+    """Images x (N, C, S, S) moved: position p of the result is linear (p - shift) of x.
+
+    linear: (N, 2, 2). shift: (N, 2), pixels. Positions (x, y) are relative to the image's centre.
+    Sample n of a doubled image lies at pixel (n - CENTRE) / 2, since sym6 keeps straight lines.
+    """
+    N, C, S, _ = x.shape
+    both = kernel(x.device, x.dtype)
+    margin = min(6, S - 1)
+    padded = F.pad(x.reshape(N * C, 1, S, S), [margin] * 4, mode="reflect")
+    doubled = F.conv_transpose2d(padded, 2 * both, stride=2)
+    D = doubled.shape[-1]
+
+    M = 2 * S + len(SYM6) - 2                               # samples that the result is made of
+    line = (torch.arange(M, device=x.device, dtype=x.dtype) - CENTRE) / 2 - (S - 1) / 2
+    points = torch.stack(torch.meshgrid(line, line, indexing="xy"), 2)              # (M, M, 2)
+    points = points.view(1, M * M, 2) - shift[:, None]
+    pixels = points @ linear.transpose(1, 2) + (S - 1) / 2                          # (N, M M, 2)
+    last = max(S - 1, 1)
+    pixels = pixels.abs() % (2 * last)
+    pixels = torch.minimum(pixels, 2 * last - pixels)       # mirrored at the outermost pixels
+    where = (2 * (pixels + margin) + CENTRE) / (D - 1) * 2 - 1
+    moved = F.grid_sample(doubled.view(N, C, D, D), where.view(N, M, M, 2), mode="bilinear",
+                          padding_mode="border", align_corners=True)
+    return F.conv2d(moved.view(N * C, 1, M, M), both / 2, stride=2).view(x.shape)
 
 
 def geometry(x, params):
-    """The geometric operations on x (N, C, H, W).
+    """All operations on x (N, C, S, S), of any range.
 
-    An image to which none applies comes back bit for bit.
+    An image to which none applies comes back bit for bit, one that is mirrored only is exact.
     """
-    theta = inverse_affine(params)
-    identity = torch.eye(2, 3, device=x.device)
-    grid = F.affine_grid(theta, x.shape, align_corners=False)
-    moved = F.grid_sample(x, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
-    unmoved = (theta == identity).all(2).all(1)
-    return torch.where(unmoved[:, None, None, None], x, moved)
-
-
-# --------------------------------------------------------------------------------------------------
-# Colour
-
-def blend(x, other, factor):
-    """factor x + (1 - factor) other, with one factor per image (N,)."""
-    factor = factor[:, None, None, None]
-    return factor * x + (1 - factor) * other
-
-
-def to_grey(x):
-    """The luminance (N, 1, H, W) of RGB x (N, 3, H, W).
-
-    The weights are Python numbers: for a tensor of them the device would wait for a copy.
-    """
-    return sum(weight * part for weight, part in zip(GREY, x.split(1, 1)))
-
-
-def hue_turn(x, hue):
-    """Turn the hue of RGB x (N, 3, H, W) in [0, 1] in the HSV cylinder.
-
-    hue (N,) is in [-1/2, 1/2]; 1 is a full turn.
-    """
-    top = x.max(1).values
-    chroma = top - x.min(1).values
-    safe = chroma.clamp(min=1e-8)       # a divisor that is not zero
-    r, g, b = x.unbind(1)
-    green_or_blue = torch.where(top == g, 2 + (b - r) / safe, 4 + (r - g) / safe)
-    h = torch.where(top == r, (g - b) / safe, green_or_blue)        # in sixths of a turn
-    h = h + 6 * hue[:, None, None]
-    k = torch.stack([(n + h) % 6 for n in (5.0, 3.0, 1.0)], 1)      # of red, green and blue
-    return top[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
-
-
-def colour(x, params):
-    """The colour operations, torchvision's without its clipping, on x (N, C, H, W) in [0, 1].
-
-    Where C is 1, saturation and hue do nothing.
-    """
-    rgb = x.shape[1] == 3
-    x = blend(x, torch.zeros_like(x), 2 ** params["log2_brightness"])
-    grey = to_grey(x) if rgb else x
-    x = blend(x, grey.mean((1, 2, 3), keepdim=True), 2 ** params["log2_contrast"])
-    if rgb:
-        x = blend(x, to_grey(x), 2 ** params["log2_saturation"])
-        unturned = params["hue"] == 0
-        x = torch.where(unturned[:, None, None, None], x, hue_turn(x, params["hue"]))
-    return x
+    def given(name):
+        return (params[name] != 0)[:, None, None, None]
+    x = torch.where(given("mirror_x"), x.flip(3), x)
+    x = torch.where(given("mirror_y"), x.flip(2), x)
+    shift = torch.stack([params["shift_x"], params["shift_y"]], 1) * SHIFT_STD * x.shape[3]
+    moved = resample(x, inverse_linear(params), shift)
+    moves = given("scale") | given("turn") | given("stretch") | given("shift_x") | given("shift_y")
+    return torch.where(moves, moved, x)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -185,13 +168,9 @@ def colour(x, params):
 
 @torch.no_grad()
 def augment(x_0, p, generator):
-    """Augment images x_0 (N, C, H, W) in [-1, 1], each operation with probability p.
+    """Augment images x_0 (N, C, S, S) in [-1, 1], each operation with probability p.
 
-    Returns the images, not clipped, and their vectors (N, DIM).
+    Returns the images, which may leave the range by a little at edges, and their vectors (N, DIM).
     """
     params = draw_parameters(len(x_0), p, generator)
-    moved = geometry(x_0, params)
-    coloured = colour(moved / 2 + 0.5, params) * 2 - 1
-    a = vector(params)
-    unchanged = (a == 0).all(1)
-    return torch.where(unchanged[:, None, None, None], x_0, coloured), a
+    return geometry(x_0, params), vector(params)

@@ -13,9 +13,10 @@ trainable: CM is not fine-tuning.
 Keys in the state dict while reserved: `NAME.parametrizations.weight.original` (W^g) and
 `NAME.parametrizations.weight.0.A` and `.B`.
 
-Where a part of the network is recomputed in the backward pass, use `checkpoint` of this file:
-torch's own would recompute theta^g's pass with theta. Merge PEFT's adapters after this file's
-parts, not before: PEFT writes into W^g, which a parametrized layer computes anew.
+Where a part of the network is recomputed in the backward pass, use `checkpoint` of this file
+(diffusers: net.enable_gradient_checkpointing(partial(checkpoint, net))): torch's own would
+recompute theta^g's pass with theta, and is refused. Merge PEFT's adapters after this file's parts,
+not before: PEFT writes into W^g, which a parametrized layer computes anew.
 """
 import math
 import warnings
@@ -73,12 +74,26 @@ class LowRank(nn.Module):
         self.B = nn.Parameter(weight.new_zeros(d, self.rank * copies))
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
         self.general_only = False
+        self.was_general = False    # whether theta^g has been computed since the start
+        self.pinned = False         # whether general_only is that of a call of `checkpoint`
         self.order = []         # the names of the layer's parameters, for merge
 
     def forward(self, W_g: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling():
+            self.refuse_unknown_branch()
         if self.general_only:
             return W_g
         return W_g + (self.B @ self.A).view(W_g.shape)
+
+    def refuse_unknown_branch(self) -> None:
+        """Raise RuntimeError where a call is repeated in the backward pass by others' code.
+
+        It may have been one of theta^g, and general_only has ended.
+        """
+        in_backward = torch._C._current_graph_task_id() != -1
+        if in_backward and self.was_general and not self.pinned:
+            raise RuntimeError("a reserved layer is recomputed in the backward pass, with theta or "
+                               "theta^g is not known; use cm_layers.checkpoint in place of torch's")
 
 
 def reserved(module: nn.Module) -> Iterator[tuple[nn.Module, str, LowRank]]:
@@ -160,21 +175,24 @@ def general_only(module: nn.Module) -> Iterator[nn.Module]:
         raise ValueError("general_only inside parametrize.cached() would compute with theta; enter "
                          "cached() within general_only")
     parts = [low_rank for _, _, low_rank in reserved(module)]
+    for p in parts:
+        p.was_general = True
     with branches(parts, [True] * len(parts)):
         yield module
 
 
 @contextmanager
-def branches(parts: list[LowRank], general: list[bool]) -> Iterator[None]:
+def branches(parts: list[LowRank], general: list[bool], pinned: bool = False) -> Iterator[None]:
     """Within, part k computes theta^g where general[k], else theta."""
-    before = [p.general_only for p in parts]
+    before = [(p.general_only, p.pinned) for p in parts]
     try:
         for p, g in zip(parts, general):
             p.general_only = g
+            p.pinned = pinned
         yield
     finally:
         for p, b in zip(parts, before):
-            p.general_only = b
+            p.general_only, p.pinned = b
 
 
 def checkpoint(module: nn.Module, function: Callable, *args: Any) -> Any:
@@ -187,7 +205,7 @@ def checkpoint(module: nn.Module, function: Callable, *args: Any) -> Any:
     general = [p.general_only for p in parts]
 
     def call(*args):
-        with branches(parts, general):
+        with branches(parts, general, pinned=True):
             return function(*args)
     return recompute(call, *args, use_reentrant=False)
 
@@ -198,8 +216,9 @@ def merge(module: nn.Module, branch: str = "full") -> nn.Module:
 
     branch "general" keeps W^g and drops BA instead. Afterwards keys, their order, shapes and speed
     are a plain module's. A weight that was tied to another one is not any more: the two differ by
-    BA. On a module without reserved weights it does nothing, so it can be called twice. Raises
-    ValueError for another branch.
+    BA (before transformers saves such a network, set its config.tie_word_embeddings to False, or
+    loading ties them again). On a module without reserved weights it does nothing, so it can be
+    called twice. Raises ValueError for another branch.
     """
     if branch not in ("full", "general"):
         raise ValueError(f"branch must be 'full' or 'general', not {branch!r}")

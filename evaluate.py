@@ -959,8 +959,8 @@ def resolve(args, ckpt):
 def refuse_useless_flags(given, args):
     """Raise UserError for flags that do nothing beside the others, by name."""
     if args.samples:
-        sampling = ("sampler", "steps", "grid", "eta", "guidance", "clip", "branch", "weights",
-                    "batch_size", "seed", "dtype", "num_group")
+        sampling = ("sampler", "steps", "grid", "order", "eta", "guidance", "clip", "branch",
+                    "weights", "batch_size", "seed", "dtype", "num_group")
         why = "says how --ckpt generates images, and those of --samples are there"
         runtime.refuse_unused(given, dict.fromkeys(sampling, why))
 

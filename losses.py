@@ -30,7 +30,7 @@ import consistency
 from augment import augment
 from cm_layers import general_only, is_reserved
 from model import distance, extract, q_sample
-from runtime import generator, integer, number
+from runtime import generator, integer, number, one_of
 
 
 # --------------------------------------------------------------------------------------------------
@@ -294,6 +294,8 @@ FLAGS = {       # flags of train.py, {hyper-parameter: (type, help)}; the defaul
     "rop_margin": (number(above=0), "margin of --base rop"),
     "ct_double": (integer(1), "--base consistency: its 10 intervals double every so many steps, up "
                   "to 640"),
+    "ct_grid": (one_of("uniform", "karras"), "--base consistency: timesteps in equal parts of t "
+                "(uniform), or of sigma^(1/7), as iCT's (karras)"),
 }
 
 

@@ -37,7 +37,7 @@ IN_CAPITALS = {"fid", "kid", "fd", "kd", "is"}
 CLASSIFIER_KEYS = {"fid": "fd", "kid": "kd"}        # in a classifier's features
 GENERATED = {       # settings of sample.py: what they are called on a page
     "dataset": "data set", "step": "training step", "sampler": "sampler", "steps": "steps",
-    "grid": "grid", "eta": "eta", "guidance": "guidance", "weights": "weights",
+    "grid": "grid", "order": "order", "eta": "eta", "guidance": "guidance", "weights": "weights",
     "branch": "branch", "seed": "sampling seed"}
 
 # In this file a row is (name, results): results is a list of what evaluate.py or classify.py

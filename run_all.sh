@@ -488,8 +488,8 @@ case $TARGET in
 
   # DPM-Solver with 15 steps
   tableG10)
-    ddpm -- --sampler dpm++
-    cm -- --sampler dpm++
+    ddpm -- --sampler dpm
+    cm -- --sampler dpm
     page tableG10
     ;;
 

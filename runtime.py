@@ -244,6 +244,15 @@ def number(low=-math.inf, high=math.inf, above=-math.inf):
     return parse
 
 
+def one_of(*words):
+    """An argparse type: one of these words."""
+    def parse(text):
+        if text not in words:
+            raise argparse.ArgumentTypeError(f"must be {' or '.join(words)}, not {text!r}")
+        return text
+    return parse
+
+
 def flag_of(name):
     """ "--num-group" for "num_group"."""
     return "--" + name.replace("_", "-")

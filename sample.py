@@ -40,24 +40,40 @@ from runtime import Parser, UserError, integer, number, refuse_unused, run
 # predict(x_t, t) -> eps, with t an int; noise() gives fresh standard normal noise of x_T's shape;
 # limit(x_0) -> x_0 bounds the predicted x_0 of every step, None leaves it as it is
 
-def make_timesteps(T: int, steps: int, grid: str = "uniform") -> list[int]:
-    """A descending list of `steps` timesteps in [0, T).
+def make_timesteps(alphas_bar, steps: int, grid: str = "uniform") -> list[int]:
+    """A descending list of `steps` timesteps in [0, T), for alphas_bar (T,); the last is 0.
 
     "uniform": floor(i T / steps), so 980, 960 ... 0 for T = 1000 and 50 steps. "quad": (i / (steps
-    - 1))^2 0.8 T, the CIFAR-10 grid of Song et al. (2021a). Raises UserError where there are no
-    `steps` different ones.
+    - 1))^2 0.8 T, the CIFAR-10 grid of Song et al. (2021a). "logsnr": nearest to equal parts of
+    log_snr from T - 1 to 0 (Lu et al., 2022a). Raises UserError where there are no `steps`
+    different ones.
     """
+    T = len(alphas_bar)
     if grid == "uniform":
         grid_t = [i * T // steps for i in range(steps)]
+    elif grid == "quad":
+        grid_t = spread_out(int(t) for t in np.linspace(0, np.sqrt(0.8 * T), steps) ** 2)
     else:
-        grid_t = []
-        for t in np.linspace(0, np.sqrt(0.8 * T), steps) ** 2:
-            lowest = grid_t[-1] + 1 if grid_t else 0    # the first squares fall on one timestep
-            grid_t.append(max(int(t), lowest))
+        every = np.array([log_snr(float(ab)) for ab in alphas_bar])
+        parts = np.linspace(every[0], every[-1], steps)
+        grid_t = spread_out(int(np.abs(every - part).argmin()) for part in parts)
     if len(set(grid_t)) < steps or grid_t[-1] >= T:
         raise UserError(f"--steps {steps}: the {grid} grid of {T} timesteps has no {steps} "
                         "different ones; take fewer")
     return grid_t[::-1]
+
+
+def spread_out(timesteps):
+    """Ascending timesteps, some of which may be equal, as different ones: later ones are raised."""
+    found = []
+    for t in timesteps:
+        found.append(max(t, found[-1] + 1 if found else 0))
+    return found
+
+
+def log_snr(ab):
+    """log(alpha / sigma), half the logarithm of the signal-to-noise ratio, for 0 < ab < 1."""
+    return 0.5 * math.log(ab / (1 - ab))
 
 
 def pairs(alphas_bar, timesteps):
@@ -115,6 +131,51 @@ def ddpm(predict, x, alphas_bar, timesteps, noise, limit=None):
     return x
 
 
+def dpm_orders(steps, order):
+    """The orders of DPM-Solver's steps, of `steps` network calls in all; the last is 1.
+
+    As in its authors' code, but for order 3 and 17, 20, 23 ... calls: theirs end with an order of
+    2, and the way to alphas_bar = 1 is too far to extrapolate.
+    """
+    full, rest = divmod(steps - 1, order)
+    return [order] * full + [rest] * (rest > 0) + [1]
+
+
+def dpm(predict, x, alphas_bar, timesteps, noise, limit=None, order=3):
+    """Singlestep DPM-Solver of order 1, 2 or 3 (Lu et al., 2022a, Algorithms 1 and 2).
+
+    Deterministic. A step of order n calls the network at n neighbouring timesteps and goes on from
+    the first of them; on the "logsnr" grid these are the paper's r = 1/2, or 1/3 and 2/3. The last
+    step is of order 1, which is DDIM, and goes to alphas_bar = 1: the authors' code ends at t = 0,
+    and so leaves noise of standard deviation 0.01.
+    """
+    calls = list(pairs(alphas_bar, timesteps))
+    for n in dpm_orders(len(calls), order):
+        x = dpm_step(predict, x, calls[:n], limit)
+        calls = calls[n:]
+    return x
+
+
+def dpm_step(predict, x, calls, limit):
+    """One step of order len(calls), from x at the first of these calls; calls: part of `pairs`."""
+    t, ab, ab_next = calls[0]
+    x_0, eps = predict_x_0(predict, x, t, ab, limit)
+    if ab_next == 1:
+        return x_0
+
+    def x_at(ab_k, slope):
+        """x where alphas_bar is ab_k, for an eps that changes by `slope` per unit of log_snr."""
+        h = log_snr(ab_k) - log_snr(ab)
+        weight = math.expm1(h) * h / 2 if len(calls) == 2 else math.expm1(h) - h
+        change = math.expm1(h) * eps + weight * slope
+        return (ab_k / ab) ** 0.5 * x - (1 - ab_k) ** 0.5 * change
+    slope = 0.0
+    for t_k, ab_k, _ in calls[1:]:
+        _, eps_k = predict_x_0(predict, x_at(ab_k, slope), t_k, ab_k, limit)
+        slope = (eps_k - eps) / (log_snr(ab_k) - log_snr(ab))
+    return x_at(calls[-1][2], slope)
+
+
 def dpmpp(predict, x, alphas_bar, timesteps, noise, limit=None):
     """DPM-Solver++ (2M) (Lu et al., 2022b): second-order multistep in log(alpha / sigma).
 
@@ -127,7 +188,7 @@ def dpmpp(predict, x, alphas_bar, timesteps, noise, limit=None):
         x_0, _ = predict_x_0(predict, x, t, ab, limit)
         if ab_next == 1:
             return x_0
-        h = 0.5 * (math.log(ab_next / (1 - ab_next)) - math.log(ab / (1 - ab)))
+        h = log_snr(ab_next) - log_snr(ab)
         D = x_0
         if previous is not None and ab_next != float(alphas_bar[0]):
             x_0_before, h_before = previous
@@ -136,10 +197,12 @@ def dpmpp(predict, x, alphas_bar, timesteps, noise, limit=None):
         previous = x_0, h
 
 
-SAMPLERS = {"ddim": ddim, "ddpm": ddpm, "dpm++": dpmpp, "consistency": consistency.sample}
-STEPS = {"ddim": 50, "ddpm": 1000, "dpm++": 15, "consistency": 2}   # the paper's, but for the last
+SAMPLERS = {
+    "ddim": ddim, "ddpm": ddpm, "dpm": dpm, "dpm++": dpmpp, "consistency": consistency.sample}
+# The paper's, but for the last
+STEPS = {"ddim": 50, "ddpm": 1000, "dpm": 15, "dpm++": 15, "consistency": 2}
 UNUSED = (          # flags that mean nothing with --export
-    "classes", "num", "sampler", "steps", "grid", "eta", "guidance", "clip", "batch_size",
+    "classes", "num", "sampler", "steps", "grid", "order", "eta", "guidance", "clip", "batch_size",
     "png", "if_needed", "seed", "dtype", "out")
 COMPILED_FROM = 2000        # images per process: fewer take less time than compiling does
 KINDS = ("diffusion", "consistency")        # of the checkpoints that can be sampled here
@@ -275,7 +338,7 @@ def export(ckpt, net, path):
 
 @torch.no_grad()
 def sample_batch(net, y, indices, shape, rt, seed=0, sampler="ddim", steps=50, grid="uniform",
-                 guidance=1.5, eta=0.0, clip=False, alphas_bar=None):
+                 guidance=1.5, eta=0.0, order=3, clip=False, alphas_bar=None):
     """One batch of images: float (N, C, H, W), about [-1, 1].
 
     y: (N,) int64 labels on rt.device. indices: N image numbers. shape: (C, H, W). Image i's noise
@@ -290,20 +353,27 @@ def sample_batch(net, y, indices, shape, rt, seed=0, sampler="ddim", steps=50, g
         return torch.stack(parts).to(rt.device)
     if alphas_bar is None:
         alphas_bar = make_alphas_bar()
-    timesteps = timesteps_of(sampler, len(alphas_bar), steps, grid)
+    timesteps = timesteps_of(sampler, alphas_bar, steps, grid)
     x_T = noise().contiguous(memory_format=torch.channels_last)
     predict = guided(net, y, guidance, rt)
     own = {} if sampler == "consistency" else {"limit": to_range if clip else None}
     if sampler == "ddim":
         own["eta"] = eta
+    if sampler == "dpm":
+        own["order"] = order
     return SAMPLERS[sampler](predict, x_T, alphas_bar, timesteps, noise, **own)
 
 
-def timesteps_of(sampler, T, steps, grid):
-    """The descending timesteps of a sampler. Raises UserError where it has no such grid."""
+def timesteps_of(sampler, alphas_bar, steps, grid):
+    """The descending timesteps of a sampler. Raises UserError where it has no such grid.
+
+    DPM-Solver's do not reach 0, where its authors' code ends and calls the network no more.
+    """
     if sampler == "consistency":
-        return consistency.make_timesteps(T, steps)
-    return make_timesteps(T, steps, grid)
+        return consistency.make_timesteps(len(alphas_bar), steps)
+    if sampler == "dpm":
+        return make_timesteps(alphas_bar, steps + 1, grid)[:-1]
+    return make_timesteps(alphas_bar, steps, grid)
 
 
 def batches_of(rows, batch_size, fixed):
@@ -575,8 +645,10 @@ def add_sampling_flags(parser):
                    help="default: ddim; for a consistency model: consistency")
     g.add_argument("--steps", type=integer(1, 1000),
                    help=f"network calls per image (default: {steps})")
-    g.add_argument("--grid", choices=("uniform", "quad"), default="uniform",
-                   help="timesteps (default: uniform)")
+    g.add_argument("--grid", choices=("uniform", "quad", "logsnr"), default="uniform",
+                   help="timesteps: equal parts of t, of its root (ddim only), or of the log of "
+                   "the signal-to-noise ratio (default: uniform)")
+    g.add_argument("--order", type=int, choices=(1, 2, 3), help="of --sampler dpm (default: 3)")
     g.add_argument("--eta", type=number(0, 1), default=0.0,
                    help="noise of DDIM (default: 0, deterministic)")
     g.add_argument("--guidance", type=number(0), metavar="OMEGA",
@@ -612,12 +684,18 @@ def sampling_settings(args, kind):
     clip = default["clip"] if args.clip is None else args.clip
     if clip and kind != "diffusion":
         raise UserError(f"--clip: not for a {kind} model; leave it out")
-    timesteps_of(sampler, 1000, steps, args.grid)
+    if args.grid == "quad" and sampler != "ddim":
+        raise UserError(f"--grid quad: begins at t = 800, which is for ddim, not for {sampler}; "
+                        "leave it out")
+    timesteps_of(sampler, make_alphas_bar(), steps, args.grid)
+    if args.order and sampler != "dpm":
+        raise UserError(f"--order {args.order}: belongs to --sampler dpm; leave it out")
     if args.eta and sampler != "ddim":
         raise UserError(f"--eta {args.eta:g}: belongs to --sampler ddim, and {sampler} has none; "
                         "leave it out")
+    own = {"order": args.order or 3} if sampler == "dpm" else {}
     return {"seed": args.seed, "sampler": sampler, "grid": args.grid, "eta": args.eta,
-            "guidance": guidance, "steps": steps, "clip": clip}
+            "guidance": guidance, "steps": steps, "clip": clip, **own}
 
 
 def clipped(settings):

@@ -115,8 +115,8 @@ def add_training_data_flags(parser):
                    help="+RS: draw class c with probability proportional to N_c^Q; 0 balanced, 0.5 "
                    "square root, 1 as it is (default: 1)")
     g.add_argument("--ada", type=number(0, 1), default=0.0, metavar="P",
-                   help="+ADA: probability of each augmentation of augment.py; 0.12 is usual "
-                   "(default: 0, none)")
+                   help="+ADA: probability of each augmentation of augment.py, which also mirrors "
+                   "half of the images; EDM has 0.12 (default: 0, none)")
 
 
 def add_method_flags(parser):
@@ -311,6 +311,8 @@ def check_method(args, given):
     own = losses.options_of(BASES[args.base])
     refuse_unused(given, {name: f"belongs to another base than {args.base}"
                           for name in losses.FLAGS if name not in own})
+    if args.ada:
+        refuse_unused(given, {"flip": "--ada mirrors images itself, and tells the network"})
     if args.base not in ("cbdm", "rop"):
         refuse_unused(given, {"cbdm_y": f"--base {args.base} compares no other class"})
     if args.lora and not args.init_from:
@@ -829,6 +831,9 @@ def make_network(args, network, low_rank, kind, old):
     if args.lora:
         freeze_all_but_low_rank(net)
     if old:
+        if old["network"].get("augment_dim", 0) != network["augment_dim"]:
+            raise UserError(f"--ada: the run in {args.out} was started with the augmentations of "
+                            "an older version; choose another folder with --out")
         net.load_state_dict(old["model"])
     return net
 
@@ -992,6 +997,7 @@ def main():
     rt.print(images.summary() + "".join(sizes))
     batches = Batches(images, args.batch_size, args.seed, rt.device, resample=args.resample)
     flip = images.flip if args.flip is None else args.flip
+    flip = flip and not args.ada            # which mirrors them itself
 
     # Network and objective
     if args.experts and not groups:

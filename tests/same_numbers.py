@@ -26,7 +26,8 @@ VARIANTS = {        # name: flags of train.py beyond the defaults
     "release": "--w-div 0.2 --div-bound 0 --independent-dropout".split(),
     "reserved only": ["--lam", "0"],
     "experts": "--base ddpm --no-cm --experts group".split(),
-    "augmented": "--ada 0.12 --resample 0.5 --flip".split(),
+    "augmented": "--ada 0.12 --resample 0.5".split(),
+    "mirrored": "--resample 0.5 --flip".split(),
     "two passes": "--accumulate 2 --rank-ratio 0.3 --seed 3".split(),
     "cbdm by frequency": "--base cbdm --cbdm-y train --cbdm-tau 0.002 --cbdm-gamma 0.5".split(),
     "other constants": ["--base", "rop", "--no-cm", "--rop-weight", "0.5", "--rop-margin", "0.3",
@@ -102,7 +103,10 @@ def weights_of(folder):
 def train_all(out, data, steps=10):
     """Train every variant, from nothing or from where it stopped: {name: {hashes and numbers}}."""
     result = {}
+    import augment
     for name, flags in VARIANTS.items():
+        if name == "augmented" and augment.DIM != 9:
+            continue                # an older checkout, which augments otherwise
         call("train", *TRAIN, *flags, "--steps", steps, "--data-dir", data, "--out", out / name)
         result[f"train {name}"] = {**weights_of(out / name), **log_of(out / name)}
     call("train", *TRAIN, "--base", "cbdm", "--init-from", "cbdm-no-cm/ckpt.pt", "--lora",

@@ -1,5 +1,6 @@
 """cm_layers.py: Eq. (1) on our network and on others' layers; theta^g; merging."""
 import copy
+import warnings
 from functools import partial
 
 import pytest
@@ -298,22 +299,73 @@ def test_recomputed_passes_keep_their_branch():
     got = gradients(net, x, partial(checkpoint, net))
     for a, b in zip(got, expected):
         assert_close(a, b)
-    wrong = gradients(net, x, partial(torch.utils.checkpoint.checkpoint, use_reentrant=True))
-    assert not all(torch.allclose(a, b) for a, b in zip(wrong, expected))
 
 
-def test_diffusers_unet():
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_recomputed_passes_of_an_unknown_branch_are_refused(use_reentrant):
+    """torch's own checkpoint would compute theta^g's pass anew with theta."""
+    net = reserve(nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)), 0.5)
+    x = torch.randn(5, 4, requires_grad=True)
+    others = partial(torch.utils.checkpoint.checkpoint, use_reentrant=use_reentrant)
+    others(net, x).sum().backward()             # theta alone is known
+    with pytest.raises(RuntimeError, match="use cm_layers.checkpoint"):
+        gradients(net, x, others)
+    gradients(net, x, lambda f, x: f(x))        # and the module is whole afterwards
+
+
+def diffusers_unet():
+    """A small U-Net of diffusers, and a function that runs it."""
     from diffusers import UNet2DModel
     torch.manual_seed(0)
     net = UNet2DModel(sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8, 16),
                       down_block_types=("DownBlock2D", "AttnDownBlock2D"),
                       up_block_types=("AttnUpBlock2D", "UpBlock2D"), layers_per_block=1,
-                      norm_num_groups=4, attention_head_dim=8).eval()
-    x, t = torch.randn(2, 1, 8, 8), torch.tensor([3, 700])
+                      norm_num_groups=4, attention_head_dim=8)
+    x, t = torch.randn(2, 1, 8, 8, requires_grad=True), torch.tensor([3, 700])
+    return net, lambda: net(x, t).sample
+
+
+def test_diffusers_recomputes_with_the_branch_of_the_call():
+    net, run = diffusers_unet()
+    reserve(net.up_blocks, 0.2)
+    randomize_B(net, 0.3)
+
+    def gradients_of_both():
+        return gradients(net, None, lambda *_: run())
+    expected = gradients_of_both()
+    net.enable_gradient_checkpointing(partial(checkpoint, net))
+    for a, b in zip(gradients_of_both(), expected):
+        assert_close(a, b, atol=1e-4, rtol=1e-3)
+    net.enable_gradient_checkpointing()
+    with pytest.raises(RuntimeError, match="use cm_layers.checkpoint"):
+        gradients_of_both()
+
+
+def test_t5_whose_embedding_has_three_names():
+    """transformers' T5: the embedding of both halves and the output layer share one tensor."""
+    from transformers import T5Config, T5ForConditionalGeneration
+    config = T5Config(vocab_size=40, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2,
+                      tie_word_embeddings=True)
+    net = T5ForConditionalGeneration(config).eval()
+    assert net.lm_head.weight is net.shared.weight
+    words = torch.arange(6)[None]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        reserve(net, 0.5)
+    randomize_B(net, 0.1)
+    before = net(input_ids=words, decoder_input_ids=words).logits
+    embedding = net.shared.weight.detach().clone()
+    merge(net)
+    assert_close(net(input_ids=words, decoder_input_ids=words).logits, before, atol=1e-4, rtol=1e-4)
+    assert torch.equal(net.shared.weight, embedding)
+
+
+def test_diffusers_unet():
+    net, run = diffusers_unet()
     names = list(net.state_dict())
     reserve(net.up_blocks, 0.2)
     randomize_B(net, 0.3)
-    before = net(x, t).sample
+    before = run()
     merge(net)
-    assert_close(net(x, t).sample, before, atol=1e-5, rtol=1e-5)
+    assert_close(run(), before, atol=1e-5, rtol=1e-5)
     assert list(net.state_dict()) == names

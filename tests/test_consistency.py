@@ -32,12 +32,21 @@ def literal_f(F, x_ve, sigma):
     return skip * x_ve + out * F
 
 
-def intervals_of(N):
+def literal_grid(N, kind):
+    """The timesteps of N intervals: in equal parts of t, or of sigma^(1/7), without twins."""
+    if kind == "uniform":
+        return [j * 999 // N for j in range(N + 1)]
+    roots = np.array(SIGMA) ** (1 / 7)
+    return np.unique([np.abs(roots - r).argmin()
+                      for r in np.linspace(roots[0], roots[-1], N + 1)]).tolist()
+
+
+def intervals_of(N, kind="uniform"):
     """The grid of N intervals, the probability of each, and its weight.
 
     The weight is iCT's over the mean effect of such weights on F.
     """
-    grid = [j * 999 // N for j in range(N + 1)]
+    grid = literal_grid(N, kind)
     pairs = list(zip(grid, grid[1:]))
     cdf = norm.cdf([(math.log(SIGMA[t]) + 1.1) / 2 for t in grid])
     probability = np.diff(cdf) / np.diff(cdf).sum()
@@ -110,29 +119,38 @@ def test_the_number_of_intervals_doubles():
     assert {step: consistency.intervals(step, 500) for step in expected} == expected
 
 
+def test_karras_grid_spreads_the_pairs():
+    """Of 10 intervals the likeliest has a quarter of the pairs; in equal parts of t, a half."""
+    assert len(literal_grid(10, "karras")) == 11
+    assert intervals_of(10, "karras")[1].max() == pytest.approx(0.26, abs=0.01)
+    assert intervals_of(10)[1].max() == pytest.approx(0.48, abs=0.01)
+
+
+@pytest.mark.parametrize("kind", ["uniform", "karras"])
 @pytest.mark.parametrize("step, N", [(0, 10), (250, 40), (900, 640)])
-def test_pairs_are_drawn_by_noise_level(step, N):
-    grid, probability, weights = intervals_of(N)
+def test_pairs_are_drawn_by_noise_level(step, N, kind):
+    grid, probability, weights = intervals_of(N, kind)
     g = torch.Generator().manual_seed(step)
-    t, below, weight = consistency.draw_pairs(AB, 20_000, step, g, ct_double=100)
+    t, below, weight = consistency.draw_pairs(AB, 20_000, step, g, ct_double=100, ct_grid=kind)
     assert set(zip(t.tolist(), below.tolist())) <= set(zip(grid[1:], grid[:-1]))
     intervals = np.searchsorted(grid, below.numpy())
     np.testing.assert_allclose(weight.numpy(), weights[intervals], rtol=1e-5)
     expected = 20_000 * probability
     kept = expected > 5
-    seen = np.bincount(intervals, minlength=N)[kept]
+    seen = np.bincount(intervals, minlength=len(probability))[kept]
     expected = expected[kept] * seen.sum() / expected[kept].sum()
     assert chisquare(seen, expected).pvalue > 1e-3
 
 
-def test_the_gradient_in_F_does_not_grow_with_the_curriculum(digits):
+@pytest.mark.parametrize("kind", ["uniform", "karras"])
+def test_the_gradient_in_F_does_not_grow_with_the_curriculum(digits, kind):
     """So that L_CM and the clipping keep their share.
 
     Per image the mean of |d base / d F| is the same at 10 and at 640 intervals.
     """
     norms = []
     for step in (0, 6):
-        objective, _ = setup(digits, "consistency", rank_ratio=None, ct_double=1)
+        objective, _ = setup(digits, "consistency", rank_ratio=None, ct_double=1, ct_grid=kind)
         x_0 = torch.randn(512, 1, 8, 8) / 2
         batch = draw_batch(x_0, torch.arange(512) % 10, objective, seed=0, step=step)
         pred = Predictions(objective.net, batch, q_sample(batch.x_0, batch.t, batch.eps, AB))

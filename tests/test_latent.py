@@ -19,6 +19,7 @@ import evaluate
 import latent
 import disk
 import runtime
+import train
 from cm_layers import count, general_only, merge, reserved
 from losses import Objective, bind, draw_batch
 
@@ -223,6 +224,29 @@ def test_train_and_resume(run_of, whole, capsys):
     capsys.readouterr()
     run_of("parts", "--epochs", 3, "--lr", 0.01)
     assert "finished, step 8 of 8" in capsys.readouterr().out
+
+
+def test_the_defaults_are_those_of_sec_4_1():
+    args = vars(latent.make_train_parser().parse_args([]))
+    expected = {"model": "lambdalabs/miniSD-diffusers", "prompt": "a {} painting", "rank": 128,
+                "cm_rank": 8, "lr": 3e-4, "weight_decay": 1e-6, "epochs": 100, "batch_size": 64,
+                "label_drop": 0.1, "base": "oc", "cm": True, "ir": 100, "dataset": "artbench10"}
+    assert {name: args[name] for name in expected} == expected
+
+
+def test_the_weight_decay_is_adamws(run_of, monkeypatch):
+    """Without a gradient a step takes lr x weight decay off a parameter, and nothing else."""
+    found = []
+    monkeypatch.setattr(latent, "loop", lambda training, *_: found.append(training))
+    run_of("decay", "--epochs", 1, "--lr", 0.1, "--weight-decay", 0.5)
+    training = found[0]
+    params, ema = list(training.params.values()), list(training.ema.values())
+    before = [p.detach().clone() for p in params]
+    for p in params:
+        p.grad = torch.zeros_like(p)
+    train.update(params, ema, training.optimizer, 0, training.args)
+    for p, old in zip(params, before):
+        assert_close(p.detach(), 0.95 * old)
 
 
 def test_an_older_run_is_resumed(run_of, whole):

@@ -17,7 +17,7 @@ FLOORS = (      # from the ground up: a file imports files of lower floors, runt
     ("classify",),
     ("features",),
     ("train",),
-    ("evaluate", "prune_probe", "capacity_probe", "latent", "bench"),
+    ("evaluate", "prune_probe", "capacity_probe", "latent", "bench", "peers"),
     ("report", "copy_probe"),
 )
 CORE = {        # all that a file of the floors 1 to 3 imports, besides runtime and disk

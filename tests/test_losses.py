@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, tiny_net
+from scipy import stats
 from torch import nn
 
 from cm_layers import general_only, reserved
@@ -74,7 +75,9 @@ def test_ddpm(digits):
 
 
 def test_cbdm(digits):
-    objective, batch = setup(digits, "cbdm", rank_ratio=None, cbdm_tau=0.002, cbdm_gamma=0.25)
+    objective, batch = setup(digits, "cbdm", rank_ratio=None, label_drop=0.5, cbdm_tau=0.002,
+                             cbdm_gamma=0.25)
+    assert (batch.y_in < 0).any()
     own = predictions(objective, batch, batch.y_in)
     other = predictions(objective, batch, batch.y_prime)
     per_image = zip(batch.t.tolist(), batch.y_in.tolist(), mse(own, other))
@@ -84,16 +87,29 @@ def test_cbdm(digits):
     assert total.item() == pytest.approx(terms["base"].item() + 0.002 * cb, rel=1e-4)
 
 
-def test_cbdm_stops_gradients_as_printed(digits):
-    objective, batch = setup(digits, "cbdm", rank_ratio=None)
-    batch = batch._replace(y_in=batch.y, y_prime=(batch.y + 1) % 10)
+def gradient_of(value, net):
+    """The gradient of a scalar in all parameters of a network, as one vector."""
+    grads = torch.autograd.grad(value, list(net.parameters()), allow_unused=True)
+    return torch.cat([g.flatten() for g in grads if g is not None])
+
+
+def own_and_other(objective, batch):
+    """(eps(y), eps(y')) of a batch, with their graph."""
+    x_t = q_sample(batch.x_0, batch.t, batch.eps, AB)
+    return [objective.net(x_t, batch.t, y) for y in (batch.y, batch.y_prime)]
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.25])
+def test_cbdm_stops_gradients_as_printed(digits, gamma):
+    """Of the first distance eps(y) alone is trained, of the second eps(y') alone."""
+    objective, batch = setup(digits, "cbdm", rank_ratio=None, label_drop=0.0)
+    batch = batch._replace(y_prime=(batch.y + 1) % 10)
     pred = Predictions(objective.net, batch, q_sample(batch.x_0, batch.t, batch.eps, AB))
-    _, terms = cbdm(pred, batch, objective, cbdm_gamma=0.0)
-    grad = torch.autograd.grad(terms["cb"], pred.eps)[0]
-    with torch.no_grad():
-        difference = pred.eps - pred.under(batch.y_prime)
-        scale = 2 * batch.t[:, None, None, None] / pred.eps[0].numel() / len(batch.t)
-    torch.testing.assert_close(grad, scale * difference)
+    got = gradient_of(cbdm(pred, batch, objective, cbdm_gamma=gamma)[1]["cb"], objective.net)
+    own, other = own_and_other(objective, batch)
+    gap = 2 * batch.t[:, None, None, None] * (own - other).detach()
+    expected = gradient_of((gap * (own - gamma * other)).mean(), objective.net)
+    torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
 
 
 def test_oc_target(digits):
@@ -181,7 +197,10 @@ def kl_weights():
 
 
 def test_overlap(digits):
-    objective, batch = setup(digits, "rop", rank_ratio=None, rop_margin=0.05, rop_weight=0.3)
+    objective, batch = setup(digits, "rop", rank_ratio=None, label_drop=0.5, rop_margin=0.05,
+                             rop_weight=0.3)
+    batch = batch._replace(y_prime=torch.where(torch.arange(12) % 3 > 0, batch.y_prime, batch.y))
+    assert (batch.y_in[::3] >= 0).any() and (batch.y_in[1::3] < 0).any()
     own = predictions(objective, batch, batch.y_in)
     other = predictions(objective, batch, batch.y_prime)
     active = (batch.y_in.numpy() >= 0) & (batch.y_prime.numpy() != batch.y.numpy())
@@ -196,13 +215,54 @@ def test_overlap(digits):
     assert objective(batch)[1]["overlap"].item() == pytest.approx(0, abs=1e-9)
 
 
+def test_overlap_moves_an_images_own_class_alone(digits):
+    objective, batch = setup(digits, "rop", rank_ratio=None, label_drop=0.0)
+    batch = batch._replace(y_prime=(batch.y + 1) % 10)
+    pred = Predictions(objective.net, batch, q_sample(batch.x_0, batch.t, batch.eps, AB))
+    _, terms = BASES["rop"].loss(pred, batch, objective, rop_margin=100.0)
+    got = gradient_of(terms["overlap"], objective.net)
+    own, other = own_and_other(objective, batch)
+    weights = torch.from_numpy(kl_weights()).float()[batch.t][:, None, None, None]
+    expected = gradient_of((-2 * weights * (own - other).detach() * own).mean(), objective.net)
+    torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
+
+
+def test_focal_weights_have_no_gradient(digits):
+    objective, batch = setup(digits, "focal", rank_ratio=None)
+    error = distance(own_and_other(objective, batch._replace(y=batch.y_in))[0], batch.eps)
+    weights = (1 - (-error).exp()).detach() ** 2
+    expected = gradient_of((weights * error).mean(), objective.net)
+    torch.testing.assert_close(gradient_of(objective(batch)[0], objective.net), expected)
+
+
+def test_dropout_masks_and_augmentation_reach_every_prediction(digits):
+    """theta, theta^g and theta under other labels: the masks of the batch, and its vector a."""
+    objective, batch = setup(digits, dropout=0.3)
+    net = objective.net
+    net.encoder.embedding.augment = nn.Linear(4, 4 * net.cfg.ch, bias=False)
+    batch = batch._replace(a=torch.randn(12, 4))
+    pred = Predictions(net, batch, q_sample(batch.x_0, batch.t, batch.eps, AB))
+    y_other = (batch.y + 1) % 10
+
+    def expected(y, **changes):
+        b = batch._replace(**changes)
+        return net.decode(*net.encode(pred.x_t, b.t, y, b.masks_encode, b.a), b.masks_decode)
+    assert torch.equal(pred.eps, expected(batch.y_in))
+    assert torch.equal(pred.under(y_other), expected(y_other))
+    with general_only(net.decoder):
+        assert torch.equal(pred.general(), expected(batch.y_in))
+    for changes in ({"a": None}, {"masks_encode": ()}, {"masks_decode": ()}):
+        assert (pred.eps - expected(batch.y_in, **changes)).abs().max() > 1e-4, changes
+
+
 # --------------------------------------------------------------------------------------------------
 # Capacity manipulation
 
 @pytest.mark.parametrize("bound", [0.0, 0.0005, 100.0])
 def test_cm_terms_and_total(digits, bound):
     cm = CMConfig(lam=0.7, w_con=1.5, w_div=0.5, div_bound=bound)
-    objective, batch = setup(digits, cm=cm)
+    objective, batch = setup(digits, cm=cm, label_drop=0.5)
+    assert (batch.y_in < 0).any()                   # and yet the true class weighs
     for _, _, part in reserved(objective.net.decoder):
         nn.init.normal_(part.B, std=0.1, generator=torch.Generator().manual_seed(1))
     full = predictions(objective, batch, batch.y_in)
@@ -230,6 +290,22 @@ def test_the_bound_stops_the_divergence_gradient_above_it_only(digits):
     grad = torch.autograd.grad(terms["div"], D)[0]
     assert (grad[::2] < 0).all()
     assert (grad[1::2] == 0).all()
+
+
+def test_l_cm_trains_both_predictions(digits):
+    objective, batch = setup(digits, cm=CMConfig(div_bound=0.0))
+    for _, _, part in reserved(objective.net.decoder):
+        nn.init.normal_(part.B, std=0.1, generator=torch.Generator().manual_seed(1))
+    total, terms, _ = objective(batch)
+    got = gradient_of(total - terms["base"], objective.net)
+    x_t = q_sample(batch.x_0, batch.t, batch.eps, AB)
+    full = objective.net(x_t, batch.t, batch.y_in)
+    with general_only(objective.net.decoder):
+        general = objective.net(x_t, batch.t, batch.y_in)
+    weights = (objective.w_con_y - objective.w_div_y)[batch.y][:, None, None, None]
+    gap = 2 * weights * (full - general).detach()
+    expected = gradient_of((gap * (full - general)).mean(), objective.net)
+    torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
 
 
 def test_d_is_exactly_zero_while_b_is_zero(digits):
@@ -334,6 +410,49 @@ def test_a_batch_is_pure_and_shared_between_ranks(digits):
         if not name.startswith("pool"):
             assert torch.equal(torch.cat([half[k] for half in halves]), batch[k]), name
     assert not torch.equal(draw_batch(*pool, seed=0, step=4).eps, batch.eps)
+
+
+def big_batch(digits, *, n=400, step=0, part=0, parts=1, flip=False, **options):
+    """A batch of n images of random pixels, and the images; options: of Objective."""
+    objective = Objective(net=tiny_net(), base=bind("ddpm"), counts=COUNTS, alphas_bar=AB,
+                          **options)
+    x_0 = torch.rand(n, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    y = torch.arange(n) % 10
+    return draw_batch(x_0, y, objective, seed=0, step=step, part=part, parts=parts, flip=flip), x_0
+
+
+def test_images_are_mirrored_with_probability_one_half(digits):
+    batch, x_0 = big_batch(digits, flip=True)
+    mirrored = (batch.x_0 == x_0.flip(3)).flatten(1).all(1)
+    assert ((batch.x_0 == x_0).flatten(1).all(1) ^ mirrored).all()
+    assert 160 < mirrored.sum() < 240
+    assert torch.equal(batch.pool_x_0, batch.x_0)
+    assert torch.equal(big_batch(digits)[0].x_0, x_0)
+    assert not torch.equal(big_batch(digits, flip=True, step=1)[0].x_0, batch.x_0)
+
+
+def test_what_a_batch_draws_has_its_distribution(digits):
+    batch, _ = big_batch(digits)
+    assert stats.kstest(batch.t / 1000, "uniform").pvalue > 1e-3
+    assert stats.kstest(batch.eps.flatten(), "norm").pvalue > 1e-3
+    assert stats.kstest(batch.gumbel.flatten(), "gumbel_r").pvalue > 1e-3
+    many = [big_batch(digits, n=2000, y_prime=kind)[0].y_prime for kind in ("uniform", "train")]
+    for y_prime, shares in zip(many, (np.ones(10), np.array(COUNTS))):
+        seen = np.bincount(y_prime, minlength=10)
+        assert stats.chisquare(seen, 2000 * shares / shares.sum()).pvalue > 1e-3
+
+
+def test_dropout_masks_and_augmentation_change_with_the_step_and_the_part(digits):
+    def drawn(**options):
+        batch = big_batch(digits, n=8, ada=0.5, **options)[0]
+        return [batch.masks_encode[0], batch.masks_decode[0], batch.a]
+    first = drawn()
+    assert all(torch.equal(u, v) for u, v in zip(first, drawn()))
+    for u, v in zip(first, drawn(step=1)):
+        assert not torch.equal(u, v)
+    halves = [drawn(part=k, parts=2) for k in (0, 1)]
+    assert not torch.equal(halves[0][0], halves[1][0])
+    assert not torch.equal(halves[0][1], halves[1][1])
 
 
 def test_label_drop_is_per_image(digits):

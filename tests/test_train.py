@@ -7,7 +7,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -20,9 +23,12 @@ from test_mistakes import refuses
 import disk
 import evaluate
 import losses
+import readers
 import runtime
 import sample
 import train
+from cm_layers import reserved
+from data import load_long_tailed
 from runtime import UserError
 
 
@@ -382,7 +388,9 @@ def test_default_names_and_paper_defaults():
     paper = vars(resolved("--preset", "paper"))
     expected = {"dataset": "cifar100", "ir": 100, "base": "oc", "cm": True, "lam": 1,
                 "rank_ratio": 0.1, "steps": 300000, "lr": 2e-4, "warmup": 5000, "batch_size": 64,
-                "ema": 0.9999, "dropout": 0.1, "out": "out/cifar100-ir100-oc-cm-seed0"}
+                "ema": 0.9999, "dropout": 0.1, "ch": 128, "ch_mult": [1, 2, 2, 2], "attn": [1],
+                "num_res_blocks": 2, "grad_clip": 1, "label_drop": 0.1, "w_con": 1, "w_div": 1,
+                "div_bound": 0.01, "out": "out/cifar100-ir100-oc-cm-seed0"}
     assert {k: paper[k] for k in expected} == expected
     own = ("--preset", "paper")
     assert resolved(*own, "--lam", "0.5").out != paper["out"]
@@ -441,21 +449,33 @@ def test_flags_of_the_base_losses_have_their_defaults():
 
 VALUES = {      # of each base's own hyper-parameters, none the default
     "cbdm_tau": 0.1, "cbdm_gamma": 3, "focal_gamma": 0.5, "rop_weight": 2, "rop_margin": 2,
-    "ct_double": 2,
+    "ct_double": 2, "ct_grid": "karras",
 }
+
+
+class Started(NamedTuple):
+    """A run that did not enter its loop."""
+    training: train.Training
+    module: losses.Objective
+    batch: Callable
+
+
+def started(monkeypatch, data_dir, out, *flags):
+    """A run of train.py with these flags, stopped before its loop."""
+    found = []
+
+    def loop(training, module, batch, log, after_step):
+        found.append(Started(training, module, batch))
+    monkeypatch.setattr(train, "loop", loop)
+    call(train.main, *TINY_FLAGS, "--steps", 4, "--data-dir", data_dir, "--out", out, *flags)
+    return found[0]
 
 
 def total_of_step_3(monkeypatch, data_dir, out, *flags):
     """The loss that a run of train.py with these flags has at step 3, with random weights."""
-    totals = []
-
-    def loop(training, module, batch, log, after_step):
-        randomize(module.net)
-        totals.append(module(batch(3, 0))[0].item())
-    monkeypatch.setattr(train, "loop", loop)
-    call(train.main, *TINY_FLAGS, "--no-cm", "--label-drop", 0, "--steps", 4,
-         "--data-dir", data_dir, "--out", out, *flags)
-    return totals[0]
+    run = started(monkeypatch, data_dir, out, "--no-cm", "--label-drop", 0, *flags)
+    randomize(run.module.net)
+    return run.module(run.batch(3, 0))[0].item()
 
 
 @pytest.mark.parametrize("name", losses.FLAGS)
@@ -468,6 +488,97 @@ def test_a_flag_reaches_its_loss_and_no_other(name, monkeypatch, data_dir, tmp_p
         else:
             refuses(capsys, train.main, "--base", base, "--no-cm", flag, VALUES[name],
                     says=[f"{flag}: belongs to another base than {base}"])
+
+
+def test_sets_that_may_be_mirrored_are(monkeypatch, data_dir, tmp_path):
+    """--flip, --no-flip, and the set's own choice: digits are not, others are."""
+    def pool(name, *flags):
+        return started(monkeypatch, data_dir, tmp_path / name, *flags).batch(0, 0).pool_x_0
+    plain = pool("digits")
+    mirrored = pool("flip", "--flip")
+    are = (mirrored == plain.flip(3)).flatten(1).all(1)
+    assert ((mirrored == plain).flatten(1).all(1) | are).all()
+    assert 0 < are.sum() < 16
+    monkeypatch.setitem(readers.READERS, "digits", replace(readers.READERS["digits"], flip=True))
+    assert torch.equal(pool("own choice"), mirrored)
+    assert torch.equal(pool("no flip", "--no-flip"), plain)
+    ada = started(monkeypatch, data_dir, tmp_path / "ada", "--ada", 1e-9).batch(0, 0)
+    mirrors = ada.a[:, 0] == 1                              # and the network is told
+    assert torch.equal(ada.pool_x_0[mirrors], plain[mirrors].flip(3))
+    assert torch.equal(ada.pool_x_0[~mirrors], plain[~mirrors])
+    assert 0 < mirrors.sum() < 16
+
+
+def test_flags_reach_the_step(monkeypatch, data_dir, tmp_path):
+    run = started(monkeypatch, data_dir, tmp_path, "--w-div", 0.2, "--div-bound", 0, "--lam", 0.5,
+                  "--independent-dropout", "--label-drop", 0.3, "--cbdm-y", "train", "--base",
+                  "cbdm", "--ada", 0.4, "--rank-ratio", 0.5)
+    objective = run.module
+    assert objective.cm == losses.CMConfig(0.5, 1.0, 0.2, 0.0, True)
+    assert (objective.label_drop, objective.ada) == (0.3, 0.4)
+    counts = load_long_tailed(run.training.args).counts
+    assert objective.counts.tolist() == counts.tolist()
+    assert objective.y_prime_weights.tolist() == counts.tolist()
+    assert {part.rank for _, _, part in reserved(objective.net.decoder)} == {1, 8, 16}
+
+
+def test_the_seed_is_that_of_everything(monkeypatch, data_dir, tmp_path):
+    """Initial weights, the order of the images, and what a step draws."""
+    runs = [started(monkeypatch, data_dir, tmp_path / str(seed), "--seed", seed)
+            for seed in (0, 1)]
+    weights = [run.training.params["encoder.head.weight"] for run in runs]
+    batches = [run.batch(0, 0) for run in runs]
+    assert not torch.equal(*weights)
+    assert not torch.equal(*(b.pool_y for b in batches))
+    assert not torch.equal(*(b.eps for b in batches))
+
+
+def test_resampling_reaches_the_batches(monkeypatch, data_dir, tmp_path):
+    def share_of_few(name, *flags):
+        batch = started(monkeypatch, data_dir, tmp_path / name, *flags).batch
+        return np.mean([(batch(step, 0).pool_y > 5).float().mean() for step in range(30)])
+    assert share_of_few("as it is") < 0.2
+    assert share_of_few("balanced", "--resample", 0) > 0.3
+
+
+def test_an_update_is_clipping_adam_and_averaging(monkeypatch, data_dir, tmp_path):
+    """Four updates with given gradients against a literal version in float64."""
+    run = started(monkeypatch, data_dir, tmp_path, "--lr", 0.01, "--warmup", 3, "--ema", 0.2,
+                  "--grad-clip", 2)
+    training = run.training
+    params, ema = list(training.params.values()), list(training.ema.values())
+    p = torch.cat([x.detach().flatten() for x in params]).double()
+    average = p.clone()
+    m = v = torch.zeros_like(p)
+    g = torch.Generator().manual_seed(0)
+    for step, (norm, lr, decay) in enumerate([(0.5, 0.01 / 3, 0.1), (8, 0.02 / 3, 2 / 11),
+                                              (1, 0.01, 0.2), (5, 0.01, 0.2)]):
+        grad = torch.randn(len(p), generator=g, dtype=torch.float64)
+        grad *= norm / grad.norm()
+        for x, part in zip(params, grad.split([x.numel() for x in params])):
+            x.grad = torch.empty_like(x).copy_(part.view(x.shape))      # in the parameter's layout
+        assert train.update(params, ema, training.optimizer, step, training.args) == pytest.approx(
+            norm, rel=1e-4)
+        assert all(x.grad is None for x in params)
+        grad *= min(1, 2 / norm)
+        m = 0.9 * m + 0.1 * grad
+        v = 0.999 * v + 0.001 * grad ** 2
+        m_hat, v_hat = m / (1 - 0.9 ** (step + 1)), v / (1 - 0.999 ** (step + 1))
+        p = p - lr * m_hat / (v_hat.sqrt() + 1e-8)
+        average = decay * average + (1 - decay) * p
+        for expected, got in ((p, params), (average, ema)):
+            got = torch.cat([x.detach().flatten() for x in got]).double()
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    state = training.state()
+    assert all(torch.equal(state["ema"][name], x) for name, x in training.ema.items())
+    assert all(torch.equal(state["model"][name], x) for name, x in training.params.items())
+
+
+def test_the_warm_up_is_logged(tmp_path, data_dir):
+    call(train.main, *TINY_FLAGS, "--steps", 4, "--lr", 0.003, "--warmup", 3, "--no-cm",
+         "--data-dir", data_dir, "--out", tmp_path)
+    lrs = [record["lr"] for record in read_log(tmp_path)]
+    assert lrs == pytest.approx([0.001, 0.002, 0.003, 0.003])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -602,12 +713,26 @@ def test_fewer_steps_than_a_run_has(cm_run, data_dir, capsys):
     (["--base", "ddpm", "--cbdm-tau", 0.001], "--cbdm-tau"),
     (["--base", "rop", "--ct-double", 5], "--ct-double"),
     (["--base", "ddpm", "--cbdm-y", "train"], "--cbdm-y"),
+    (["--ada", 0.12, "--flip"], "--flip"),
 ], ids=str)
 def test_flags_that_do_nothing_are_refused(flags, flag, tmp_path, data_dir, capsys):
     """Also where they say what is the default."""
     refuses(capsys, train.main, *TINY_FLAGS, "--data-dir", data_dir, "--out", tmp_path / "run",
             *flags, says=[flag + ":"])
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_with_the_older_augmentations_is_not_gone_on_with(tmp_path, data_dir, capsys):
+    """They had 14 numbers. Its samples need none of them."""
+    flags = (*TINY_FLAGS, "--ada", 0.12, "--data-dir", data_dir, "--out", tmp_path)
+    call(train.main, *flags, "--steps", 1)
+    old = load(tmp_path)
+    old["network"]["augment_dim"] = 14
+    for part in ("model", "ema"):
+        old[part]["encoder.embedding.augment.weight"] = torch.zeros(64, 14)
+    disk.save(tmp_path / "ckpt.pt", old)
+    refuses(capsys, train.main, *flags, "--steps", 2, says=["--ada", "older", "--out"])
+    call(sample.main, "--ckpt", tmp_path / "ckpt.pt", "--num", 2, "--steps", 2, "--device", "cpu")
 
 
 def test_an_export_is_not_gone_on_with(cm_run, tmp_path, data_dir, capsys):
