@@ -285,8 +285,8 @@ train() {
       cm_flags=$CM_FLAGS
     fi
   done
-  launch train.py "${DATA[@]}" --preset "$PRESET" ${STEPS:+--steps "$STEPS"} $FLAGS "${@//@SEED/$seed}" \
-    $cm_flags --seed $seed --out "$RUNS/$run-seed$seed"
+  launch train.py "${DATA[@]}" --preset "$PRESET" ${STEPS:+--steps "$STEPS"} $FLAGS \
+    "${@//@SEED/$seed}" $cm_flags --seed $seed --out "$RUNS/$run-seed$seed"
 }
 
 # add_row NAME START END: add a row to the page, of the JSON files START<seed>END of all seeds
