@@ -34,7 +34,7 @@ from sample import dtype_of, load_network
 
 CHUNK = 256     # images whose noise is drawn at once, whatever --batch-size is: it changes nothing
 BARS = {        # one figure of bars for each: its name, and what its y axis shows
-    "relative": "relative loss change (pruned - raw) / raw (%)",
+    "relative": "relative loss change (%)",
     "absolute": "absolute loss change",
     "raw": "raw loss",
 }
@@ -248,8 +248,8 @@ def bar_figure(kind, results, fraction, path):
     ax.set_xticks(np.arange(len(names))[::step], ticks[::step], rotation=90, fontsize=7)
     ax.set(ylabel=BARS[kind], xlabel="class (training images), the most populous first")
     if kind != "raw":
-        ax.set_title(f"{per_cent(fraction)} of the weights set to zero; with 95 % intervals over "
-                     "the images")
+        ax.set_title(f"{per_cent(fraction)} of the weights set to zero\n"
+                     "with 95 % intervals over the images", fontsize=10)
     ax.legend(fontsize=8)
     ax.spines[["top", "right"]].set_visible(False)
     disk.save_figure(fig, path)
