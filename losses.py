@@ -347,7 +347,7 @@ def add_cm_flags(group, div_bound: float = 0.01):
                        help="weight of L_Con (default: 1)")
     group.add_argument("--w-div", type=number(0), default=1.0,
                        help="weight of L_Div (default: 1; the authors' release: 0.2)")
-    group.add_argument("--div-bound", type=number(0), default=div_bound, metavar="M",
+    group.add_argument("--div-bound", type=number(0, 1e6), default=div_bound, metavar="M",
                        help="L_Div saturates per image at distance M; 0: unbounded, as printed, "
                        f"where diffusion models diverge (default: {div_bound:g})")
 

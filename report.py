@@ -27,7 +27,7 @@ from scipy import stats
 import disk
 import runtime
 from data import read_samples, training_images
-from runtime import Parser, UserError, run
+from runtime import Parser, UserError, refuse_unused, run
 from sample import KINDS, clipped, grid_image, ten_classes
 
 PAPER = Path(__file__).with_name("paper_results.json")
@@ -807,11 +807,15 @@ def is_page(path):
 
 def main():
     """Make the page that the flags ask for."""
-    args = make_parser().parse_args()
+    parser = make_parser()
+    args = parser.parse_args()
     runtime.refuse_processes("report.py")
     if args.grid:
+        refuse_unused(parser.given, {name: "belongs to --row, and --grid makes no table"
+                                     for name in ("pair", "paper", "setting")})
         real_and_sampled(args)
         return print(f"wrote {args.out}")
+    refuse_unused(parser.given, {"data_dir": "belongs to --grid, and --row reads no data set"})
     rows = [read_row(text) for text in args.row]
     refuse_other_conditions(rows)
     if Path(args.out).suffix.lower() in (".png", ".pdf"):

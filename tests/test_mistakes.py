@@ -281,11 +281,14 @@ def save(step):
 save(0)
 for kill in range(20):
     first = disk.load(path, ["diffusion"])["step"]
+    inode = os.stat(path).st_ino
     child = os.fork()
     if not child:
         for step in range(first + 1, 10 ** 9):
             save(step)
-    time.sleep(0.1 + 0.05 * moments.random())
+    while os.stat(path).st_ino == inode:        # until the child has saved once
+        time.sleep(0.01)
+    time.sleep(0.05 * moments.random())
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     state = disk.load(path, ["diffusion"])
