@@ -1,10 +1,13 @@
-"""Shared by all tests: `pytest` from the project's folder, on the CPU.
+"""Shared by all tests: `pytest -n 2` from the project's folder, on the CPU.
 
 No network, and no data but scikit-learn's digits.
 """
 import os
 import sys
 from pathlib import Path
+
+if "PYTEST_XDIST_WORKER" in os.environ:     # several threads of several workers only wait
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
