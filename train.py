@@ -5,8 +5,8 @@
     python train.py --dataset digits                            # minutes on a laptop
     python train.py --dataset digits --base ddpm --no-cm        # the plain baseline
 
---batch-size counts the images of all processes. With a GPU the defaults are the paper's (Sec. 4.1,
-G.1), without one those of --preset tiny; digits have their own (see PRESETS). The folder of a run
+--batch-size counts the images of all processes. The defaults are the paper's (Sec. 4.1, G.1);
+digits, and folders of images where there is no GPU, have others (see PRESETS). The folder of a run
 holds ckpt.pt, config.json, log.jsonl, TensorBoard events and grids of samples. The same command
 resumes a stopped run, bit for bit on a CPU.
 """
@@ -80,8 +80,8 @@ def make_parser():
     parser = Parser(__doc__)
     parser.add_argument("--preset", choices=PRESETS,
                         help="sizes and lengths: paper; small, 32 pixels, hours on a CPU; tiny, 16 "
-                        "pixels, minutes; flags of your own go before it (default: paper with a "
-                        "GPU, tiny without; digits: digits)")
+                        "pixels, minutes; flags of your own go before it (default: paper; "
+                        "folder without a GPU: tiny; digits: digits)")
     add_training_data_flags(parser)
     add_method_flags(parser)
     add_network_flags(parser)
@@ -253,7 +253,8 @@ def default_preset(args):
     """The preset where no flag names one. Raises UserError for a device that is not there."""
     if args.dataset == "digits":
         return "digits"
-    return "tiny" if runtime.find_device(args.device).type == "cpu" else "paper"
+    on_cpu = runtime.find_device(args.device).type == "cpu"
+    return "tiny" if on_cpu and args.dataset == "folder" else "paper"
 
 
 def defaults_of(args):
@@ -981,9 +982,9 @@ def main():
     parser = make_parser()
     args = resolve(parser.parse_args(), parser.given)
     old, rt = resume(args)
-    if "preset" not in parser.given and args.preset == "tiny":
-        rt.print(f"no GPU: --preset tiny, {args.steps:,} steps of --ch {args.ch}; --preset small "
-                 "takes hours here, --preset paper weeks")
+    if "preset" not in parser.given and rt.device.type == "cpu" and args.preset != "digits":
+        rt.print(f"no GPU: --preset {args.preset}, {args.steps:,} steps of --ch {args.ch}; here "
+                 "paper takes weeks, small hours, tiny minutes")
 
     # Data
     with rt.rank_0_first():

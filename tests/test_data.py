@@ -128,8 +128,7 @@ def test_cifar_in_its_official_layout(small_cifar):
 
 def test_the_papers_command_on_cifar100(small_cifar, capsys):
     """`train.py --dataset cifar100 --ir 100`, but for the width, the batch and the steps."""
-    call(train.main, "--dataset", "cifar100", "--ir", 100, "--preset", "paper",
-         "--data-dir", small_cifar, "--ch", 32,
+    call(train.main, "--dataset", "cifar100", "--ir", 100, "--data-dir", small_cifar, "--ch", 32,
          "--batch-size", 4, "--steps", 1, "--sample-every", 0, "--device", "cpu",
          "--dtype", "float32", "--out", small_cifar / "run")
     text = capsys.readouterr().out

@@ -407,12 +407,13 @@ def test_presets(monkeypatch):
         assert (args.resolution, args.ch, args.steps) == size
         assert resolved("--preset", name).resolution is None            # CIFAR-100
         assert resolved("--preset", name).ch == size[1]
-    assert resolved() == resolved("--preset", "tiny")
+    assert resolved("--dataset", "folder") == resolved("--dataset", "folder", "--preset", "tiny")
+    assert resolved() == resolved("--preset", "paper")                  # a set of the paper's
     assert resolved("--dataset", "digits").preset == "digits"
     own = resolved("--dataset", "folder", "--ch", "16", "--resolution", "8")
     assert (own.ch, own.resolution, own.preset) == (16, 8, "tiny")
     monkeypatch.setattr(train.runtime, "find_device", lambda name: torch.device("cuda"))
-    assert resolved() == resolved("--preset", "paper")
+    assert resolved("--dataset", "folder") == resolved("--dataset", "folder", "--preset", "paper")
     assert resolved("--dataset", "digits").preset == "digits"
 
 
