@@ -411,7 +411,7 @@ def test_an_export_has_no_raw_weights(cm_run, tmp_path, capsys):
 
 def test_every_process_hears_of_numbers_that_are_not_finite(cpu, monkeypatch):
     """This process's images are good and another's are not: it stops as well."""
-    monkeypatch.setattr(type(cpu), "maximum", lambda rt, value: 1)
+    monkeypatch.setattr(type(cpu), "maximum", lambda rt, value, group=None: 1)
     with pytest.raises(UserError, match="not finite"):
         sample.generate(lambda x, t, y: x, [0], [0], SHAPE, cpu, 1, steps=2)
 
