@@ -566,7 +566,9 @@ def draw_groups(ax, rows, floors):
         left = x + (k - (len(rows) - 1) / 2) * width
         heights = [result["groups"][group]["fd"] for group in groups]
         bars = ax.bar(left, heights, width, label=disk.in_figure(name))
-        ax.bar_label(bars, fmt="%.3g", fontsize=7)
+        # three digits at least; an exponent would be wider than a bar
+        written = [f"{h:.3g}" if h < 100 else f"{h:.0f}" for h in heights]
+        ax.bar_label(bars, written, fontsize=7)
     for i, floor in enumerate(floors.values()):
         label = "real against real" if i == 0 else None         # once in the legend
         ax.hlines(floor, i - 0.45, i + 0.45, "black", "dashed", label=label)

@@ -604,8 +604,9 @@ def write_samples(out, images, labels, names, record, data, seconds, png=False):
     (out / "samples.json").unlink(missing_ok=True)
     disk.write_npz(out / "samples.npz", arr_0=to_rgb(images), arr_1=np.array(labels))
     classes = list(dict.fromkeys(labels))
+    across = min(10, np.unique(labels, return_counts=True)[1].max())    # no empty columns
     picture = grid_image(images, labels, names, data.get("class_counts"),
-                         None if len(classes) > 10 else classes)
+                         None if len(classes) > 10 else classes, across)
     disk.write_png(out / "grid.png", picture)
     made = {"npz_sha256": disk.sha256(out / "samples.npz")}
     files = ["samples.npz", "grid.png"]

@@ -977,6 +977,15 @@ def announce(training, net, compiled):
     rt.print(f"{verb} {args.out} at step {training.step} of {args.steps}")
 
 
+def announce_data(images, groups, rt):
+    """Print the sizes of the classes and of their groups, and whether there is no long tail."""
+    sizes = [f"; {name} {images.counts[classes].sum():,}" for name, classes in groups.items()]
+    rt.print(images.summary() + "".join(sizes))
+    if images.counts.min() == images.counts.max():
+        rt.print("note: all classes are equally large, and so none is rare; --ir 100 makes the set "
+                 "long-tailed")
+
+
 def main():
     """Resume or start; data; network; loop."""
     parser = make_parser()
@@ -994,8 +1003,7 @@ def main():
     if is_finished(old, args, rt):
         return
     groups = class_groups(images.counts)
-    sizes = [f"; {name} {images.counts[classes].sum():,}" for name, classes in groups.items()]
-    rt.print(images.summary() + "".join(sizes))
+    announce_data(images, groups, rt)
     batches = Batches(images, args.batch_size, args.seed, rt.device, resample=args.resample)
     flip = images.flip if args.flip is None else args.flip
     flip = flip and not args.ada            # which mirrors them itself

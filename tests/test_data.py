@@ -852,6 +852,14 @@ def test_balanced_reference(tmp_path, data_dir):
     assert len(images.labels) == 1497 and words == "full training set"
 
 
+def test_a_set_without_a_long_tail_is_said(capsys):
+    for labels, said in (([0, 0, 1, 1], True), ([0, 0, 0, 1], False)):
+        pixels = np.zeros((4, 8, 8, 3), np.uint8)
+        images = data.ImageSet("birds", pixels, np.array(labels), ["a", "b"])
+        train.announce_data(images, {}, Namespace(print=print))
+        assert ("equally large" in capsys.readouterr().out) == said
+
+
 def test_training_on_a_folder(tmp_path, capsys):
     root = make_folder(tmp_path / "birds", [30, 20, 12])
     data = ["--dataset", "folder", "--data-dir", root]

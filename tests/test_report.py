@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 from conftest import ROOT, call
+from matplotlib.figure import Figure
 from PIL import Image
 from test_mistakes import refuses
 from test_run_all import record
@@ -244,6 +245,13 @@ def test_demo_page(tmp_path):
     assert "| real against real |  | 0.50 | 0.50 | 0.50 | 0.50 |  |" in page
     assert "| CM | 1.5 | 8.00 | 8.00 | 8.00 | 8.00 | 62.5% |" in page
     assert "(groups.png)" in page and (tmp_path / "page/groups.png").exists()
+
+
+def test_labels_of_bars_have_no_exponent():
+    groups = {name: {"fd": fd} for name, fd in (("Many", 13156.2), ("Medium", 999.7), ("Few", 9.1))}
+    ax = Figure().add_subplot()
+    report.draw_groups(ax, [("DDPM", {"groups": groups})], {"Many": 1.0, "Medium": 1.0, "Few": 1.0})
+    assert [text.get_text() for text in ax.texts] == ["13156", "1000", "9.1"]
 
 
 def test_demo_page_refuses_images_of_others(tmp_path, capsys):
