@@ -451,3 +451,17 @@ def test_attention_with_its_own_width_of_keys():
     net = reserve(nn.MultiheadAttention(8, 2, kdim=6, vdim=10), 0.5)
     assert sorted(name for _, name, _ in reserved(net) if "_" in name) == [
         "k_proj_weight", "q_proj_weight", "v_proj_weight"]
+
+
+def test_ranks_and_shapes_at_their_bounds():
+    part = reserve(nn.Linear(4, 6), rank=100).parametrizations.weight[0]
+    assert part.rank == 4 and 0.35 < part.A.abs().max() <= 0.5          # uniform to 1 / sqrt(k)
+    part = reserve(nn.Conv2d(8, 12, (3, 1)), 0.25, "kernel").parametrizations.weight[0]
+    assert part.A.shape == (2 * 3, 8) and part.B.shape == (12 * 3, 2 * 3)
+
+
+def test_theta_g_alone_trains_w_g():
+    layer = reserve(nn.Linear(4, 4))
+    with general_only(layer):
+        layer(torch.ones(1, 4)).sum().backward()
+    assert layer.parametrizations.weight.original.grad.abs().max() > 0
