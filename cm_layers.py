@@ -15,8 +15,11 @@ Keys in the state dict while reserved: `NAME.parametrizations.weight.original` (
 
 Where a part of the network is recomputed in the backward pass, use `checkpoint` of this file
 (diffusers: net.enable_gradient_checkpointing(partial(checkpoint, net))): torch's own would
-recompute theta^g's pass with theta, and is refused. Merge PEFT's adapters after this file's parts,
-not before: PEFT writes into W^g, which a parametrized layer computes anew.
+recompute theta^g's pass with theta, and is refused.
+
+Merge PEFT's adapters after this file's parts, not before: PEFT writes into a weight that a reserved
+layer computes anew in every call, so the adapter is lost. merge refuses it while PEFT's layers are
+there; after PEFT's merge_and_unload nothing tells.
 """
 import math
 import warnings
@@ -130,11 +133,12 @@ def reserve(module: nn.Module, rank_ratio: float = 0.1, form: str = "flat",
     rank: that of every BA, in place of the ratio.
     Of a weight that is parametrized already, W^g is the value that it has.
     Warns of layers with matrices of a kind that it does not know. Raises ValueError where nothing
-    can be reserved, or it is reserved already, or a weight is computed by a hook, or the ratio or
-    form is out of range.
+    can be reserved, or it is reserved already, or a weight is computed by a hook, or PEFT has
+    merged an adapter that it can take out again, or the ratio or form is out of range.
     """
     if is_reserved(module):
         raise ValueError("this module is reserved already")
+    refuse_merged_adapters(module)
     chosen = [found for found in matrices(module) if where(*found[:2])]
     if not chosen:
         raise ValueError("found no Linear, convolution or attention weight to reserve")
@@ -218,10 +222,12 @@ def merge(module: nn.Module, branch: str = "full") -> nn.Module:
     are a plain module's. A weight that was tied to another one is not any more: the two differ by
     BA (before transformers saves such a network, set its config.tie_word_embeddings to False, or
     loading ties them again). On a module without reserved weights it does nothing, so it can be
-    called twice. Raises ValueError for another branch.
+    called twice. Raises ValueError for another branch, and where PEFT has merged an adapter before.
     """
     if branch not in ("full", "general"):
         raise ValueError(f"branch must be 'full' or 'general', not {branch!r}")
+    if is_reserved(module):
+        refuse_merged_adapters(module)
     for owner, name, low_rank in list(reserved(module)):
         low_rank.general_only = branch == "general"
         give_own_class(owner)
@@ -234,6 +240,17 @@ def merge(module: nn.Module, branch: str = "full") -> nn.Module:
         order = [p for p in low_rank.order if p in owner._parameters]
         owner._parameters.update({p: owner._parameters.pop(p) for p in order})
     return module
+
+
+def refuse_merged_adapters(module: nn.Module) -> None:
+    """Raise ValueError where a layer of PEFT says that its adapter is in the weight.
+
+    PEFT cannot add it to a reserved weight, nor take it out of one.
+    """
+    for name, layer in module.named_modules():
+        if getattr(layer, "merged_adapters", None):
+            raise ValueError(f"{name}: PEFT has merged an adapter, which a reserved weight does "
+                             "not keep; call unmerge_adapter(), and merge PEFT's after this one")
 
 
 def give_own_class(module: nn.Module) -> None:

@@ -369,3 +369,99 @@ def test_diffusers_unet():
     merge(net)
     assert_close(run(), before, atol=1e-5, rtol=1e-5)
     assert list(net.state_dict()) == names
+
+
+def bert_with_adapter():
+    """transformers' BERT with PEFT's LoRA on its queries, and a function that runs a network."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import BertConfig, BertModel
+    torch.manual_seed(0)
+    config = BertConfig(vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+                        intermediate_size=32)
+    adapter = LoraConfig(r=2, lora_alpha=6, target_modules=["query"], init_lora_weights=False)
+    net = get_peft_model(BertModel(config), adapter).eval()
+    words = torch.arange(6)[None]
+    return net, lambda net: net(words).last_hidden_state
+
+
+def query_of(net):
+    """The query layer of bert_with_adapter's network, PEFT's or BERT's own."""
+    return dict(net.named_modules())[next(
+        name for name, _ in net.named_modules() if name.endswith("attention.self.query"))]
+
+
+def test_a_peft_adapter_merged_after_ours_adds_up():
+    net, run = bert_with_adapter()
+    plain = run(net)
+    reserve(net, 0.5, where=lambda name, layer: "lora" not in name)
+    assert torch.equal(run(net), plain)
+    randomize_B(net, 0.3)
+    before = run(net)
+    with general_only(net):
+        assert_close(run(net), plain)
+    query = query_of(net)
+    chain = query.base_layer.parametrizations.weight
+    lora = query.lora_B["default"].weight @ query.lora_A["default"].weight
+    expected = chain.original + chain[0].B @ chain[0].A + 6 / 2 * lora
+    merge(net)
+    # PEFT freezes W^g, and the merged weight stays frozen
+    assert not query.base_layer.weight.requires_grad
+    net = net.merge_and_unload()
+    assert_close(query_of(net).weight, expected)
+    assert_close(run(net), before, atol=1e-5, rtol=1e-5)
+
+
+def test_reserved_adapters_of_peft():
+    """The adapter's own matrices are Linears, and are reserved as others are."""
+    net, run = bert_with_adapter()
+    reserve(net, 0.5)
+    assert parametrize.is_parametrized(query_of(net).lora_A["default"])
+    randomize_B(net, 0.3)
+    before = run(net)
+    net = merge(net).merge_and_unload()
+    assert_close(run(net), before, atol=1e-5, rtol=1e-5)
+
+
+def test_a_peft_adapter_merged_before_ours():
+    net, run = bert_with_adapter()
+    reserve(net, 0.5)
+    randomize_B(net, 0.3)
+    before = run(net)
+    unloaded = copy.deepcopy(net).merge_and_unload()
+    assert (run(merge(unloaded)) - before).abs().max() > 0.01           # it is lost
+    net.merge_adapter()
+    with pytest.raises(ValueError, match="query: PEFT has merged an adapter.*unmerge_adapter"):
+        merge(net)
+    net.unmerge_adapter()
+    assert_close(run(merge(net)), before, atol=1e-5, rtol=1e-5)
+    net.merge_adapter()
+    with pytest.raises(ValueError, match="query: PEFT has merged an adapter"):
+        reserve(net)
+    assert_close(run(merge(net)), before, atol=1e-5, rtol=1e-5)         # nothing reserved: nothing
+
+
+def test_others_conv_classes_are_reserved_too():
+    """Of every dimension, transposed ones as well, and the whole rank."""
+    for layer in (nn.Conv1d(4, 6, 3), nn.Conv3d(4, 6, 3), nn.ConvTranspose2d(4, 6, 3)):
+        rows = layer.weight.shape[0]
+        assert reserve(layer, 1.0).parametrizations.weight[0].rank == rows
+
+
+def test_attention_with_its_own_width_of_keys():
+    net = reserve(nn.MultiheadAttention(8, 2, kdim=6, vdim=10), 0.5)
+    assert sorted(name for _, name, _ in reserved(net) if "_" in name) == [
+        "k_proj_weight", "q_proj_weight", "v_proj_weight"]
+
+
+def test_ranks_and_shapes_at_their_bounds():
+    part = reserve(nn.Linear(4, 6), rank=100).parametrizations.weight[0]
+    assert part.rank == 4 and 0.35 < part.A.abs().max() <= 0.5          # uniform to 1 / sqrt(k)
+    part = reserve(nn.Conv2d(8, 12, (3, 1)), 0.25, "kernel").parametrizations.weight[0]
+    assert part.A.shape == (2 * 3, 8) and part.B.shape == (12 * 3, 2 * 3)
+
+
+def test_theta_g_alone_trains_w_g():
+    layer = reserve(nn.Linear(4, 4))
+    with general_only(layer):
+        layer(torch.ones(1, 4)).sum().backward()
+    assert layer.parametrizations.weight.original.grad.abs().max() > 0

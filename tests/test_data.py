@@ -56,6 +56,7 @@ def test_long_tail_of_unequal_classes():
     counts = [148, 106, 76, 54, 39, 28, 20, 14, 10, 7]
     assert long_tail_counts(available, 20).tolist() == counts
     assert long_tail_counts([10, 90], 2).tolist() == [10, 5]
+    assert long_tail_counts([90, 10], 10).tolist() == [50, 5]           # n_max: at most N / C
     with pytest.raises(UserError, match="--ir 2000"):
         long_tail_counts([100, 100], 2000)
 
@@ -68,6 +69,22 @@ def test_class_groups():
     assert sizes(100) == {"Many": (0, 32, 33), "Medium": (33, 65, 33), "Few": (66, 99, 34)}
     assert class_groups([1, 9, 5])["Many"] == [1]
     assert class_groups([5, 1]) == {}
+
+
+def test_groups_of_equal_classes_follow_their_numbers():
+    assert class_groups([2, 2, 2, 2]) == {"Many": [0], "Medium": [1], "Few": [2, 3]}
+
+
+def test_another_seed_draws_other_images():
+    labels = np.arange(400) % 4
+    rng = np.random.RandomState(3)
+    expected = []
+    for c, n in enumerate(long_tail_counts([100] * 4, 10)):
+        members = np.flatnonzero(labels == c)
+        rng.shuffle(members)
+        expected.extend(members[:n])
+    assert long_tail(labels, 10, seed=3).tolist() == sorted(expected)
+    assert long_tail(labels, 10).tolist() != sorted(expected)
 
 
 def test_resolve_classes():
@@ -165,6 +182,17 @@ def test_batches_are_a_pure_function_of_seed_and_step(digits):
     x_map, y_map = Batches(digits, 64, 0, "cpu", limit=0).at(9)     # from the memory map instead
     assert torch.equal(x, x_map) and torch.equal(y, y_map)
     assert torch.equal(to_uint8(x), torch.from_numpy(digits.images[fresh.rows(9)]))
+
+
+@pytest.mark.parametrize("Q", [0, 0.5])
+def test_resampled_classes_are_drawn_by_their_sizes_power(digits, Q):
+    """--resample Q: class c with probability proportional to N_c^Q, images more than once."""
+    batches = Batches(digits, 64, 0, "cpu", resample=Q)
+    rows = np.concatenate([batches.order(epoch) for epoch in range(20)])
+    got = np.bincount(digits.labels[rows], minlength=10) / len(rows)
+    expected = digits.counts ** Q / (digits.counts ** Q).sum()
+    assert np.abs(got - expected).max() < 0.02
+    assert len(set(batches.order(0))) < len(digits.labels)
 
 
 def test_uint8_rounds_and_clips():

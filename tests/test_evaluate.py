@@ -104,6 +104,27 @@ def test_precision_and_recall(k):
     assert metrics.precision_recall(a, a, k) == (1, 1)
 
 
+def test_the_floor_is_of_disjoint_halves():
+    """Literally: the mean over ten divisions of the distance between one half and the other."""
+    a = gaussian_features(101, 4, D=5)[0]
+    rng = np.random.RandomState(0)
+    orders = [rng.permutation(101) for _ in range(10)]
+    expected = np.mean([metrics.distance_of(a[o[::2]], a[o[1::2]]) for o in orders])
+    assert metrics.floor_of(a) == pytest.approx(expected, rel=1e-9) and expected > 0
+
+
+def test_the_settings_are_torch_fidelitys():
+    from torch_fidelity.defaults import DEFAULTS
+    ours = (metrics.KID_SUBSETS, metrics.KID_SIZE, metrics.IS_SPLITS, metrics.METRIC_SEED)
+    names = ("kid_subsets", "kid_subset_size", "isc_splits", "rng_seed")
+    assert ours == tuple(DEFAULTS[name] for name in names)
+
+
+def test_equal_distances_are_inside():
+    same = np.zeros((6, 2), np.float32)
+    assert metrics.precision_recall(same, same) == (1, 1)
+
+
 def test_a_collapsed_generator_has_precision_and_no_recall():
     real = gaussian_features(500, 500, D=8)[1]
     noise = np.random.RandomState(1).randn(500, 8).astype(np.float32)

@@ -4,6 +4,7 @@ Corrections: (D.3) is printed as x_t / sqrt(a_t) - x_ref, here (x_t - sqrt(ab) x
 ab). Algorithm C.1 is printed with sqrt(a_t) x + (1 - a_t) eps, here sqrt(ab) x_0 + sqrt(1 - ab)
 eps. Eq. (2)'s divergence is printed without a bound.
 """
+import inspect
 import json
 import math
 import subprocess
@@ -22,6 +23,7 @@ from data import to_float
 from losses import (BASES, FLAGS, CMConfig, Objective, Predictions, bind, cbdm, choose,
                     class_weights, cm_terms, draw_batch, oc_target, options_of)
 from model import distance, make_alphas_bar, q_sample
+from runtime import generator
 
 COUNTS = [148, 106, 76, 54, 39, 28, 20, 14, 10, 7]
 AB = make_alphas_bar()
@@ -384,6 +386,30 @@ def test_cm_fraction_per_part_of_a_batch(digits):
     objective.cm = CMConfig(cm_fraction=0.5, lam=0)         # no second pass, and none to choose for
     assert Objective(net=objective.net, base=objective.base, counts=COUNTS, alphas_bar=AB,
                      cm=objective.cm).two_passes is False
+
+
+def test_the_choice_follows_the_larger_weight_and_changes_with_step_and_part(digits):
+    """Of Eq. (3)'s two weights of an image's own class."""
+    objective, batch = setup(digits, cm=CMConfig(cm_fraction=0.5))
+    n = len(batch.pool_y) // 2
+    largest = torch.maximum(objective.w_con_y, objective.w_div_y)
+    for step, part in ((3, 0), (3, 1), (4, 1)):
+        g = generator("cpu", 0, "general", step, part)
+        order, scale = choose(largest[batch.pool_y[part * n:][:n]], 0.5, g)
+        got = draw_batch(batch.pool_x_0, batch.pool_y, objective, seed=0, step=step, part=part,
+                         parts=2)
+        assert torch.equal(got.y, batch.pool_y[part * n + order])
+        assert torch.equal(got.scale, scale)
+
+
+def test_half_an_image_is_rounded_to_the_nearest():
+    assert len(choose(torch.ones(10), 0.27, torch.Generator())[1]) == 3
+
+
+def test_defaults_of_the_objective():
+    assert CMConfig() == CMConfig(1.0, 1.0, 1.0, 0.01, False, 1.0)
+    defaults = {name: p.default for name, p in inspect.signature(Objective).parameters.items()}
+    assert (defaults["label_drop"], defaults["ada"], defaults["y_prime"]) == (0.1, 0.0, "uniform")
 
 
 def test_class_weights():

@@ -73,6 +73,34 @@ def test_the_logsnr_grid():
     assert many[0] == 999 and many[-50:] == list(range(49, -1, -1))
 
 
+def test_settings_of_the_default_command():
+    parser = sample.make_parser()
+    args = parser.parse_args(["--ckpt", "ckpt.pt"])
+    settings = {"seed": 0, "sampler": "ddim", "grid": "uniform", "eta": 0.0, "guidance": 1.5,
+                "steps": 50, "clip": True}
+    assert sample.sampling_settings(args, "diffusion") == settings
+    assert (args.branch, args.weights, args.num) == ("full", "ema", 100)
+    args = parser.parse_args(["--ckpt", "ckpt.pt", "--sampler", "dpm", "--no-clip"])
+    changed = {"sampler": "dpm", "steps": 15, "clip": False, "order": 3}
+    assert sample.sampling_settings(args, "diffusion") == {**settings, **changed}
+    assert sample.STEPS == {"ddim": 50, "ddpm": 1000, "dpm": 15, "dpm++": 15, "consistency": 2}
+
+
+def test_the_noise_of_eta_is_equation_16s():
+    """Song et al.: sigma^2 = eta^2 (1 - ab_next) / (1 - ab) (1 - ab / ab_next), on a wide step."""
+    x = torch.ones(1, dtype=torch.float64)
+    ab, ab_0 = float(AB[600]), float(AB[200])
+    sigma = 0.5 * math.sqrt((1 - ab_0) / (1 - ab) * (1 - ab / ab_0))
+    x_200 = math.sqrt(ab_0 / ab) + 2 * sigma
+    got = sample.ddim(lambda x, t: 0 * x, x, AB, [600, 200], lambda: 2 * x, eta=0.5)
+    assert_close(got, x * x_200 / math.sqrt(ab_0))
+
+
+def test_ten_classes_are_evenly_spread():
+    assert sample.ten_classes(100) == [0, 11, 22, 33, 44, 55, 66, 77, 88, 99]
+    assert sample.ten_classes(3) == [0, 1, 2]
+
+
 def test_timesteps_of_dpm_end_before_0():
     assert sample.timesteps_of("dpm", AB, 4, "uniform") == [800, 600, 400, 200]
     assert sample.timesteps_of("dpm++", AB, 4, "uniform") == [750, 500, 250, 0]
