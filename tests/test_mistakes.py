@@ -275,7 +275,8 @@ moments = random.Random(0)
 
 def save(step):
     model = {str(i): torch.full((1000,), step) for i in range(50)}
-    parts = {**dict.fromkeys(disk.REQUIRED["diffusion"]), "config": {}}
+    parts = {**dict.fromkeys(disk.REQUIRED["diffusion"]), "network": {}, "ema": {},
+             "config": {"dtype": "float32"}, "data": {"class_names": []}}
     disk.save(path, {**parts, "kind": "diffusion", "step": step, "model": model})
 
 save(0)
