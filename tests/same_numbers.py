@@ -109,7 +109,10 @@ def train_all(out, data, steps=10):
             continue                # an older checkout, which augments otherwise
         call("train", *TRAIN, *flags, "--steps", steps, "--data-dir", data, "--out", out / name)
         result[f"train {name}"] = {**weights_of(out / name), **log_of(out / name)}
-    call("train", *TRAIN, "--base", "cbdm", "--init-from", "cbdm-no-cm/ckpt.pt", "--lora",
+    start = Path("lora-from.pt")
+    if not start.exists():              # a run goes on from the file that it began with
+        shutil.copy("cbdm-no-cm/ckpt.pt", start)
+    call("train", *TRAIN, "--base", "cbdm", "--init-from", start, "--lora",
          "--steps", steps, "--data-dir", data, "--out", out / "lora")
     result["train lora"] = {**weights_of(out / "lora"), **log_of(out / "lora")}
     return result
