@@ -97,6 +97,7 @@ class GroupNormSiLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor, groups: int,
                 eps: float, silu: bool) -> Tensor:
+        """x, result: (N, C, H, W). weight, bias: (C,). Sums are made in float32 or more."""
         N, C = x.shape[:2]
         x_32 = GroupNormSiLU.accurate(x)
         var, mean = torch.var_mean(x_32, dim=(2, 3), correction=0)
@@ -111,6 +112,7 @@ class GroupNormSiLU(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple:
+        """grad (N, C, H, W) -> the gradients of x, weight and bias; None for the others."""
         x, weight, bias, mean_g, rstd = ctx.saved_tensors
         N, C, H, W = x.shape
         G = mean_g.shape[1]

@@ -207,7 +207,7 @@ if [[ $SCALE == demo ]]; then
   FEATURES=$ROOT/classifier/ckpt.pt
   python classify.py --dataset digits --epochs 10 --out "$ROOT/classifier" --if-needed
 else
-  PRESET=${PRESET:-paper}       # also on a CPU, where train.py's default is another
+  PRESET=${PRESET:-paper}       # also on a CPU, where train.py takes tiny for folder
   case $TARGET in
     table4) DATASET=${DATASET:-celebahq} ;;
     table5) DATASET=${DATASET:-imagenet-lt} ;;

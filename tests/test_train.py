@@ -314,7 +314,7 @@ def test_a_compiler_that_is_missing(tmp_path, data_dir, monkeypatch, capsys):
 
 
 def test_when_ranks_agree_on_signals():
-    """One process, CPUs, or several passes a step: after every step. GPUs: every ten steps."""
+    """One process, CPUs, or several passes per step: after every step. GPUs: every ten steps."""
     def steps(device, world, accumulate):
         rt = runtime.Runtime(torch.device(device), torch.float32, 0, world)
         args = SimpleNamespace(accumulate=accumulate)
