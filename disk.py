@@ -68,8 +68,10 @@ def writing(path, flag="--out"):
     """Within, a failure to write becomes a UserError that names the file and the flag."""
     try:
         yield
-    except (OSError, RuntimeError) as e:        # torch.save reports a full disk as a RuntimeError
-        raise UserError(f"{flag}: cannot write {path} ({e}); free some space or choose another "
+    except (OSError, RuntimeError) as e:
+        # torch.save raises a RuntimeError while it handles the disk's own error
+        why = e.__context__ if isinstance(e.__context__, OSError) else e
+        raise UserError(f"{flag}: cannot write {path} ({why}); free some space or choose another "
                         f"folder with {flag}") from e
 
 
@@ -339,7 +341,10 @@ class Checkpoint(dict):
 
 def save(path, value, flag="--out"):
     """torch.save a dict of tensors and plain types, marked as ours, atomically."""
-    write_atomic(path, lambda p: torch.save({"format": FORMAT, **value}, p), flag)
+    def write(temporary):
+        with open(temporary, "wb") as f:        # given a name, torch hides the disk's own error
+            torch.save({"format": FORMAT, **value}, f)
+    write_atomic(path, write, flag)
 
 
 def load(path, kinds, flag="--ckpt"):

@@ -5,6 +5,7 @@ Nothing is lost. And what users have stays valid: their files, and files of olde
 import errno
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -331,8 +332,8 @@ def test_a_folder_that_cannot_be_written(capsys, cm_run, data_dir, tmp_path, mon
     shutil.copytree(cm_run, run)
     before = (run / "ckpt.pt").read_bytes()
 
-    def full_disk(value, path):
-        Path(path).write_bytes(b"half of it")
+    def full_disk(value, f):
+        f.write(b"half of it")
         raise OSError(errno.ENOSPC, "No space left on device")
     monkeypatch.setattr(torch, "save", full_disk)
     common = (*TINY_FLAGS, "--data-dir", data_dir)
@@ -342,6 +343,18 @@ def test_a_folder_that_cannot_be_written(capsys, cm_run, data_dir, tmp_path, mon
     (tmp_path / "file").write_text("in the way")
     refuses(capsys, train.main, *common, "--out", tmp_path / "file/run", "--steps", 2,
             says=["--out"])
+
+
+def test_the_disks_own_error_is_said(tmp_path):
+    """A write that the system cuts short, as a full disk does: torch's message hides why."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limit[1]))
+    try:
+        with pytest.raises(UserError, match=r"--out: cannot write .*File too large"):
+            disk.save(tmp_path / "ckpt.pt", {"model": torch.zeros(100_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_log_that_cannot_be_written(capsys, data_dir, tmp_path):
