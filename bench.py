@@ -421,6 +421,8 @@ def main():
     disk.check_writable(out / "bench.json")
 
     # What is measured
+    if args.dtype in ("tf32", "float16"):
+        raise UserError(f"--dtype {args.dtype}: bench.py compares float32 and bfloat16")
     rt = runtime.setup(args.device, args.dtype)
     cuda = rt.device.type == "cuda"
     dtypes = [torch.float32, torch.bfloat16] if args.dtype == "auto" else [rt.dtype]

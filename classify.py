@@ -922,6 +922,9 @@ def main():
     args = resolve(parser.parse_args(), parser.given)
     out = Path(args.out)
     old, rt = disk.resume(args, ["classifier"])
+    if rt.dtype == torch.float16:
+        raise UserError("--dtype float16: only train.py and latent.py scale the loss for it; take "
+                        "float32")
     if args.batch_size % rt.world:
         raise UserError(f"--batch-size {args.batch_size}: not divisible by {rt.world} processes; "
                         f"it counts the images of all of them")

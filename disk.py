@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from runtime import UserError, dtype_name, flag_of, setup
+from runtime import UserError, flag_of, setup
 
 try:
     import fcntl
@@ -406,7 +406,7 @@ def resume(args, kinds):
     old = load(path, kinds, "--out") if os.path.lexists(path) else None
     keeps = old is not None and args.dtype == "auto"
     rt = setup(args.device, old["config"]["dtype"] if keeps else args.dtype)
-    args.dtype = dtype_name(rt.dtype)
+    args.dtype = rt.dtype_name()
     return old, rt
 
 

@@ -238,7 +238,7 @@ def from_checkpoint(args, ckpt, rt):
     words = (f"{args.ckpt} (step {ckpt['step']:,}, {args.weights} weights, {args.branch} branch; "
              f"{sampling['sampler']}, {sampling['steps']} steps, "
              f"guidance {sampling['guidance']:g}, {clipped(sampling)}, "
-             f"{runtime.dtype_name(rt.dtype)})")
+             f"{rt.dtype_name()})")
     return Subject(words, made, data, data["dataset"], None, net, sampling, image_shape(ckpt))
 
 
@@ -542,7 +542,8 @@ def make_metrics(args, comparison, extractor, rt):
     output_classes = None
     if ours and theirs and sorted(ours) == sorted(theirs):      # in any order
         output_classes = np.array([ours.index(name) for name in theirs])
-    return Metrics(extractor.inception, args.k, args.floor, rt.device, output_classes)
+    return Metrics(extractor.inception, args.k, args.floor, runtime.place_of_float64(rt.device),
+                   output_classes)
 
 
 def weak_classes(real, metrics, class_names):
@@ -780,7 +781,7 @@ def settings_of(args, comparison, extractor, rt):
         "reference_sha256": comparison.reference.sha256, **comparison.assumed,
         "num": comparison.num, "num_group": comparison.num_group, "per_class": args.per_class,
         "k": args.k, "features": extractor.name, "features_sha256": extractor.sha256,
-        "dtype": str(rt.dtype), "floor": args.floor, "kid_subsets": KID_SUBSETS,
+        "dtype": rt.precision(), "floor": args.floor, "kid_subsets": KID_SUBSETS,
         "kid_subset_size": KID_SIZE, "is_splits": IS_SPLITS, "metric_seed": METRIC_SEED}
 
 

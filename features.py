@@ -147,10 +147,11 @@ class Extractor:
         self.check(images)
         images = np.ascontiguousarray(images[..., :self.channels])
         x = torch.from_numpy(images).to(self.rt.device)
-        if self.resizes:
-            features, logits = self.net(x.permute(0, 3, 1, 2))
-        else:
-            features, logits = features_and_logits(self.net, to_float(x))
+        with runtime.without_tf32():
+            if self.resizes:
+                features, logits = self.net(x.permute(0, 3, 1, 2))
+            else:
+                features, logits = features_and_logits(self.net, to_float(x))
         return features.float().cpu().numpy(), logits.float().cpu().numpy()
 
     def extract(self, at, n, title, shared=True):

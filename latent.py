@@ -589,7 +589,7 @@ def main_sample(argv):
     name = args.model or config["model"]
     revision = config.get("revision") if name == config["model"] else None
     record = {**describe(args, ckpt, settings), "model": name, "revision": revision,
-              "model_sha256": ckpt.get("model_sha256"), "num": args.num, "dtype": str(rt.dtype)}
+              "model_sha256": ckpt.get("model_sha256"), "num": args.num, "dtype": rt.precision()}
     if args.branch == "general" and not config["cm"]:
         raise UserError("--branch general: this checkpoint has no reserved capacity (it was "
                         "trained with --no-cm)")

@@ -19,8 +19,9 @@ predictions as one call.
 import inspect
 from argparse import Namespace
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from numpy.typing import ArrayLike
@@ -30,7 +31,7 @@ import consistency
 from augment import augment
 from cm_layers import general_only, is_reserved
 from model import distance, extract, q_sample
-from runtime import generator, integer, number, one_of
+from runtime import generator, integer, number, one_of, place_of_float64
 
 
 # --------------------------------------------------------------------------------------------------
@@ -69,13 +70,15 @@ def draw_batch(x_0: Tensor, y: Tensor, obj: "Objective", *, seed: int, step: int
     with probability 1/2. dtype: of the masks, the one that the network computes in.
     """
     G = len(x_0)
-    device = x_0.device
+    goes_to = x_0.device
+    device = place_of_float64(goes_to)      # a device without it gets the CPU's numbers
+    x_0, y = x_0.to(device), y.to(device)
     g = generator(device, seed, "step", step)
     t, t_below, weight = obj.base.draw_t(obj.alphas_bar, G, step, g)
     eps = torch.randn(x_0.shape, generator=g, device=device)
     dropped = torch.rand(G, generator=g, device=device) < obj.label_drop
     mirrored = torch.rand(G, generator=g, device=device) < 0.5
-    y_prime = torch.multinomial(obj.y_prime_weights, G, replacement=True, generator=g)
+    y_prime = torch.multinomial(obj.y_prime_weights.to(device), G, replacement=True, generator=g)
     gumbel = -torch.empty(G, G, device=device).exponential_(generator=g).log()
     if flip:
         x_0 = torch.where(mirrored[:, None, None, None], x_0.flip(3), x_0)
@@ -93,15 +96,17 @@ def draw_batch(x_0: Tensor, y: Tensor, obj: "Objective", *, seed: int, step: int
     own = slice(part * G // parts, (part + 1) * G // parts)
     scale = None
     if obj.two_passes and obj.cm.cm_fraction < 1:
-        order, scale = choose(torch.maximum(obj.w_con_y, obj.w_div_y)[y[own]], obj.cm.cm_fraction,
+        importance = torch.maximum(obj.w_con_y, obj.w_div_y).to(device)[y[own]]
+        order, scale = choose(importance, obj.cm.cm_fraction,
                               generator(device, seed, "general", step, part))
         own = part * G // parts + order
-    return Batch(
+    batch = Batch(
         x_0=x_0[own], y=y[own], y_in=torch.where(dropped, -1, y)[own], t=t[own], eps=eps[own],
         y_prime=y_prime[own], pool_x_0=x_0, pool_y=y, gumbel=gumbel[own],
         masks_encode=masks_encode, masks_decode=masks_decode, masks_general=masks_general,
         a=None if a is None else a[own], t_below=None if t_below is None else t_below[own],
         weight=None if weight is None else weight[own], scale=scale)
+    return each(batch, lambda values: values.to(goes_to))
 
 
 def choose(importance: Tensor, fraction: float,
@@ -129,11 +134,12 @@ def choose(importance: Tensor, fraction: float,
     return order, (m / (B * p[order[:m]])).float()
 
 
-def first(values: Tensor | list | tuple, m: int) -> Tensor | list | tuple:
-    """The first m images of tensors in nested lists and tuples; other values as they are."""
+def each(values: Any, fn: Callable) -> Any:
+    """fn of every tensor in nested lists and tuples; other values as they are."""
     if isinstance(values, (list, tuple)):
-        return type(values)(first(value, m) for value in values)
-    return values[:m] if isinstance(values, Tensor) else values
+        parts = [each(value, fn) for value in values]
+        return type(values)(*parts) if hasattr(values, "_fields") else type(values)(parts)
+    return fn(values) if isinstance(values, Tensor) else values
 
 
 def uniform_t(alphas_bar: Tensor, n: int, step: int,
@@ -157,7 +163,8 @@ class Predictions:
         """eps_{theta^g}(x_t, t, y) float32: (B, C, H, W), or (m, C, H, W), see Batch.scale."""
         encoded, masks = self.encoded, self.batch.masks_general
         if self.batch.scale is not None:
-            encoded, masks = first((encoded, masks), len(self.batch.scale))
+            m = len(self.batch.scale)
+            encoded, masks = each((encoded, masks), lambda values: values[:m])
         with general_only(self.net.decoder):
             return self.net.decode(*encoded, masks).float()
 
@@ -264,7 +271,7 @@ def rop(pred: Predictions, batch: Batch, obj: "Objective", *, rop_weight: float 
     hinge = (rop_margin - distance(pred.eps, other)).clamp(min=0)
     base, _ = ddpm(pred, batch, obj)
     active = (batch.y_in >= 0) & (batch.y_prime != batch.y)
-    time_weights = rop_time_weights(obj.alphas_bar).float()[batch.t]
+    time_weights = rop_time_weights(obj.alphas_bar).float().to(batch.t.device)[batch.t]
     overlap = (time_weights * active * hinge).mean()
     return base + rop_weight * overlap, {"base": base, "overlap": overlap}
 
@@ -413,6 +420,15 @@ class Objective(nn.Module):
         self.register_buffer("y_prime_weights", y_prime_weights, persistent=False)
         self.register_buffer("w_con_y", w_con_y.float(), persistent=False)
         self.register_buffer("w_div_y", w_div_y.float(), persistent=False)
+
+    def _apply(self, fn: Callable, *args: Any) -> "Objective":
+        """Module.to, but alphas_bar, in float64, stays on the CPU for a device that has none."""
+        alphas_bar = self._buffers.pop("alphas_bar")
+        super()._apply(fn, *args)
+        with suppress(TypeError):           # what MPS raises
+            alphas_bar = fn(alphas_bar)
+        self._buffers["alphas_bar"] = alphas_bar
+        return self
 
     def forward(self, batch: Batch) -> tuple[Tensor, Terms, Tensor]:
         """(total, terms, D) of one Batch, see the class."""

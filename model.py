@@ -36,9 +36,10 @@ def make_alphas_bar(T: int = 1000, beta_1: float = 1e-4, beta_T: float = 0.02) -
 def extract(values: Tensor, t: Tensor, x: Tensor) -> Tensor:
     """values[t] in x's dtype, shaped (N, 1, ..., 1) to multiply x (N, ...).
 
-    values: (T,). t: (N,) int64.
+    values: (T,) float64, on x's device, or on the CPU for a device without float64. t: (N,) int64.
     """
-    return values.to(x.device)[t].to(x.dtype).view(-1, *[1] * (x.dim() - 1))
+    values = values.to(x.dtype).to(x.device)
+    return values[t].view(-1, *[1] * (x.dim() - 1))
 
 
 def q_sample(x_0: Tensor, t: Tensor, eps: Tensor, alphas_bar: Tensor) -> Tensor:

@@ -28,6 +28,8 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 DEVICES = ("cpu", "cuda", "mps", "xpu")
+NO_FLOAT64 = ("mps",)       # devices that have none
+DTYPES = ("float32", "tf32", "bfloat16", "float16")
 # How long processes wait for each other: in a step on GPUs, where nothing else says that one has
 # ended, and where rank 0 packs 437,513 images or computes metrics
 STEP_WAIT = timedelta(minutes=20)
@@ -207,9 +209,11 @@ class Parser(argparse.ArgumentParser):
         g = self.add_argument_group("every script")
         g.add_argument("--device", default="auto",
                        help="auto (cuda where there is one, else cpu), or a torch device")
-        g.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
+        g.add_argument("--dtype", choices=("auto", *DTYPES), default="auto",
                        help="what the network computes in; weights stay float32. auto: what the "
-                       "checkpoint was trained in, else bfloat16 where the device has it")
+                       "checkpoint was trained in, else bfloat16 where the device has it. tf32: "
+                       "float32 with TF32's products, on CUDA. float16: for GPUs without bfloat16, "
+                       "such as the T4; the loss is scaled")
         g.add_argument("--seed", type=integer(0), default=0,
                        help="everything random follows from it (default: 0)")
         g.add_argument("--out", help=out)
@@ -298,13 +302,15 @@ def duration(seconds):
 class Runtime:
     """Where a script runs: its device, the dtype it computes in, its rank among the processes.
 
-    patient: a gloo group of all processes that waits LONG_WAIT, where there are several.
+    patient: a gloo group of all processes that waits LONG_WAIT, where there are several. tf32:
+    whether float32 products of the network are TF32's.
     """
     device: torch.device
     dtype: torch.dtype
     rank: int = 0
     world: int = 1
     patient: object = None
+    tf32: bool = False
 
     def print(self, *words):
         """Print, from rank 0 only."""
@@ -312,8 +318,16 @@ class Runtime:
             with tqdm.external_write_mode(sys.stdout):      # above a progress bar, not into it
                 print(*words, flush=True)
 
+    def dtype_name(self):
+        """The --dtype that this is: "float32", "tf32", "bfloat16" or "float16"."""
+        return "tf32" if self.tf32 else str(self.dtype).removeprefix("torch.")
+
+    def precision(self):
+        """What results keep of --dtype: "tf32", or the name of a torch.dtype, "torch.float32"."""
+        return "tf32" if self.tf32 else str(self.dtype)
+
     def autocast(self):
-        """The context in which networks are called: bfloat16 autocast, or nothing for float32."""
+        """The context in which networks are called: 16-bit autocast, or nothing for float32."""
         if self.dtype == torch.float32:
             return nullcontext()
         return torch.autocast(self.device.type, self.dtype)
@@ -404,8 +418,7 @@ def find_device(name):
             raise RuntimeError(f"not one of {', '.join(DEVICES)}")
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", local_rank)
-        # The noise schedule is kept in float64, which not every device has
-        torch.zeros(1, device=device, dtype=torch.float64)
+        torch.zeros(1, device=device)
     except (RuntimeError, AssertionError, TypeError) as e:
         why = str(e).splitlines()[0]
         raise UserError(f"--device {name}: this machine cannot use it ({why})") from e
@@ -419,16 +432,48 @@ def setup(device="auto", dtype="auto"):
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True       # batches have one size
-    # float32 is float32, in every script
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    if dtype == "tf32" and device.type != "cuda":
+        raise UserError(f"--dtype tf32: for CUDA devices, and this is {device.type}; take float32")
+    if dtype == "float16" and device.type not in ("cuda", "cpu"):
+        raise UserError(f"--dtype float16: not for {device.type}; take float32")
+    allow_tf32(dtype == "tf32")         # float32 is float32, in every script
     if "RANK" in os.environ and not dist.is_initialized():
         if device.type == "cuda":
             dist.init_process_group("cpu:gloo,cuda:nccl", timeout=STEP_WAIT)
         else:
             dist.init_process_group("gloo", timeout=LONG_WAIT)
     patient = dist.new_group(backend="gloo", timeout=LONG_WAIT) if world > 1 else None
-    bfloat16 = dtype == "bfloat16" or (dtype == "auto" and computes_bfloat16(device))
-    return Runtime(device, torch.bfloat16 if bfloat16 else torch.float32, rank, world, patient)
+    if dtype == "auto":
+        dtype = "bfloat16" if computes_bfloat16(device) else "float32"
+    kind = torch.float32 if dtype == "tf32" else getattr(torch, dtype)
+    return Runtime(device, kind, rank, world, patient, dtype == "tf32")
+
+
+def allow_tf32(on):
+    """Whether CUDA may round the factors of float32 products to TF32's 10 bits."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = on
+
+
+@contextmanager
+def without_tf32():
+    """Within, float32 is float32: for features, which must not depend on --dtype."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    allow_tf32(False)
+    try:
+        yield
+    finally:
+        allow_tf32(before)
+
+
+def place_of_float64(device):
+    """The device itself, or the CPU for a device that has no float64."""
+    device = torch.device(device)
+    return torch.device("cpu") if device.type in NO_FLOAT64 else device
+
+
+def double(x):
+    """A tensor in float64, on the CPU where its device has none."""
+    return x.to(place_of_float64(x.device)).double()
 
 
 def use_all_cores():

@@ -780,7 +780,7 @@ def main():
     rt = runtime.setup(args.device, dtype_of(args, ckpt))
     net = load_network(ckpt, args.weights, args.branch, rt.device)
     record = {**describe(args, ckpt, settings), "classes": classes, "num": args.num,
-              "dtype": str(rt.dtype)}
+              "dtype": rt.precision()}
     if is_done(args, rt, out, record):
         return rt.print(f"{out}: up to date")
 

@@ -409,6 +409,8 @@ class Meter:
         for name, total, images in zip(self.groups, flat[-2 * G:-G], flat[-G:]):
             if images:
                 means[f"D_{name}"] = total / images
+        if means.get("skipped", 1) < 1:         # the norm's mean is of the steps that were taken
+            means["grad_norm"] /= 1 - means["skipped"]
         return means
 
     def state(self):
@@ -542,6 +544,11 @@ class Training:
     weights: callable
     step: int = 0
     ema: dict = field(default_factory=dict)
+    scaler: torch.amp.GradScaler | None = None      # for float16
+
+    def __post_init__(self):
+        if self.rt.dtype == torch.float16:
+            self.scaler = torch.amp.GradScaler(self.rt.device.type)
 
     def start(self, old):
         """Go on from a checkpoint, or from the initial weights where `old` is None."""
@@ -551,11 +558,19 @@ class Training:
         if old:
             self.step = old["step"]
             self.optimizer.load_state_dict(old["optimizer"])
+            if self.scaler:
+                self.scaler.load_state_dict(old["scaler"])
             self.meter.restore(old["window"])
+
+    def refuse_overflow(self, means):
+        """Raise UserError where every step's gradients overflowed, also those of a loss below 1."""
+        if means.get("skipped") == 1 and self.scaler.get_scale() < 1:
+            raise diverged("the share of steps without finite gradients", 1, self.step, self.args)
 
     def state(self):
         """What ckpt.pt keeps, plain types and tensors."""
-        return {**self.record, "step": self.step, **self.weights(),
+        scaler = {"scaler": self.scaler.state_dict()} if self.scaler else {}
+        return {**self.record, "step": self.step, **self.weights(), **scaler,
                 "optimizer": self.optimizer.state_dict(), "window": self.meter.state()}
 
 
@@ -564,15 +579,23 @@ def learning_rate(step, args):
     return args.lr * min(1.0, (step + 1) / max(1, args.warmup))
 
 
-def update(params, ema, optimizer, step, args):
+def update(params, ema, optimizer, step, args, scaler=None):
     """All that follows backward at step `step`: clip, Adam, averaged weights.
 
-    params, ema: lists of tensors. Returns the gradient norm before clipping, 0-d.
+    params, ema: lists of tensors. scaler: the GradScaler by which the loss was multiplied, or None;
+    Adam is skipped where its gradients are not finite. Returns the gradient norm before clipping,
+    0-d.
     """
+    if scaler:
+        scaler.unscale_(optimizer)
     norm = clip_grad_norm_(params, args.grad_clip)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, args)
-    optimizer.step()
+    if scaler:
+        scaler.step(optimizer)
+        scaler.update()
+    else:
+        optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     decay = min(args.ema, (1 + step) / (10 + step))
     get_ema_multi_avg_fn(decay)(ema, params, None)
@@ -588,6 +611,7 @@ def train_step(training, module, batch, stops=lambda: False, bar=None):
     """
     args = training.args
     meter = training.meter
+    scaler = training.scaler
     logged = []
     for k in range(args.accumulate):
         if k and stops():
@@ -600,7 +624,8 @@ def train_step(training, module, batch, stops=lambda: False, bar=None):
         with module.no_sync() if waits else nullcontext():
             with training.rt.autocast():
                 total, terms, D = module(b)
-            (total / args.accumulate).backward()
+            total = total / args.accumulate
+            (scaler.scale(total) if scaler else total).backward()
         logged.append(({name: value.detach() for name, value in terms.items()}, D,
                        b.y[:len(D)], b.scale))
         if bar is not None:
@@ -609,7 +634,11 @@ def train_step(training, module, batch, stops=lambda: False, bar=None):
         meter.add(terms, 1 / args.accumulate)
         meter.add_D(D, y, scale)
     params, ema = list(training.params.values()), list(training.ema.values())
-    norm = update(params, ema, training.optimizer, training.step, args)
+    norm = update(params, ema, training.optimizer, training.step, args, scaler)
+    if scaler:
+        skipped = ~norm.isfinite()
+        meter.add({"skipped": skipped.float()})
+        norm = norm.masked_fill(skipped, 0)
     meter.add({"grad_norm": norm})
     meter.steps += 1
     training.step += 1
@@ -657,6 +686,7 @@ def loop(training, module, batch, log, after_step=None):
         if (logs or saves) and training.meter.steps:
             means = training.meter.means(rt)
             check(means, step, args)
+            training.refuse_overflow(means)
         if logs:
             reporter.report(means)
         reporter.estimate()

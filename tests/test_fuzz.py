@@ -193,7 +193,8 @@ ALL = [(script, flag) for script, parser in PARSERS.items() for flag, _ in flags
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory, cm_run, classifier, digits):
     """Good files for SCRIPTS, and BAD_FILES."""
-    root = tmp_path_factory.mktemp("fuzz")
+    root = tmp_path_factory.mktemp("fuzz") / "two/deep"     # "../.." holds nothing of other tests
+    root.mkdir(parents=True)
     shutil.copy(cm_run / "ckpt.pt", root / "ckpt.pt")
     shutil.copy(classifier, root / "classifier.pt")
     write_good_files(root, digits)
