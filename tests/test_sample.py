@@ -101,9 +101,23 @@ def test_ten_classes_are_evenly_spread():
     assert sample.ten_classes(3) == [0, 1, 2]
 
 
+def test_rows_of_equal_classes_stand_in_their_groups_order():
+    """Of six equal classes 0 and 1 are Many, 4 and 5 Few, in whichever order they are asked for."""
+    drawn, labels = [], [5, 0, 4, 2]
+    images = np.repeat(np.array([5, 0, 4, 2], np.uint8), 64).reshape(4, 8, 8, 1)
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(sample, "draw_bracket", lambda pen, *bracket: drawn.append(bracket[:3]))
+        picture = sample.grid_image(images, labels, list("abcdef"), [9] * 6, labels, columns=1)
+    assert drawn == [("Many", 0, 56), ("Medium", 60, 116), ("Few", 120, 236)]
+    assert [picture.getpixel((picture.width - 20, 60 * r + 9))[0] for r in range(4)] == [0, 2, 4, 5]
+
+
 def test_timesteps_of_dpm_end_before_0():
     assert sample.timesteps_of("dpm", AB, 4, "uniform") == [800, 600, 400, 200]
     assert sample.timesteps_of("dpm++", AB, 4, "uniform") == [750, 500, 250, 0]
+    assert sample.timesteps_of("dpm", AB, 999, "uniform") == list(range(999, 0, -1))
+    with pytest.raises(UserError, match="--steps 1000: dpm takes 999 at most"):
+        sample.timesteps_of("dpm", AB, 1000, "uniform")
 
 
 def test_ddpm_is_algorithm_c1():
