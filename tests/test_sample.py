@@ -54,6 +54,7 @@ def test_timesteps():
     assert t[:2] == [980, 960] and t[-1] == 0 and len(t) == 50
     quad = sample.make_timesteps(AB, 50, "quad")
     assert quad[-1] == 0 and quad[0] in (799, 800) and sorted(quad, reverse=True) == quad
+    assert all(abs(t - (i / 49) ** 2 * 800) <= 1 for i, t in enumerate(quad[::-1]))
     with pytest.raises(UserError, match="--steps"):
         sample.make_timesteps(AB, 1001)
     with pytest.raises(UserError, match="--steps"):
@@ -174,6 +175,18 @@ def test_batch_size_changes_nothing(cm_run, cpu, sampler, eta):
     assert not torch.equal(whole, images(range(16), seed=1))
 
 
+def test_images_of_one_class_differ_and_eta_adds_noise(cm_run, cpu):
+    net = network(cm_run)
+    y = torch.tensor([3, 3])
+
+    def images(**options):
+        return sample.sample_batch(net, y, [5, 8], SHAPE, cpu, steps=4, **options)
+    plain = images()
+    assert (plain[0] - plain[1]).abs().max() > 0.1
+    assert (images(eta=1.0) - plain).abs().max() > 0.1
+    assert torch.equal(images(sampler="dpm"), images(sampler="dpm", order=3))
+
+
 def test_guidance(cm_run, cpu):
     net = network(cm_run)
     y = torch.tensor([3, 4])
@@ -183,7 +196,13 @@ def test_guidance(cm_run, cpu):
     null = net(x, t, torch.tensor([-1, -1]))
     guided = sample.guided(net, y, 1.5, cpu)(x, 100)
     assert torch.allclose(guided, cond + 1.5 * (cond - null))
-    assert torch.equal(sample.guided(net, y, 0, cpu)(x, 100), cond)
+    labels = []
+
+    def watched(x, t, y):
+        labels.append(y.tolist())
+        return net(x, t, y)
+    assert torch.equal(sample.guided(watched, y, 0, cpu)(x, 100), cond)
+    assert labels == [[3, 4]]           # half the time: no pass for Null
 
 
 def inputs():
@@ -660,6 +679,8 @@ def test_dpm_is_diffusers(steps, order, clip):
 
 def test_dpm_of_order_1_is_ddim():
     timesteps = sample.make_timesteps(AB, 20)
+    assert torch.equal(sample.dpm(bumpy, start(), AB, timesteps, None),
+                       sample.dpm(bumpy, start(), AB, timesteps, None, order=3))
     assert_close(sample.dpm(bumpy, start(), AB, timesteps, None, order=1),
                  sample.ddim(bumpy, start(), AB, timesteps, None))
 
