@@ -175,6 +175,34 @@ def test_batch_size_changes_nothing(cm_run, cpu, sampler, eta):
     assert not torch.equal(whole, images(range(16), seed=1))
 
 
+@pytest.mark.parametrize("changed", [
+    {}, {"guidance": 0.0}, {"guidance": 3.0}, {"clip": True}, {"eta": 0.7}, {"grid": "quad"},
+    {"seed": 4}, {"sampler": "ddpm", "steps": 5}, {"sampler": "dpm++", "grid": "logsnr"},
+    {"sampler": "dpm", "order": 2, "clip": True}, {"alphas_bar": AB[:500]}], ids=",".join)
+def test_a_batch_is_what_its_settings_say(changed, cpu):
+    """The sampler called by hand, with noise from (seed, number of the image)."""
+    settings = {"seed": 0, "sampler": "ddim", "steps": 4, "grid": "uniform", "guidance": 1.5,
+                "clip": False, "alphas_bar": AB, **changed}
+    net = tiny_net(None)
+    y, numbers = torch.tensor([3, 3, 7]), [5, 8, 2]
+    got = sample.sample_batch(net, y, numbers, SHAPE, cpu, **{"steps": 4, **changed})
+    generators = [runtime.generator("cpu", settings["seed"], "image", i) for i in numbers]
+
+    def noise():
+        return torch.stack([torch.randn(SHAPE, generator=g) for g in generators])
+    x_T, ab = noise(), settings["alphas_bar"]
+    timesteps = sample.timesteps_of(settings["sampler"], ab, settings["steps"], settings["grid"])
+    own = {name: changed[name] for name in ("eta", "order") if name in changed}
+    with torch.no_grad():
+        expected = sample.SAMPLERS[settings["sampler"]](
+            sample.guided(net, y, settings["guidance"], cpu), x_T, ab, timesteps, noise,
+            limit_of(settings["clip"]), **own)
+    assert_close(got, expected, atol=1e-4, rtol=1e-4)
+    if changed:
+        plain = sample.sample_batch(net, y, numbers, SHAPE, cpu, steps=4)
+        assert not torch.allclose(got, plain, atol=0.01, rtol=0)
+
+
 def test_images_of_one_class_differ_and_eta_adds_noise(cm_run, cpu):
     net = network(cm_run)
     y = torch.tensor([3, 3])
