@@ -7,6 +7,7 @@ A pass keeps tensors for its backward: so many bytes whatever its images, and so
 are counted, not tried out: a trial that does not fit ends the process, or the machine.
 """
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,9 +17,9 @@ from torch.autograd.graph import saved_tensors_hooks
 WORKSPACE = 1.3         # of what is kept: what convolutions and their gradients need beside it
 PROCESS = 200 << 20     # bytes: libraries that the first backward loads
 MARGIN = 0.9            # of what is free: the estimate may be too low
-CGROUPS = (             # (limit, usage): of a container, newer and older kernels
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"))
+CGROUPS = (             # folder, limit, usage, prefix of counters: of newer and older kernels
+    ("/sys/fs/cgroup", "memory.max", "memory.current", ""),
+    ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"))
 
 
 class Memory(NamedTuple):
@@ -40,7 +41,8 @@ def free_memory(device):
         return torch.cuda.mem_get_info(device)[0]
     if device.type != "cpu":
         return None
-    known = [n for n in (available(), *map(left_in_container, CGROUPS)) if n is not None]
+    known = [available(), *(left_in_container(*group) for group in CGROUPS)]
+    known = [n for n in known if n is not None]
     return min(known) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if known else None
 
 
@@ -58,13 +60,20 @@ def available():
         return None
 
 
-def left_in_container(files):
-    """Limit less usage of a container's memory, or None where there is no limit."""
+def left_in_container(folder, limit, usage, prefix):
+    """Limit less usage of a container's memory, or None where there is no limit.
+
+    Copies of files, which its usage counts, go where memory is asked for, such as a pack's.
+    """
+    folder = Path(folder)
     try:
-        limit, usage = (int(Path(path).read_text()) for path in files)
+        left = int((folder / limit).read_text()) - int((folder / usage).read_text())
     except (OSError, ValueError):       # no such file, or the word "max"
         return None
-    return max(0, limit - usage)
+    with suppress(OSError, ValueError):
+        counters = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        left += sum(int(counters.get(f"{prefix}{kind}_file", 0)) for kind in ("active", "inactive"))
+    return max(0, left)
 
 
 def kept_bytes(loss_of, module):

@@ -91,6 +91,16 @@ def group_gradients(objective, images, rows, repeats, params, seed, batch_size):
     return Gradients(sums, len(examples), squares, len(firsts))
 
 
+def objective_of(ckpt, net, counts):
+    """The Objective of a run as its gradients are taken: of whole batches, all labels given.
+
+    With --cm-fraction below 1 draw_batch would give the images in another order than their labels.
+    """
+    cm = CMConfig.of(Namespace(**ckpt["config"]))._replace(cm_fraction=1.0)
+    return Objective(net=net, base=bind("ddpm"), counts=counts, alphas_bar=make_alphas_bar(),
+                     label_drop=0.0, cm=cm)
+
+
 def together(groups):
     """The sums and the number of examples of several Gradients: (M tensors, n)."""
     sums = [sum(parts) for parts in zip(*(g.sums for g in groups))]
@@ -189,9 +199,7 @@ def dominance(args, rt, ckpt, net):
     Returns the content of dominance.json. Each share comes with Theorem 2.1's probability.
     """
     images = training_images(ckpt, args.data_dir)
-    objective = Objective(net=net, base=bind("ddpm"), counts=images.counts,
-                          alphas_bar=make_alphas_bar(), label_drop=0.0,
-                          cm=CMConfig.of(Namespace(**ckpt["config"]))).to(rt.device)
+    objective = objective_of(ckpt, net, images.counts).to(rt.device)
     matrices = {name: p for name, p in net.named_parameters()
                 if p.dim() > 1 and "embedding.label" not in name}
     found = {}

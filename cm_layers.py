@@ -162,7 +162,7 @@ def unknown_layers(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
     Embeddings are left out on purpose: their rows belong to single words or classes.
     """
-    known = (*WEIGHTS, nn.Embedding, nn.EmbeddingBag, parametrize.ParametrizationList, LowRank)
+    known = (*WEIGHTS, nn.Embedding, nn.EmbeddingBag, parametrize.ParametrizationList)
     for name, layer in module.named_modules():
         own = [p for p in layer.parameters(recurse=False) if p.dim() > 1]
         if own and not isinstance(layer, known):
@@ -187,12 +187,15 @@ def general_only(module: nn.Module) -> Iterator[nn.Module]:
 
 @contextmanager
 def branches(parts: list[LowRank], general: list[bool], pinned: bool = False) -> Iterator[None]:
-    """Within, part k computes theta^g where general[k], else theta."""
+    """Within, part k computes theta^g where general[k], else theta.
+
+    Within a call of `checkpoint` it stays pinned: that call is repeated as it was.
+    """
     before = [(p.general_only, p.pinned) for p in parts]
     try:
         for p, g in zip(parts, general):
             p.general_only = g
-            p.pinned = pinned
+            p.pinned = pinned or p.pinned
         yield
     finally:
         for p, b in zip(parts, before):

@@ -108,9 +108,13 @@ def print_shares(rows, groups):
 
 
 def pairs_picture(images, labels, index, train, data, groups):
-    """A grid of generated images of Few, each with its nearest training image at its right."""
-    classes = list(groups.values())[-1] if groups else range(len(data["class_names"]))
-    rows = np.flatnonzero(np.isin(labels, classes))
+    """A grid of generated images of Few, each with its nearest training image at its right.
+
+    Of all classes where there are no groups, or no images of Few.
+    """
+    rows = np.flatnonzero(np.isin(labels, groups["Few"] if groups else labels))
+    if not len(rows):
+        rows = np.arange(len(labels))
     both = np.stack([images[rows], train[index[rows]]], 1).reshape(-1, *images.shape[1:])
     return grid_image(both, np.repeat(labels[rows], 2), data["class_names"], data["class_counts"])
 

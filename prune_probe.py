@@ -375,7 +375,8 @@ def refuse_different_data(paths, ckpts):
         return [ckpt["data"][key] for key in keys] + [ckpt["config"]["tail_seed"]]
 
     for path, ckpt in zip(paths, ckpts):
-        if essentials(ckpt) != essentials(ckpts[0]):
+        hashes = {c["data"]["sha256"] for c in (ckpt, ckpts[0]) if c["data"].get("sha256")}
+        if essentials(ckpt) != essentials(ckpts[0]) or len(hashes) > 1:
             raise UserError(f"--ckpt {path}: trained on other data than {paths[0]}")
 
 

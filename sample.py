@@ -372,6 +372,8 @@ def timesteps_of(sampler, alphas_bar, steps, grid):
     if sampler == "consistency":
         return consistency.make_timesteps(len(alphas_bar), steps)
     if sampler == "dpm":
+        if steps >= len(alphas_bar):
+            raise UserError(f"--steps {steps}: dpm takes {len(alphas_bar) - 1} at most; take fewer")
         return make_timesteps(alphas_bar, steps + 1, grid)[:-1]
     return make_timesteps(alphas_bar, steps, grid)
 
@@ -448,7 +450,7 @@ def grid_image(images, labels, class_names, counts, classes=None, columns=10, ti
         present = np.unique(labels)
         classes = present[np.unique(np.linspace(0, len(present) - 1, 10).astype(int))]
     if counts is not None:
-        classes = sorted(classes, key=lambda c: -counts[c])
+        classes = sorted(classes, key=lambda c: (-counts[c], c))     # as class_groups
     size = images.shape[1] * max(1, round(tile / images.shape[1]))
     font = ImageFont.load_default(16)
     titles = [printable(class_names[c])[:60] for c in classes]

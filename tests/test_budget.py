@@ -42,8 +42,15 @@ def test_a_container_has_less_than_its_machine(tmp_path, monkeypatch):
     limit, usage = tmp_path / "max", tmp_path / "current"
     limit.write_text("5000000\n")
     usage.write_text("2000000\n")
-    monkeypatch.setattr(budget, "CGROUPS", ((limit, usage),))
+    monkeypatch.setattr(budget, "CGROUPS", ((tmp_path, "max", "current", ""),))
     assert budget.free_memory(torch.device("cpu")) == 3_000_000
+    # Copies of files in memory make room
+    (tmp_path / "memory.stat").write_text("anon 9\ninactive_file 500000\nactive_file 40\n")
+    assert budget.free_memory(torch.device("cpu")) == 3_500_040
+    limit.write_text("1000000\n")
+    assert budget.free_memory(torch.device("cpu")) == 0
+    (tmp_path / "memory.stat").unlink()
+    limit.write_text("5000000\n")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
     assert budget.free_memory(torch.device("cpu")) == 1_000_000
     limit.write_text("max\n")

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrize, prune, spectral_norm, weight_norm
 from torch.testing import assert_close
 
-from cm_layers import checkpoint, count, general_only, merge, reserve, reserved
+from cm_layers import LowRank, checkpoint, count, general_only, merge, reserve, reserved
 from model import UNet, UNetConfig
 from sample import build_network
 
@@ -241,12 +241,23 @@ def test_merge_keeps_the_order_of_parameters():
     assert [name for name, _ in net.named_parameters()] == names
 
 
+def recurrent():
+    """A recurrent layer, which is not reserved, and others beside it."""
+    return nn.ModuleDict({"rnn": nn.LSTM(4, 4), "head": nn.Linear(4, 2),
+                          "words": nn.Embedding(3, 4), "bag": nn.EmbeddingBag(3, 4)})
+
+
 def test_recurrent_layers_are_named():
-    net = nn.ModuleDict({"rnn": nn.LSTM(4, 4), "head": nn.Linear(4, 2),
-                         "words": nn.Embedding(3, 4)})
+    net = recurrent()
     with pytest.warns(UserWarning, match="unknown kind: rnn$"):
         reserve(net)
     assert [name for name, module in net.items() if parametrize.is_parametrized(module)] == ["head"]
+
+
+def test_layers_that_where_leaves_out_are_not_named():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        reserve(recurrent(), where=lambda name, layer: name == "head")
 
 
 @pytest.mark.parametrize("hook", [
@@ -264,7 +275,9 @@ def test_a_weight_that_is_normalised_by_a_parametrization():
     layer = nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
     x = torch.randn(3, 4)
     plain = layer(x)
-    reserve(layer, 0.5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")          # what weight_norm keeps is of no unknown kind
+        reserve(layer, 0.5)
     randomize_B(layer, 0.3)
     with general_only(layer):
         assert_close(layer(x), plain)
@@ -299,6 +312,27 @@ def test_recomputed_passes_keep_their_branch():
     got = gradients(net, x, partial(checkpoint, net))
     for a, b in zip(got, expected):
         assert_close(a, b)
+
+
+def test_a_recomputed_function_may_choose_the_branch_itself():
+    """Both passes in one call of checkpoint: theta^g inside it is theta^g when it is repeated."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+    reserve(net, 0.5)
+    randomize_B(net, 0.5)
+    x = torch.randn(5, 4, requires_grad=True)
+
+    def both(x):
+        with general_only(net):
+            general = net(x)
+        return (net(x) - 2 * general).square().sum()
+    expected = torch.autograd.grad(both(x), list(net.parameters()))
+    got = torch.autograd.grad(checkpoint(net, both, x), list(net.parameters()))
+    for a, b in zip(got, expected):
+        assert_close(a, b)
+    others = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
+    with pytest.raises(RuntimeError, match="use cm_layers.checkpoint"):     # as it was before
+        others(net, x).sum().backward()
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
@@ -445,6 +479,34 @@ def test_others_conv_classes_are_reserved_too():
     for layer in (nn.Conv1d(4, 6, 3), nn.Conv3d(4, 6, 3), nn.ConvTranspose2d(4, 6, 3)):
         rows = layer.weight.shape[0]
         assert reserve(layer, 1.0).parametrizations.weight[0].rank == rows
+
+
+def test_attentions_input_is_one_matrix():
+    net = reserve(nn.MultiheadAttention(8, 2), 0.5)
+    assert [name for _, name, _ in reserved(net)] == ["in_proj_weight", "weight"]
+
+
+def test_theta_g_of_tied_weights_is_two_tensors():
+    """Merged without BA they are equal, and training one of them leaves the other alone."""
+    net = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+    net[1].weight = net[0].weight
+    merge(reserve(net), "general")
+    assert torch.equal(net[0].weight, net[1].weight)
+    with torch.no_grad():
+        net[0].weight.zero_()
+    assert (net[1].weight != 0).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_and_b_are_of_the_weights_type(dtype):
+    part = reserve(nn.Linear(4, 6, dtype=dtype)).parametrizations.weight[0]
+    assert part.A.dtype == part.B.dtype == dtype
+
+
+def test_a_tenth_of_the_rank_by_default():
+    weight = torch.zeros(40, 50)
+    assert LowRank(weight).rank == 4
+    assert reserve(nn.Linear(50, 40)).parametrizations.weight[0].rank == 4
 
 
 def test_attention_with_its_own_width_of_keys():

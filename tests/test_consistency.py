@@ -8,6 +8,7 @@ from conftest import TINY_FLAGS, call
 from scipy.stats import chisquare, norm
 from test_losses import AB, setup
 from test_mistakes import refuses
+from torch import nn
 
 import capacity_probe
 import consistency
@@ -101,6 +102,19 @@ def test_only_the_noisier_prediction_is_trained(digits):
     error = (f(batch.t) - f(batch.t_below).detach()).square().flatten(1).mean(1)
     (batch.weight * ((error + 0.00054 ** 2).sqrt() - 0.00054)).mean().backward()
     torch.testing.assert_close(got, gradient(objective.net), rtol=1e-3, atol=1e-5)
+
+
+def test_both_points_have_the_same_masks_and_the_same_augmentation(digits):
+    """Where t' is t, the two predictions are one: nothing is left of the loss."""
+    objective, batch = setup(digits, "consistency", dropout=0.3)
+    net = objective.net
+    net.encoder.embedding.augment = nn.Linear(4, 4 * net.cfg.ch, bias=False)
+    batch = batch._replace(a=torch.randn(12, 4), t_below=batch.t)
+    assert objective(batch)[1]["base"].item() == 0
+    for other in ({"masks_encode": []}, {"masks_decode": []}, {"a": None}):
+        x_t = q_sample(batch.x_0, batch.t, batch.eps, AB)
+        pred = Predictions(net, batch._replace(**other), x_t)
+        assert consistency.loss(pred, batch, objective)[0] > 0
 
 
 def test_boundary():

@@ -38,6 +38,27 @@ def test_shares():
     assert found == {"all": 0.75, "Many": 0.5, "Few": 1.0}
 
 
+def test_the_picture_shows_few_where_there_are_some():
+    """Pixels say which image it is: 10 + the row of a generated one, 100 + that of a real one."""
+    images, real = (np.arange(n, dtype=np.uint8)[:, None, None, None].repeat(8, 1).repeat(8, 2)
+                    .repeat(3, 3) for n in (5, 50))
+    data = {"class_names": list("abc"), "class_counts": [9, 8, 7]}
+    groups = {"Many": [0], "Medium": [1], "Few": [2]}
+    index = np.array([30, 31, 32, 33, 34])
+
+    def shown(labels, groups):
+        picture = copy_probe.pairs_picture(images + 10, np.array(labels), index, real + 100, data,
+                                           groups)
+        left = picture.width - 10 * 60
+        cells = [[picture.getpixel((left + 60 * k + 9, 60 * r + 9))[0] for k in range(10)]
+                 for r in range(picture.height // 60)]
+        return [[value for value in row if value < 255] for row in cells]
+    assert shown([2, 0, 1, 2, 0], groups) == [[10, 130, 13, 133]]
+    everything = [[11, 131, 14, 134], [10, 130, 12, 132, 13, 133]]
+    assert shown([1, 0, 1, 1, 0], groups) == everything             # --classes without Few
+    assert shown([1, 0, 1, 1, 0], {}) == everything
+
+
 @pytest.fixture(scope="module")
 def samples(cm_run, tmp_path_factory):
     out = tmp_path_factory.mktemp("samples")

@@ -7,6 +7,7 @@ import torch
 import torchvision
 from conftest import call
 from test_mistakes import refuses
+from torchvision.transforms import functional as tv
 
 import disk
 import evaluate
@@ -54,6 +55,14 @@ def test_it_is_torchvisions_network(hub, published, cpu):
     assert not np.allclose(logits[0], logits[1], atol=1e-3)
     small, _ = extractor.batch(images[:, ::7, ::7])        # resized
     assert small.shape == (2, 512)
+    # A larger one is stretched to the network's size, without aliasing, and nothing is cut off
+    large = np.random.RandomState(1).randint(0, 256, (1, 448, 300, 3), np.uint8)
+    x = torch.from_numpy(large).permute(0, 3, 1, 2) / 255
+    x = tv.normalize(tv.resize(x, [224, 224], antialias=True), [0.485, 0.456, 0.406],
+                     [0.229, 0.224, 0.225])
+    with torch.no_grad():
+        assert np.allclose(extractor.batch(large)[1], published.net(x).numpy(), atol=1e-3)
+    assert not extractor.net.training
 
 
 def test_its_distance_is_called_fd(hub, tmp_path, capsys):

@@ -5,6 +5,7 @@ import torch
 from conftest import TINY_FLAGS, call, randomize
 from test_mistakes import refuses
 from test_train import read_log
+from torch.testing import assert_close
 
 import capacity_probe
 import disk
@@ -13,7 +14,7 @@ import prune_probe
 import sample
 import train
 from cm_layers import count, general_only, merge, reserve, reserved
-from dit import DiT, positions
+from dit import Block, DiT, positions
 from model import UNet, UNetConfig
 
 SMALL = {"channels": 1, "num_classes": 10, "size": 8, "ch": 16, "depth": 3, "patch": 2}
@@ -61,6 +62,54 @@ def test_the_halves_and_what_they_depend_on():
     moved[:, :, 2, 7] += 1
     where = (net(moved, t, y) - net(x_t, t, y)).abs()[0, 0] > 1e-6
     assert where.nonzero().amin(0).tolist() == [2, 6] and where.nonzero().amax(0).tolist() == [3, 7]
+
+
+def literal_block(block, x, emb, mask):
+    """adaLN-Zero as Peebles and Xie's Fig. 3 has it, of torch's own layers; mask: dropout."""
+    ch = x.shape[2]
+    shift1, scale1, gate1, shift2, scale2, gate2 = block.condition(
+        torch.nn.functional.silu(emb))[:, None].chunk(6, 2)
+    attention = torch.nn.MultiheadAttention(ch, ch // 64, batch_first=True)
+    attention.in_proj_weight, attention.in_proj_bias = block.qkv.weight, block.qkv.bias
+    attention.out_proj = block.proj
+    norm = torch.nn.LayerNorm(ch, eps=1e-6, elementwise_affine=False)
+    h = norm(x) * (1 + scale1) + shift1
+    x = x + gate1 * attention(h, h, h, need_weights=False)[0]
+    h = norm(x) * (1 + scale2) + shift2
+    h = block.mlp2(torch.nn.GELU("tanh")(block.mlp1(h)))
+    return x + gate2 * h * mask
+
+
+def test_a_block_is_adaln_zero():
+    g = torch.Generator().manual_seed(0)
+    block = randomize(Block(128, 2, 20), scale=0.1)
+    x = torch.randn(3, 9, 128, generator=g) / 100               # so that the norm's constant counts
+    emb, mask = torch.randn(3, 20, generator=g), torch.rand(3, 9, 128, generator=g)
+    assert_close(block(x, emb, mask), literal_block(block, x, emb, mask), atol=2e-5, rtol=1e-5)
+    assert_close(block(x, emb), literal_block(block, x, emb, 1), atol=2e-5, rtol=1e-5)
+
+
+def test_an_untrained_network_predicts_zero_and_its_blocks_do_nothing():
+    net = DiT(**SMALL)
+    x_t, t, y = inputs()
+    assert (net(x_t, t, y) == 0).all()
+    tokens, emb = net.encode(x_t, t, y)
+    assert torch.equal(net.decoder.blocks[0](tokens, emb), tokens)
+    assert (len(net.encoder.blocks), len(net.decoder.blocks)) == (1, 2)     # of 3
+    assert [block.heads for block in DiT(**{**SMALL, "ch": 128}).encoder.blocks] == [2]
+    assert not any("positions" in key for key in net.state_dict())
+
+
+def test_the_vector_of_augmentation_reaches_the_network():
+    net = randomize(DiT(**SMALL, augment_dim=4), scale=0.2)
+    x_t, t, y = inputs()
+    plain, _ = net.encode(x_t, t, y)
+    assert (net.encode(x_t, t, y, (), torch.ones(4, 4))[0] - plain).abs().max() > 1e-4
+
+
+def test_each_half_has_masks_of_its_own_blocks():
+    encode, decode = DiT(**SMALL, dropout=0.5).draw_masks(4, 8, torch.Generator())
+    assert (len(encode), len(decode)) == (1, 2)
 
 
 def test_positions_differ():

@@ -266,6 +266,11 @@ def test_prune_probe_refuses(cm_run, data_dir, tmp_path):
     disk.save(tmp_path / "other.pt", other)
     with pytest.raises(UserError, match="trained on other data"):
         call(pp.main, "--ckpt", ckpt, tmp_path / "other.pt", "--names", "a", "b", *flags)
+    other["config"] = {**other["config"], "tail_seed": 0}
+    other["data"] = {**other["data"], "sha256": "0" * 64}           # other pixels, alike otherwise
+    disk.save(tmp_path / "other.pt", other)
+    with pytest.raises(UserError, match="trained on other data"):
+        call(pp.main, "--ckpt", ckpt, tmp_path / "other.pt", "--names", "a", "b", *flags)
     for names in (["a"], ["a", "a"], ["a", "a", "b"]):
         with pytest.raises(UserError, match="--names: give 2 different ones"):
             call(pp.main, "--ckpt", ckpt, ckpt, "--names", *names, *flags)
@@ -337,6 +342,22 @@ def test_group_gradients_are_sums_over_images(digits):
     assert np.allclose(got.squares, spread, rtol=1e-3)
     assert got.squares.max() > 0
     assert sorted(rows[examples // 2]) == sorted([*rows, *rows])
+
+
+def test_gradients_of_a_run_with_cm_fraction_are_of_whole_batches(cm_run, digits):
+    """Else draw_batch gives the images in another order than their labels."""
+    ckpt = disk.load(cm_run / "ckpt.pt", ["diffusion"])
+    net = tiny_net(0.2, dropout=0.0)
+    params = [p for p in net.parameters() if p.dim() > 1]
+
+    def sums(fraction):
+        config = {**ckpt["config"], "cm_fraction": fraction}
+        objective = cp.objective_of({**ckpt, "config": config}, net, digits.counts)
+        assert objective.cm.div_bound == ckpt["config"]["div_bound"] and objective.label_drop == 0
+        rows = np.array([0, 200, 300, 400, 480, 500])
+        return cp.group_gradients(objective, digits, rows, 1, params, 0, 3).sums
+    for a, b in zip(sums(0.5), sums(1.0)):
+        assert torch.equal(a, b)
 
 
 def test_noise_is_estimated_without_bias():

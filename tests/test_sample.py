@@ -54,6 +54,7 @@ def test_timesteps():
     assert t[:2] == [980, 960] and t[-1] == 0 and len(t) == 50
     quad = sample.make_timesteps(AB, 50, "quad")
     assert quad[-1] == 0 and quad[0] in (799, 800) and sorted(quad, reverse=True) == quad
+    assert all(abs(t - (i / 49) ** 2 * 800) <= 1 for i, t in enumerate(quad[::-1]))
     with pytest.raises(UserError, match="--steps"):
         sample.make_timesteps(AB, 1001)
     with pytest.raises(UserError, match="--steps"):
@@ -101,9 +102,23 @@ def test_ten_classes_are_evenly_spread():
     assert sample.ten_classes(3) == [0, 1, 2]
 
 
+def test_rows_of_equal_classes_stand_in_their_groups_order():
+    """Of six equal classes 0 and 1 are Many, 4 and 5 Few, in whichever order they are asked for."""
+    drawn, labels = [], [5, 0, 4, 2]
+    images = np.repeat(np.array([5, 0, 4, 2], np.uint8), 64).reshape(4, 8, 8, 1)
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(sample, "draw_bracket", lambda pen, *bracket: drawn.append(bracket[:3]))
+        picture = sample.grid_image(images, labels, list("abcdef"), [9] * 6, labels, columns=1)
+    assert drawn == [("Many", 0, 56), ("Medium", 60, 116), ("Few", 120, 236)]
+    assert [picture.getpixel((picture.width - 20, 60 * r + 9))[0] for r in range(4)] == [0, 2, 4, 5]
+
+
 def test_timesteps_of_dpm_end_before_0():
     assert sample.timesteps_of("dpm", AB, 4, "uniform") == [800, 600, 400, 200]
     assert sample.timesteps_of("dpm++", AB, 4, "uniform") == [750, 500, 250, 0]
+    assert sample.timesteps_of("dpm", AB, 999, "uniform") == list(range(999, 0, -1))
+    with pytest.raises(UserError, match="--steps 1000: dpm takes 999 at most"):
+        sample.timesteps_of("dpm", AB, 1000, "uniform")
 
 
 def test_ddpm_is_algorithm_c1():
@@ -160,6 +175,46 @@ def test_batch_size_changes_nothing(cm_run, cpu, sampler, eta):
     assert not torch.equal(whole, images(range(16), seed=1))
 
 
+@pytest.mark.parametrize("changed", [
+    {}, {"guidance": 0.0}, {"guidance": 3.0}, {"clip": True}, {"eta": 0.7}, {"grid": "quad"},
+    {"seed": 4}, {"sampler": "ddpm", "steps": 5}, {"sampler": "dpm++", "grid": "logsnr"},
+    {"sampler": "dpm", "order": 2, "clip": True}, {"alphas_bar": AB[:500]}], ids=",".join)
+def test_a_batch_is_what_its_settings_say(changed, cpu):
+    """The sampler called by hand, with noise from (seed, number of the image)."""
+    settings = {"seed": 0, "sampler": "ddim", "steps": 4, "grid": "uniform", "guidance": 1.5,
+                "clip": False, "alphas_bar": AB, **changed}
+    net = tiny_net(None)
+    y, numbers = torch.tensor([3, 3, 7]), [5, 8, 2]
+    got = sample.sample_batch(net, y, numbers, SHAPE, cpu, **{"steps": 4, **changed})
+    generators = [runtime.generator("cpu", settings["seed"], "image", i) for i in numbers]
+
+    def noise():
+        return torch.stack([torch.randn(SHAPE, generator=g) for g in generators])
+    x_T, ab = noise(), settings["alphas_bar"]
+    timesteps = sample.timesteps_of(settings["sampler"], ab, settings["steps"], settings["grid"])
+    own = {name: changed[name] for name in ("eta", "order") if name in changed}
+    with torch.no_grad():
+        expected = sample.SAMPLERS[settings["sampler"]](
+            sample.guided(net, y, settings["guidance"], cpu), x_T, ab, timesteps, noise,
+            limit_of(settings["clip"]), **own)
+    assert_close(got, expected, atol=1e-4, rtol=1e-4)
+    if changed:
+        plain = sample.sample_batch(net, y, numbers, SHAPE, cpu, steps=4)
+        assert not torch.allclose(got, plain, atol=0.01, rtol=0)
+
+
+def test_images_of_one_class_differ_and_eta_adds_noise(cm_run, cpu):
+    net = network(cm_run)
+    y = torch.tensor([3, 3])
+
+    def images(**options):
+        return sample.sample_batch(net, y, [5, 8], SHAPE, cpu, steps=4, **options)
+    plain = images()
+    assert (plain[0] - plain[1]).abs().max() > 0.1
+    assert (images(eta=1.0) - plain).abs().max() > 0.1
+    assert torch.equal(images(sampler="dpm"), images(sampler="dpm", order=3))
+
+
 def test_guidance(cm_run, cpu):
     net = network(cm_run)
     y = torch.tensor([3, 4])
@@ -169,7 +224,13 @@ def test_guidance(cm_run, cpu):
     null = net(x, t, torch.tensor([-1, -1]))
     guided = sample.guided(net, y, 1.5, cpu)(x, 100)
     assert torch.allclose(guided, cond + 1.5 * (cond - null))
-    assert torch.equal(sample.guided(net, y, 0, cpu)(x, 100), cond)
+    labels = []
+
+    def watched(x, t, y):
+        labels.append(y.tolist())
+        return net(x, t, y)
+    assert torch.equal(sample.guided(watched, y, 0, cpu)(x, 100), cond)
+    assert labels == [[3, 4]]           # half the time: no pass for Null
 
 
 def inputs():
@@ -646,6 +707,8 @@ def test_dpm_is_diffusers(steps, order, clip):
 
 def test_dpm_of_order_1_is_ddim():
     timesteps = sample.make_timesteps(AB, 20)
+    assert torch.equal(sample.dpm(bumpy, start(), AB, timesteps, None),
+                       sample.dpm(bumpy, start(), AB, timesteps, None, order=3))
     assert_close(sample.dpm(bumpy, start(), AB, timesteps, None, order=1),
                  sample.ddim(bumpy, start(), AB, timesteps, None))
 
