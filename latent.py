@@ -518,13 +518,14 @@ def run_name(args):
 def resume(args, given):
     """(the run's checkpoint or None, the Runtime); its settings must be this command's.
 
-    given: Parser.given. An older run has the defaults of its time.
+    given: Parser.given. An older run keeps the defaults of its time.
     """
     old, rt = disk.resume(args, ["latent"])
     rt.agree(old["step"] if old else 0, args.out)
-    if old and "sample_every" not in old["config"]:
-        vars(args).update({k: v for k, v in OLDER.items() if k not in given})
     if old:
+        was = old["config"]
+        vars(args).update({name: value for name, value in OLDER.items()
+                           if name not in given and was.get(name, value) == value})
         defaults = vars(make_train_parser().parse_args([]))
         disk.refuse_changes(old["config"], config_of(args), args.out, defaults, RESUMABLE)
     return old, rt

@@ -3,7 +3,10 @@
 The cut network, its two low-rank parts, training, samples.
 """
 import json
+import re
 import shutil
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,15 +22,18 @@ import evaluate
 import latent
 import disk
 import runtime
+import sample as sample_py
 import train
 from cm_layers import count, general_only, merge, reserved
 from losses import Objective, bind, draw_batch
+from readers import READERS
 
 FLAGS = ("--dataset folder --ir 1 --resolution 16 --rank 6 --batch-size 8 --log-every 1 "
          "--sample-every 0 --device cpu --dtype float32").split()
 CM_RANK = ["--cm-rank", 2]
 NAMES = ["old_master", "pop", "realism"]
 COUNTS = [12, 6, 3]
+NEW_SETTINGS = ("sample_every", "keep_every", "checkpointing", "compile")     # not in older runs
 CONFIG = {"prompt": "a {} painting", "rank": 6, "cm": True, "cm_rank": 2, "model": "tiny"}
 
 
@@ -167,6 +173,43 @@ def test_every_loss_trains_only_low_rank_parts(model, net, base):
     assert all(name.endswith(".B") for name in moved)       # B = 0 as yet, so that A has none
 
 
+def step_of(model, net):
+    """(total, {name: gradient}) of a CM step in which every low-rank part counts."""
+    torch.manual_seed(3)
+    for p in latent.adapters(net).values():
+        torch.nn.init.normal_(p, std=0.1)
+    objective = Objective(net=net, base=bind("oc"), counts=COUNTS, alphas_bar=model.alphas_bar)
+    g = torch.Generator().manual_seed(0)
+    x_0, y = torch.randn(6, 4, 8, 8, generator=g), torch.tensor([0, 0, 0, 1, 1, 2])
+    total, _, D = objective(draw_batch(x_0, y, objective, seed=0, step=1))
+    assert D.min() > 1e-5                                   # theta^g's pass is another one
+    total.backward()
+    return total, {name: p.grad for name, p in latent.adapters(net).items()}
+
+
+def test_checkpointing_gives_the_same_gradients_with_less_memory(tiny, cpu):
+    """Those of theta^g's pass, too: --checkpointing reaches the blocks of both halves."""
+    images = SimpleNamespace(images=np.zeros((1, 16, 16, 3)), class_names=NAMES)
+    found, kept = [], []
+    for more in ([], ["--checkpointing"]):
+        args = latent.make_train_parser().parse_args(
+            [*FLAGS, *CM_RANK, *more, "--model", tiny])
+        model, net = latent.load_model(args, cpu, images, vars(args), None)
+        saved = []
+
+        def keep(tensor, saved=saved):
+            saved.append(tensor.numel())
+            return tensor
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            found.append(step_of(model, net))
+        kept.append(sum(saved))
+    (total, gradients), (other, others) = found
+    assert_close(other, total)
+    assert all(grad.abs().max() > 0 for grad in gradients.values())
+    assert_close(others, gradients)
+    assert kept[1] < 0.5 * kept[0], kept
+
+
 def test_latents_round_trip(model):
     """encode, and decode in parts, are the autoencoder's own, times its scaling factor."""
     images = np.random.RandomState(0).randint(0, 256, (5, 16, 16, 3), np.uint8)
@@ -226,6 +269,52 @@ def test_train_and_resume(run_of, whole, capsys):
     assert "finished, step 8 of 8" in capsys.readouterr().out
 
 
+def test_grids_are_decoded_ema_samples(run_of, whole, tmp_path, monkeypatch):
+    """As `latent.py sample` makes them; they move no weight, and a killed run's is made up."""
+    monkeypatch.setitem(sample_py.STEPS, "ddim", 6)
+    run = run_of("grids", "--epochs", 3, "--lr", 0.01, "--sample-every", 4, "--keep-every", 4)
+    a = disk.load(whole / "ckpt.pt", ["latent"])
+    b = disk.load(run / "ckpt.pt", ["latent"])
+    for key in ("adapters", "ema"):
+        assert all(torch.equal(value, b[key][name]) for name, value in a[key].items())
+    assert sorted(path.name for path in run.glob("*-0*")) == [
+        "ckpt-0000004.pt", "ckpt-0000008.pt", "grid-0000004.png", "grid-0000008.png"]
+    for step in (4, 8):
+        grid = run / f"grid-{step:07d}.png"
+        call(latent.main, "sample", "--ckpt", run / f"ckpt-{step:07d}.pt", "--num", 30,
+             "--out", tmp_path / str(step), "--device", "cpu", "--batch-size", 25)
+        assert difference(grid, tmp_path / str(step) / "grid.png") <= 1
+        whole_grid = grid.read_bytes()
+        grid.unlink()
+        run_of("grids", "--epochs", 3, "--lr", 0.01, "--sample-every", 4)
+        assert grid.exists() == (step == 8)
+        assert step == 4 or grid.read_bytes() == whole_grid
+    assert difference(tmp_path / "4/grid.png", tmp_path / "8/grid.png") > 10
+
+
+def difference(a, b):
+    """The largest difference of two pictures, in grey levels."""
+    a, b = (np.asarray(Image.open(path)).astype(int) for path in (a, b))
+    return np.abs(a - b).max()
+
+
+def test_a_run_may_go_on_with_checkpointing_or_compiled(run_of, whole, capsys, monkeypatch):
+    """Both are the same run; --compile runs what torch.compile returns."""
+    compiled = []
+
+    def compile(module):
+        compiled.append(torch._dynamo.optimize("eager")(module))
+        return compiled[-1]
+    monkeypatch.setattr(torch, "compile", compile)
+    run_of("either", "--epochs", 1, "--lr", 0.01)
+    run_of("either", "--epochs", 2, "--lr", 0.01, "--checkpointing")
+    assert not compiled
+    capsys.readouterr()
+    run = run_of("either", "--epochs", 3, "--lr", 0.01, "--compile")
+    assert compiled and ", compiled" in capsys.readouterr().out
+    assert_same_losses(whole, run)
+
+
 def test_the_defaults_are_those_of_sec_4_1():
     args = vars(latent.resolve(latent.make_train_parser().parse_args([]), ()))
     expected = {"model": "lambdalabs/miniSD-diffusers", "prompt": "a {} painting", "rank": 128,
@@ -233,6 +322,15 @@ def test_the_defaults_are_those_of_sec_4_1():
                 "label_drop": 0.1, "base": "oc", "cm": True, "ir": 100, "dataset": "artbench10",
                 "resolution": 256}
     assert {name: args[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize("dataset, ir, resolution", [
+    ("folder", 1, 256), ("artbench10", 100, 256), ("cub200", 10, 256), ("cifar10", 100, None)])
+def test_the_defaults_of_data_sets(dataset, ir, resolution):
+    """A folder is taken as it is; image files have the model's size, arrays their own."""
+    parser = latent.make_train_parser()
+    args = latent.resolve(parser.parse_args(["--dataset", dataset]), parser.given)
+    assert (args.ir, args.resolution) == (ir, resolution)
 
 
 def test_the_weight_decay_is_adamws(run_of, monkeypatch):
@@ -256,12 +354,51 @@ def test_an_older_run_is_resumed(run_of, whole):
     old = torch.load(run / "ckpt.pt", weights_only=True)
     old["config"]["split_seed"] = old["config"].pop("tail_seed")
     del old["config"]["revision"], old["model_sha256"]
+    for name in NEW_SETTINGS:
+        del old["config"][name]
     torch.save(old, run / "ckpt.pt")
     run_of("older", "--epochs", 3, "--lr", 0.01)
     a = disk.load(whole / "ckpt.pt", ["latent"])
     b = disk.load(run / "ckpt.pt", ["latent"])
     assert a["config"] == b["config"]
     assert all(torch.equal(value, b["ema"][name]) for name, value in a["ema"].items())
+
+
+@pytest.fixture
+def older_folder_run(tiny, tmp_path, monkeypatch):
+    """(The command, the folder) of a run that began when 100 and the set's own size, here 16, were
+    the defaults of --ir and --resolution."""
+    monkeypatch.setitem(READERS, "folder", replace(READERS["folder"], resolution=16))
+    for name in ("few", "many"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for i in range(100):
+            image = Image.fromarray(np.full((16, 16, 3), i, np.uint8))
+            image.save(tmp_path / "images" / name / f"{i}.png")
+    command = ["train", "--dataset", "folder", "--data-dir", tmp_path / "images", "--model", tiny,
+               "--pack-dir", tmp_path / "pack", "--out", tmp_path / "run", "--rank", 6, *CM_RANK,
+               "--batch-size", 32, "--device", "cpu", "--dtype", "float32"]
+    call(latent.main, *command, "--ir", 100, "--resolution", 16, "--epochs", 1)
+    old = torch.load(tmp_path / "run/ckpt.pt", weights_only=True)
+    for name in NEW_SETTINGS:
+        del old["config"][name]
+    old["config"]["resolution"] = None
+    torch.save(old, tmp_path / "run/ckpt.pt")
+    for path in (tmp_path / "run").glob("grid*"):
+        path.unlink()
+    return command, tmp_path / "run"
+
+
+def test_an_older_run_keeps_the_defaults_of_its_time(older_folder_run, capsys):
+    """--ir 100, the set's own size and no grids, where the command does not say them; each time."""
+    command, run = older_folder_run
+    for epochs in (1, 2, 3):
+        call(latent.main, *command, "--epochs", epochs)
+        ckpt = disk.load(run / "ckpt.pt", ["latent"])
+        assert ckpt["step"] == -(-epochs * 101 // 32)
+        assert ckpt["data"]["class_counts"] == [100, 1] and ckpt["data"]["resolution"] == 16
+    assert not list(run.glob("grid*"))
+    for more in (["--ir", 1], ["--resolution", 32]):
+        refuses(capsys, latent.main, *command, "--epochs", 4, *more, says=more[:1])
 
 
 def test_two_processes_and_two_passes_are_the_same_run(run_of, tmp_path, tiny, pictures):
@@ -274,6 +411,9 @@ def test_two_processes_and_two_passes_are_the_same_run(run_of, tmp_path, tiny, p
     assert p.returncode == 0, text
     assert_same_losses(one, two)
     assert_same_losses(one, passes)
+    kept = [next(folder.glob("*-latents-*.npy")) for folder in (one.parent / "pack",
+                                                                tmp_path / "pack")]
+    assert np.array_equal(*map(np.load, kept))              # two processes encode the same
 
 
 # --------------------------------------------------------------------------------------------------
@@ -300,6 +440,18 @@ def test_sample(whole, tmp_path, capsys):
     capsys.readouterr()
     sample(ckpt, tmp_path / "full", "--batch-size", 5, "--if-needed")
     assert "up to date" in capsys.readouterr().out
+
+
+def test_sample_of_some_classes(whole, tmp_path, capsys):
+    """By number or name; image i has its own noise, whatever the classes."""
+    everything = sample(whole / "ckpt.pt", tmp_path / "all")
+    some = sample(whole / "ckpt.pt", tmp_path / "some", "--classes", "2,old_master")
+    assert np.load(tmp_path / "some/samples.npz")["arr_1"].tolist() == [2, 0, 2, 0, 2, 0]
+    assert disk.read_json(tmp_path / "some/samples.json")["settings"]["classes"] == [2, 0]
+    assert np.abs(some[3] - everything[3]).max() <= 1       # both of class 0
+    assert (some[0] != everything[0]).any()
+    refuses(capsys, latent.main, "sample", "--ckpt", whole / "ckpt.pt", "--classes", "3",
+            says=["--classes 3", "0 to 2"])
 
 
 def test_evaluate_finds_its_reference(plain, tmp_path, pictures):
