@@ -3,7 +3,6 @@
 The cut network, its two low-rank parts, training, samples.
 """
 import json
-import re
 import shutil
 from dataclasses import replace
 from types import SimpleNamespace
