@@ -3,6 +3,7 @@
 The cut network, its two low-rank parts, training, samples.
 """
 import json
+import os
 import shutil
 from dataclasses import replace
 from types import SimpleNamespace
@@ -466,6 +467,243 @@ def test_evaluate_finds_its_reference(plain, tmp_path, pictures):
     assert result["num"] == 9
     assert result["settings"]["steps"] == 2
     assert len(result["groups"]) == 3
+
+
+# --------------------------------------------------------------------------------------------------
+# Latents on disk
+
+def test_latents_are_encoded_once(run_of, tiny, pictures, tmp_path, capsys, monkeypatch):
+    """Another run reads them; not with another autoencoder, size of image or draw."""
+    flags = ("--epochs", 1, "--pack-dir", tmp_path / "pack")
+    encoded = []
+    encode = latent.Model.encode
+
+    def counted(self, images):
+        encoded.append(len(images))
+        return encode(self, images)
+    monkeypatch.setattr(latent.Model, "encode", counted)
+
+    def train(name, *more):
+        encoded.clear()
+        run_of(name, *flags, *more)
+        return sum(encoded)
+    assert train("first") == sum(COUNTS)
+    assert train("second", "--lr", 0.01, "--rank", 3) == 0
+    assert train("small", "--resolution", 8) == sum(COUNTS)
+    assert train("tail", "--ir", 4) == 7 + 3 + 1
+    assert train("another tail", "--ir", 4, "--tail-seed", 1) == 7 + 3 + 1
+    other = changed_model(tiny, tmp_path / "other", "vae")
+    assert train("other", "--model", other) == sum(COUNTS)
+    assert train("first", "--epochs", 2) == 0
+
+
+# --------------------------------------------------------------------------------------------------
+# Export
+
+@pytest.fixture(scope="module")
+def wide(run_of):
+    """The checkpoint of a CM run in which the LoRA has rank 24, but in the narrow layers 16."""
+    run = run_of("wide", "--epochs", 2, "--lr", 0.05, "--rank", 24)
+    shapes = {p.shape[0] for name, p in disk.load(run / "ckpt.pt", ["latent"])["ema"].items()
+              if name.endswith(".0.A")}
+    assert shapes == {16, 24}
+    return run / "ckpt.pt"
+
+
+def pipeline_of(folder):
+    """A StableDiffusionPipeline of a folder with its parts, as diffusers loads them."""
+    import diffusers
+    import transformers
+    vae = diffusers.AutoencoderKL.from_pretrained(folder / "vae")
+    unet = diffusers.UNet2DConditionModel.from_pretrained(folder / "unet")
+    text = transformers.CLIPTextModel.from_pretrained(folder / "text_encoder")
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    schedule = diffusers.DDIMScheduler.from_pretrained(folder / "scheduler")
+    return diffusers.StableDiffusionPipeline(
+        vae, text, tokenizer, unet, schedule, safety_checker=None, feature_extractor=None,
+        requires_safety_checker=False)
+
+
+@torch.no_grad()
+def predictions(unet, model):
+    """What diffusers' U-Net predicts of four latents, with the texts of the classes and Null."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(4, 4, 8, 8, generator=g)
+    text = model.prompts(NAMES, CONFIG["prompt"])
+    return unet(x, torch.tensor([0, 10, 500, 999]), text).sample
+
+
+@torch.no_grad()
+def ours(model, ckpt, general=1.0, minority=1.0, weights="ema"):
+    """The same of latent.py's network, with its two parts scaled."""
+    ckpt = disk.load(ckpt, ["latent"])
+    net = latent.load_network(model, ckpt, weights)
+    for name, p in latent.adapters(net).items():
+        if name.endswith(".B"):
+            p.mul_(general if name.endswith(".0.B") else minority)
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(4, 4, 8, 8, generator=g)
+    return net(x, torch.tensor([0, 10, 500, 999]), torch.tensor([0, 1, 2, -1]))
+
+
+def fresh(tiny):
+    """The tiny model anew: a network cuts its U-Net."""
+    return latent.Model(str(tiny), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("weights", ["ema", "raw"])
+def test_lora_files_are_our_parts_in_diffusers(wide, tiny, tmp_path, weights):
+    """With both, with general alone, and with a half of minority; the parts are not nothing."""
+    folder = tmp_path / "lora"
+    call(latent.main, "export", "--ckpt", wide, "--lora", folder, "--weights", weights)
+    pipe = pipeline_of(tiny)
+    for part in ("general", "minority"):
+        pipe.load_lora_weights(folder, weight_name=f"{part}.safetensors", adapter_name=part)
+    found = {}
+    for parts in ({"general": 1.0, "minority": 1.0}, {"general": 1.0},
+                  {"general": 1.0, "minority": 0.5}, {"general": 0.5, "minority": 2.0}):
+        pipe.set_adapters(list(parts), list(parts.values()))
+        theirs = predictions(pipe.unet, fresh(tiny))
+        expected = ours(fresh(tiny), wide, **{"minority": 0.0, **parts}, weights=weights)
+        assert_close(theirs, expected, rtol=0, atol=1e-5)
+        found[tuple(parts.values())] = expected
+    base = predictions(pipeline_of(tiny).unet, fresh(tiny))
+    different = [base, *found.values()]
+    assert all((a - b).abs().max() > 1e-3 for k, a in enumerate(different) for b in different[:k])
+    assert disk.read_json(folder / "export.json")["settings"]["weights"] == weights
+
+
+def test_lora_files_have_one_rank_and_no_minority_without_cm(wide, plain, tmp_path):
+    from safetensors.torch import load_file
+    call(latent.main, "export", "--ckpt", wide, "--lora", tmp_path / "a")
+    call(latent.main, "export", "--ckpt", plain / "ckpt.pt", "--lora", tmp_path / "b")
+    ranks = {part: {p.shape[0] for name, p in load_file(tmp_path / f"a/{part}.safetensors").items()
+                    if ".lora_A." in name} for part in ("general", "minority")}
+    assert ranks == {"general": {24}, "minority": {2}}
+    assert sorted(path.name for path in (tmp_path / "b").iterdir()) == [
+        "export.json", "general.safetensors"]
+
+
+@pytest.mark.parametrize("branch", ["full", "general"])
+def test_the_pipeline_is_our_sampling(wide, tiny, tmp_path, branch):
+    """diffusers' pipeline gives the images of `latent.py sample`, from the same noise."""
+    import diffusers
+    call(latent.main, "export", "--ckpt", wide, "--pipeline", tmp_path / "sd", "--branch", branch)
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "sd")
+    expected = ours(fresh(tiny), wide, minority=float(branch == "full"))
+    assert_close(predictions(pipe.unet, fresh(tiny)), expected, rtol=0, atol=1e-5)
+    assert not any("parametrizations" in name for name in pipe.unet.state_dict())
+
+    images = sample(wide, tmp_path / "samples", "--branch", branch)
+    pipe.scheduler = diffusers.DDIMScheduler.from_config(
+        pipe.scheduler.config, steps_offset=0, set_alpha_to_one=True, clip_sample=False)
+    noise = [torch.randn(4, 8, 8, generator=runtime.generator("cpu", 0, "image", i))
+             for i in range(3)]
+    texts = ["a old master painting", "a pop painting", "a realism painting"]
+    theirs = pipe(texts, latents=torch.stack(noise), height=16, width=16, num_inference_steps=3,
+                  guidance_scale=2.5, output_type="np").images
+    assert np.abs(np.round(255 * theirs) - images[:3]).max() <= 1
+    assert images.std() > 1
+
+
+def test_the_pipeline_is_a_model_to_train_on(wide, tmp_path, pictures):
+    """It has the layout that --model takes."""
+    call(latent.main, "export", "--ckpt", wide, "--pipeline", tmp_path / "sd")
+    call(latent.main, "train", *FLAGS, *CM_RANK, "--model", tmp_path / "sd", "--epochs", 1,
+         "--data-dir", pictures, "--pack-dir", tmp_path / "p", "--out", tmp_path / "run")
+
+
+def test_an_export_replaces_its_like_only(wide, plain, tmp_path, capsys):
+    """Files of others are refused before any work, and stay."""
+    lora = ("export", "--ckpt", wide, "--lora", tmp_path / "lora")
+    (tmp_path / "lora").mkdir()
+    call(latent.main, *lora)                                # an empty folder is fine
+    call(latent.main, "export", "--ckpt", plain / "ckpt.pt", "--lora", tmp_path / "lora")
+    names = {path.name for path in (tmp_path / "lora").iterdir()}
+    assert names == {"export.json", "general.safetensors"}      # no minority part of before
+    for what in (tmp_path / "lora", plain):
+        refuses(capsys, latent.main, "export", "--ckpt", wide, "--pipeline", what,
+                says=["--pipeline", "another folder"])
+    (tmp_path / "lora/mine.txt").write_text("mine")
+    refuses(capsys, latent.main, *lora, says=["--lora", "mine.txt", "another folder"])
+    assert (tmp_path / "lora/mine.txt").read_text() == "mine"
+    (tmp_path / "link").symlink_to(tmp_path / "lora")
+    refuses(capsys, latent.main, "export", "--ckpt", wide, "--lora", tmp_path / "link",
+            says=["--lora", "link"])
+    assert (plain / "ckpt.pt").exists()
+
+
+def test_an_export_that_fails_leaves_the_one_before(wide, tmp_path, capsys, monkeypatch):
+    call(latent.main, "export", "--ckpt", wide, "--lora", tmp_path / "lora")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "lora").iterdir()}
+
+    def half(parts, folder):
+        folder.mkdir()
+        (folder / "general.safetensors").write_text("a half")
+        raise OSError("No space left on device")
+    replace_path = os.replace
+
+    def not_the_new_one(source, target):
+        if target == tmp_path / "lora" and ".old." not in source.name:
+            raise OSError("Permission denied")
+        replace_path(source, target)
+    for what, name, fails in ((latent.latent_export, "write_lora", half),
+                              (os, "replace", not_the_new_one)):
+        with monkeypatch.context() as m:
+            m.setattr(what, name, fails)
+            refuses(capsys, latent.main, "export", "--ckpt", wide, "--lora", tmp_path / "lora",
+                    says=["--lora", "cannot write"])
+        assert {p.name: p.read_bytes() for p in (tmp_path / "lora").iterdir()} == before
+    (tmp_path / ".lora.999999.tmp").mkdir()                 # of a killed process
+    call(latent.main, "export", "--ckpt", wide, "--lora", tmp_path / "lora")
+    assert [path.name for path in tmp_path.iterdir()] == ["lora"]
+
+
+def test_export_refuses(wide, plain, tiny, cm_run, tmp_path, capsys, monkeypatch):
+    def check(ckpt, *more, says):
+        refuses(capsys, latent.main, "export", "--ckpt", ckpt, *more, says=says)
+    lora, pipeline = ("--lora", tmp_path / "l"), ("--pipeline", tmp_path / "p")
+    check(wide, says=["--lora", "--pipeline", "required"])
+    check(wide, *lora, *pipeline, says=["--lora", "--pipeline", "not allowed"])
+    check(wide, *lora, "--branch", "general", says=["--branch", "both parts"])
+    check(wide, *lora, "--model", tiny, says=["--model", "leave it out"])
+    check(plain / "ckpt.pt", *pipeline, "--branch", "general", says=["--branch general", "--no-cm"])
+    check(cm_run / "ckpt.pt", *lora, says=["--ckpt", "not a latent"])
+    other = changed_model(tiny, tmp_path / "other", "unet")
+    check(wide, *pipeline, "--model", other, says=["--model", "not those that"])
+    damaged = torch.load(wide, weights_only=True)
+    damaged["ema"] = {"decoder.up_blocks.0.weight": torch.zeros(1)}
+    torch.save(damaged, tmp_path / "damaged.pt")
+    check(tmp_path / "damaged.pt", *lora, says=["--ckpt", "decoder.up_blocks.0.weight"])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "0")
+    check(wide, *lora, says=["python latent.py export", "without torchrun"])
+    assert not (tmp_path / "l").exists() and not (tmp_path / "p").exists()
+
+
+# --------------------------------------------------------------------------------------------------
+# Help
+
+def test_the_help_has_the_flags_of_all_commands(capsys):
+    call(latent.main, "--help")
+    text = capsys.readouterr().out
+    for command, (_, make) in latent.COMMANDS.items():
+        assert f"usage: latent.py {command} " in text
+        flags = [flag for action in make()._actions for flag in action.option_strings]
+        own = text.split(f"usage: latent.py {command} ")[1].split("\nusage: ")[0]
+        assert all(flag in own for flag in flags)
+    assert text.count("As in Sec. 4.1") == 1
+
+
+def test_what_diffusers_scripts_call_otherwise(capsys):
+    flags = {flag for action in latent.make_train_parser()._actions
+             for flag in action.option_strings}
+    for theirs, words in latent.DIFFUSERS.items():
+        named = {word.strip(",") for word in words.split() if word.startswith("--")}
+        assert theirs not in flags and named <= flags
+    for words in (["--train_batch_size", 16], ["--train_batch_size=16"]):
+        refuses(capsys, latent.main, "train", *words, says=["--train_batch_size", "--batch-size"])
 
 
 # --------------------------------------------------------------------------------------------------
