@@ -404,7 +404,7 @@ def content_hash(modules, alphas_bar, scale):
 # --------------------------------------------------------------------------------------------------
 # Training
 
-class LatentParser(Parser):
+class TrainParser(Parser):
     """A Parser that knows what diffusers' LoRA scripts call the flags."""
 
     def what_is_unknown(self, word, words):
@@ -413,16 +413,16 @@ class LatentParser(Parser):
         return f"{word}: here {ours}" if ours else super().what_is_unknown(word, words)
 
 
-def make_parser(command):
-    """The flags that every command has: a Parser."""
-    parser = LatentParser(__doc__)
+def make_parser(command, kind=Parser):
+    """The Parser of a command, as yet without its flags."""
+    parser = kind(__doc__)
     parser.prog = f"latent.py {command}"
     return parser
 
 
 def make_train_parser():
     """All flags of `latent.py train`."""
-    parser = make_parser("train")
+    parser = make_parser("train", TrainParser)
     add_data_flags(parser, "artbench10")
     add_method_flags(parser)
     add_optimisation_flags(parser)
@@ -680,8 +680,8 @@ def grid_samples(model, net, state, labels, rt):
     before = {name: p.detach().clone() for name, p in adapters(net).items()}
     load_adapters(net, state["ema"])
     try:
-        return decoded(model, net, labels, state["data"]["resolution"], rt, GRID_BATCH, title=None,
-                       **usual_settings(state))
+        return decoded(model, net, labels, state["data"]["resolution"], rt, GRID_BATCH,
+                       title="grid", **usual_settings(state))
     finally:
         load_adapters(net, before)
 

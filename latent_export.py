@@ -111,12 +111,21 @@ def write_folder(folder, kind, settings, write, flag):
             if disk.is_left_over(path):         # of a call that was killed
                 shutil.rmtree(path)
         try:
-            write(new)
+            write_or_fail(write, new)
             disk.write_json(new / RECORD, {"format": disk.FORMAT, "kind": kind,
                                            "settings": settings, "files": files_in(new)}, flag)
             put_in_place(new, folder)
         finally:
             shutil.rmtree(new, ignore_errors=True)
+
+
+def write_or_fail(write, path):
+    """write(path); a failure of safetensors' to write becomes an OSError, as other failures are."""
+    from safetensors import SafetensorError
+    try:
+        write(path)
+    except SafetensorError as e:
+        raise OSError(str(e)) from e
 
 
 def put_in_place(new, folder):

@@ -4,6 +4,7 @@ The cut network, its two low-rank parts, training, samples.
 """
 import json
 import os
+import resource
 import shutil
 from dataclasses import replace
 from types import SimpleNamespace
@@ -654,6 +655,15 @@ def test_an_export_that_fails_leaves_the_one_before(wide, tmp_path, capsys, monk
             refuses(capsys, latent.main, "export", "--ckpt", wide, "--lora", tmp_path / "lora",
                     says=["--lora", "cannot write"])
         assert {p.name: p.read_bytes() for p in (tmp_path / "lora").iterdir()} == before
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for flag, name in (("--lora", "lora"), ("--pipeline", "sd")):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))        # safetensors' own error
+        try:
+            refuses(capsys, latent.main, "export", "--ckpt", wide, flag, tmp_path / name,
+                    says=[flag, "cannot write"])
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert {p.name: p.read_bytes() for p in (tmp_path / "lora").iterdir()} == before
     (tmp_path / ".lora.999999.tmp").mkdir()                 # of a killed process
     call(latent.main, "export", "--ckpt", wide, "--lora", tmp_path / "lora")
     assert [path.name for path in tmp_path.iterdir()] == ["lora"]
