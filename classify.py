@@ -342,8 +342,7 @@ def add_training_flags(group):
                        help="images per step, over all processes (default: 128)")
     group.add_argument("--lr", type=number(above=0), default=0.1,
                        help="largest learning rate (default: 0.1)")
-    group.add_argument("--compile", action=BooleanOptionalAction, default=None,
-                       help="torch.compile (default: on CUDA only)")
+    runtime.add_compile_flag(group)
     group.add_argument("--save-every", type=integer(1), default=10,
                        help="epochs between checkpoints (default: 10)")
 

@@ -46,6 +46,7 @@ class ImageSet:
     flip: bool = False
     provenance: dict = field(default_factory=dict)
     sha256: str | None = None       # of the set as it was packed, see packing.content_hash
+    rows: np.ndarray | None = None  # where the images are in that set; None: all, as packed
 
     @property
     def counts(self) -> np.ndarray:
@@ -55,8 +56,9 @@ class ImageSet:
     def take(self, rows: np.ndarray) -> "ImageSet":
         """The subset of these rows, in ascending order (a memory map is then read forwards)."""
         rows = np.sort(rows)
+        packed = rows if self.rows is None else self.rows[rows]
         return ImageSet(self.name, self.images[rows], self.labels[rows], self.class_names,
-                        self.flip, self.provenance, self.sha256)
+                        self.flip, self.provenance, self.sha256, packed)
 
     def summary(self) -> str:
         """One line: the number of images, of classes, and the first class sizes."""

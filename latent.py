@@ -6,6 +6,8 @@
     python latent.py sample --ckpt out/NAME/ckpt.pt --num 50000     # samples.npz, .json, grid.png
     torchrun --nproc_per_node=8 -- latent.py sample ...     # -- since torchrun itself reads --num
     python evaluate.py --samples out/NAME/samples/samples.npz --data-dir DIR
+    python latent.py export --ckpt out/NAME/ckpt.pt --lora FOLDER       # for diffusers; or
+    python latent.py export --ckpt out/NAME/ckpt.pt --pipeline FOLDER   # merged, with the model
 
 As in Sec. 4.1: W = W_0 + B_1 A_1 + B A on the attention projections. W_0 is the frozen model.
 B_1 A_1 is a LoRA of rank 128, which belongs to theta^g. BA is the reserved part, theta^e, of rank
@@ -14,15 +16,22 @@ B_1 A_1 is a LoRA of rank 128, which belongs to theta^g. BA is the reserved part
 The paper leaves open which layers carry the LoRA (here those that LoRA is usually put on), what has
 a "dropout rate of 0.1" (here the text) and whether weights are averaged (here as in train.py).
 
-The losses are those of losses.py, on latents; images are not mirrored. A checkpoint holds the
-low-rank parts only. A run resumes by repeating its command.
+The losses are those of losses.py, on latents; images are not mirrored. Each image is encoded once
+for all runs, into --pack-dir. A checkpoint holds the low-rank parts only. A run resumes by
+repeating its command.
+
+--lora writes general.safetensors (theta^g's LoRA) and minority.safetensors (theta^e). In diffusers,
+pipe.load_lora_weights(FOLDER, weight_name="general.safetensors", adapter_name="general") loads one,
+and pipe.set_adapters(["general", "minority"], [1.0, 0.5]) takes theta^e at half of its strength.
 """
 import hashlib
+import json
 import math
 import sys
 import time
 from argparse import BooleanOptionalAction
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -31,19 +40,42 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import disk
+import latent_cache
+import latent_export
 import runtime
-from cm_layers import LowRank, count, general_only, matrices, reserve
-from data import (Batches, add_data_flags, device_limit, load_long_tailed, refuse_other_data,
-                  send, to_float, unused_data_flags)
+from cm_layers import LowRank, checkpoint, count, general_only, matrices, merge, reserve
+from data import (Batches, add_data_flags, device_limit, load_long_tailed, pack_path,
+                  refuse_other_data, send, to_float, unused_data_flags)
 from losses import CMConfig, Objective, add_cm_flags, bind, draw_batch
+from readers import READERS
 from runtime import Parser, UserError, integer, number, refuse_unused, run
-from sample import (add_output_flags, add_sampling_flags, check_outputs, claimed, describe,
-                    dtype_of, generate, is_done, samples_folder, sampling_settings, write_samples)
-from train import Meter, Training, check_batch_size, config_of, loop, start_log
+from sample import (add_image_flags, add_output_flags, add_sampling_flags, add_weights_flags,
+                    check_outputs, chosen_classes, claimed, describe, dtype_of, generate, is_done,
+                    labels_in_turn, samples_folder, sampling_settings, write_samples)
+from train import (IR, Meter, Training, add_write_flags, check_batch_size, check_keep_every,
+                   compiled, config_of, is_finished, preset_words, run_loop, usual_settings)
 
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")      # the layers of attention, in diffusers
+RESOLUTION = 256        # of image files, where no flag says it: that of the paper's model
 RESUMABLE = {       # settings that may change when a run goes on
-    "epochs", "save_every", "log_every", "data_dir", "pack_dir", "accumulate"}
+    "epochs", "save_every", "keep_every", "sample_every", "log_every", "data_dir", "pack_dir",
+    "accumulate", "checkpointing", "compile"}
+OLDER = {           # the defaults of runs that began before latent.py had grids
+    "ir": 100.0, "resolution": None, "sample_every": 0}
+WRITE_EVERY = {"save_every": 500, "sample_every": 2000, "log_every": 50}
+DIFFUSERS = {       # flags of diffusers' LoRA scripts: what says the same here
+    "--pretrained_model_name_or_path": "--model", "--output_dir": "--out",
+    "--train_data_dir": "--dataset folder --data-dir", "--dataset_name": "--dataset",
+    "--resume_from_checkpoint": "the same command goes on, without a flag",
+    "--train_batch_size": "--batch-size, which counts the images of all processes and passes",
+    "--gradient_accumulation_steps": "--accumulate, which cuts --batch-size into passes",
+    "--gradient_checkpointing": "--checkpointing", "--num_train_epochs": "--epochs",
+    "--max_train_steps": "--epochs", "--learning_rate": "--lr", "--lr_warmup_steps": "--warmup",
+    "--adam_weight_decay": "--weight-decay", "--max_grad_norm": "--grad-clip",
+    "--mixed_precision": "--dtype", "--checkpointing_steps": "--save-every or --keep-every",
+    "--validation_prompt": "--sample-every, a grid of all classes",
+    "--validation_epochs": "--sample-every", "--cache_dir": "the environment variable HF_HOME"}
+GRID_BATCH = 25     # images of a grid that are generated at a time, beside what training holds
 CM_ONLY = ("cm_rank", "lam", "w_con", "w_div", "div_bound")
 OTHER_INPUTS = ("add_embedding", "class_embedding", "encoder_hid_proj")     # not Stable Diffusion 1
 
@@ -182,6 +214,20 @@ def adapters(net):
 
 
 @torch.no_grad()
+def merge_adapters(net, branch="full"):
+    """Write W_0 + B_1 A_1 + B A as plain weights, in place; return the network.
+
+    branch "general" leaves BA out. The blocks, shared with the U-Net that `net` was cut from, are
+    plain diffusers modules afterwards.
+    """
+    merge(net, branch)
+    for _, layer, p in matrices(net):
+        if parametrize.is_parametrized(layer, p):
+            parametrize.remove_parametrizations(layer, p)
+    return net
+
+
+@torch.no_grad()
 def load_adapters(net, values):
     """Copy {name: tensor} of a checkpoint into a network's low-rank parts.
 
@@ -291,20 +337,21 @@ class Model:
         return self.text(ids.input_ids)[0]
 
     @torch.no_grad()
-    def encode(self, images, rt, batch_size=16):
-        """uint8 (N, H, W, 3) -> the latents' distributions, float32 (N, 2, C, h, w) on the CPU.
+    def encode(self, images):
+        """uint8 (N, H, W, 3) -> the latents' distributions, NumPy, float32 (N, 2, C, h, w).
 
         They are normal: [:, 0] are the means, [:, 1] the standard deviations, both scaled.
         """
-        scale = self.vae.config.scaling_factor
-        starts = range(0, len(images), batch_size)
-        parts = []
-        for first in runtime.progress(starts, desc="latents", unit="batch", disable=rt.rank > 0):
-            pixels = torch.from_numpy(np.array(images[first:first + batch_size]))
-            latent = self.vae.encode(to_float(pixels.to(self.device))).latent_dist
-            moments = torch.stack([latent.mean, latent.std], 1)
-            parts.append(scale * moments.float().cpu())
-        return finite(torch.cat(parts), "encode")
+        pixels = torch.from_numpy(np.array(images)).to(self.device)
+        latent = self.vae.encode(to_float(pixels)).latent_dist
+        moments = torch.stack([latent.mean, latent.std], 1)
+        scaled = self.vae.config.scaling_factor * moments.float().cpu()
+        return finite(scaled, "encode").numpy()
+
+    def encoder_sha256(self):
+        """A hash of all that `encode` computes with."""
+        config = {k: v for k, v in self.vae.config.items() if not k.startswith("_")}
+        return content_hash([self.vae], torch.empty(0), json.dumps(config, sort_keys=True))
 
     @torch.no_grad()
     def decode(self, z, batch_size=16):
@@ -357,13 +404,39 @@ def content_hash(modules, alphas_bar, scale):
 # --------------------------------------------------------------------------------------------------
 # Training
 
+class TrainParser(Parser):
+    """A Parser that knows what diffusers' LoRA scripts call the flags."""
+
+    def what_is_unknown(self, word, words):
+        """As Parser's; of a flag of diffusers' scripts, what it is here."""
+        ours = DIFFUSERS.get(word.partition("=")[0])
+        return f"{word}: here {ours}" if ours else super().what_is_unknown(word, words)
+
+
+def make_parser(command, kind=Parser):
+    """The Parser of a command, as yet without its flags."""
+    parser = kind(__doc__)
+    parser.prog = f"latent.py {command}"
+    return parser
+
+
 def make_train_parser():
     """All flags of `latent.py train`."""
-    parser = Parser(__doc__)
-    add_data_flags(parser, "artbench10", 100.0)
+    parser = make_parser("train", TrainParser)
+    add_data_flags(parser, "artbench10")
     add_method_flags(parser)
     add_optimisation_flags(parser)
+    add_write_flags(parser)
     parser.add_common("folder of the run (default: out/latent- and the settings)")
+    for action in parser._actions:
+        if action.dest == "ir":
+            action.help += preset_words("100", IR)
+        elif action.dest == "resolution":
+            action.help = (f"pixels per side, of sets of image files (default: {RESOLUTION}, "
+                           "miniSD's; Stable Diffusion 1 and 2 were trained on 512)")
+        elif action.dest in WRITE_EVERY:
+            action.default = WRITE_EVERY[action.dest]
+            action.help += f" (default: {action.default})"
     return parser
 
 
@@ -407,14 +480,19 @@ def add_optimisation_flags(parser):
                    help="decay of the averaged low-rank parts (default: 0.999)")
     g.add_argument("--label-drop", type=number(0, 1), default=0.1,
                    help="probability of the empty text (default: 0.1)")
-    g.add_argument("--save-every", type=integer(1), default=500,
-                   help="steps between writes of ckpt.pt (default: 500)")
-    g.add_argument("--log-every", type=integer(1), default=50,
-                   help="steps between log lines (default: 50)")
+    g.add_argument("--checkpointing", action="store_true",
+                   help="gradient checkpointing: the same gradients with less memory; a step takes "
+                   "longer")
+    runtime.add_compile_flag(g)
 
 
 def resolve(args, given):
-    """Fill in the run's folder. given: Parser.given. Raises UserError for flags that cannot be."""
+    """Fill in what depends on other flags. given: Parser.given. Raises UserError."""
+    if args.ir is None:
+        args.ir = IR.get(args.dataset, 100.0)
+    files = args.dataset in READERS and READERS[args.dataset].files
+    if args.resolution is None and files:
+        args.resolution = RESOLUTION
     if not args.cm:
         refuse_unused(given, {name: "means something with --cm only" for name in CM_ONLY})
     refuse_unused(given, unused_data_flags(args))
@@ -437,11 +515,17 @@ def run_name(args):
     return "-".join(words)
 
 
-def resume(args):
-    """(the run's checkpoint or None, the Runtime); its settings must be this command's."""
+def resume(args, given):
+    """(the run's checkpoint or None, the Runtime); its settings must be this command's.
+
+    given: Parser.given. An older run keeps the defaults of its time.
+    """
     old, rt = disk.resume(args, ["latent"])
     rt.agree(old["step"] if old else 0, args.out)
     if old:
+        was = old["config"]
+        vars(args).update({name: value for name, value in OLDER.items()
+                           if name not in given and was.get(name, value) == value})
         defaults = vars(make_train_parser().parse_args([]))
         disk.refuse_changes(old["config"], config_of(args), args.out, defaults, RESUMABLE)
     return old, rt
@@ -477,7 +561,7 @@ def draw_latents(moments, seed, step):
     return mean + std * torch.randn(mean.shape, generator=g, device=moments.device)
 
 
-def announce(training, net):
+def announce(training, net, compiled):
     """Print what is about to be trained, how and where."""
     args, rt = training.args, training.rt
     low_rank = sum(p.numel() for p in training.params.values())
@@ -487,6 +571,8 @@ def announce(training, net):
     if args.cm:
         words.append(f" + {reserved:,} reserved")
     words.append(f"; {rt.device}, {args.dtype}, {rt.processes()}")
+    if compiled:
+        words.append(", compiled")
     rt.print("".join(words))
     verb = "resuming" if training.step else "starting"
     rt.print(f"{verb} {args.out} at step {training.step} of {args.steps}")
@@ -506,6 +592,7 @@ def load_images(args, rt, old):
         raise UserError(f"--epochs {args.epochs}: {args.steps} steps, and the run in {args.out} is "
                         f"at step {old['step']} already; raise it, or choose another folder with "
                         "--out")
+    check_keep_every(args)
     return images
 
 
@@ -514,19 +601,16 @@ def main_train(argv):
     parser = make_train_parser()
     args = resolve(parser.parse_args(argv), parser.given)
     packages()              # fails here, before any work
-    old, rt = resume(args)
+    old, rt = resume(args, parser.given)
     rt.on_rank_0(lambda: disk.check_writable(Path(args.out) / "config.json"))
     config = config_of(args)        # without args.steps, which the number of images gives
     images = load_images(args, rt, old)
-    if old and old["step"] == args.steps:
-        return rt.print(f"{args.out}: finished, step {old['step']} of {args.steps}")
+    network = partial(load_model, args, rt, images, config, old)
+    if is_finished(old, args, rt, lambda *call: grid_samples(*network(), *call)):
+        return
     rt.print(images.summary())
 
-    model = Model(args.model, rt.device, args.revision)
-    model.latent_shape(images.images.shape[1])      # where it has none, this says so
-    if old:
-        model.refuse_other(old)
-    net = make_network(model, images.class_names, config, old)
+    model, net = network()
     objective = Objective(
         net=net, base=bind(args.base), counts=images.counts, alphas_bar=model.alphas_bar,
         cm=CMConfig.of(args), label_drop=args.label_drop).to(rt.device)
@@ -534,25 +618,72 @@ def main_train(argv):
               "data": images.record(), "model_sha256": model.sha256}
     training = make_training(args, rt, net, images, record, old)
     with disk.claim_run(args.out, rt, old):
-        run_loop(training, objective, images, model.encode(images.images, rt))
+        moments = encoded(model, images, args, rt)
+        batch = make_batch(training, objective, images, moments)
+        module, warning = compiled(objective, batch, training)
+        announce(training, net, module is not objective)
+        run_loop(training, rt.parallel(module), batch, old, None, warning,
+                 partial(grid_samples, model, net))
 
 
-def run_loop(training, objective, images, moments):
-    """train.py's loop, on latents drawn from their distributions `moments` of Model.encode."""
+def load_model(args, rt, images, config, old):
+    """(the Model, the LatentUNet to train) of a run's settings. Raises UserError."""
+    model = Model(args.model, rt.device, args.revision)
+    model.latent_shape(images.images.shape[1])      # where it has none, this says so
+    if old:
+        model.refuse_other(old)
+    net = make_network(model, images.class_names, config, old)
+    if args.checkpointing:
+        model.unet.enable_gradient_checkpointing(partial(checkpoint, net))
+    return model, net
+
+
+def encoded(model, images, args, rt):
+    """The latents' distributions (N, 2, C, h, w), of Model.encode, kept beside the packed images.
+
+    NumPy, memory-mapped.
+    """
+    resolution = images.images.shape[1]
+    shape = (len(images.labels), 2, *model.latent_shape(resolution))
+    rows = None if images.rows is None else hashlib.sha256(images.rows).hexdigest()
+    made_from = {"images": images.sha256, "rows": rows, "resolution": resolution,
+                 "scale": model.vae.config.scaling_factor, "encoder": model.encoder_sha256()}
+    base = pack_path(args.dataset, args.data_dir, "train", resolution, args.pack_dir)
+    return latent_cache.kept(base, made_from, shape,
+                             lambda part: model.encode(images.images[part]), rt)
+
+
+def make_batch(training, objective, images, moments):
+    """batch(step, k) for train.py's loop, of latents drawn from `encoded`'s distributions."""
     args, rt = training.args, training.rt
     batches = Batches(images, args.batch_size, args.seed, rt.device, limit=0)
-    if moments.nbytes <= device_limit(rt.device):
-        moments = moments.to(rt.device)
+    on_device = moments.nbytes <= device_limit(rt.device)
+    if on_device:
+        moments = torch.from_numpy(np.array(moments)).to(rt.device)
 
     def batch(step, k):
-        rows = send(torch.from_numpy(batches.rows(step)), moments.device)
-        x_0 = draw_latents(send(moments[rows], rt.device), args.seed, step)
-        y = batches.labels[send(rows, rt.device)]
+        rows = batches.rows(step)
+        index = send(torch.from_numpy(rows), rt.device)
+        own = moments[index] if on_device else send(torch.from_numpy(moments[rows]), rt.device)
+        x_0 = draw_latents(own, args.seed, step)
         part = rt.rank * args.accumulate + k
-        return draw_batch(x_0, y, objective, seed=args.seed, step=step, part=part,
-                          parts=rt.world * args.accumulate)
-    announce(training, objective.net)
-    loop(training, rt.parallel(objective), batch, start_log(training))
+        return draw_batch(x_0, batches.labels[index], objective, seed=args.seed, step=step,
+                          part=part, parts=rt.world * args.accumulate)
+    return batch
+
+
+def grid_samples(model, net, state, labels, rt):
+    """Decoded images of a checkpoint's EMA weights, as `latent.py sample` makes them by default.
+
+    uint8 (N, H, W, 3). The network's own low-rank parts are put back.
+    """
+    before = {name: p.detach().clone() for name, p in adapters(net).items()}
+    load_adapters(net, state["ema"])
+    try:
+        return decoded(model, net, labels, state["data"]["resolution"], rt, GRID_BATCH,
+                       title="grid", **usual_settings(state))
+    finally:
+        load_adapters(net, before)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -560,15 +691,19 @@ def run_loop(training, objective, images, moments):
 
 def make_sample_parser():
     """All flags of `latent.py sample`."""
-    parser = Parser(__doc__)
-    parser.add_argument("--ckpt", required=True, help="a checkpoint of latent.py train")
-    parser.add_argument("--model",
-                        help="where the pre-trained model is (default: the checkpoint's)")
-    parser.add_argument("--num", type=integer(1, 10_000_000), default=100,
-                        help="images, over all classes (default: 100)")
+    parser = make_parser("sample")
+    add_checkpoint_flags(parser)
+    add_image_flags(parser)
     add_sampling_flags(parser)
     add_output_flags(parser)
     return parser
+
+
+def add_checkpoint_flags(parser):
+    """--ckpt and --model, the same for sampling and exporting."""
+    parser.add_argument("--ckpt", required=True, help="a checkpoint of latent.py train")
+    parser.add_argument("--model",
+                        help="where the pre-trained model is (default: the checkpoint's)")
 
 
 def load_network(model, ckpt, weights):
@@ -578,21 +713,42 @@ def load_network(model, ckpt, weights):
     return net.to(model.device).requires_grad_(False)
 
 
+def model_of(args, ckpt):
+    """(name, revision) of a checkpoint's model, or of --model in its place."""
+    config = ckpt["config"]
+    name = args.model or config["model"]
+    return name, config.get("revision") if name == config["model"] else None
+
+
+def refuse_general(args, ckpt):
+    """Raise UserError where --branch general names what a checkpoint does not have."""
+    if args.branch == "general" and not ckpt["config"]["cm"]:
+        raise UserError("--branch general: this checkpoint has no reserved capacity (it was "
+                        "trained with --no-cm)")
+
+
+def decoded(model, net, labels, resolution, rt, batch_size, **settings):
+    """Images of a LatentUNet's latents, number 0 to N - 1, with these labels: see generate."""
+    with parametrize.cached():
+        return generate(net, labels, range(len(labels)), model.latent_shape(resolution), rt,
+                        batch_size, to_image=model.decode, alphas_bar=model.alphas_bar, **settings)
+
+
 def main_sample(argv):
     """Generate the images that the flags ask for: sample.py's main, through the autoencoder."""
     args = make_sample_parser().parse_args(argv)
     ckpt = disk.load(args.ckpt, ["latent"])
-    config = ckpt["config"]
+    names = ckpt["data"]["class_names"]
+    classes = chosen_classes(args, names)
     rt = runtime.setup(args.device, dtype_of(args, ckpt))
     settings = sampling_settings(args, "latent")
     out = samples_folder(args)
-    name = args.model or config["model"]
-    revision = config.get("revision") if name == config["model"] else None
+    name, revision = model_of(args, ckpt)
     record = {**describe(args, ckpt, settings), "model": name, "revision": revision,
               "model_sha256": ckpt.get("model_sha256"), "num": args.num, "dtype": rt.precision()}
-    if args.branch == "general" and not config["cm"]:
-        raise UserError("--branch general: this checkpoint has no reserved capacity (it was "
-                        "trained with --no-cm)")
+    if args.classes is not None:        # older records have no such entry, and are of all classes
+        record["classes"] = classes
+    refuse_general(args, ckpt)
     if is_done(args, rt, out, record):
         return rt.print(f"{out}: up to date")
     rt.on_rank_0(lambda: check_outputs(out, args.png))
@@ -601,28 +757,106 @@ def main_sample(argv):
     model = Model(name, rt.device, revision)
     model.refuse_other(ckpt)
     net = load_network(model, ckpt, args.weights)
-    names = ckpt["data"]["class_names"]
-    labels = [i % len(names) for i in range(args.num)]
-    shape = model.latent_shape(ckpt["data"]["resolution"])
+    labels = labels_in_turn(classes, args.num)
     branch = general_only(net) if args.branch == "general" else nullcontext()
-    with claimed(out, args.png, rt), branch, parametrize.cached():
-        images = generate(net, labels, range(args.num), shape, rt, args.batch_size,
-                          to_image=model.decode, alphas_bar=model.alphas_bar, **settings)
+    with claimed(out, args.png, rt), branch:
+        images = decoded(model, net, labels, ckpt["data"]["resolution"], rt, args.batch_size,
+                         **settings)
         seconds = time.time() - start
         rt.on_rank_0(lambda: write_samples(out, images, labels, names, record, ckpt["data"],
                                            seconds, args.png))
 
 
+# --------------------------------------------------------------------------------------------------
+# Export
+
+def make_export_parser():
+    """All flags of `latent.py export`."""
+    parser = make_parser("export")
+    add_checkpoint_flags(parser)
+    g = parser.add_argument_group("what is written")
+    what = g.add_mutually_exclusive_group(required=True)
+    what.add_argument("--lora", metavar="DIR",
+                      help="general.safetensors and minority.safetensors, for load_lora_weights")
+    what.add_argument("--pipeline", metavar="DIR",
+                      help="a StableDiffusionPipeline with the merged U-Net, for from_pretrained")
+    add_weights_flags(g)
+    return parser
+
+
+def main_export(argv):
+    """Write the low-rank parts, or the merged pipeline, to a folder."""
+    parser = make_export_parser()
+    args = parser.parse_args(argv)
+    runtime.refuse_processes("latent.py export")
+    kind = "lora" if args.lora else "pipeline"
+    folder = Path(args.lora or args.pipeline)
+    if kind == "lora":
+        refuse_unused(parser.given, {"branch": "--lora writes both parts, a file each",
+                                     "model": "--lora writes what the checkpoint holds"})
+    ckpt = disk.load(args.ckpt, ["latent"])
+    refuse_general(args, ckpt)
+    latent_export.refuse_other_folder(folder, kind, f"--{kind}")
+    packages()
+    if kind == "lora":
+        parts = latent_export.to_peft(ckpt["ema" if args.weights == "ema" else "adapters"])
+        write = partial(latent_export.write_lora, parts)
+    else:
+        write = merged_pipeline(args, ckpt).save_pretrained
+    latent_export.write_folder(folder, kind, export_record(args, ckpt), write, f"--{kind}")
+    print(f"wrote {folder}: {args.weights} weights; "
+          + (", ".join(f"{part}.safetensors" for part in parts) if kind == "lora" else
+             f"{args.branch} branch, a StableDiffusionPipeline"))
+
+
+def export_record(args, ckpt):
+    """What an export was made from, for its JSON."""
+    config = ckpt["config"]
+    own = {"branch": args.branch} if args.pipeline else {}
+    return {"ckpt": str(args.ckpt), "ckpt_sha256": ckpt.sha256, "step": ckpt["step"],
+            "weights": args.weights, **own, "model": config["model"],
+            "revision": config.get("revision"), "model_sha256": ckpt.get("model_sha256"),
+            "prompt": config["prompt"], "class_names": ckpt["data"]["class_names"]}
+
+
+def merged_pipeline(args, ckpt):
+    """diffusers' StableDiffusionPipeline with the U-Net of a checkpoint merged into it."""
+    diffusers, _ = packages()
+    name, revision = model_of(args, ckpt)
+    model = Model(name, torch.device("cpu"), revision)
+    model.refuse_other(ckpt)
+    merge_adapters(load_network(model, ckpt, args.weights), args.branch)
+    return diffusers.StableDiffusionPipeline(
+        vae=model.vae, text_encoder=model.text, tokenizer=model.tokenizer, unet=model.unet,
+        scheduler=model.schedule, safety_checker=None, feature_extractor=None,
+        requires_safety_checker=False)
+
+
+# --------------------------------------------------------------------------------------------------
+
+COMMANDS = {
+    "train": (main_train, make_train_parser), "sample": (main_sample, make_sample_parser),
+    "export": (main_export, make_export_parser)}
+
+
+def print_help():
+    """Print the text above and the flags of all commands."""
+    print(__doc__)
+    for _, make in COMMANDS.values():
+        parser = make()
+        parser.description = None
+        parser.print_help()
+        print()
+
+
 def main():
-    """Train or sample, by the first word."""
+    """Train, sample or export, by the first word."""
     what = sys.argv[1] if len(sys.argv) > 1 else "--help"
-    mains = {"train": main_train, "sample": main_sample}
     if what in ("-h", "--help"):
-        return print(__doc__ + "\nlatent.py train --help and latent.py sample --help list the "
-                     "flags.")
-    if what not in mains:
-        raise UserError(f"latent.py {what}: say train or sample first")
-    mains[what](sys.argv[2:])
+        return print_help()
+    if what not in COMMANDS:
+        raise UserError(f"latent.py {what}: say {', '.join(COMMANDS)} first")
+    COMMANDS[what][0](sys.argv[2:])
 
 
 if __name__ == "__main__":

@@ -209,7 +209,7 @@ def pack_files(path: Path, files, shape, source, block=4096):
         path.parent.mkdir(parents=True, exist_ok=True)
         partial, first = packed_so_far(path, mark, shape, source)
         if partial is None:
-            partial, first = new_partial(path, shape), 0
+            partial, first = new_partial(path, shape, np.uint8), 0
         try:
             with progress(total=shape[0], initial=first, desc="packing", unit="img") as bar:
                 for start in range(first, shape[0], block):
@@ -246,11 +246,11 @@ def packed_so_far(path, mark, shape, source):
     return None, 0
 
 
-def new_partial(path, shape):
+def new_partial(path, shape, dtype):
     """An empty array in a file of a new name beside `path`, with its space on the disk reserved."""
     partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
     try:
-        np.lib.format.open_memmap(partial, "w+", np.uint8, tuple(shape))
+        np.lib.format.open_memmap(partial, "w+", dtype, tuple(shape))
         if hasattr(os, "posix_fallocate"):
             # A full disk is an error here; while writing to the mapped file it would be a signal
             with open(partial, "r+b") as f:

@@ -519,6 +519,12 @@ def synchronize(device):
         torch.cuda.synchronize(device)
 
 
+def add_compile_flag(group):
+    """--compile, the same in the scripts that train."""
+    group.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None,
+                       help="torch.compile (default: on CUDA only)")
+
+
 def wants_compile(args, rt):
     """--compile or --no-compile; where neither is given, whether the device is CUDA."""
     return rt.device.type == "cuda" if args.compile is None else args.compile

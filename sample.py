@@ -660,12 +660,17 @@ def add_sampling_flags(parser):
     g.add_argument("--clip", action=BooleanOptionalAction, default=None,
                    help="clip the predicted x_0 of every step to [-1, 1] (default: yes; of "
                    "consistency and latent models: no)")
-    g.add_argument("--branch", choices=("full", "general"), default="full",
-                   help="theta, or theta^g alone (default: full)")
-    g.add_argument("--weights", choices=("ema", "raw"), default="ema", help="default: ema")
+    add_weights_flags(g)
     g.add_argument("--batch-size", type=integer(1), default=250,
                    help="images at a time per process (default: 250)")
     return g
+
+
+def add_weights_flags(group):
+    """--branch and --weights, the same for evaluate.py and latent.py."""
+    group.add_argument("--branch", choices=("full", "general"), default="full",
+                       help="theta, or theta^g alone (default: full)")
+    group.add_argument("--weights", choices=("ema", "raw"), default="ema", help="default: ema")
 
 
 def sampling_settings(args, kind):
@@ -736,15 +741,30 @@ def make_parser():
     parser = Parser(__doc__)
     parser.add_argument("--ckpt", required=True,
                         help="a checkpoint of train.py, or a file that --export wrote")
-    parser.add_argument("--classes",
-                        help="numbers, ranges or names: 6-9 or 0,3,cat (default: all)")
-    parser.add_argument("--num", type=integer(1, 10_000_000), default=100,
-                        help="images, over all classes (default: 100)")
+    add_image_flags(parser)
     add_sampling_flags(parser)
     add_output_flags(parser)
     parser.add_argument("--export", metavar="FILE",
                         help="write the merged plain network to FILE instead of sampling")
     return parser
+
+
+def add_image_flags(parser):
+    """--classes and --num, the same for latent.py."""
+    parser.add_argument("--classes",
+                        help="numbers, ranges or names: 6-9 or 0,3,cat (default: all)")
+    parser.add_argument("--num", type=integer(1, 10_000_000), default=100,
+                        help="images, over all classes (default: 100)")
+
+
+def chosen_classes(args, names):
+    """The class numbers that --classes asks for, of these class names. Raises UserError."""
+    return list(range(len(names))) if args.classes is None else resolve_classes(args.classes, names)
+
+
+def labels_in_turn(classes, num):
+    """The labels of `num` images, a list: the classes in turn."""
+    return [classes[i % len(classes)] for i in range(num)]
 
 
 def add_output_flags(parser):
@@ -775,8 +795,7 @@ def main():
         return export_network(args, parser.given)
     ckpt = disk.load(args.ckpt, KINDS)
     names = ckpt["data"]["class_names"]
-    everything = args.classes is None
-    classes = list(range(len(names))) if everything else resolve_classes(args.classes, names)
+    classes = chosen_classes(args, names)
     settings = sampling_settings(args, ckpt["kind"])
     out = samples_folder(args)
     rt = runtime.setup(args.device, dtype_of(args, ckpt))
@@ -786,7 +805,7 @@ def main():
     if is_done(args, rt, out, record):
         return rt.print(f"{out}: up to date")
 
-    labels = [classes[i % len(classes)] for i in range(args.num)]
+    labels = labels_in_turn(classes, args.num)
     with claimed(out, args.png, rt):
         start = time.time()
         net = prepare(net, rt, image_shape(ckpt), args.num, args.batch_size)

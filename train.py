@@ -197,8 +197,7 @@ def add_optimisation_flags(parser):
                    help="decay of the averaged weights; (1 + s) / (10 + s) while smaller")
     g.add_argument("--label-drop", type=number(0, 1), default=0.1,
                    help="probability that an image's label is Null (default: 0.1)")
-    g.add_argument("--compile", action=BooleanOptionalAction, default=None,
-                   help="torch.compile (default: on CUDA only)")
+    runtime.add_compile_flag(g)
 
 
 def passes(text):
@@ -208,13 +207,7 @@ def passes(text):
 
 def add_log_flags(parser):
     """How often something is written."""
-    g = parser.add_argument_group("output")
-    g.add_argument("--save-every", type=integer(1), help="steps between writes of ckpt.pt")
-    g.add_argument("--keep-every", type=integer(1),
-                   help="steps between snapshots ckpt-STEP.pt, which are kept (default: none)")
-    g.add_argument("--sample-every", type=integer(0),
-                   help="steps between grids of samples, the last step included; 0: none")
-    g.add_argument("--log-every", type=integer(1), help="steps between log lines")
+    g = add_write_flags(parser)
     g.add_argument("--eval-every", type=integer(1), metavar="N",
                    help="steps between Frechet distances of samples, overall and per group, the "
                    "last step included (default: never)")
@@ -222,6 +215,18 @@ def add_log_flags(parser):
                    help="class-balanced samples of --eval-every (default: 2000)")
     g.add_argument("--features", help="of --eval-every, as evaluate.py's: a network's name or a "
                    f"classifier's checkpoint (default: inception; digits: {DIGITS_CLASSIFIER})")
+
+
+def add_write_flags(parser):
+    """Steps between writes, the same for latent.py; their defaults are each script's own."""
+    g = parser.add_argument_group("output")
+    g.add_argument("--save-every", type=integer(1), help="steps between writes of ckpt.pt")
+    g.add_argument("--keep-every", type=integer(1),
+                   help="steps between snapshots ckpt-STEP.pt, which are kept (default: none)")
+    g.add_argument("--sample-every", type=integer(0),
+                   help="steps between grids of samples, the last step included; 0: none")
+    g.add_argument("--log-every", type=integer(1), help="steps between log lines")
+    return g
 
 
 def resolve(args, given=()):
@@ -241,12 +246,17 @@ def resolve(args, given=()):
     refuse_unused(given, unused_data_flags(args))
     if not args.eval_every:
         refuse_unused(given, dict.fromkeys(("eval_num", "features"), "belongs to --eval-every"))
-    if args.keep_every and args.keep_every > args.steps:
-        raise UserError(f"--keep-every {args.keep_every}: more than --steps {args.steps}, so that "
-                        "no snapshot would be kept; take fewer")
+    check_keep_every(args)
     if args.out is None:
         args.out = "out/" + run_name(args, defaults)
     return args
+
+
+def check_keep_every(args):
+    """Raise UserError where the run ends before its first snapshot."""
+    if args.keep_every and args.keep_every > args.steps:
+        raise UserError(f"--keep-every {args.keep_every}: the run has {args.steps} steps, and no "
+                        "snapshot would be kept; take fewer")
 
 
 def default_preset(args):
@@ -807,12 +817,12 @@ def resume(args):
     return old, rt
 
 
-def is_finished(old, args, rt):
-    """Whether the run of a checkpoint has nothing left to do; says so."""
+def is_finished(old, args, rt, samples=None):
+    """Whether the run of a checkpoint has nothing left to do; says so. samples: see save_grid."""
     if not old or old["step"] < args.steps:
         return False
     if rt.rank == 0:
-        save_due(old["step"], lambda: old, args, rt, missing_only=True)
+        save_due(old["step"], lambda: old, args, rt, samples=samples, missing_only=True)
     rt.print(f"{args.out}: finished, step {old['step']} of {args.steps}")
     return True
 
@@ -889,33 +899,39 @@ def ema_samples(state, labels, rt, gather=True):
     Each from its own fixed noise; what generate returns.
     """
     net = load_network(state, device=rt.device)
-    defaults = DEFAULTS[state["kind"]]
-    settings = {**defaults, "steps": STEPS[defaults["sampler"]], "seed": state["config"]["seed"]}
     net = prepare(net, rt, image_shape(state), len(labels), batch_size=250)
     return generate(net, labels, range(len(labels)), image_shape(state), rt, batch_size=250,
-                    title=None, gather=gather, **settings)
+                    title=None, gather=gather, **usual_settings(state))
 
 
-def save_grid(state, path, rt, log=None):
+def usual_settings(state):
+    """The settings of sample_batch that sample.py takes for a checkpoint by default: a dict."""
+    defaults = DEFAULTS[state["kind"]]
+    return {**defaults, "steps": STEPS[defaults["sampler"]], "seed": state["config"]["seed"]}
+
+
+def save_grid(state, path, rt, log=None, samples=None):
     """Generate EMA samples of up to ten classes on fixed noise: a PNG, and TensorBoard's copy.
 
-    state: a checkpoint. log: a Log, or None for the PNG alone.
+    state: a checkpoint. log: a Log, or None for the PNG alone. samples(state, labels, rt): what
+    generates them, None for ema_samples.
     """
     names = state["data"]["class_names"]
     classes = ten_classes(len(names))
     labels = classes * 10
     alone = runtime.Runtime(rt.device, rt.dtype)        # rank 0 generates all of it
-    images = ema_samples(state, labels, alone)
+    images = (samples or ema_samples)(state, labels, alone)
     picture = grid_image(images, labels, names, state["data"]["class_counts"], classes)
     disk.write_png(path, picture)
     if log:
         log.picture(picture, state["step"])
 
 
-def save_due(step, state, args, rt, log=None, missing_only=False):
+def save_due(step, state, args, rt, log=None, samples=None, missing_only=False):
     """Write what is due at a step beside ckpt.pt: a snapshot that is kept, a grid of samples.
 
-    state(): the checkpoint. missing_only: what a run that was killed at this step did not get to.
+    state(): the checkpoint. samples: see save_grid. missing_only: what a run that was killed at
+    this step did not get to.
     """
     snapshot = Path(args.out) / f"ckpt-{step:07d}.pt"
     grid = Path(args.out) / f"grid-{step:07d}.png"
@@ -924,7 +940,7 @@ def save_due(step, state, args, rt, log=None, missing_only=False):
     if snapshot_due and not (missing_only and snapshot.exists()):
         disk.save(snapshot, state())
     if grid_due and not (missing_only and grid.exists()):
-        save_grid(state(), grid, rt, log)
+        save_grid(state(), grid, rt, log, samples)
 
 
 def make_objective(args, net, images):
@@ -1061,13 +1077,21 @@ def main():
         part = rt.rank * args.accumulate + k
         return draw_batch(x_0, y, objective, seed=args.seed, step=step, part=part,
                           parts=rt.world * args.accumulate, flip=flip, dtype=rt.dtype)
-    module, warning = objective, None
-    if runtime.wants_compile(args, rt):
-        module, warning = runtime.compile_or_not(
-            objective, lambda m: m(batch(training.step, 0))[0], rt)
+    module, warning = compiled(objective, batch, training)
     announce(training, net, compiled=module is not objective)
     with disk.claim_run(args.out, rt, old):
         run_loop(training, rt.parallel(module), batch, old, evaluation, warning)
+
+
+def compiled(objective, batch, training):
+    """(the Objective as --compile says, a warning or None): see runtime.compile_or_not.
+
+    batch(step, k): see train_step.
+    """
+    if not runtime.wants_compile(training.args, training.rt):
+        return objective, None
+    return runtime.compile_or_not(
+        objective, lambda m: m(batch(training.step, 0))[0], training.rt)
 
 
 class Evaluation:
@@ -1127,23 +1151,23 @@ class Evaluation:
             self.measure(state, log)
 
 
-def run_loop(training, module, batch, old, evaluation, warning):
+def run_loop(training, module, batch, old, evaluation, warning, samples=None):
     """The loop, with the snapshots, grids and distances that the flags ask for.
 
-    warning: for the log, or None.
+    evaluation: an Evaluation, or None. warning: for the log, or None. samples: see save_grid.
     """
     args, rt = training.args, training.rt
     log = start_log(training)
     if log and warning:
         log.warn(training.step, warning)
     if old and rt.rank == 0:
-        save_due(old["step"], lambda: old, args, rt, log, missing_only=True)
+        save_due(old["step"], lambda: old, args, rt, log, samples, missing_only=True)
     if old and evaluation:
         evaluation.make_up(old, log)
 
     def after_step():
         if rt.rank == 0:
-            save_due(training.step, training.state, args, rt, log)
+            save_due(training.step, training.state, args, rt, log, samples)
         if evaluation and evaluation.is_due(training.step):
             evaluation.measure(training.state(), log)
     loop(training, module, batch, log, after_step)

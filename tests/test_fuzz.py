@@ -46,6 +46,8 @@ INPUTS = {"ckpt", "samples", "reference", "features", "init_from", "extra", "row
 FOLDERS = {"out": ["text.txt", "text.txt/folder"], "pack_dir": ["text.txt", "text.txt/folder"],
            "data_dir": ["text.txt", "text.txt/folder"]}
 WRITTEN = ["empty-folder", "text.txt/file", "text.txt", "ckpt.pt"]
+FOLDERS |= {"lora": ["text.txt", "text.txt/folder", "full-folder"],
+            "pipeline": ["text.txt", "text.txt/folder", "full-folder"]}
 FILES = {"out_json": WRITTEN, "save_stats": WRITTEN, "export": WRITTEN}
 # Flags of free text that has a meaning: none of these words has one
 MEANINGS = {"dataset", "device", "classes", "class_order", "paper"}
@@ -84,6 +86,8 @@ SCRIPTS = {
                                 "--no-compile": []}, ["SummaryWriter"]),
     "latent train": (latent, ["train"], {**TRAINING, "--model": ["empty-folder"]}, ["Model"]),
     "latent sample": (latent, ["sample"], {**CKPT, "--ckpt": ["latent.pt"]}, ["Model"]),
+    "latent export": (latent, ["export"], {"--ckpt": ["latent.pt"], "--pipeline": ["out/x"]},
+                      ["merged_pipeline", "export_record"]),
     "prune_probe": (prune_probe, [], {**CKPT, "--data-dir": ["DATA"]}, ["measure"]),
     "dominance": (capacity_probe, ["dominance"], {**CKPT, "--data-dir": ["DATA"]},
                   ["group_gradients"]),
@@ -98,7 +102,9 @@ SCRIPTS = {
     "theory_sim": (theory_sim, [], {"--out": ["out/x"]}, ["results"]),
     "data": (data, [], {"--dataset": ["digits"], "--data-dir": ["DATA"]}, []),
 }
-INSTEAD_OF = {"--samples": "--ckpt", "--ckpt": "--samples"}     # evaluate takes one of them
+INSTEAD_OF = {      # a flag of a script that takes one of two
+    "evaluate": {"--samples": "--ckpt", "--ckpt": "--samples"},
+    "latent export": {"--lora": "--pipeline"}}
 
 
 def find_parser(module, first):
@@ -175,8 +181,7 @@ def cases_of(script, flag, action):
     """(the command line, whether it must be refused) for each case of a flag."""
     _, first, base, _ = SCRIPTS[script]
     same = {flag, *action.option_strings}
-    if script.startswith("evaluate"):
-        same.add(INSTEAD_OF.get(flag))
+    same.add(INSTEAD_OF.get(script.removesuffix(" samples"), {}).get(flag))
     rest = [w for name, values in base.items() if name not in same for w in (name, *values)]
     for values, wrong in values_of(action):
         words = [f"{flag}={values[0]}"] if len(values) == 1 and values[0][:1] == "-" else [
@@ -199,6 +204,8 @@ def folder(tmp_path_factory, cm_run, classifier, digits):
     shutil.copy(classifier, root / "classifier.pt")
     write_good_files(root, digits)
     (root / "empty-folder").mkdir()
+    (root / "full-folder").mkdir()
+    (root / "full-folder/text.txt").write_text("of another program")
     for name in ("text.txt", "text.npz"):
         (root / name).write_text("not what the flag takes\n")
     (root / "empty.npz").touch()

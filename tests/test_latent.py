@@ -3,7 +3,11 @@
 The cut network, its two low-rank parts, training, samples.
 """
 import json
+import os
+import resource
 import shutil
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,15 +23,18 @@ import evaluate
 import latent
 import disk
 import runtime
+import sample as sample_py
 import train
 from cm_layers import count, general_only, merge, reserved
 from losses import Objective, bind, draw_batch
+from readers import READERS
 
 FLAGS = ("--dataset folder --ir 1 --resolution 16 --rank 6 --batch-size 8 --log-every 1 "
-         "--device cpu --dtype float32").split()
+         "--sample-every 0 --device cpu --dtype float32").split()
 CM_RANK = ["--cm-rank", 2]
 NAMES = ["old_master", "pop", "realism"]
 COUNTS = [12, 6, 3]
+NEW_SETTINGS = ("sample_every", "keep_every", "checkpointing", "compile")     # not in older runs
 CONFIG = {"prompt": "a {} painting", "rank": 6, "cm": True, "cm_rank": 2, "model": "tiny"}
 
 
@@ -167,10 +174,47 @@ def test_every_loss_trains_only_low_rank_parts(model, net, base):
     assert all(name.endswith(".B") for name in moved)       # B = 0 as yet, so that A has none
 
 
-def test_latents_round_trip(model, cpu):
-    """encode and decode, in parts, are the autoencoder's own, times its scaling factor."""
+def step_of(model, net):
+    """(total, {name: gradient}) of a CM step in which every low-rank part counts."""
+    torch.manual_seed(3)
+    for p in latent.adapters(net).values():
+        torch.nn.init.normal_(p, std=0.1)
+    objective = Objective(net=net, base=bind("oc"), counts=COUNTS, alphas_bar=model.alphas_bar)
+    g = torch.Generator().manual_seed(0)
+    x_0, y = torch.randn(6, 4, 8, 8, generator=g), torch.tensor([0, 0, 0, 1, 1, 2])
+    total, _, D = objective(draw_batch(x_0, y, objective, seed=0, step=1))
+    assert D.min() > 1e-5                                   # theta^g's pass is another one
+    total.backward()
+    return total, {name: p.grad for name, p in latent.adapters(net).items()}
+
+
+def test_checkpointing_gives_the_same_gradients_with_less_memory(tiny, cpu):
+    """Those of theta^g's pass, too: --checkpointing reaches the blocks of both halves."""
+    images = SimpleNamespace(images=np.zeros((1, 16, 16, 3)), class_names=NAMES)
+    found, kept = [], []
+    for more in ([], ["--checkpointing"]):
+        args = latent.make_train_parser().parse_args(
+            [*FLAGS, *CM_RANK, *more, "--model", tiny])
+        model, net = latent.load_model(args, cpu, images, vars(args), None)
+        saved = []
+
+        def keep(tensor, saved=saved):
+            saved.append(tensor.numel())
+            return tensor
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            found.append(step_of(model, net))
+        kept.append(sum(saved))
+    (total, gradients), (other, others) = found
+    assert_close(other, total)
+    assert all(grad.abs().max() > 0 for grad in gradients.values())
+    assert_close(others, gradients)
+    assert kept[1] < 0.5 * kept[0], kept
+
+
+def test_latents_round_trip(model):
+    """encode, and decode in parts, are the autoencoder's own, times its scaling factor."""
     images = np.random.RandomState(0).randint(0, 256, (5, 16, 16, 3), np.uint8)
-    moments = model.encode(images, cpu, batch_size=2)
+    moments = torch.from_numpy(model.encode(images))
     assert moments.shape == (5, 2, 4, 8, 8)
     x = torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1
     whole = model.vae.encode(x).latent_dist
@@ -226,18 +270,74 @@ def test_train_and_resume(run_of, whole, capsys):
     assert "finished, step 8 of 8" in capsys.readouterr().out
 
 
+def test_grids_are_decoded_ema_samples(run_of, whole, tmp_path, monkeypatch):
+    """As `latent.py sample` makes them; they move no weight, and a killed run's is made up."""
+    monkeypatch.setitem(sample_py.STEPS, "ddim", 6)
+    run = run_of("grids", "--epochs", 3, "--lr", 0.01, "--sample-every", 4, "--keep-every", 4)
+    a = disk.load(whole / "ckpt.pt", ["latent"])
+    b = disk.load(run / "ckpt.pt", ["latent"])
+    for key in ("adapters", "ema"):
+        assert all(torch.equal(value, b[key][name]) for name, value in a[key].items())
+    assert sorted(path.name for path in run.glob("*-0*")) == [
+        "ckpt-0000004.pt", "ckpt-0000008.pt", "grid-0000004.png", "grid-0000008.png"]
+    for step in (4, 8):
+        grid = run / f"grid-{step:07d}.png"
+        call(latent.main, "sample", "--ckpt", run / f"ckpt-{step:07d}.pt", "--num", 30,
+             "--out", tmp_path / str(step), "--device", "cpu", "--batch-size", 25)
+        assert difference(grid, tmp_path / str(step) / "grid.png") <= 1
+        whole_grid = grid.read_bytes()
+        grid.unlink()
+        run_of("grids", "--epochs", 3, "--lr", 0.01, "--sample-every", 4)
+        assert grid.exists() == (step == 8)
+        assert step == 4 or grid.read_bytes() == whole_grid
+    assert difference(tmp_path / "4/grid.png", tmp_path / "8/grid.png") > 10
+
+
+def difference(a, b):
+    """The largest difference of two pictures, in grey levels."""
+    a, b = (np.asarray(Image.open(path)).astype(int) for path in (a, b))
+    return np.abs(a - b).max()
+
+
+def test_a_run_may_go_on_with_checkpointing_or_compiled(run_of, whole, capsys, monkeypatch):
+    """Both are the same run; --compile runs what torch.compile returns."""
+    compiled = []
+
+    def compile(module):
+        compiled.append(torch._dynamo.optimize("eager")(module))
+        return compiled[-1]
+    monkeypatch.setattr(torch, "compile", compile)
+    run_of("either", "--epochs", 1, "--lr", 0.01)
+    run_of("either", "--epochs", 2, "--lr", 0.01, "--checkpointing")
+    assert not compiled
+    capsys.readouterr()
+    run = run_of("either", "--epochs", 3, "--lr", 0.01, "--compile")
+    assert compiled and ", compiled" in capsys.readouterr().out
+    assert_same_losses(whole, run)
+
+
 def test_the_defaults_are_those_of_sec_4_1():
-    args = vars(latent.make_train_parser().parse_args([]))
+    args = vars(latent.resolve(latent.make_train_parser().parse_args([]), ()))
     expected = {"model": "lambdalabs/miniSD-diffusers", "prompt": "a {} painting", "rank": 128,
                 "cm_rank": 8, "lr": 3e-4, "weight_decay": 1e-6, "epochs": 100, "batch_size": 64,
-                "label_drop": 0.1, "base": "oc", "cm": True, "ir": 100, "dataset": "artbench10"}
+                "label_drop": 0.1, "base": "oc", "cm": True, "ir": 100, "dataset": "artbench10",
+                "resolution": 256}
     assert {name: args[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize("dataset, ir, resolution", [
+    ("folder", 1, 256), ("artbench10", 100, 256), ("cub200", 10, 256), ("cifar10", 100, None)])
+def test_the_defaults_of_data_sets(dataset, ir, resolution):
+    """A folder is taken as it is; image files have the model's size, arrays their own."""
+    parser = latent.make_train_parser()
+    args = latent.resolve(parser.parse_args(["--dataset", dataset]), parser.given)
+    assert (args.ir, args.resolution) == (ir, resolution)
 
 
 def test_the_weight_decay_is_adamws(run_of, monkeypatch):
     """Without a gradient a step takes lr x weight decay off a parameter, and nothing else."""
     found = []
-    monkeypatch.setattr(latent, "loop", lambda training, *_: found.append(training))
+    monkeypatch.setattr(latent, "run_loop", lambda training, *_: found.append(training))
     run_of("decay", "--epochs", 1, "--lr", 0.1, "--weight-decay", 0.5)
     training = found[0]
     params, ema = list(training.params.values()), list(training.ema.values())
@@ -255,12 +355,51 @@ def test_an_older_run_is_resumed(run_of, whole):
     old = torch.load(run / "ckpt.pt", weights_only=True)
     old["config"]["split_seed"] = old["config"].pop("tail_seed")
     del old["config"]["revision"], old["model_sha256"]
+    for name in NEW_SETTINGS:
+        del old["config"][name]
     torch.save(old, run / "ckpt.pt")
     run_of("older", "--epochs", 3, "--lr", 0.01)
     a = disk.load(whole / "ckpt.pt", ["latent"])
     b = disk.load(run / "ckpt.pt", ["latent"])
     assert a["config"] == b["config"]
     assert all(torch.equal(value, b["ema"][name]) for name, value in a["ema"].items())
+
+
+@pytest.fixture
+def older_folder_run(tiny, tmp_path, monkeypatch):
+    """(The command, the folder) of a run that began when 100 and the set's own size, here 16, were
+    the defaults of --ir and --resolution."""
+    monkeypatch.setitem(READERS, "folder", replace(READERS["folder"], resolution=16))
+    for name in ("few", "many"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for i in range(100):
+            image = Image.fromarray(np.full((16, 16, 3), i, np.uint8))
+            image.save(tmp_path / "images" / name / f"{i}.png")
+    command = ["train", "--dataset", "folder", "--data-dir", tmp_path / "images", "--model", tiny,
+               "--pack-dir", tmp_path / "pack", "--out", tmp_path / "run", "--rank", 6, *CM_RANK,
+               "--batch-size", 32, "--device", "cpu", "--dtype", "float32"]
+    call(latent.main, *command, "--ir", 100, "--resolution", 16, "--epochs", 1)
+    old = torch.load(tmp_path / "run/ckpt.pt", weights_only=True)
+    for name in NEW_SETTINGS:
+        del old["config"][name]
+    old["config"]["resolution"] = None
+    torch.save(old, tmp_path / "run/ckpt.pt")
+    for path in (tmp_path / "run").glob("grid*"):
+        path.unlink()
+    return command, tmp_path / "run"
+
+
+def test_an_older_run_keeps_the_defaults_of_its_time(older_folder_run, capsys):
+    """--ir 100, the set's own size and no grids, where the command does not say them; each time."""
+    command, run = older_folder_run
+    for epochs in (1, 2, 3):
+        call(latent.main, *command, "--epochs", epochs)
+        ckpt = disk.load(run / "ckpt.pt", ["latent"])
+        assert ckpt["step"] == -(-epochs * 101 // 32)
+        assert ckpt["data"]["class_counts"] == [100, 1] and ckpt["data"]["resolution"] == 16
+    assert not list(run.glob("grid*"))
+    for more in (["--ir", 1], ["--resolution", 32]):
+        refuses(capsys, latent.main, *command, "--epochs", 4, *more, says=more[:1])
 
 
 def test_two_processes_and_two_passes_are_the_same_run(run_of, tmp_path, tiny, pictures):
@@ -273,6 +412,9 @@ def test_two_processes_and_two_passes_are_the_same_run(run_of, tmp_path, tiny, p
     assert p.returncode == 0, text
     assert_same_losses(one, two)
     assert_same_losses(one, passes)
+    kept = [next(folder.glob("*-latents-*.npy")) for folder in (one.parent / "pack",
+                                                                tmp_path / "pack")]
+    assert np.array_equal(*map(np.load, kept))              # two processes encode the same
 
 
 # --------------------------------------------------------------------------------------------------
@@ -301,6 +443,18 @@ def test_sample(whole, tmp_path, capsys):
     assert "up to date" in capsys.readouterr().out
 
 
+def test_sample_of_some_classes(whole, tmp_path, capsys):
+    """By number or name; image i has its own noise, whatever the classes."""
+    everything = sample(whole / "ckpt.pt", tmp_path / "all")
+    some = sample(whole / "ckpt.pt", tmp_path / "some", "--classes", "2,old_master")
+    assert np.load(tmp_path / "some/samples.npz")["arr_1"].tolist() == [2, 0, 2, 0, 2, 0]
+    assert disk.read_json(tmp_path / "some/samples.json")["settings"]["classes"] == [2, 0]
+    assert np.abs(some[3] - everything[3]).max() <= 1       # both of class 0
+    assert (some[0] != everything[0]).any()
+    refuses(capsys, latent.main, "sample", "--ckpt", whole / "ckpt.pt", "--classes", "3",
+            says=["--classes 3", "0 to 2"])
+
+
 def test_evaluate_finds_its_reference(plain, tmp_path, pictures):
     """samples.json says which data the samples belong to."""
     data = ("--data-dir", pictures, "--pack-dir", tmp_path / "pack", "--device", "cpu")
@@ -314,6 +468,252 @@ def test_evaluate_finds_its_reference(plain, tmp_path, pictures):
     assert result["num"] == 9
     assert result["settings"]["steps"] == 2
     assert len(result["groups"]) == 3
+
+
+# --------------------------------------------------------------------------------------------------
+# Latents on disk
+
+def test_latents_are_encoded_once(run_of, tiny, pictures, tmp_path, capsys, monkeypatch):
+    """Another run reads them; not with another autoencoder, size of image or draw."""
+    flags = ("--epochs", 1, "--pack-dir", tmp_path / "pack")
+    encoded = []
+    encode = latent.Model.encode
+
+    def counted(self, images):
+        encoded.append(len(images))
+        return encode(self, images)
+    monkeypatch.setattr(latent.Model, "encode", counted)
+
+    def train(name, *more):
+        encoded.clear()
+        run_of(name, *flags, *more)
+        return sum(encoded)
+    assert train("first") == sum(COUNTS)
+    assert train("second", "--lr", 0.01, "--rank", 3) == 0
+    assert train("small", "--resolution", 8) == sum(COUNTS)
+    assert train("tail", "--ir", 4) == 7 + 3 + 1
+    assert train("another tail", "--ir", 4, "--tail-seed", 1) == 7 + 3 + 1
+    other = changed_model(tiny, tmp_path / "other", "vae")
+    assert train("other", "--model", other) == sum(COUNTS)
+    assert train("first", "--epochs", 2) == 0
+
+
+# --------------------------------------------------------------------------------------------------
+# Export
+
+@pytest.fixture(scope="module")
+def wide(run_of):
+    """The checkpoint of a CM run in which the LoRA has rank 24, but in the narrow layers 16."""
+    run = run_of("wide", "--epochs", 2, "--lr", 0.05, "--rank", 24)
+    shapes = {p.shape[0] for name, p in disk.load(run / "ckpt.pt", ["latent"])["ema"].items()
+              if name.endswith(".0.A")}
+    assert shapes == {16, 24}
+    return run / "ckpt.pt"
+
+
+def pipeline_of(folder):
+    """A StableDiffusionPipeline of a folder with its parts, as diffusers loads them."""
+    import diffusers
+    import transformers
+    vae = diffusers.AutoencoderKL.from_pretrained(folder / "vae")
+    unet = diffusers.UNet2DConditionModel.from_pretrained(folder / "unet")
+    text = transformers.CLIPTextModel.from_pretrained(folder / "text_encoder")
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    schedule = diffusers.DDIMScheduler.from_pretrained(folder / "scheduler")
+    return diffusers.StableDiffusionPipeline(
+        vae, text, tokenizer, unet, schedule, safety_checker=None, feature_extractor=None,
+        requires_safety_checker=False)
+
+
+@torch.no_grad()
+def predictions(unet, model):
+    """What diffusers' U-Net predicts of four latents, with the texts of the classes and Null."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(4, 4, 8, 8, generator=g)
+    text = model.prompts(NAMES, CONFIG["prompt"])
+    return unet(x, torch.tensor([0, 10, 500, 999]), text).sample
+
+
+@torch.no_grad()
+def ours(model, ckpt, general=1.0, minority=1.0, weights="ema"):
+    """The same of latent.py's network, with its two parts scaled."""
+    ckpt = disk.load(ckpt, ["latent"])
+    net = latent.load_network(model, ckpt, weights)
+    for name, p in latent.adapters(net).items():
+        if name.endswith(".B"):
+            p.mul_(general if name.endswith(".0.B") else minority)
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(4, 4, 8, 8, generator=g)
+    return net(x, torch.tensor([0, 10, 500, 999]), torch.tensor([0, 1, 2, -1]))
+
+
+def fresh(tiny):
+    """The tiny model anew: a network cuts its U-Net."""
+    return latent.Model(str(tiny), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("weights", ["ema", "raw"])
+def test_lora_files_are_our_parts_in_diffusers(wide, tiny, tmp_path, weights):
+    """With both, with general alone, and with a half of minority; the parts are not nothing."""
+    folder = tmp_path / "lora"
+    call(latent.main, "export", "--ckpt", wide, "--lora", folder, "--weights", weights)
+    pipe = pipeline_of(tiny)
+    for part in ("general", "minority"):
+        pipe.load_lora_weights(folder, weight_name=f"{part}.safetensors", adapter_name=part)
+    found = {}
+    for parts in ({"general": 1.0, "minority": 1.0}, {"general": 1.0},
+                  {"general": 1.0, "minority": 0.5}, {"general": 0.5, "minority": 2.0}):
+        pipe.set_adapters(list(parts), list(parts.values()))
+        theirs = predictions(pipe.unet, fresh(tiny))
+        expected = ours(fresh(tiny), wide, **{"minority": 0.0, **parts}, weights=weights)
+        assert_close(theirs, expected, rtol=0, atol=1e-5)
+        found[tuple(parts.values())] = expected
+    base = predictions(pipeline_of(tiny).unet, fresh(tiny))
+    different = [base, *found.values()]
+    assert all((a - b).abs().max() > 1e-3 for k, a in enumerate(different) for b in different[:k])
+    assert disk.read_json(folder / "export.json")["settings"]["weights"] == weights
+
+
+def test_lora_files_have_one_rank_and_no_minority_without_cm(wide, plain, tmp_path):
+    from safetensors.torch import load_file
+    call(latent.main, "export", "--ckpt", wide, "--lora", tmp_path / "a")
+    call(latent.main, "export", "--ckpt", plain / "ckpt.pt", "--lora", tmp_path / "b")
+    ranks = {part: {p.shape[0] for name, p in load_file(tmp_path / f"a/{part}.safetensors").items()
+                    if ".lora_A." in name} for part in ("general", "minority")}
+    assert ranks == {"general": {24}, "minority": {2}}
+    assert sorted(path.name for path in (tmp_path / "b").iterdir()) == [
+        "export.json", "general.safetensors"]
+
+
+@pytest.mark.parametrize("branch", ["full", "general"])
+def test_the_pipeline_is_our_sampling(wide, tiny, tmp_path, branch):
+    """diffusers' pipeline gives the images of `latent.py sample`, from the same noise."""
+    import diffusers
+    call(latent.main, "export", "--ckpt", wide, "--pipeline", tmp_path / "sd", "--branch", branch)
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "sd")
+    expected = ours(fresh(tiny), wide, minority=float(branch == "full"))
+    assert_close(predictions(pipe.unet, fresh(tiny)), expected, rtol=0, atol=1e-5)
+    assert not any("parametrizations" in name for name in pipe.unet.state_dict())
+
+    images = sample(wide, tmp_path / "samples", "--branch", branch)
+    pipe.scheduler = diffusers.DDIMScheduler.from_config(
+        pipe.scheduler.config, steps_offset=0, set_alpha_to_one=True, clip_sample=False)
+    noise = [torch.randn(4, 8, 8, generator=runtime.generator("cpu", 0, "image", i))
+             for i in range(3)]
+    texts = ["a old master painting", "a pop painting", "a realism painting"]
+    theirs = pipe(texts, latents=torch.stack(noise), height=16, width=16, num_inference_steps=3,
+                  guidance_scale=2.5, output_type="np").images
+    assert np.abs(np.round(255 * theirs) - images[:3]).max() <= 1
+    assert images.std() > 1
+
+
+def test_the_pipeline_is_a_model_to_train_on(wide, tmp_path, pictures):
+    """It has the layout that --model takes."""
+    call(latent.main, "export", "--ckpt", wide, "--pipeline", tmp_path / "sd")
+    call(latent.main, "train", *FLAGS, *CM_RANK, "--model", tmp_path / "sd", "--epochs", 1,
+         "--data-dir", pictures, "--pack-dir", tmp_path / "p", "--out", tmp_path / "run")
+
+
+def test_an_export_replaces_its_like_only(wide, plain, tmp_path, capsys):
+    """Files of others are refused before any work, and stay."""
+    lora = ("export", "--ckpt", wide, "--lora", tmp_path / "lora")
+    (tmp_path / "lora").mkdir()
+    call(latent.main, *lora)                                # an empty folder is fine
+    call(latent.main, "export", "--ckpt", plain / "ckpt.pt", "--lora", tmp_path / "lora")
+    names = {path.name for path in (tmp_path / "lora").iterdir()}
+    assert names == {"export.json", "general.safetensors"}      # no minority part of before
+    for what in (tmp_path / "lora", plain):
+        refuses(capsys, latent.main, "export", "--ckpt", wide, "--pipeline", what,
+                says=["--pipeline", "another folder"])
+    (tmp_path / "lora/mine.txt").write_text("mine")
+    refuses(capsys, latent.main, *lora, says=["--lora", "mine.txt", "another folder"])
+    assert (tmp_path / "lora/mine.txt").read_text() == "mine"
+    (tmp_path / "link").symlink_to(tmp_path / "lora")
+    refuses(capsys, latent.main, "export", "--ckpt", wide, "--lora", tmp_path / "link",
+            says=["--lora", "link"])
+    assert (plain / "ckpt.pt").exists()
+
+
+def test_an_export_that_fails_leaves_the_one_before(wide, tmp_path, capsys, monkeypatch):
+    call(latent.main, "export", "--ckpt", wide, "--lora", tmp_path / "lora")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "lora").iterdir()}
+
+    def half(parts, folder):
+        folder.mkdir()
+        (folder / "general.safetensors").write_text("a half")
+        raise OSError("No space left on device")
+    replace_path = os.replace
+
+    def not_the_new_one(source, target):
+        if target == tmp_path / "lora" and ".old." not in source.name:
+            raise OSError("Permission denied")
+        replace_path(source, target)
+    for what, name, fails in ((latent.latent_export, "write_lora", half),
+                              (os, "replace", not_the_new_one)):
+        with monkeypatch.context() as m:
+            m.setattr(what, name, fails)
+            refuses(capsys, latent.main, "export", "--ckpt", wide, "--lora", tmp_path / "lora",
+                    says=["--lora", "cannot write"])
+        assert {p.name: p.read_bytes() for p in (tmp_path / "lora").iterdir()} == before
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for flag, name in (("--lora", "lora"), ("--pipeline", "sd")):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))        # safetensors' own error
+        try:
+            refuses(capsys, latent.main, "export", "--ckpt", wide, flag, tmp_path / name,
+                    says=[flag, "cannot write"])
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert {p.name: p.read_bytes() for p in (tmp_path / "lora").iterdir()} == before
+    (tmp_path / ".lora.999999.tmp").mkdir()                 # of a killed process
+    call(latent.main, "export", "--ckpt", wide, "--lora", tmp_path / "lora")
+    assert [path.name for path in tmp_path.iterdir()] == ["lora"]
+
+
+def test_export_refuses(wide, plain, tiny, cm_run, tmp_path, capsys, monkeypatch):
+    def check(ckpt, *more, says):
+        refuses(capsys, latent.main, "export", "--ckpt", ckpt, *more, says=says)
+    lora, pipeline = ("--lora", tmp_path / "l"), ("--pipeline", tmp_path / "p")
+    check(wide, says=["--lora", "--pipeline", "required"])
+    check(wide, *lora, *pipeline, says=["--lora", "--pipeline", "not allowed"])
+    check(wide, *lora, "--branch", "general", says=["--branch", "both parts"])
+    check(wide, *lora, "--model", tiny, says=["--model", "leave it out"])
+    check(plain / "ckpt.pt", *pipeline, "--branch", "general", says=["--branch general", "--no-cm"])
+    check(cm_run / "ckpt.pt", *lora, says=["--ckpt", "not a latent"])
+    other = changed_model(tiny, tmp_path / "other", "unet")
+    check(wide, *pipeline, "--model", other, says=["--model", "not those that"])
+    damaged = torch.load(wide, weights_only=True)
+    damaged["ema"] = {"decoder.up_blocks.0.weight": torch.zeros(1)}
+    torch.save(damaged, tmp_path / "damaged.pt")
+    check(tmp_path / "damaged.pt", *lora, says=["--ckpt", "decoder.up_blocks.0.weight"])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "0")
+    check(wide, *lora, says=["python latent.py export", "without torchrun"])
+    assert not (tmp_path / "l").exists() and not (tmp_path / "p").exists()
+
+
+# --------------------------------------------------------------------------------------------------
+# Help
+
+def test_the_help_has_the_flags_of_all_commands(capsys):
+    call(latent.main, "--help")
+    text = capsys.readouterr().out
+    for command, (_, make) in latent.COMMANDS.items():
+        assert f"usage: latent.py {command} " in text
+        flags = [flag for action in make()._actions for flag in action.option_strings]
+        own = text.split(f"usage: latent.py {command} ")[1].split("\nusage: ")[0]
+        assert all(flag in own for flag in flags)
+    assert text.count("As in Sec. 4.1") == 1
+
+
+def test_what_diffusers_scripts_call_otherwise(capsys):
+    flags = {flag for action in latent.make_train_parser()._actions
+             for flag in action.option_strings}
+    for theirs, words in latent.DIFFUSERS.items():
+        named = {word.strip(",") for word in words.split() if word.startswith("--")}
+        assert theirs not in flags and named <= flags
+    for words in (["--train_batch_size", 16], ["--train_batch_size=16"]):
+        refuses(capsys, latent.main, "train", *words, says=["--train_batch_size", "--batch-size"])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -445,18 +845,18 @@ def test_the_revision_reaches_the_hub(tiny, monkeypatch):
     assert asked == [("someone/sd", "v2")] * 5
 
 
-def test_numbers_that_are_not_finite(model, cpu):
+def test_numbers_that_are_not_finite(model):
     model.vae.decoder.conv_out.bias[0] = torch.nan
     with pytest.raises(runtime.UserError, match="--model: its autoencoder cannot decode"):
         model.decode(torch.zeros(1, 4, 8, 8))
     model.vae.encoder.conv_in.bias[0] = torch.inf
     with pytest.raises(runtime.UserError, match="--model: its autoencoder cannot encode"):
-        model.encode(np.zeros((1, 16, 16, 3), np.uint8), cpu)
+        model.encode(np.zeros((1, 16, 16, 3), np.uint8))
 
 
 def test_default_folders_of_image_folders(tmp_path):
     parser = latent.make_train_parser()
-    folders = [parser.parse_args(["--dataset", "folder", "--data-dir", f"{c}/images"])
+    folders = [parser.parse_args(["--dataset", "folder", "--data-dir", f"{c}/images", "--ir", "1"])
                for c in "ab"]
     names = [latent.run_name(args) for args in folders]
     assert names[0] != names[1] and names[0].startswith("latent-images-")
@@ -488,4 +888,4 @@ def test_sample_refuses(plain, cm_run, capsys):
             says=["--branch general", "--no-cm"])
     refuses(capsys, latent.main, "sample", "--ckpt", cm_run / "ckpt.pt",
             says=["--ckpt", "not a latent"])
-    refuses(capsys, latent.main, "paint", says=["train or sample"])
+    refuses(capsys, latent.main, "paint", says=["train, sample, export"])

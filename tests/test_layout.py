@@ -11,8 +11,8 @@ TEXTS = sorted(str(path.relative_to(ROOT))
 
 FLOORS = (      # from the ground up: a file imports files of lower floors, runtime and disk
     ("model", "cm_layers", "augment", "metrics", "inception", "readers", "packing", "runtime",
-     "disk", "theory_sim", "budget"),
-    ("consistency", "experts", "data", "dit"),
+     "disk", "theory_sim", "budget", "latent_export"),
+    ("consistency", "experts", "data", "dit", "latent_cache"),
     ("networks",),
     ("losses", "sample"),
     ("classify",),
@@ -27,6 +27,7 @@ CORE = {        # all that a file of the floors 1 to 3 imports, besides runtime 
     "data": {"readers", "packing"},
     "losses": {"model", "cm_layers", "augment", "consistency"},
     "dit": {"model"},
+    "latent_cache": {"packing"},
     "networks": {"dit", "model"},
     "sample": {"model", "cm_layers", "experts", "consistency", "data", "networks"},
 }
