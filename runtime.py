@@ -530,14 +530,14 @@ def wants_compile(args, rt):
     return rt.device.type == "cuda" if args.compile is None else args.compile
 
 
-def compile_or_not(module, loss_of, rt):
+def compile_or_not(module, loss_of, rt, graphs=False):
     """(torch.compile(module), None), or (the module itself, a warning) where that fails.
 
     Every rank prints its warning. loss_of(compiled) is run once as a trial, forwards, and backwards
     where it has gradients. It leaves no trace: gradients are dropped, and buffers, such as batch
-    norm's statistics, are what they were.
+    norm's statistics, are what they were. graphs: whether the calls are replayed as CUDA graphs.
     """
-    compiled = torch.compile(module)
+    compiled = torch.compile(module, mode="reduce-overhead" if graphs else None)
     before = [b.clone() for b in module.buffers()]
     try:
         with rt.autocast():

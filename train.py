@@ -66,8 +66,8 @@ IR = {          # --ir by data set; 100 for the others
     "digits": 20.0, "cub200": 10.0, "flowers102": 10.0,         # small ones
     "folder": 1.0, "imagenet-lt": 1.0, "inat2018": 1.0}         # as they are
 RESUMABLE = {       # settings that may change when a run goes on
-    "steps", "save_every", "keep_every", "sample_every", "log_every", "compile", "device", "out",
-    "data_dir", "pack_dir", "accumulate", "eval_every", "eval_num", "features"}
+    "steps", "save_every", "keep_every", "sample_every", "log_every", "compile", "cuda_graphs",
+    "device", "out", "data_dir", "pack_dir", "accumulate", "eval_every", "eval_num", "features"}
 NETWORK_FLAGS = ("ch", "ch_mult", "attn", "num_res_blocks", "dropout")      # and networks.FLAGS
 CM_ONLY = ("lam", "w_con", "w_div", "div_bound", "independent_dropout", "cm_fraction")
 MAX_BASE = 10.0     # a base loss above this has diverged: predicting zero costs 1
@@ -198,6 +198,9 @@ def add_optimisation_flags(parser):
     g.add_argument("--label-drop", type=number(0, 1), default=0.1,
                    help="probability that an image's label is Null (default: 0.1)")
     runtime.add_compile_flag(g)
+    g.add_argument("--cuda-graphs", action="store_true",
+                   help="replay compiled steps as CUDA graphs, which a small batch should gain "
+                   "from; one GPU, one pass a step. No GPU has seen it yet: compare the losses")
 
 
 def passes(text):
@@ -288,6 +291,14 @@ def check_batch_size(args):
         parts.append(f"--accumulate {passes}")
     raise UserError(f"--batch-size {args.batch_size}: not divisible by {' x '.join(parts)}; it "
                     "counts the images of all of them")
+
+
+def check_cuda_graphs(args, rt):
+    """Raise UserError where --cuda-graphs is asked for and cannot be had."""
+    can = rt.device.type == "cuda" and rt.world == 1 and args.compile is not False
+    if args.cuda_graphs and not (can and args.accumulate in ("auto", 1)):
+        raise UserError("--cuda-graphs: for compiled steps of one pass (--accumulate 1) on one "
+                        "CUDA device; leave it out")
 
 
 def check_network(args, given):
@@ -1037,6 +1048,7 @@ def main():
     parser = make_parser()
     args = resolve(parser.parse_args(), parser.given)
     old, rt = resume(args)
+    check_cuda_graphs(args, rt)
     if "preset" not in parser.given and rt.device.type == "cpu" and args.preset != "digits":
         rt.print(f"no GPU: --preset {args.preset}, {args.steps:,} steps of --ch {args.ch}; here "
                  "paper takes weeks, small hours, tiny minutes")
@@ -1065,6 +1077,7 @@ def main():
     net.to(rt.device, memory_format=torch.channels_last)
     objective = make_objective(args, net, images).to(rt.device)
     choose_passes(args, rt, objective, batches, old)
+    check_cuda_graphs(args, rt)     # again: --accumulate auto has become a number
     config = config_of(args, old and old["config"])
     record = {"kind": kind, "command": runtime.command_line("train.py"), "config": config,
               "data": images.record(), "network": network, **low_rank}
@@ -1077,21 +1090,21 @@ def main():
         part = rt.rank * args.accumulate + k
         return draw_batch(x_0, y, objective, seed=args.seed, step=step, part=part,
                           parts=rt.world * args.accumulate, flip=flip, dtype=rt.dtype)
-    module, warning = compiled(objective, batch, training)
+    module, warning = compiled(objective, batch, training, graphs=args.cuda_graphs)
     announce(training, net, compiled=module is not objective)
     with disk.claim_run(args.out, rt, old):
         run_loop(training, rt.parallel(module), batch, old, evaluation, warning)
 
 
-def compiled(objective, batch, training):
+def compiled(objective, batch, training, graphs=False):
     """(the Objective as --compile says, a warning or None): see runtime.compile_or_not.
 
-    batch(step, k): see train_step.
+    batch(step, k): see train_step. graphs: --cuda-graphs.
     """
     if not runtime.wants_compile(training.args, training.rt):
         return objective, None
     return runtime.compile_or_not(
-        objective, lambda m: m(batch(training.step, 0))[0], training.rt)
+        objective, lambda m: m(batch(training.step, 0))[0], training.rt, graphs)
 
 
 class Evaluation:

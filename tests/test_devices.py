@@ -249,3 +249,31 @@ def test_float16_is_for_what_scales_its_loss(tmp_path, data_dir):
     with pytest.raises(UserError, match="--dtype float16: .* take float32"):
         call(classify.main, "--dataset", "digits", "--data-dir", data_dir, "--dtype", "float16",
              "--out", tmp_path / "c")
+
+
+# --------------------------------------------------------------------------------------------------
+# CUDA graphs
+
+@pytest.mark.parametrize("flags", [[], ["--no-compile"], ["--accumulate", "2"]])
+def test_cuda_graphs_are_refused_where_there_are_none(tmp_path, monkeypatch, flags):
+    if flags:
+        rt = runtime.Runtime(torch.device("cuda"), torch.float32)
+        monkeypatch.setattr(train, "resume", lambda args: (None, rt))
+    with pytest.raises(UserError, match="--cuda-graphs: .* leave it out"):
+        call(train.main, *TINY_FLAGS, "--cuda-graphs", *flags, "--out", tmp_path)
+
+
+def test_cuda_graphs_are_the_compilers_mode(monkeypatch):
+    modes = []
+    monkeypatch.setattr(torch, "compile", lambda module, mode=None: modes.append(mode) or module)
+    training, objective = a_training(torch.float32)
+    training.args.compile = True
+    x_0, y = a_batch()
+
+    def batch(step, k):
+        return draw_batch(x_0, y, objective, seed=0, step=step)
+    for graphs in (False, True):
+        module, warning = train.compiled(objective, batch, training, graphs)
+        assert module is objective and warning is None
+    assert modes == [None, "reduce-overhead"]
+    train.check_cuda_graphs(training.args, training.rt)     # not asked for: not refused
