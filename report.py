@@ -27,6 +27,7 @@ from scipy import stats
 import disk
 import runtime
 from data import read_samples, training_images
+from page import escaped, markdown_table
 from runtime import Parser, UserError, refuse_unused, run
 from sample import KINDS, clipped, grid_image, ten_classes
 
@@ -176,20 +177,6 @@ def compared(first, result):
 def distance_name(result):
     """ "FID", "FD" or "none": the Frechet distance that a result has."""
     return next((key.upper() for key in ("fid", "fd") if key in result), "none")
-
-
-def escaped(text):
-    """A name as Markdown shows it, on one line and in one cell of a table."""
-    text = " ".join(text.split())
-    for character, code in {"|": "\\|", "<": "&lt;", ">": "&gt;"}.items():
-        text = text.replace(character, code)
-    return text
-
-
-def markdown_table(head, lines):
-    """A Markdown table of texts: the first column aligned left, the others right."""
-    rule = ["---"] + ["---:"] * (len(head) - 1)
-    return "\n".join("| " + " | ".join(line) + " |" for line in [head, rule, *lines])
 
 
 # --------------------------------------------------------------------------------------------------

@@ -1,0 +1,87 @@
+"""Pages. Markdown tables; HTML pages that are one file each and fetch nothing from the network.
+
+    text = page.html("Title", body, style=page.part("study.css"), script=page.part("study.js"))
+
+HTML pages have style, script and pictures inside; all share `pages/style.css`. A page's own policy
+forbids every script and style but those that it was written with, and every address but its own.
+"""
+import base64
+import hashlib
+import html as escape
+import io
+import json
+from pathlib import Path
+
+from PIL import Image
+
+PARTS = Path(__file__).with_name("pages")
+PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>{title}</title>
+<style>{style}</style>
+</head>
+<body>
+{body}
+<script type="application/json" id="data">{data}</script>
+<script>{script}</script>
+</body>
+</html>
+"""
+
+
+# --------------------------------------------------------------------------------------------------
+# Markdown
+
+def escaped(text):
+    """A name as Markdown shows it, on one line and in one cell of a table."""
+    text = " ".join(text.split())
+    for character, code in {"|": "\\|", "<": "&lt;", ">": "&gt;"}.items():
+        text = text.replace(character, code)
+    return text
+
+
+def markdown_table(head, lines):
+    """A Markdown table of texts or numbers: the first column aligned left, the others right."""
+    rule = ["---"] + ["---:"] * (len(head) - 1)
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in [head, rule, *lines])
+
+
+# --------------------------------------------------------------------------------------------------
+# HTML
+
+def part(name):
+    """The text of a file in pages/."""
+    return (PARTS / name).read_text(encoding="utf-8")
+
+
+def html(title, body, style="", script="", data=None):
+    """A whole page.
+
+    title: plain text. body: HTML. style, script: CSS and JavaScript of this page, after the shared
+    style. data: any JSON value, which the script finds as the text of #data.
+    """
+    style = part("style.css") + style
+    policy = ("default-src 'none'; img-src data:; connect-src 'self'; base-uri 'none'; "
+              f"form-action 'none'; style-src {allowed(style)}; script-src {allowed(script)}")
+    # "<" would end the element in which the data stand
+    data = json.dumps(data).replace("<", "\\u003c")
+    return PAGE.format(policy=policy, title=escape.escape(title), style=style, body=body,
+                       data=data, script=script)
+
+
+def allowed(text):
+    """What a page's policy calls a script or style of just this text."""
+    digest = hashlib.sha256(text.encode()).digest()
+    return f"'sha256-{base64.b64encode(digest).decode()}'"
+
+
+def png_uri(image):
+    """A uint8 image (H, W, 3) as the address of a PNG that stands in the page, without metadata."""
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, format="png")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
