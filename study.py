@@ -405,7 +405,7 @@ def make_server(folder, host, port):
     disk.check_writable(folder / "answers" / "answers.json", "--study")
     try:
         server = ThreadingHTTPServer((host, port), Handler)
-    except (OSError, OverflowError, UnicodeError) as e:
+    except (OSError, OverflowError, UnicodeError, TypeError) as e:     # the last two: of names
         raise UserError(f"--host {host} --port {port}: cannot be served on ({e}); choose another "
                         "one") from e
     server.daemon_threads = True
@@ -426,7 +426,7 @@ def main_serve(argv):
     args = make_serve_parser().parse_args(argv)
     server = make_server(Path(args.study), args.host, args.port)
     address = f"http://{args.host}:{server.server_address[1]}/"
-    who = "this machine" if args.host in ("127.0.0.1", "localhost", "::1") else "the network"
+    who = "this machine" if args.host in ("127.0.0.1", "localhost") else "the network"
     print(f"{address} shows the study to {who}; answers go to {server.folder}; Ctrl-C ends it",
           flush=True)
     with server:

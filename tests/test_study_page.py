@@ -219,7 +219,7 @@ def test_a_refusal_of_serve_is_shown(server, tmp_path):
 
 
 @pytest.mark.parametrize("width, height, phone", [(390, 844, True), (390, 600, True),
-                                                  (1280, 900, False)])
+                                                  (1280, 800, False)])
 def test_a_question_fits_the_screen(made, tmp_path, width, height, phone):
     """No scrolling, on a phone neither; images enlarged by whole numbers, large enough to touch."""
     with browser(tmp_path, width, height, phone) as driver:
