@@ -1,4 +1,4 @@
-"""The study's page in a real browser: clicked through, left half-way, saved, sent, tallied.
+"""HTML pages in a real browser. The study's: clicked through, left half-way, saved, sent, tallied.
 
 Skipped where there is no Chromium with its driver: `apt-get install chromium chromium-driver`.
 """
@@ -9,9 +9,11 @@ from contextlib import contextmanager
 
 import pytest
 from conftest import call
+from test_report import fake_result
 from test_study import GROUPS, data_of, inputs, made, server
 
 import disk
+import report
 import study
 
 NAMES = ("chromium", "google-chrome", "google-chrome-stable", "chromium-browser", "chrome")
@@ -19,7 +21,7 @@ BROWSER = next(filter(None, map(shutil.which, NAMES)), None)
 DRIVER = shutil.which("chromedriver")
 pytestmark = pytest.mark.skipif(not (BROWSER and DRIVER),
                                 reason="no Chromium or no chromedriver on the path")
-TOTAL = GROUPS + 3
+TOTAL = GROUPS + 3      # questions of the study
 
 
 @contextmanager
@@ -276,3 +278,41 @@ def test_texts_can_be_read(made, tmp_path, scheme):
     for what, pair in found.items():
         low, high = sorted(map(luminance, pair))
         assert (high + 0.05) / (low + 0.05) >= 4.5, what
+
+
+# --------------------------------------------------------------------------------------------------
+# The report's page
+
+def column(driver, k):
+    """The texts of one column of the first table."""
+    cells = driver.find_elements("css selector", f"main tbody tr > :nth-child({k})")
+    return [cell.text for cell in cells]
+
+
+def test_a_report_sorts_explains_and_enlarges(tmp_path):
+    """By clicks: a column sorts up, then down; a number shows its row's settings; a picture opens.
+    """
+    rows = []
+    for name, fid in (("DDPM", 10.0), ("OC", 9.5), ("X + CM", 100.0)):
+        disk.write_json(tmp_path / f"{name}.json", fake_result(fid, 7))
+        rows += ["--row", f"{name}={tmp_path / name}.json"]
+    call(report.main, "--paper", "table2", "--setting", "none", *rows, "--out", tmp_path / "r.md")
+    with browser(tmp_path, 390, 844, phone=True) as driver:
+        driver.get((tmp_path / "r.html").as_uri())
+        assert driver.execute_script("return document.documentElement.scrollWidth") <= 390
+        title = driver.find_elements("css selector", "thead button")[2]
+        assert title.text.split()[0] == "FID"
+        for order in (["OC", "DDPM", "X + CM"], ["X + CM", "DDPM", "OC"]):
+            title.click()
+            assert column(driver, 1) == order
+        driver.find_elements("css selector", "main td button")[1].click()
+        assert part(driver, "more-title").text == "X + CM: FID 100.000"
+        said = dict(line.split(" ", 1) for line in part(driver, "more").text.splitlines()
+                    if " " in line)
+        assert said["command"] == "python train.py --seed 7" and said["guidance"] == "1.5"
+        driver.find_element("css selector", "#more button").click()
+        figure = driver.find_element("css selector", ".figure img")
+        small = figure.size["width"]
+        figure.click()
+        large = driver.find_element("css selector", "#more img")
+        assert large.size["width"] > small and large.get_attribute("alt") == "the table as bars"
