@@ -619,7 +619,8 @@ def tally_page(result, key, least):
         evaluators_table(result, names["b"]) + "\n",
         agree + "\n",
         f"Position: the left image was chosen in {percent(left['share'], left['exact'])} of the "
-        "trials (exact 95 % interval); each method stood at the left in half of the questions.\n",
+        "trials (exact 95 % interval); each method stood there in half of the questions (rounded)."
+        "\n",
         "In a catch trial one of the two images was real, and choosing it passes.\n"]
     return "\n".join(parts)
 

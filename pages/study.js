@@ -94,14 +94,16 @@ function picture(image, source, words) {
   return image;
 }
 
-// Enlarge by a whole number of the screen's own pixels, so that all pixels are squares of one size
+// Enlarge by a whole number of the screen's own pixels, so that all pixels are squares of one size;
+// where that would leave much room empty, as large images do, fill the room smoothly
 function fit() {
   const ratio = window.devicePixelRatio || 1;
   for (const image of document.querySelectorAll("#ask .tile img")) {
     const space = image.parentElement.clientWidth;
-    const times = Math.floor(space * ratio / study.size + 0.01);
-    image.style.width = `${times ? times * study.size / ratio : space}px`;
-    image.style.imageRendering = times ? "pixelated" : "auto";
+    const whole = Math.floor(space * ratio / study.size + 0.01) * study.size / ratio;
+    const fits = whole >= 0.7 * space;
+    image.style.width = `${fits ? whole : space}px`;
+    image.style.imageRendering = fits ? "pixelated" : "auto";
   }
 }
 

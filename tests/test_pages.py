@@ -240,6 +240,10 @@ def test_a_question_fits_the_screen(made, tmp_path, width, height, phone):
                 assert abs(times - round(times)) < 0.05
                 assert image.value_of_css_property("image-rendering") == "pixelated"
                 assert image.get_attribute("alt")
+        smooth = driver.execute_script(     # as of 256 pixels
+            "study.size = 256; fit(); const image = document.querySelector('#left img');"
+            "return [image.width / image.parentElement.clientWidth, image.style.imageRendering]")
+        assert smooth[0] > 0.9 and (smooth[1] == "auto" or not phone)
         for button in driver.find_elements("css selector", "#ask button"):
             assert button.rect["height"] >= 44 and button.accessible_name
 
