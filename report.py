@@ -27,6 +27,7 @@ from scipy import stats
 import disk
 import runtime
 from data import read_samples, training_images
+from page import escaped, from_markdown, html, markdown_table, part
 from runtime import Parser, UserError, refuse_unused, run
 from sample import KINDS, clipped, grid_image, ten_classes
 
@@ -176,20 +177,6 @@ def compared(first, result):
 def distance_name(result):
     """ "FID", "FD" or "none": the Frechet distance that a result has."""
     return next((key.upper() for key in ("fid", "fd") if key in result), "none")
-
-
-def escaped(text):
-    """A name as Markdown shows it, on one line and in one cell of a table."""
-    text = " ".join(text.split())
-    for character, code in {"|": "\\|", "<": "&lt;", ">": "&gt;"}.items():
-        text = text.replace(character, code)
-    return text
-
-
-def markdown_table(head, lines):
-    """A Markdown table of texts: the first column aligned left, the others right."""
-    rule = ["---"] + ["---:"] * (len(head) - 1)
-    return "\n".join("| " + " | ".join(line) + " |" for line in [head, rule, *lines])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -424,6 +411,23 @@ def columns_of(table, setting):
     return columns
 
 
+def settings_behind(rows):
+    """[[row, [all settings of each file]]], which the HTML page shows behind each number."""
+    return [[" ".join(name.split()), [
+        {**r["settings"], "num": r["num"], "num_real": r["num_real"],
+         **({"measured by": r["command"]} if "command" in r else {})} for r in results]]
+        for name, results in rows]
+
+
+def write_page(page, markdown, title, rows):
+    """Write a page as Markdown, and beside it as one HTML file with its pictures inside."""
+    disk.write_text(page, markdown)
+    body = f"<main>\n{from_markdown(markdown, page.parent)}\n</main>\n"
+    text = html(title, body + part("report.html"), part("report.css"), part("report.js"),
+                settings_behind(rows))
+    disk.write_text(page.with_suffix(".html"), text)
+
+
 def commands_of(rows):
     """The commands behind each row's first file, one per line."""
     lines = []
@@ -484,7 +488,7 @@ def paper_page(args, rows):
         "## The first seed's commands\n",
         f"```bash\n{commands_of(rows)}\n```\n",
     ]
-    disk.write_text(page, "\n".join(parts))
+    write_page(page, "\n".join(parts), table["title"], rows)
     return text
 
 
@@ -748,6 +752,7 @@ def refuse_rows_without_demo_numbers(rows):
 
 def demo_page(args, rows):
     """Write the demo's page, of each row's first result; returns its table."""
+    given = [(name, results[:1]) for name, results in rows]
     rows = [(name, results[0]) for name, results in rows]
     refuse_rows_without_demo_numbers(rows)
     page = Path(args.out)
@@ -771,7 +776,7 @@ def demo_page(args, rows):
                      "![theta_g and theta](theta_g_theta.png)\n")
     demo_figure(rows, folder / "groups.png")
     parts += sample_pages(rows, folder)
-    disk.write_text(page, "\n".join(parts))
+    write_page(page, "\n".join(parts), "Samples per group", given)
     return table
 
 
@@ -797,14 +802,15 @@ def make_parser():
                         help="the data set and its ratio, for example cifar100-ir100: "
                         "which of the paper's numbers are shown beside the rows' (default: none)")
     parser.add_argument("--out", default="out/report.md",
-                        help="the page; its pictures go beside it (default: out/report.md)")
+                        help="the page; beside it go its pictures, and the same as one .html file "
+                        "(default: out/report.md)")
     return parser
 
 
 def is_page(path):
-    """Whether a file may be a page of ours: a text that begins with a title."""
+    """Whether a file may be a page of ours: a text that begins with a title, or HTML."""
     with open(path, "rb") as f:
-        return f.read(2) == b"# "
+        return f.read(15).startswith((b"# ", b"<!doctype html>"))
 
 
 def main():
@@ -820,12 +826,14 @@ def main():
     refuse_unused(parser.given, {"data_dir": "belongs to --grid, and --row reads no data set"})
     rows = [read_row(text) for text in args.row]
     refuse_other_conditions(rows)
-    if Path(args.out).suffix.lower() in (".png", ".pdf"):
-        raise UserError(f"--out {args.out}: the page's pictures have such names; name a .md file")
-    disk.check_writable(args.out)
-    disk.refuse_overwriting(args.out, is_page, "--out", "a page")
+    if Path(args.out).suffix.lower() in (".png", ".pdf", ".html"):
+        raise UserError(f"--out {args.out}: what goes beside the page has such names; name a .md "
+                        "file")
+    for path in (Path(args.out), Path(args.out).with_suffix(".html")):
+        disk.check_writable(path)
+        disk.refuse_overwriting(path, is_page, "--out", "a page")
     table = paper_page(args, rows) if args.paper else demo_page(args, rows)
-    print(f"{table}\nwrote {Path(args.out)}")
+    print(f"{table}\nwrote {Path(args.out)}, {Path(args.out).with_suffix('.html').name}")
 
 
 if __name__ == "__main__":

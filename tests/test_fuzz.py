@@ -28,6 +28,7 @@ import prune_probe
 import report
 import runtime
 import sample
+import study
 import theory_sim
 import train
 
@@ -41,7 +42,7 @@ BAD_FILES = ["missing.pt", "missing/file.npz", "empty-folder", "text.txt", "empt
 
 # Flags of files that must be there; a name of BAD_FILES is never one
 INPUTS = {"ckpt", "samples", "reference", "features", "init_from", "extra", "row", "pair",
-          "quality"}
+          "quality", "a", "b", "real", "study", "key"}
 # Flags of a file or folder that is written: where it cannot be
 FOLDERS = {"out": ["text.txt", "text.txt/folder"], "pack_dir": ["text.txt", "text.txt/folder"],
            "data_dir": ["text.txt", "text.txt/folder"]}
@@ -99,6 +100,13 @@ SCRIPTS = {
               ["bench_training", "bench_sampling", "bench_metrics"]),
     "report": (report, [], {"--row": ["CM=result.json"], "--out": ["out/report.md"]},
                []),
+    "study make": (study, ["make"], {"--a": ["samples.npz"], "--b": ["other.npz"],
+                                     "--real": ["digits"], "--data-dir": ["DATA"],
+                                     "--groups": ["2"], "--out": ["out/x"]}, ["make_study"]),
+    "study serve": (study, ["serve"], {"--study": ["study"], "--port": ["0"]},
+                    ["serve_until_stopped"]),
+    "study tally": (study, ["tally", "answers.json"], {"--key": ["study/key.json"],
+                                                       "--out": ["out/x"]}, ["tally"]),
     "theory_sim": (theory_sim, [], {"--out": ["out/x"]}, ["results"]),
     "data": (data, [], {"--dataset": ["digits"], "--data-dir": ["DATA"]}, []),
 }
@@ -222,15 +230,17 @@ def folder(tmp_path_factory, cm_run, classifier, digits):
 
 
 def write_good_files(root, digits):
-    """samples.npz and its JSON, result.json, and a latent checkpoint without weights."""
+    """Two samples.npz, a result, a latent checkpoint without weights, a study with answers."""
     ckpt = disk.load(root / "ckpt.pt", ["diffusion"])
     images = digits.images[:40]
-    np.savez(root / "samples.npz", arr_0=images, arr_1=digits.labels[:40])
     settings = {"dataset": "digits", "step": 30, "sampler": "ddim", "steps": 5, "guidance": 0.0,
                 "weights": "ema", "reference": "digits", "branch": "full"}
-    record = {"settings": settings, "data": ckpt["data"],
-              "npz_sha256": disk.sha256(root / "samples.npz")}
-    (root / "samples.json").write_text(json.dumps(record))
+    for name, pixels in (("samples", images), ("other", 255 - images)):
+        np.savez(root / f"{name}.npz", arr_0=pixels, arr_1=digits.labels[:40])
+        record = {"settings": settings, "data": ckpt["data"],
+                  "npz_sha256": disk.sha256(root / f"{name}.npz")}
+        (root / f"{name}.json").write_text(json.dumps(record))
+    write_study(root)
     numbers = {"fd": 2.0, "kd": 0.1, "accuracy": 0.5, "floor": 1.0, "num": 40, "num_real": 40}
     groups = {group: dict(numbers) for group in ("Many", "Medium", "Few")}
     result = {**numbers, "groups": groups, "classes": {}, "settings": settings}
@@ -240,6 +250,19 @@ def write_good_files(root, digits):
     parts = {key: ckpt[key] for key in ("data", "step", "command")}
     disk.save(root / "latent.pt", {"kind": "latent", "adapters": {}, "ema": {}, "config": config,
                                    **parts})
+
+
+def write_study(root):
+    """A study of one question, and answers to it."""
+    disk.write_text(root / "study" / "study.html", "a page")
+    disk.write_json(root / "study" / "key.json", {
+        "format": disk.FORMAT, "kind": "study key", "study": "s", "a": {"name": "a"},
+        "b": {"name": "b"}, "questions": {"q": {"left": "a", "right": "b"}},
+        "html_sha256": disk.sha256(root / "study" / "study.html")})
+    disk.write_json(root / "answers.json", {
+        "format": disk.FORMAT, "kind": "study answers", "study": "s",
+        "evaluator": {"id": "0" * 16, "name": ""},
+        "answers": [{"question": "q", "side": "left", "seconds": 1}]})
 
 
 def files_under(root):

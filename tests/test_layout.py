@@ -6,19 +6,19 @@ from conftest import ROOT
 
 # my_run.py is what the README calls a file of the reader's own, which is no part of the project
 SCRIPTS = sorted(path.name for path in ROOT.glob("*.py") if path.name != "my_run.py")
-TEXTS = sorted(str(path.relative_to(ROOT))
-               for pattern in ("*.py", "tests/*.py", "*.sh", "*.md") for path in ROOT.glob(pattern))
+PATTERNS = ("*.py", "tests/*.py", "*.sh", "*.md", "pages/*")
+TEXTS = sorted(str(path.relative_to(ROOT)) for pattern in PATTERNS for path in ROOT.glob(pattern))
 
 FLOORS = (      # from the ground up: a file imports files of lower floors, runtime and disk
     ("model", "cm_layers", "augment", "metrics", "inception", "readers", "packing", "runtime",
-     "disk", "theory_sim", "budget", "latent_export"),
+     "disk", "theory_sim", "budget", "latent_export", "page"),
     ("consistency", "experts", "data", "dit", "latent_cache"),
     ("networks",),
     ("losses", "sample"),
     ("classify",),
     ("features",),
     ("train",),
-    ("evaluate", "prune_probe", "capacity_probe", "latent", "bench", "peers"),
+    ("evaluate", "prune_probe", "capacity_probe", "latent", "bench", "peers", "study"),
     ("report", "copy_probe"),
 )
 CORE = {        # all that a file of the floors 1 to 3 imports, besides runtime and disk

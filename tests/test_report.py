@@ -1,6 +1,9 @@
 """report.py's pages, the paper's numbers, and run_all.sh from beginning to end at demo scale."""
+import base64
 import importlib
+import json
 import os
+import re
 import subprocess
 import sys
 
@@ -13,6 +16,7 @@ from test_mistakes import refuses
 from test_run_all import record
 
 import disk
+import page
 import report
 import sample
 
@@ -479,6 +483,48 @@ def test_out_must_be_a_page(tmp_path, capsys, name, says):
     refuses(capsys, report.main, "--paper", "table2", "--row", row, "--out", tmp_path / name,
             says=["--out", says])
     assert (tmp_path / "ckpt.pt").read_bytes() == b"PK weights"
+
+
+# --------------------------------------------------------------------------------------------------
+# The same page as one HTML file
+
+def test_the_html_page_has_all_of_the_markdown_page(tmp_path, three_rows):
+    """Its table, marks, commands and the very picture; the settings of every file of a row."""
+    make_page(tmp_path / "r.md", "table2", "cifar10-ir50", *three_rows)
+    html = (tmp_path / "r.html").read_text()
+    row = re.search(r'<tr><th scope="row">OC</th>(.*?)</tr>', html)[1]
+    assert re.findall("<td>(.*?)</td>", row)[:2] == ["3", "<i>9.000 ± 0.000</i>"]
+    assert "<b>8.500 ± 0.500</b>" in html and "python evaluate.py --seed 0    # CM</pre>" in (
+        html.replace("\n</pre>", "</pre>"))
+    picture = re.search(r'src="data:image/png;base64,(.*?)"', html)[1]
+    assert base64.b64decode(picture) == (tmp_path / "r.png").read_bytes()
+    data = json.loads(re.search(r'id="data">(.*?)</script>', html, re.S)[1])
+    assert [name for name, _ in data] == ["DDPM", "OC", "CM"]
+    assert [file["command"][-1] for file in data[2][1]] == ["0", "1", "2"]
+    assert data[0][1][0]["num_real"] == 30 and data[0][1][0]["measured by"].endswith("--seed 0")
+    assert "http://" not in html and "https://" not in html
+
+
+def test_names_in_the_html_page(tmp_path):
+    """A name is text, whatever stands in it: no element, no end of a cell."""
+    disk.write_json(tmp_path / "a.json", fake_result(3.0, 0))
+    name = "<b>a|b</b> & </script>"
+    make_page(tmp_path / "r.md", "table2", "none", f"{name}={tmp_path / 'a.json'}")
+    html = (tmp_path / "r.html").read_text()
+    shown = "&lt;b&gt;a|b&lt;/b&gt; &amp; &lt;/script&gt;"
+    assert f'<th scope="row">{shown}</th><td>1</td>' in html
+    data = json.loads(re.search(r'id="data">(.*?)</script>', html, re.S)[1])
+    assert data[0][0] == name and html.count("</script>") == 2
+
+
+def test_markdown_to_html(tmp_path):
+    """Sections by headings; those of pictures only stand side by side."""
+    Image.new("RGB", (2, 2)).save(tmp_path / "a.png")
+    text = "# T\n\none\ntwo **b**\n\n| x | y |\n| --- | ---: |\n| 1 | 2 |\n\n## G\n\n![g](a.png)\n"
+    html = page.from_markdown(text, tmp_path)
+    assert html.count("<section>") == 1 and html.count('<section class="picture">') == 1
+    assert "<h1>T</h1>\n<p>one\ntwo <b>b</b></p>" in html and "<h2>G</h2>" in html
+    assert '<th scope="row">1</th><td>2</td>' in html
 
 
 # --------------------------------------------------------------------------------------------------
