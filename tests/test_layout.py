@@ -12,7 +12,7 @@ TEXTS = sorted(str(path.relative_to(ROOT))
 FLOORS = (      # from the ground up: a file imports files of lower floors, runtime and disk
     ("model", "cm_layers", "augment", "metrics", "inception", "readers", "packing", "runtime",
      "disk", "theory_sim", "budget"),
-    ("consistency", "experts", "data", "dit"),
+    ("consistency", "experts", "data", "dit", "exchange"),
     ("networks",),
     ("losses", "sample"),
     ("classify",),
@@ -27,8 +27,10 @@ CORE = {        # all that a file of the floors 1 to 3 imports, besides runtime 
     "data": {"readers", "packing"},
     "losses": {"model", "cm_layers", "augment", "consistency"},
     "dit": {"model"},
+    "exchange": {"model"},
     "networks": {"dit", "model"},
-    "sample": {"model", "cm_layers", "experts", "consistency", "data", "networks"},
+    "sample": {"model", "cm_layers", "experts", "consistency", "data", "networks",
+               "exchange"},
 }
 
 
