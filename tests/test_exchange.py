@@ -1,6 +1,7 @@
 """exchange.py: what diffusers computes from an export is what we compute, and it comes back whole;
 what one of both cannot compute is refused with the reason."""
 import copy
+import os
 import re
 import shutil
 import sys
@@ -250,8 +251,25 @@ def test_a_killed_export_leaves_no_half_folder(ckpt, exported, tmp_path, monkeyp
             to_diffusers(ckpt, path)
     assert len(list(tmp_path.iterdir())) > 1 or not path.exists()
     assert not path.exists() or exchange.content(path) == before
+    for left in tmp_path.glob(".d.*"):          # as if of a process that is no more
+        left.rename(left.with_name(left.name.replace(f".{os.getpid()}.", ".9999999.")))
     to_diffusers(ckpt, path, "--branch", "general")
     assert exchange.record_of(path) and [p.name for p in tmp_path.iterdir()] == ["d"]
+
+
+def test_files_that_come_while_it_is_written(ckpt, exported, tmp_path, capsys, monkeypatch):
+    path = tmp_path / "d"
+    shutil.copytree(exported, path)
+    schedule = exchange.their_schedule
+
+    def their_schedule():
+        (path / "note.txt").write_text("mine")
+        return schedule()
+    monkeypatch.setattr(exchange, "their_schedule", their_schedule)
+    refuses(capsys, sample.main, "--ckpt", ckpt, "--export", path, "--format", "diffusers",
+            says=["--export", "choose another name"])
+    assert (path / "note.txt").read_text() == "mine"
+    assert [p.name for p in tmp_path.iterdir()] == ["d"]
 
 
 def test_an_export_that_cannot_be_written(ckpt, tmp_path, capsys):
