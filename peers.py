@@ -1,13 +1,15 @@
 """Checkpoints of CBDM-pytorch and OC_LT as checkpoints of this project, to sample and measure here.
 
     python peers.py --ckpt logs/ckpt_300000.pt --dataset cifar100 --ir 100 --to cbdm.pt
+    python peers.py --from-diffusers DIR --to ours.pt       # DIR: sample.py's --format diffusers
     python evaluate.py --ckpt cbdm.pt
 
-Both have one U-Net, that of pytorch-ddpm with labels, and one layout of their files; the names
+Both peers have one U-Net, that of pytorch-ddpm with labels, and one layout of their files; names
 below are those of qym7/CBDM-pytorch 4530ee4 and MediaBrain-SJTU/OC_LT 3d95b13. Their averaged
 weights ("ema_model") become a plain network, as sample.py --export writes it. What such a file does
 not say comes from flags: the data set, whose classes the labels are, and how it was made
-long-tailed. Their schedule must be their default, which is the paper's.
+long-tailed. Their schedule must be their default, which is the paper's. The same holds for a folder
+of diffusers that others made: a UNet2DModel with labels, of which Null is the last (exchange.py).
 """
 import pickle
 import zipfile
@@ -15,6 +17,7 @@ import zipfile
 import torch
 
 import disk
+import exchange
 import runtime
 from data import add_data_flags, load_long_tailed, unused_data_flags
 from model import UNet, UNetConfig, make_alphas_bar, sinusoid
@@ -119,29 +122,64 @@ def read(path, flag="--ckpt"):
     return state, step if isinstance(step, int) else 0
 
 
-def main():
-    """Translate one file."""
+def describe(args, network, step, size=None):
+    """What a checkpoint holds beside its weights, for one that does not say it: from the flags.
+
+    network: the dict of a UNetConfig. size: of its images, where that is known. Raises UserError.
+    """
+    record = load_long_tailed(args).record()
+    classes = len(record["class_names"])
+    if classes != network["num_classes"]:
+        raise UserError(f"--dataset {args.dataset}: has {classes} classes, and the network of "
+                        f"{source(args)} {network['num_classes']}")
+    if size not in (None, record["resolution"]):
+        raise UserError(f"--dataset {args.dataset}: has images of {record['resolution']} pixels "
+                        f"here (--resolution), and the network of {source(args)} {size}")
+    content = disk.sha256(args.ckpt) if args.ckpt else exchange.content(args.from_diffusers)
+    settings = {k: v for k, v in vars(args).items() if k not in ("ckpt", "from_diffusers", "to")}
+    config = {**settings, "dtype": "float32", "seed": 0, "imported_from": content}
+    return {"kind": "diffusion", "step": step, "command": runtime.command_line("peers.py"),
+            "config": config, "data": record}
+
+
+def source(args):
+    """The flag that names what is translated."""
+    return "--ckpt" if args.ckpt else "--from-diffusers"
+
+
+def make_parser():
+    """All flags, and the names of those that describe the data."""
     parser = Parser(__doc__)
-    parser.add_argument("--ckpt", required=True, help="a ckpt_STEP.pt of CBDM-pytorch or OC_LT")
+    one = parser.add_mutually_exclusive_group(required=True)
+    one.add_argument("--ckpt", help="a ckpt_STEP.pt of CBDM-pytorch or OC_LT")
+    one.add_argument("--from-diffusers", metavar="DIR",
+                     help="a pipeline's folder with a UNet2DModel; one that sample.py exported "
+                     "needs no data flags")
     parser.add_argument("--to", required=True, metavar="FILE", help="the file to write")
-    add_data_flags(parser, ir=100.0)
+    data_flags = add_data_flags(parser, ir=100.0)
+    return parser, [action.dest for action in data_flags._group_actions]
+
+
+def main():
+    """Translate one file or folder."""
+    parser, data_flags = make_parser()
     args = parser.parse_args()
     refuse_unused(parser.given, unused_data_flags(args))
     disk.refuse_overwriting(args.to, is_export, "--to", "an export")
-    state, step = read(args.ckpt)
-    network, ours = translate(state)
-    record = load_long_tailed(args).record()
-    if len(record["class_names"]) != network["num_classes"]:
-        raise UserError(f"--dataset {args.dataset}: has {len(record['class_names'])} classes, and "
-                        f"the network of --ckpt {network['num_classes']}")
-    settings = {k: v for k, v in vars(args).items() if k not in ("ckpt", "to")}
-    config = {**settings, "dtype": "float32", "seed": 0, "imported_from": disk.sha256(args.ckpt)}
+    if args.ckpt:
+        state, step = read(args.ckpt)
+        network, ours = translate(state)
+        known = describe(args, network, step)
+    else:
+        network, ours, size, record = exchange.read(args.from_diffusers)
+        why = f"the export in {args.from_diffusers} says it itself"
+        refuse_unused(parser.given, dict.fromkeys(data_flags if record else [], why))
+        known = record or describe(args, network, 0, size)
     disk.save(args.to, {
-        "kind": "diffusion", "step": step, "command": runtime.command_line("peers.py"),
-        "config": config, "data": record, "network": network, "rank_ratio": None, "experts": None,
-        "model": ours, "ema": ours}, "--to")
-    print(f"wrote {args.to}: {sum(v.numel() for v in ours.values()):,} averaged parameters of step "
-          f"{step}")
+        **{key: known[key] for key in exchange.KEPT}, "network": network, "rank_ratio": None,
+        "experts": None, "model": ours, "ema": ours}, "--to")
+    print(f"wrote {args.to}: {sum(v.numel() for v in ours.values()):,} parameters of step "
+          f"{known['step']}")
 
 
 if __name__ == "__main__":

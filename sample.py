@@ -3,6 +3,7 @@
     python sample.py --ckpt out/NAME/ckpt.pt --classes 6-9 --num 64   # samples.npz, .json, grid.png
     python sample.py --ckpt out/NAME/ckpt.pt --branch general         # theta^g alone, without BA
     python sample.py --ckpt out/NAME/ckpt.pt --export merged.pt       # theta as a plain U-Net
+    python sample.py --ckpt out/NAME/ckpt.pt --export DIR --format diffusers        # for diffusers
 
 Image i is a pure function of (checkpoint, --seed, --dtype, i): its label is the i-th of the classes
 in turn, its noise is drawn from (seed, i), so the batch size and the number of processes change
@@ -26,6 +27,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 import consistency
 import disk
+import exchange
 import runtime
 from cm_layers import merge, reserve
 from data import class_groups, resolve_classes, to_rgb, to_uint8
@@ -322,11 +324,8 @@ def is_export(path):
 def export(ckpt, net, path):
     """Write a merged network as a checkpoint of its own.
 
-    Every script takes it, and its "model" fits a plain network. Raises UserError for group experts.
+    Every script takes it, and its "model" fits a plain network.
     """
-    if ckpt["experts"]:
-        raise UserError("--export: group experts depend on the label and do not merge into one "
-                        "plain network")
     state = {name: p.detach().cpu().contiguous() for name, p in net.state_dict().items()}
     kept = {k: ckpt[k] for k in ("kind", "step", "command", "config", "data", "network")}
     plain = {"rank_ratio": None, "experts": None, "model": state, "ema": state}
@@ -746,6 +745,9 @@ def make_parser():
     add_output_flags(parser)
     parser.add_argument("--export", metavar="FILE",
                         help="write the merged plain network to FILE instead of sampling")
+    parser.add_argument("--format", choices=("checkpoint", "diffusers"), default="checkpoint",
+                        help="of --export: a checkpoint, or a folder with a UNet2DModel and its "
+                        "DDIMScheduler, which diffusers reads (default: checkpoint)")
     return parser
 
 
@@ -779,12 +781,21 @@ def add_output_flags(parser):
 def export_network(args, given):
     """What --export asks for: write the merged network and nothing else."""
     refuse_unused(given, {name: "--export generates no images" for name in UNUSED})
-    disk.refuse_overwriting(args.export, is_export, "--export", "an export of sample.py")
+    for_diffusers = args.format == "diffusers"
+    if for_diffusers:
+        exchange.check_target(args.export)
+    else:
+        disk.refuse_overwriting(args.export, is_export, "--export", "an export of sample.py")
     ckpt = disk.load(args.ckpt, KINDS)
+    if ckpt["experts"]:
+        raise UserError("--export: group experts depend on the label and do not merge into one "
+                        "plain network")
     rt = runtime.setup(args.device, dtype_of(args, ckpt))
-    net = load_network(ckpt, args.weights, args.branch, rt.device)
-    rt.on_rank_0(lambda: export(ckpt, net, args.export))
-    rt.print(f"wrote {args.export}: {args.weights} weights, {args.branch} branch, a plain network")
+    net = load_network(ckpt, args.weights, args.branch)
+    write = exchange.write if for_diffusers else export
+    rt.on_rank_0(lambda: write(ckpt, net, args.export))
+    kind = "a UNet2DModel and its scheduler" if for_diffusers else "a plain network"
+    rt.print(f"wrote {args.export}: {args.weights} weights, {args.branch} branch, {kind}")
 
 
 def main():
@@ -793,6 +804,7 @@ def main():
     args = parser.parse_args()
     if args.export is not None:
         return export_network(args, parser.given)
+    refuse_unused(parser.given, {"format": "belongs to --export"})
     ckpt = disk.load(args.ckpt, KINDS)
     names = ckpt["data"]["class_names"]
     classes = chosen_classes(args, names)

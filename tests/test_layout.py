@@ -12,7 +12,7 @@ TEXTS = sorted(str(path.relative_to(ROOT)) for pattern in PATTERNS for path in R
 FLOORS = (      # from the ground up: a file imports files of lower floors, runtime and disk
     ("model", "cm_layers", "augment", "metrics", "inception", "readers", "packing", "runtime",
      "disk", "theory_sim", "budget", "latent_export", "page"),
-    ("consistency", "experts", "data", "dit", "latent_cache"),
+    ("consistency", "experts", "data", "dit", "exchange", "latent_cache"),
     ("networks",),
     ("losses", "sample"),
     ("classify",),
@@ -27,9 +27,11 @@ CORE = {        # all that a file of the floors 1 to 3 imports, besides runtime 
     "data": {"readers", "packing"},
     "losses": {"model", "cm_layers", "augment", "consistency"},
     "dit": {"model"},
+    "exchange": {"model"},
     "latent_cache": {"packing"},
     "networks": {"dit", "model"},
-    "sample": {"model", "cm_layers", "experts", "consistency", "data", "networks"},
+    "sample": {"model", "cm_layers", "experts", "consistency", "data", "networks",
+               "exchange"},
 }
 
 
