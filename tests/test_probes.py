@@ -483,7 +483,7 @@ def test_dominance_compares_the_groups_that_it_names(cm_run, data_dir, digits, c
     ckpt = disk.load(cm_run / "ckpt.pt", ["diffusion"])
     cp.dominance(args, cpu, ckpt, cp.load_unmerged(ckpt))
     assert [labels for labels, _, _ in asked] == [[0], [9], [1, 2], [3, 4, 5], [6, 7, 8]]
-    for names, one, last, aggregate, sigma2, repeats in compared:
+    for names, _, _, aggregate, sigma2, repeats in compared:
         assert {(n, seed) for _, n, seed in asked} == {(len(names), 4)} and repeats == 1
         assert not any("label" in name for name in names) and any(".A" in name for name in names)
         assert aggregate[0] == 111110 and float(sigma2[0]) == pytest.approx(2e20)
