@@ -30,6 +30,17 @@ def test_what_a_pass_keeps_is_counted():
     assert all(p.grad is None for p in net.parameters())
 
 
+def test_passes_of_one_image_and_frozen_weights():
+    """Where a pass has one image all that it keeps is that image's; what is frozen has no Adam."""
+    net = nn.Sequential(nn.Linear(16, 8), nn.Tanh(), nn.Linear(8, 4))
+    net[0].requires_grad_(False)
+    x = torch.randn(1, 16)
+    need = budget.measure_memory(net, lambda n: net(x[:n]).sum(), 1)
+    assert need == (3 * 4 * (8 * 4 + 4), need.per_image) and need.per_image >= 4 * 8
+    assert budget.Memory(10, 100).of(2) == 10 + (200 << 20) + 1.3 * 200
+    assert budget.passes_that_fit(budget.Memory(10, 100), 2, need.of(2)) is None
+
+
 @pytest.mark.parametrize("free, passes", [(100, 1), (60, 2), (30, 4), (15, 12), (1, None)])
 def test_the_fewest_passes_that_fit(monkeypatch, free, passes):
     monkeypatch.setattr(budget, "PROCESS", 0)

@@ -88,6 +88,17 @@ def test_training_images_are_copies_and_noise_is_none(cm_run, classifier, data_d
     assert "real, not in the training set" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("key, value", [
+    ("sha256", "0" * 64), ("class_counts", [9] * 10), ("class_names", list("abcdefghij"))])
+def test_samples_of_a_set_that_differs_in_one_thing(key, value, cm_run, samples, tmp_path, capsys):
+    path = tmp_path / "samples.npz"
+    path.write_bytes(samples.read_bytes())
+    record = disk.read_json(samples.with_suffix(".json"))
+    disk.write_json(tmp_path / "samples.json", {**record, "data": {**record["data"], key: value}})
+    refuses(capsys, copy_probe.main, "--ckpt", cm_run / "ckpt.pt", "--samples", path,
+            says=["--samples", "not of the training set"])
+
+
 def test_samples_of_another_training_set(cm_run, samples, data_dir, tmp_path, capsys):
     call(train.main, *TINY_FLAGS, "--ir", 5, "--no-cm", "--base", "ddpm", "--steps", 1,
          "--data-dir", data_dir, "--out", tmp_path)

@@ -481,6 +481,24 @@ def test_dropout_masks_and_augmentation_change_with_the_step_and_the_part(digits
     assert not torch.equal(halves[0][1], halves[1][1])
 
 
+def test_another_seed_draws_everything_anew(digits):
+    """Noise, masks, augmentation, and with --cm-fraction the images that theta^g sees."""
+    objective, batch = setup(digits, cm=CMConfig(cm_fraction=0.5), dropout=0.5)
+    objective.ada = 1.0
+
+    def drawn(seed):
+        b = draw_batch(batch.pool_x_0, batch.pool_y, objective, seed=seed, step=3)
+        # Sorted: whichever images come first
+        return {"t": b.t.sort().values, "a": b.a.sort(0).values, "masks_encode": b.masks_encode[0],
+                "masks_decode": b.masks_decode[0], "scale": b.scale, "y": b.y}
+    first, again, other = drawn(0), drawn(0), drawn(1)
+    for name, value in first.items():
+        assert torch.equal(value, again[name]), name
+        assert not torch.equal(value, other[name]), name
+    half = draw_batch(batch.pool_x_0, batch.pool_y, objective, seed=0, step=3, dtype=torch.bfloat16)
+    assert {mask.dtype for mask in (*half.masks_encode, *half.masks_decode)} == {torch.bfloat16}
+
+
 def test_label_drop_is_per_image(digits):
     objective, _ = setup(digits, label_drop=0.5)
     y = torch.arange(1000) % 10
@@ -510,6 +528,13 @@ def test_options_of_other_bases_change_nothing(digits):
     expected = objective(batch)[0]
     objective.base = bind("cbdm", {"cbdm_tau": 0.002, "focal_gamma": 9.0, "ct_double": 7})
     assert torch.equal(objective(batch)[0], expected)
+
+
+def test_the_defaults_of_the_bases():
+    assert {name: options_of(base) for name, base in BASES.items()} == {
+        "ddpm": {}, "oc": {}, "cbdm": {"cbdm_tau": 0.001, "cbdm_gamma": 0.25},
+        "focal": {"focal_gamma": 2.0}, "rop": {"rop_weight": 0.1, "rop_margin": 0.1},
+        "consistency": {"ct_double": 1, "ct_grid": "uniform"}}
 
 
 def test_every_hyper_parameter_has_a_flag_and_every_flag_a_base():

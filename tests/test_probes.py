@@ -3,6 +3,7 @@ and what must not change.
 """
 import copy
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ import disk
 import runtime
 import train
 from cm_layers import merge, reserved
-from data import to_float
+from data import load, to_float
 from losses import Objective, bind, draw_batch
 from model import make_alphas_bar, stratified_timesteps
 from runtime import UserError
@@ -124,6 +125,69 @@ def test_changes_and_intervals():
     value, low, high = result["classes"]["c"]["absolute"]
     assert value == pytest.approx(pruned[labels == 2].mean() - raw[labels == 2].mean())
     assert low < value < high
+
+
+def test_intervals_are_of_95_per_cent_and_each_class_has_its_own():
+    """Of 500 images they reach about 1.96 standard errors to either side."""
+    rng = np.random.RandomState(0)
+    raw = rng.gamma(5, 0.02, 500)
+    change = rng.randn(500)
+    (value, low, high), _ = pp.bootstrap(raw, raw + change, resamples=4000)
+    error = change.std() / 500 ** 0.5
+    assert [(value - low) / error, (high - value) / error] == pytest.approx([1.96, 1.96], rel=0.06)
+    twice, labels = np.tile(raw, 2), np.repeat([0, 1], 500)
+    classes = pp.changes(twice, twice + np.tile(change, 2), labels, list("ab"), np.array([2, 1]))
+    a, b = (classes["classes"][name]["absolute"] for name in "ab")
+    assert a[0] == b[0] and a[1] != b[1]
+
+
+def test_each_share_is_pruned_from_the_whole_network(digits, cpu):
+    """Whatever the order of the shares; --scope, --tensors and --seed say how."""
+    net = tiny_net(None)
+    before = {name: w.clone() for name, w in net.state_dict().items()}
+    images, labels = digits.images[:20], digits.labels[:20]
+    args = SimpleNamespace(repeats=2, seed=5, batch_size=8, scope="layer", tensors="all")
+    raw, pruned = pp.measure(net, images, labels, [0.5, 0.1], args, cpu, "a")
+    assert all(torch.equal(w, before[name]) for name, w in net.state_dict().items())
+
+    def losses(net):
+        return pp.per_image_losses(net, images, labels, 2, cpu, seed=5)
+    assert np.allclose(raw, losses(net), rtol=1e-5)
+    for fraction in (0.5, 0.1):
+        cut = copy.deepcopy(net)
+        pp.prune(cut, fraction, "layer", "all")
+        assert np.allclose(pruned[fraction], losses(cut), rtol=1e-5)
+
+
+def test_the_commands_flags_reach_the_measurement(cm_run, data_dir, tmp_path, monkeypatch):
+    seen = {}
+
+    def measured(net, images, labels, fractions, args, rt, name):
+        seen.update(net=net.state_dict(), fractions=fractions)
+        return np.ones(len(labels)), {f: np.arange(len(labels)) / 100 + f for f in fractions}
+    monkeypatch.setattr(pp, "measure", measured)
+    monkeypatch.setattr(pp, "write_figures", lambda results, fractions, shown, out:
+                        seen.update(shown=shown) or [])
+    flags = ("--ckpt", cm_run / "ckpt.pt", "--data-dir", data_dir, "--device", "cpu", "--out",
+             tmp_path, "--weights", "raw", "--fractions", "0.3,0.1")
+    call(pp.main, *flags)
+    raw = pp.load_network(disk.load(cm_run / "ckpt.pt", ["diffusion"]), "raw").state_dict()
+    assert all(torch.equal(w, seen["net"][name]) for name, w in raw.items())
+    assert seen["fractions"] == [0.3, 0.1] and seen["shown"] == 0.1     # --fraction is among them
+    call(pp.main, *flags[:-1], "0.3,0.2")
+    assert seen["shown"] == 0.3
+
+
+def test_bars_are_sorted_by_size_and_have_their_errors(monkeypatch):
+    figures = drawn(monkeypatch)
+    result = {"classes": {
+        name: {"train_images": size, "raw": size, "absolute": [size, size - 1.0, size + 3.0]}
+        for name, size in (("a", 5), ("b", 9), ("c", 7))},
+        "spearman": {"absolute": {"rho": 1.0, "p": 0.5}}}
+    heights, errors = pp.bars_of(result, "absolute", ["b", "a"])
+    assert heights.tolist() == [9, 5] and errors.tolist() == [[1, 1], [3, 3]]
+    pp.bar_figure("absolute", {"net": result}, 0.1, None)
+    assert [bar.get_height() for bar in figures[0].axes[0].patches] == [9, 7, 5]
 
 
 def test_one_image_gives_no_interval(tmp_path):
@@ -305,9 +369,9 @@ def test_weights_that_are_not_finite(main, first, says, part, cm_run, data_dir, 
 
 def test_group_gradients_are_sums_over_images(digits):
     """Against one backward pass per image, on the same noise; each image comes as often as it
-    should, in each range of t.
+    should, in each range of t. Nothing is dropped out.
     """
-    net = tiny_net(0.2, dropout=0.0)
+    net = tiny_net(0.2, dropout=0.3)
     objective = Objective(net=net, base=bind("ddpm"), counts=digits.counts,
                           alphas_bar=make_alphas_bar(), label_drop=0.0)
     params = [p for p in net.parameters() if p.dim() > 1]
@@ -397,6 +461,60 @@ def test_compare_is_the_theorems_question():
     assert cosine == pytest.approx(1 - 1 / (2 * mu2), abs=1e-6)
     assert theory == pytest.approx(cp.norm.cdf(argument), abs=1e-6)
     assert cp.compare(one, 0 * last, one, 100, 10, 50.0, 1) is None
+
+
+def test_the_groups_of_dominance_follow_the_sizes():
+    members = cp.members_of(np.array([5, 30, 1, 20, 10, 7]))
+    assert {name: list(classes) for name, classes in members.items()} == {
+        "class 1": [1], "class K": [2], "rest of Many": [3], "Medium": [4, 5], "rest of Few": [0]}
+
+
+def test_dominance_compares_the_groups_that_it_names(cm_run, data_dir, digits, cpu, monkeypatch):
+    """Each group's gradient is a number of its own: which of them make up which sum."""
+    asked, compared = [], []
+
+    def gradients(objective, images, rows, repeats, params, seed, batch_size):
+        asked.append((sorted(set(images.labels[rows])), len(params), seed))
+        sums = [torch.full((1,), 10.0 ** len(asked)) for _ in params]
+        return cp.Gradients(sums, len(rows), 1e20 * 2.0 ** len(asked) + torch.zeros(len(params)), 2)
+    monkeypatch.setattr(cp, "group_gradients", gradients)
+    monkeypatch.setattr(cp, "compare_kinds", lambda names, *rest: compared.append((names, *rest)))
+    args = SimpleNamespace(data_dir=data_dir, repeats=1, seed=4, batch_size=8)
+    ckpt = disk.load(cm_run / "ckpt.pt", ["diffusion"])
+    cp.dominance(args, cpu, ckpt, cp.load_unmerged(ckpt))
+    assert [labels for labels, _, _ in asked] == [[0], [9], [1, 2], [3, 4, 5], [6, 7, 8]]
+    for names, _, _, aggregate, sigma2, repeats in compared:
+        assert {(n, seed) for _, n, seed in asked} == {(len(names), 4)} and repeats == 1
+        assert not any("label" in name for name in names) and any(".A" in name for name in names)
+        assert aggregate[0] == 111110 and float(sigma2[0]) == pytest.approx(2e20)
+    (one, last), (many, few) = [[row[k] for k in (1, 2)] for row in compared]
+    counts = digits.counts
+    assert (one[0][0], one[1]) == (10, counts[0]) and (last[0][0], last[1]) == (100, counts[9])
+    assert (many[0][0], many[1]) == (1010, counts[:3].sum())
+    assert (few[0][0], few[1]) == (100100, counts[6:].sum())
+
+
+def test_allocations_distances_are_means_of_each_group(cm_run, data_dir, cpu, monkeypatch):
+    monkeypatch.setattr(cp, "distances", lambda net, images, labels, grid, rt, seed, batch_size:
+                        labels[:, None] + np.arange(len(grid)) * 100.0 + 0 * seed)
+    ckpt = disk.load(cm_run / "ckpt.pt", ["diffusion"])
+    args = SimpleNamespace(data_dir=data_dir, seed=0, batch_size=8, ckpt="x")
+    result = cp.allocation(args, cpu, ckpt, cp.load_unmerged(ckpt))
+    labels = load("digits", data_dir).labels
+    for name, classes in (("Many", [0, 1, 2]), ("Medium", [3, 4, 5]), ("Few", [6, 7, 8, 9])):
+        mean = labels[np.isin(labels, classes)].mean()
+        assert result["distance"][name] == pytest.approx(mean + np.arange(11) * 100)
+
+
+@pytest.mark.parametrize("weights, part", [("ema", "ema"), ("raw", "model")])
+def test_the_probe_takes_the_weights_that_it_is_told(weights, part, cm_run, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(cp, "dominance", lambda args, rt, ckpt, net: seen.append((ckpt, net)) or {
+        "pairs": {}})
+    call(cp.main, "dominance", "--ckpt", cm_run / "ckpt.pt", "--weights", weights, "--device",
+         "cpu", "--out", tmp_path)
+    ckpt, net = seen[0]
+    assert all(torch.equal(w, ckpt[part][name]) for name, w in net.state_dict().items())
 
 
 def test_dominance_end_to_end(cm_run, data_dir, tmp_path):

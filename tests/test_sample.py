@@ -4,12 +4,13 @@ import os
 import shutil
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import TINY, call, randomize, tiny_net
-from PIL import Image
+from PIL import Image, ImageDraw
 from test_mistakes import refuses
 from torch.testing import assert_close
 
@@ -113,6 +114,35 @@ def test_rows_of_equal_classes_stand_in_their_groups_order():
     assert [picture.getpixel((picture.width - 20, 60 * r + 9))[0] for r in range(4)] == [0, 2, 4, 5]
 
 
+def test_the_picture_of_samples():
+    """Rows from the most frequent class down, its first images, each pixel a square, its name."""
+    images = np.arange(10, 18, dtype=np.uint8).repeat(64).reshape(8, 8, 8, 1)
+    images[:, :, 4:] += 100                                             # the right half
+    labels, texts = [0, 2, 1, 0, 2, 2, 0, 2], []
+    with pytest.MonkeyPatch.context() as m:
+        draw = ImageDraw.ImageDraw.text
+        m.setattr(ImageDraw.ImageDraw, "text", lambda pen, where, text, **options:
+                  (texts.append(text), draw(pen, where, text, **options)))
+        picture = sample.grid_image(images, labels, ["a", "b" * 70, "c"], [5, 9, 7], columns=2)
+    assert texts == ["Many", "Medium", "Few", f"{'b' * 60} (9)", "c (7)", "a (5)"]
+    cells = np.asarray(picture)[:, -2 * 60:, 0].reshape(3, 60, 2, 60).transpose(0, 2, 1, 3)
+    numbers = [[2, None], [1, 4], [0, 3]]
+    for row, of_row in zip(cells, numbers):
+        for cell, number in zip(row, of_row):
+            assert (cell[56:] == 255).all() and (cell[:, 56:] == 255).all()     # the gap
+            assert np.unique(cell[:56, :28]).tolist() == [255 if number is None else 10 + number]
+            assert np.unique(cell[:56, 28:56]).tolist() == [255 if number is None else 110 + number]
+
+
+def test_at_most_ten_classes_are_shown_and_images_grow_by_a_whole_factor():
+    labels = np.arange(40)
+    images = np.arange(40, dtype=np.uint8).repeat(24 * 24).reshape(40, 24, 24, 1)
+    picture = sample.grid_image(images, labels, [str(c) for c in labels], None, columns=1)
+    assert picture.height == 10 * (2 * 24 + 4)
+    left = [picture.getpixel((picture.width - 20, 52 * r + 9))[0] for r in range(10)]
+    assert left == [0, 4, 8, 13, 17, 21, 26, 30, 34, 39]
+
+
 def test_timesteps_of_dpm_end_before_0():
     assert sample.timesteps_of("dpm", AB, 4, "uniform") == [800, 600, 400, 200]
     assert sample.timesteps_of("dpm++", AB, 4, "uniform") == [750, 500, 250, 0]
@@ -203,6 +233,25 @@ def test_a_batch_is_what_its_settings_say(changed, cpu):
         assert not torch.allclose(got, plain, atol=0.01, rtol=0)
 
 
+def test_generated_images_are_those_of_their_numbers(cpu):
+    """Two of a larger set, as evaluate.py asks for them; to_image makes images of latents."""
+    net = tiny_net(None)
+    make = partial(sample.generate, net, [3, 7], [5, 8], SHAPE, cpu, 1, title=None, steps=2)
+    x = sample.sample_batch(net, torch.tensor([3, 7]), [5, 8], SHAPE, cpu, steps=2)
+    expected = sample.to_uint8(x).numpy().astype(int)
+    assert np.abs(make() - expected).max() <= 1
+    doubled = make(to_image=lambda x: x.repeat(1, 3, 2, 2) * 0 + 1)
+    assert doubled.shape == (2, 16, 16, 3) and (doubled == 255).all()
+
+
+def test_a_process_without_an_image_has_an_empty_share():
+    """Of three processes the last has none of two images; it keeps their shape."""
+    rt = SimpleNamespace(world=3, rank=2, device=torch.device("cpu"), patient=None,
+                         maximum=lambda value, group: value)
+    share = sample.generate(None, [1, 2], [0, 1], (3, 8, 8), rt, 4, gather=False)
+    assert share.shape == (0, 8, 8, 3) and share.dtype == np.uint8
+
+
 def test_images_of_one_class_differ_and_eta_adds_noise(cm_run, cpu):
     net = network(cm_run)
     y = torch.tensor([3, 3])
@@ -255,13 +304,18 @@ def test_load_unmerged_keeps_the_branches_apart(cm_run, weights, key):
 
 def test_load_network_is_load_unmerged_merged(cm_run):
     ckpt = checkpoint(cm_run)
-    for branch in ("full", "general"):
-        merged = merge(sample.load_unmerged(ckpt), branch).state_dict()
-        loaded = sample.load_network(ckpt, branch=branch)
+    for weights, branch in (("ema", "full"), ("ema", "general"), ("raw", "full")):
+        merged = merge(sample.load_unmerged(ckpt, weights), branch).state_dict()
+        loaded = sample.load_network(ckpt, weights, branch)
         assert loaded.state_dict().keys() == merged.keys()
         assert all(torch.equal(p, merged[name]) for name, p in loaded.state_dict().items())
         assert not list(reserved(loaded))
         assert not any(p.requires_grad for p in loaded.parameters())
+        kernel = loaded.decoder.up[0].conv1.weight
+        assert kernel.is_contiguous(memory_format=torch.channels_last)
+    ckpt["network"] = {**ckpt["network"], "ch": 32}
+    with pytest.raises(UserError, match="--mine: its weights do not fit"):
+        sample.load_network(ckpt, flag="--mine")
 
 
 def test_unmerged_and_merged_networks_predict_the_same(cm_run):
@@ -583,6 +637,8 @@ def test_export_is_a_plain_network_that_generates_the_same_images(cm_run, cpu, t
     exported = disk.load(path, ["diffusion"])
     plain = UNet(UNetConfig(**exported["network"]))
     plain.load_state_dict(exported["model"], strict=True)
+    assert all(w.is_contiguous() for w in exported["model"].values())
+    assert exported["command"] == checkpoint(cm_run)["command"]
 
     def images(net):
         return sample.sample_batch(net, torch.arange(8), range(8), SHAPE, cpu, steps=5)
@@ -591,6 +647,13 @@ def test_export_is_a_plain_network_that_generates_the_same_images(cm_run, cpu, t
     assert torch.equal(original, images(sample.load_network(exported)))
     with pytest.raises(UserError, match="--branch general"):
         sample.load_network(exported, branch="general")
+    for flags, options in ((["--branch", "general"], {"branch": "general"}),
+                           (["--weights", "raw"], {"weights": "raw"})):
+        call(sample.main, "--ckpt", cm_run / "ckpt.pt", "--export", path, "--device", "cpu", *flags)
+        expected = network(cm_run, **options).state_dict()
+        exported = disk.load(path, ["diffusion"])
+        for part in ("model", "ema"):
+            assert all(torch.equal(w, exported[part][name]) for name, w in expected.items())
 
 
 # --------------------------------------------------------------------------------------------------
@@ -703,6 +766,27 @@ def test_dpm_is_diffusers(steps, order, clip):
     assert_close(torch.stack(points), torch.stack(expected[:-1]), atol=1e-3, rtol=1e-3)
     last = sample.ddim(bumpy, expected[-2], AB, ours[-1:], None, limit_of(clip))
     assert_close(x_0, last, atol=1e-3, rtol=1e-3)
+
+
+def test_the_step_of_dpmpp_to_t_0_is_of_first_order():
+    """Also after other steps; those between have the second order."""
+    points = {}
+
+    def watch(x, t):
+        points[t] = x
+        return bumpy(x, t)
+    timesteps = sample.make_timesteps(AB, 5)
+    x_0 = sample.dpmpp(watch, start(), AB, timesteps, None)
+
+    def by_ddim(t, t_next):
+        """DDIM's step from the same point."""
+        seen = []
+        sample.ddim(lambda x, t: seen.append(x) or bumpy(x, t), points[t], AB, [t, t_next], None)
+        return seen[1]
+    assert_close(points[600], by_ddim(800, 600))
+    assert not torch.allclose(points[400], by_ddim(600, 400), atol=1e-3)
+    assert_close(points[0], by_ddim(200, 0))
+    assert_close(x_0, sample.ddim(bumpy, points[0], AB, [0], None))
 
 
 def test_dpm_of_order_1_is_ddim():
@@ -870,6 +954,16 @@ def test_a_padded_batch_gives_the_same_images(cpu, monkeypatch):
     again = make()
     assert again.shape == images.shape == (7, 8, 8, 1)
     assert np.abs(again.astype(int) - images).max() <= 1
+
+
+def test_reserved_weights_are_not_cast():
+    """W^g and BA are added in float32, and autocast rounds their sum."""
+    rt = runtime.Runtime(torch.device("cpu"), torch.bfloat16)
+    net = tiny_net(0.3)
+    sample.prepare(net, rt, SHAPE, 10, 10)
+    for owner, _, part in reserved(net):
+        assert owner.parametrizations.weight.original.dtype == part.B.dtype == torch.float32
+    assert net.encoder.head.weight.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("experts", [None, [90, 50, 40, 30, 20, 10, 9, 8, 7, 6]])
