@@ -4,6 +4,7 @@ Also the pool of images that a checkpoint is measured on, and the whole path to 
 """
 import json
 import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -687,6 +688,52 @@ def test_a_reference_without_a_class_of_the_samples(before_the_work, samples, ag
     for source in (("--samples", samples), ("--ckpt", cm_run / "ckpt.pt")):
         refuses(capsys, evaluate.main, *source, "--reference", tmp_path / "ref9.npz",
                 *against_digits[2:], says=["--reference", "no image", "classes (9)"])
+
+
+def test_rows_and_real_images_of_the_overall_numbers():
+    """Without labels the first ones; the real ones are those of the samples' classes."""
+    assert evaluate.balanced_rows(None, 9, 4) == slice(0, 4)
+    sides = [Features(np.zeros((n, 2)), np.zeros((n, 2)), labels)
+             for n, labels in ((3, np.array([0, 2, 2])), (4, np.array([0, 1, 2, 1])))]
+    parts, _ = evaluate.parts_of(*sides, 3, {}, {})
+    assert parts[0].real.tolist() == [True, False, True, False]
+
+
+def test_only_a_long_tailed_reference_is_refused():
+    def check(labels, counts):
+        evaluate.refuse_long_tailed(SimpleNamespace(labels=np.array(labels), name="x"), counts)
+    with pytest.raises(UserError, match="long-tailed set"):
+        check([0, 0, 1], [2, 1])
+    check([0, 0, 0, 1, 1], [3, 2])                  # hardly a tail
+    check([0, 0, 1], [3, 1])
+    check([0, 0, 1], None)
+
+
+def test_a_class_that_is_mostly_known_is_not_weak():
+    logits = np.eye(2)[[0, 0, 1, 1, 0]]
+    real = Features(np.zeros((5, 2)), logits, np.array([0, 0, 0, 1, 1]))
+    assert evaluate.weak_classes(real, evaluate.Metrics(output_classes=np.arange(2)), "ab") == {}
+
+
+@pytest.mark.parametrize("where, name", [
+    ("args", "per_class"), ("args", "k"), ("args", "floor"), ("comparison", "num"),
+    ("comparison", "num_group"), ("comparison", "assumed"), ("reference", "sha256"),
+    ("reference", "words"), ("subject", "made"), ("extractor", "name"), ("extractor", "sha256"),
+    ("rt", "dtype")])
+def test_whatever_moves_a_number_is_among_the_settings(where, name):
+    def settings(changed):
+        parts = {
+            "args": {"per_class": 0, "k": 0, "floor": 0}, "rt": {"dtype": 0},
+            "comparison": {"num": 0, "num_group": 0, "assumed": {}},
+            "reference": {"sha256": 0, "words": 0}, "subject": {"made": {}},
+            "extractor": {"name": 0, "sha256": 0}}
+        if changed:
+            parts[where][name] = {"x": 1} if parts[where][name] == {} else 1
+        made = {key: SimpleNamespace(**values) for key, values in parts.items()}
+        made["comparison"].reference = made.pop("reference")
+        made["comparison"].subject = made.pop("subject")
+        return evaluate.settings_of(**made)
+    assert settings(True) != settings(False)
 
 
 def test_parts_that_are_left_out_are_said(capsys):

@@ -220,6 +220,39 @@ def test_paired_differences():
     assert "LA" not in text and "LDAM" not in text
 
 
+def test_one_seed_has_no_interval_and_a_classifiers_seed_is_its_own():
+    def row(*seeds):
+        return [{"accuracy": 1.0, "settings": {}, "command": f"python classify.py --seed {seed}"}
+                for seed in seeds]
+    assert report.seeds_of(row(3, 0)) == [3, 0]
+    assert report.paired_differences([("CE", row(0)), ("CE + CM", row(0))], ["accuracy"]) == ""
+    rows = [("CE", row(1, 2)), ("CE + CM", row(1, 3))]
+    assert report.paired_differences(rows, ["accuracy"]) == ""
+    rows[1] = ("CE + CM", row(1, 2))
+    assert "CE + CM against CE" in report.paired_differences(rows, ["accuracy"])
+
+
+def test_the_number_of_a_row():
+    results = [{"fid": fid} for fid in (1.0, 2.0, 6.0)]
+    assert report.over_seeds(results, "fid") == (3.0, pytest.approx(7 ** 0.5))
+    assert report.over_seeds(results[:1], "fid") == (1.0, None)
+    assert report.over_seeds([*results, {"kid": 1.0}], "fid") is None      # one lacks it
+    number = report.Number(1.23456, 0.5)
+    assert [report.show(number, column) for column in ("Few fid", "kid", "is")] == [
+        "1.235 ± 0.500", "1.2346 ± 0.5000", "1.23 ± 0.50"]
+
+
+@pytest.mark.parametrize("column, best", [
+    ("fid", 1), ("Few fid", 1), ("kid", 1), ("recall", 3), ("precision", 3), ("is", 3),
+    ("Few accuracy", 3)])
+def test_which_number_is_the_best(column, best):
+    means = report.different_means([report.Number(2), None, report.Number(1), report.Number(3)],
+                                   column)
+    assert [report.emphasis(mean, means) for mean in (best, 2, 4 - best)] == ["**", "*", ""]
+    assert [report.emphasis(mean, means[:2]) for mean in means[:2]] == ["**", ""]
+    assert report.emphasis(2, [2]) == ""
+
+
 @pytest.mark.parametrize("name, without", [
     ("CM on +ADA", "+ADA"), ("CE + CM", "CE"), ("CM", "OC"), ("CM, 1 2 2", "OC, 1 2 2"),
     ("CM (theta_g)", None), ("CM w/o L_Div", None), ("OC", None), ("OC, as long", None)])
@@ -287,10 +320,12 @@ def changed(result, settings=None, **numbers):
     return {**result, **numbers, "settings": {**result["settings"], **(settings or {})}}
 
 
-FIRST = changed(fake_result(9, 0), {"features": "inception", "reference_sha256": "a", "k": 3})
+FIRST = changed(fake_result(9, 0), {
+    "features": "inception", "features_sha256": "e", "reference_sha256": "a", "k": 3})
 OTHERS = {      # what the line must say -> a result that cannot stand beside FIRST
     "distance is FD": {**{k: v for k, v in FIRST.items() if k != "fid"}, "fd": 9.0},
     "features are c.pt": changed(FIRST, {"features": "c.pt"}),
+    "features' hash is f": changed(FIRST, {"features_sha256": "f"}),
     "reference is other": changed(FIRST, {"reference": "other"}),
     "reference's hash is b": changed(FIRST, {"reference_sha256": "b"}),
     "--k is 5": changed(FIRST, {"k": 5}),

@@ -370,6 +370,27 @@ def test_if_needed(cm_run, tmp_path):
     assert npz.stat().st_mtime_ns != before
 
 
+def test_whatever_moves_an_image_is_in_the_record(cm_run, tmp_path, monkeypatch):
+    """--if-needed looks at the record alone: each flag that changes an image changes it."""
+    ckpt, records = cm_run / "ckpt.pt", []
+    monkeypatch.setattr(sample, "load_network", lambda *_: None)
+    monkeypatch.setattr(sample, "is_done", lambda args, rt, out, made: records.append(made) or 1)
+
+    def record(*flags, ckpt=ckpt):
+        call(sample.main, "--ckpt", ckpt, "--device", "cpu", *flags)
+        return records[-1]
+    first = record()
+    assert first == record("--batch-size", 3, "--out", tmp_path)
+    for flags in ("--num 12", "--classes 6-9", "--seed 1", "--steps 9", "--guidance 0", "--eta 0.5",
+                  "--no-clip", "--grid quad", "--branch general", "--weights raw",
+                  "--dtype bfloat16"):
+        assert record(*flags.split()) != first, flags
+    dpm = record("--sampler", "dpm")
+    assert dpm != first and dpm != record("--sampler", "dpm", "--order", 2)
+    disk.save(tmp_path / "ckpt.pt", {**checkpoint(cm_run), "note": "more"})
+    assert record(ckpt=tmp_path / "ckpt.pt")["ckpt_sha256"] != first["ckpt_sha256"]
+
+
 def test_dpm_by_its_flags(cm_run, tmp_path, capsys):
     common = ("--ckpt", cm_run / "ckpt.pt", "--num", 4, "--steps", 7, "--device", "cpu")
     images = []
