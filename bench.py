@@ -3,6 +3,7 @@
     python bench.py             # CPU: batch 16, float32 and bfloat16, a few minutes on two cores
     python bench.py --compile   # also compiled; on a GPU this is the default, with batch 64 and 512
     python bench.py --metrics   # metrics.py and torch-fidelity, on the same features
+    python bench.py --plan      # without a GPU: what a step needs of one; an estimate of its time
 
 A step is the one that train.py takes: making the batch, forward, backward, clipping, Adam and the
 averaged weights. All methods, with each dtype and compilation, take turns, step by step, and the
@@ -11,6 +12,14 @@ the first one, and (speed-up) that of a dtype or compilation to float32 without 
 per run" is the time of the paper's 300,000 steps of 64 images at a row's images per second. "0.5"
 is --cm-fraction. Images are sampled from DDPM's network and from CM's, merged, in turns as well.
 Compiled steps are 3 to 5 ms faster in train.py, which skips the checks of each call's guards.
+
+--plan computes nothing and needs no weights: torch's fake tensors have shapes only. It counts the
+operations that PyTorch hands to a device one by one, without torch.compile: each is a launch, reads
+what it is given and writes what it returns. CUDA's kernels need more: they copy to other layouts,
+and make several of a group norm. Attention is counted as plain matrix products, which move more
+than CUDA's. Not counted are the drawing of random numbers and what convolutions need beside their
+tensors. For one operation the estimate takes the bytes over the bandwidth or the arithmetic over
+the peak, whichever is longer; for a step their sum, or its launches' time where that is longer.
 """
 import math
 import multiprocessing
@@ -28,9 +37,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 import metrics
 import disk
@@ -40,7 +52,7 @@ from cm_layers import merge
 from data import Batches, ImageSet, long_tail_counts
 from losses import CMConfig, Objective, bind, draw_batch
 from model import UNetConfig, make_alphas_bar
-from runtime import Parser, UserError, dtype_name, integer, run
+from runtime import Parser, UserError, dtype_name, integer, number, refuse_unused, run
 from sample import build_network, guided, prepare
 
 RUN = 300_000 * 64      # images of one of the paper's runs
@@ -53,6 +65,11 @@ METHODS = {             # name: (base loss, --cm-fraction, or None without CM)
     "CM on DDPM, 0.5": ("ddpm", 0.5),
     "CM on OC, 0.5": ("oc", 0.5),
 }
+NETWORK = UNetConfig(num_classes=100).to_dict()     # the paper's
+H100 = {torch.bfloat16: 989.0, torch.float32: 67.0}     # TFLOP/s of an SXM; float32 without TF32
+UPDATE = 13     # numbers read or written per weight: norm 1, clipping 2, Adam 7, average 3
+STATE = 4       # numbers kept per weight: itself, Adam's two, its average
+UNUSED_BY_PLAN = ("metrics", "compile", "rounds", "device", "seed")
 SAMPLED = {"DDPM": None, "CM, merged": 0.1}     # networks that generate: the share reserved
 
 
@@ -132,21 +149,30 @@ def noise_images():
     return ImageSet("noise", pixels, labels, [str(c) for c in range(100)])
 
 
+def make_network(method, network=NETWORK):
+    """An untrained network for a method, with capacity reserved where it is CM's."""
+    torch.manual_seed(0)
+    return build_network(network, METHODS[method][1] and 0.1)
+
+
+def make_objective(method, net, images):
+    """The Objective of a method."""
+    base, fraction = METHODS[method]
+    return Objective(net=net, base=bind(base), counts=images.counts, alphas_bar=make_alphas_bar(),
+                     cm=CMConfig(cm_fraction=fraction or 1.0))
+
+
 def make_step(method, images, batch_size, rt, compiled, settings):
     """The Step of a method at the paper's network size, on images of CIFAR-100's shapes.
 
     settings: what train.resolve returns.
     """
-    base, fraction = METHODS[method]
-    torch.manual_seed(0)
-    net = build_network(UNetConfig(num_classes=100).to_dict(), 0.1 if fraction else None)
+    net = make_network(method)
     net.to(rt.device, memory_format=torch.channels_last)
     params = list(net.parameters())
     ema = [p.detach().clone(memory_format=torch.preserve_format) for p in params]
     optimizer = torch.optim.Adam(params, lr=2e-4, fused=True)
-    objective = Objective(net=net, base=bind(base), counts=images.counts,
-                          alphas_bar=make_alphas_bar(),
-                          cm=CMConfig(cm_fraction=fraction or 1.0)).to(rt.device)
+    objective = make_objective(method, net, images).to(rt.device)
     batches = Batches(images, batch_size, 0, rt.device)
     steps = count()
 
@@ -218,7 +244,7 @@ def sampling_speeds(batch_size, rounds, rt, compiled):
     y = torch.zeros(batch_size, dtype=torch.int64, device=rt.device)
     calls = {}
     for name, rank_ratio in SAMPLED.items():
-        net = merge(build_network(UNetConfig(num_classes=100).to_dict(), rank_ratio))
+        net = merge(build_network(NETWORK, rank_ratio))
         net.to(rt.device, memory_format=torch.channels_last).requires_grad_(False)
         net = prepare(net, rt, x.shape[1:], RUN if compiled else 0, batch_size)
         predict = guided(net, y, 1.5, rt)
@@ -293,6 +319,159 @@ def print_tables(rows, sampling, first_method):
     for s in sampling:
         print(f"\nsampling, DDIM-50 with guidance, {s['network']}, {s['dtype']}, batch "
               f"{s['batch']}: {s['images_per_s']:.2f} images/s")
+
+
+# --------------------------------------------------------------------------------------------------
+# The plan: counts without a device, and what follows from them
+
+class Operation(NamedTuple):
+    """What a device is given to do at once."""
+    bytes: int          # read and written
+    flops: int
+
+
+class Device(NamedTuple):
+    """What an estimate supposes."""
+    bandwidth: float    # bytes per second
+    peak: float         # floating-point operations per second
+    launch: float       # seconds until the next operation can be handed over
+
+
+class Plan(NamedTuple):
+    """What was counted of a step."""
+    operations: list    # of the forward and backward pass
+    memory: int         # the most bytes at once, those of the weights and averages included
+    update: int         # bytes that clipping, Adam and the averaging move
+
+    def counts(self, batch_size):
+        """The numbers of a row that no speed enters."""
+        flops = sum(o.flops for o in self.operations)
+        moved = sum(o.bytes for o in self.operations) + self.update
+        return {"launches": len(self.operations), "gb_moved": moved / 1e9,
+                "gflop_per_image": flops / batch_size / 1e9, "memory_gib": self.memory / 2 ** 30}
+
+    def seconds(self, device):
+        """The estimate of a step's time on a Device."""
+        busy = sum(max(o.bytes / device.bandwidth, o.flops / device.peak) for o in self.operations)
+        passes = max(busy, len(self.operations) * device.launch)
+        return passes + self.update / device.bandwidth
+
+
+class Operations(TensorMemory):
+    """TensorMemory that also has, in `found`, the Operation of every call that computes."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = super().__torch_dispatch__(function, types, args, kwargs)
+        inputs = tensors_of((args, kwargs))
+        if computes(function, inputs, tensors_of(result)):
+            moved = sum(map(stored_bytes, inputs + tensors_of(result)))
+            count = flop_registry.get(function.overloadpacket)
+            flops = count(*args, **(kwargs or {}), out_val=result) if count else 0
+            self.found.append(Operation(moved, flops))
+        return result
+
+
+class CudaAutocast(TorchFunctionMode):
+    """Within, the CPU's autocast also takes to float32 what CUDA's does in the U-Net."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function in (F.group_norm, F.interpolate):
+            with torch.autocast("cpu", enabled=False):
+                return function(args[0].float(), *args[1:], **(kwargs or {}))
+        return function(*args, **(kwargs or {}))
+
+
+def tensors_of(values):
+    """The tensors in nested values, a list."""
+    return [t for t in tree_leaves(values) if isinstance(t, torch.Tensor)]
+
+
+def computes(function, inputs, outputs):
+    """Whether an aten function writes anything: it is no view, and not only memory."""
+    if function.namespace != "aten" or "empty" in function.name():
+        return False
+    known = {t.untyped_storage()._cdata for t in inputs}
+    new = any(t.untyped_storage()._cdata not in known for t in outputs)
+    return new or (function._schema.is_mutable and bool(outputs))
+
+
+def stored_bytes(t):
+    """Bytes of a tensor's different elements: what was expanded is there once."""
+    return t.element_size() * math.prod(n for n, stride in zip(t.shape, t.stride()) if stride)
+
+
+def plan_step(method, images, batch_size, dtype, network=NETWORK):
+    """The Plan of a training step of a method on a batch of these images. Computes nothing."""
+    rt = runtime.Runtime(torch.device("cpu"), dtype)
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    with fake:
+        net = make_network(method, network)
+    draw_masks = net.draw_masks
+
+    def draw_fake_masks(*args):
+        with fake:
+            return draw_masks(*args)
+    net.draw_masks = draw_fake_masks        # large; all else is drawn as it is
+    objective = make_objective(method, net, images)
+    x_0, y = Batches(images, batch_size, 0, rt.device).at(0)
+    batch = draw_batch(x_0, y, objective, seed=0, step=0, flip=True, dtype=dtype)
+    with fake, Operations() as counted, rt.autocast(), CudaAutocast():
+        objective(batch)[0].backward()
+    weights = sum(p.numel() * p.element_size() for p in net.parameters())
+    drawn = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors_of(batch)}
+    return Plan(counted.found, counted.peak + sum(drawn.values()) + STATE * weights,
+                UPDATE * weights)
+
+
+def plan_rows(methods, batch_sizes, dtype, device):
+    """One row per batch size and method: counts of a step, and its estimated time on a Device."""
+    images = noise_images()
+    rows = []
+    for batch_size in batch_sizes:
+        times = []
+        for method in methods:
+            print(f"batch {batch_size}: counting {method}", flush=True)
+            step = plan_step(method, images, batch_size, dtype)
+            times.append(step.seconds(device))
+            rows.append({"method": method, "batch": batch_size, **step.counts(batch_size),
+                         "step_ms": 1e3 * times[-1], "ratio": times[-1] / times[0],
+                         "run_hours": RUN / batch_size * times[-1] / 3600})
+    return rows
+
+
+def print_plan(rows, first_method):
+    """The rows of a plan as a Markdown table."""
+    columns = ("method", "batch", "launches", "GB moved", "GFLOP per image", "GiB", "ms per step",
+               "hours per run", f"time / {first_method}")
+    names = [*columns[:2], *(f"{name} (estimate)" for name in columns[2:])]
+    print(f"| {' | '.join(names)} |\n| --- |{' ---: |' * (len(names) - 1)}")
+    for r in rows:
+        print(f"| {r['method']} | {r['batch']} | {r['launches']:,} | {r['gb_moved']:.1f} | "
+              f"{r['gflop_per_image']:.1f} | {r['memory_gib']:.1f} | {r['step_ms']:.1f} | "
+              f"{r['run_hours']:.1f} | {r['ratio']:.2f} |")
+
+
+def plan(args, given):
+    """What --plan asks for: print the table and write plan.json."""
+    refuse_unused(given, {name: "--plan measures nothing" for name in UNUSED_BY_PLAN})
+    out = Path(args.out or "out/bench")
+    disk.check_writable(out / "plan.json")
+    dtype = torch.bfloat16 if args.dtype == "auto" else getattr(torch, args.dtype)
+    peak = args.peak or H100[dtype]
+    device = Device(args.bandwidth * 1e9, peak * 1e12, args.launch_us * 1e-6)
+    rows = plan_rows(args.methods, args.batch_size or [64, 512], dtype, device)
+    print(f"\nestimates, nothing measured: {dtype_name(dtype)}, without torch.compile, on a device "
+          f"of {args.bandwidth:,g} GB/s and {peak:,g} TFLOP/s, {args.launch_us:g} us per launch; "
+          f"torch {torch.__version__}\n")
+    print_plan(rows, args.methods[0])
+    disk.write_json(out / "plan.json", {
+        "estimate": True, "torch": torch.__version__, "dtype": dtype_name(dtype),
+        "bandwidth_gb_s": args.bandwidth, "peak_tflop_s": peak, "launch_us": args.launch_us,
+        "rows": rows})
 
 
 # --------------------------------------------------------------------------------------------------
@@ -408,13 +587,28 @@ def make_parser():
                         help="also measure compiled (default: on CUDA only)")
     parser.add_argument("--rounds", type=integer(1), default=5,
                         help="timed steps of each method; the median counts (default: 5)")
-    parser.add_common("folder of bench.json (default: out/bench)")
+    g = parser.add_argument_group("plan")
+    g.add_argument("--plan", action="store_true",
+                   help="without a GPU: count what a step needs of one, and estimate its time")
+    g.add_argument("--bandwidth", type=number(above=0), default=3350.0, metavar="GB/S",
+                   help="of the device's memory (default: 3350, an H100 SXM)")
+    g.add_argument("--peak", type=number(above=0), metavar="TFLOP/S",
+                   help="of the device, in --dtype, whose default is then bfloat16 (default: an "
+                   "H100 SXM's: 989, in float32 67)")
+    g.add_argument("--launch-us", type=number(0), default=5.0, metavar="MICROSECONDS",
+                   help="for which the CPU is busy with each operation (default: 5)")
+    parser.add_common("folder of bench.json, or plan.json (default: out/bench)")
     return parser
 
 
 def main():
     """Measure what the flags ask for, print the tables and write bench.json."""
-    args = make_parser().parse_args()
+    parser = make_parser()
+    args = parser.parse_args()
+    if args.plan:
+        return plan(args, parser.given)
+    refuse_unused(parser.given, dict.fromkeys(("bandwidth", "peak", "launch_us"),
+                                              "belongs to --plan"))
     if args.metrics:
         return bench_metrics(args.metrics, 2048)
     out = Path(args.out or "out/bench")

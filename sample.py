@@ -744,7 +744,8 @@ def make_parser():
     add_sampling_flags(parser)
     add_output_flags(parser)
     parser.add_argument("--export", metavar="FILE",
-                        help="write the merged plain network to FILE instead of sampling")
+                        help="write the merged plain network to FILE instead of sampling; a "
+                        "folder with --format diffusers")
     parser.add_argument("--format", choices=("checkpoint", "diffusers"), default="checkpoint",
                         help="of --export: a checkpoint, or a folder with a UNet2DModel and its "
                         "DDIMScheduler, which diffusers reads (default: checkpoint)")

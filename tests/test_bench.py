@@ -2,12 +2,17 @@
 import numpy as np
 import pytest
 import torch
-from conftest import call
+from conftest import TINY, call
+from test_mistakes import refuses
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import bench
 import disk
 import train
-from data import ImageSet
+from data import Batches, ImageSet
+from losses import draw_batch
 
 
 def test_bench_measures_the_papers_network(tmp_path, capsys):
@@ -78,6 +83,84 @@ def test_memory_of_tensors():
     del b, c
     assert sum(memory.sizes.values()) == 0
 
+
+# --------------------------------------------------------------------------------------------------
+# The plan
+
+def test_operations_of_a_small_module():
+    """Views and empty memory are nothing; what was expanded is read once."""
+    with FakeTensorMode(), bench.Operations() as counted:
+        x = torch.ones(4, 8)                        # writes 128 bytes
+        w = torch.ones(8, 2, dtype=torch.float64)   # 128
+        y = torch.mm(x, w.float()).t()              # 128 + 64, then 128 + 64 + 32 with 2 x 64 flops
+        y.add_(x[:, :2].t())                        # 2 x 32 read, 32 written
+        torch.empty(100)
+        z = y[:, :1].expand(2, 9) * 2               # 8 read, 72 written
+    assert z.shape == (2, 9)
+    assert [tuple(o) for o in counted.found] == [
+        (128, 0), (128, 0), (192, 0), (224, 128), (96, 0), (80, 0)]
+
+
+def test_an_estimate_is_the_longer_of_each():
+    plan = bench.Plan([bench.Operation(100, 10), bench.Operation(10, 300)], 2 ** 30, 50)
+    assert plan.seconds(bench.Device(10.0, 20.0, 1.0)) == 10 + 15 + 5
+    assert plan.seconds(bench.Device(10.0, 20.0, 20.0)) == 40 + 5
+    assert plan.counts(5) == {"launches": 2, "gb_moved": 160e-9, "gflop_per_image": 62e-9,
+                              "memory_gib": 1}
+
+
+@pytest.mark.parametrize("method", ["DDPM", "OC", "CM on OC", "CM on OC, 0.5"])
+def test_a_plan_counts_what_a_real_step_does(cpu, method):
+    network = {**TINY, "channels": 3, "num_classes": 100, "ch": 32}
+    images = bench.noise_images()
+    plan = bench.plan_step(method, images, 6, torch.float32, network)
+    net = bench.make_network(method, network).to(memory_format=torch.channels_last)
+    objective = bench.make_objective(method, net, images)
+    batch = draw_batch(*Batches(images, 6, 0, cpu.device).at(0), objective, seed=0, step=0,
+                       flip=True)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as flops:
+        objective(batch)[0].backward()
+    net.zero_grad()
+    with sdpa_kernel(SDPBackend.MATH), bench.Operations() as counted:
+        objective(batch)[0].backward()
+    assert sum(o.flops for o in plan.operations) == flops.get_total_flops() > 1e8
+    assert len(plan.operations) == pytest.approx(len(counted.found), rel=0.01)
+    moved, expected = (sum(o.bytes for o in found) for found in (plan.operations, counted.found))
+    assert moved == pytest.approx(expected, rel=0.01)
+    weights = 4 * sum(p.numel() for p in net.parameters())
+    assert plan.update == 13 * weights
+    drawn = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+             for t in bench.tensors_of(batch)}
+    expected = counted.peak + sum(drawn.values()) + 4 * weights
+    assert plan.memory == pytest.approx(expected, rel=0.001)
+
+
+def test_a_plan_of_the_papers_network(tmp_path, capsys):
+    def rows(*flags):
+        call(bench.main, "--plan", "--batch-size", 64, "--methods", "DDPM", "CM on OC", "--out",
+             tmp_path, *flags)
+        return disk.read_json(tmp_path / "plan.json")
+    fast = rows()
+    header = next(line for line in capsys.readouterr().out.splitlines() if "| method" in line)
+    assert all("(estimate)" in name for name in header.split("|")[3:-1])
+    ddpm, cm = fast["rows"]
+    assert fast["dtype"] == "bfloat16" and fast["peak_tflop_s"] == 989
+    assert cm["gflop_per_image"] / ddpm["gflop_per_image"] == pytest.approx(1.73, abs=0.01)
+    assert ddpm["run_hours"] == pytest.approx(300_000 * ddpm["step_ms"] / 3.6e6)
+    assert cm["ratio"] == pytest.approx(cm["step_ms"] / ddpm["step_ms"]) and cm["ratio"] > 1.5
+    slow = rows("--dtype", "float32", "--bandwidth", 1e9, "--peak", 1, "--launch-us", 0)["rows"][0]
+    assert slow["step_ms"] == pytest.approx(64 * ddpm["gflop_per_image"], rel=1e-3)
+    assert slow["memory_gib"] > ddpm["memory_gib"] and slow["launches"] < ddpm["launches"]
+
+
+def test_flags_of_the_plan(capsys, tmp_path):
+    refuses(capsys, bench.main, "--bandwidth", 5, says=["--bandwidth", "--plan"])
+    refuses(capsys, bench.main, "--plan", "--rounds", 3, says=["--rounds", "measures nothing"])
+    (tmp_path / "file").touch()
+    refuses(capsys, bench.main, "--plan", "--out", tmp_path / "file", says=["--out"])
+
+
+# --------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("metric", ["fid", "kid", "is", "prc"])
 def test_both_sides_of_the_metrics_table_agree(metric):

@@ -98,6 +98,7 @@ SCRIPTS = {
                                     "--features": ["classifier.pt"]}, ["features_of"]),
     "bench": (bench, [], {"--device": ["cpu"], "--out": ["out/x"]},
               ["bench_training", "bench_sampling", "bench_metrics"]),
+    "bench plan": (bench, [], {"--plan": [], "--out": ["out/x"]}, ["plan_rows"]),
     "report": (report, [], {"--row": ["CM=result.json"], "--out": ["out/report.md"]},
                []),
     "study make": (study, ["make"], {"--a": ["samples.npz"], "--b": ["other.npz"],
