@@ -100,6 +100,7 @@ def test_the_noise_of_eta_is_equation_16s():
 
 def test_ten_classes_are_evenly_spread():
     assert sample.ten_classes(100) == [0, 11, 22, 33, 44, 55, 66, 77, 88, 99]
+    assert sample.ten_classes(12) == [0, 1, 2, 4, 5, 6, 7, 9, 10, 11]
     assert sample.ten_classes(3) == [0, 1, 2]
 
 
@@ -132,6 +133,19 @@ def test_the_picture_of_samples():
             assert (cell[56:] == 255).all() and (cell[:, 56:] == 255).all()     # the gap
             assert np.unique(cell[:56, :28]).tolist() == [255 if number is None else 10 + number]
             assert np.unique(cell[:56, 28:56]).tolist() == [255 if number is None else 110 + number]
+
+
+@pytest.mark.parametrize("classes, rows", [([7, 2, 5], [7, 2, 5]), (range(12), None)])
+def test_the_picture_has_the_classes_that_were_asked_for(classes, rows, tmp_path, monkeypatch):
+    """In their order, with their counts; of more than ten, ten are left to grid_image."""
+    asked, names = [], [str(c) for c in range(12)]
+    monkeypatch.setattr(sample, "grid_image",
+                        lambda *args: asked.append(args) or Image.new("L", (1, 1)))
+    images = np.zeros((12, 8, 8, 1), np.uint8)
+    labels = [classes[i % len(classes)] for i in range(12)]
+    data, record = {"class_counts": list(range(12))}, {"dtype": "torch.float32"}
+    sample.write_samples(tmp_path, images, labels, names, record, data, 1.0)
+    assert asked[0][1:] == (labels, names, data["class_counts"], rows, 12 // len(classes))
 
 
 def test_at_most_ten_classes_are_shown_and_images_grow_by_a_whole_factor():
@@ -434,6 +448,8 @@ def test_if_needed_looks_at_the_files(cm_run, tmp_path):
     assert is_made_again(ckpt, tmp_path, "--png") and not is_made_again(ckpt, tmp_path, "--png")
     next((tmp_path / "png").rglob("*.png")).unlink()
     assert is_made_again(ckpt, tmp_path, "--png")
+    (tmp_path / "grid.png").unlink()
+    assert is_made_again(ckpt, tmp_path)
 
 
 def test_a_killed_call_leaves_nothing_to_measure(cm_run, tmp_path, monkeypatch):
