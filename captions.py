@@ -10,9 +10,9 @@ long-tail draw, Eq. (3) and the groups look at those.
 import numpy as np
 import torch
 
-from data import pack_path, read_source
+from data import pack_path, read_if_there
 from disk import read_json, write_json
-from readers import READERS
+from readers import READERS, NoCaptions
 from runtime import UserError, generator
 
 FORM = "a photo of a {}"        # where a set has no captions; {} is the class
@@ -54,13 +54,15 @@ def released(images, args, split):
     kept = read_json(path)
     if not isinstance(kept, dict) or kept.get("images") != images.sha256:
         kept = None
+    contents = read_if_there(source, args.dataset, args.data_dir, split, base)
     try:
-        paths = read_source(source, args.dataset, args.data_dir, split)[0]
-        captions = source.captions(args.data_dir, paths)
-    except UserError as e:
+        if contents is None:            # the image files are gone, and so are their names
+            raise NoCaptions(f"--data-dir {args.data_dir}: no image files, and no captions of them")
+        captions = source.captions(args.data_dir, contents[0])
+    except NoCaptions:
         if kept is None:
             raise
-        print(f"{args.dataset}: kept captions, which cannot be compared with their files ({e})")
+        print(f"{args.dataset}: kept captions, which cannot be compared with their files")
         return kept["captions"]
     if captions is not None and (kept is None or kept["captions"] != captions):
         write_json(path, {"images": images.sha256, "captions": captions}, "--pack-dir")

@@ -30,6 +30,10 @@ class NoSuchSplit(UserError):
     """The data set has no such split."""
 
 
+class NoCaptions(UserError):
+    """The data set has captions, and none of them is there."""
+
+
 # --------------------------------------------------------------------------------------------------
 # What several readers need
 
@@ -448,9 +452,9 @@ def read_text_c10(data_dir, paths):
     """
     folders = sorted(p for p in Path(data_dir).rglob("text_c10") if p.is_dir())
     if not folders:
-        raise UserError(f"--data-dir {data_dir}: text_c10 is not there; put the captions of Reed "
-                        "et al. (2016), as they are released, into this folder, or make texts of "
-                        "class names with --prompt")
+        raise NoCaptions(f"--data-dir {data_dir}: text_c10 is not there; put the captions of Reed "
+                         "et al. (2016), as they are released, into this folder, or make texts of "
+                         "class names with --prompt")
     files = {path.stem: path for folder in folders for path in folder.rglob("*.txt")}
     missing = [path for path in paths if Path(path).stem not in files]
     if missing:

@@ -12,14 +12,14 @@ TEXTS = sorted(str(path.relative_to(ROOT))
 FLOORS = (      # from the ground up: a file imports files of lower floors, runtime and disk
     ("model", "cm_layers", "augment", "metrics", "inception", "readers", "packing", "runtime",
      "disk", "theory_sim", "budget", "latent_export"),
-    ("consistency", "experts", "data", "dit", "latent_cache"),
-    ("networks",),
+    ("consistency", "experts", "data", "dit", "latent_cache", "autoencoder"),
+    ("networks", "text_dit", "captions"),
     ("losses", "sample"),
     ("classify",),
     ("features",),
     ("train",),
     ("evaluate", "prune_probe", "capacity_probe", "latent", "bench", "peers"),
-    ("report", "copy_probe"),
+    ("report", "copy_probe", "text_to_image"),
 )
 CORE = {        # all that a file of the floors 1 to 3 imports, besides runtime and disk
     "consistency": {"model"},
@@ -28,7 +28,10 @@ CORE = {        # all that a file of the floors 1 to 3 imports, besides runtime 
     "losses": {"model", "cm_layers", "augment", "consistency"},
     "dit": {"model"},
     "latent_cache": {"packing"},
+    "autoencoder": {"model"},
     "networks": {"dit", "model"},
+    "text_dit": {"dit", "model"},
+    "captions": {"data", "readers"},
     "sample": {"model", "cm_layers", "experts", "consistency", "data", "networks"},
 }
 
