@@ -47,9 +47,9 @@ from losses import BASES, CMConfig, Objective, add_cm_flags, bind
 from model import make_alphas_bar
 from readers import READERS
 from runtime import Parser, UserError, integer, number, refuse_unused, run
-from sample import (DEFAULTS, STEPS, add_output_flags, add_sampling_flags, claimed, describe,
-                    dtype_of, generate, is_done, labels_in_turn, samples_folder, sampling_settings,
-                    write_samples)
+from sample import (DEFAULTS, STEPS, add_output_flags, add_sampling_flags, check_outputs, claimed,
+                    describe, dtype_of, generate, is_done, labels_in_turn, samples_folder,
+                    sampling_settings, write_samples)
 from text_dit import TextDiT, Texts, WordEncoder, Words, vocabulary_of
 from train import (IR, Meter, Training, add_own_flags, add_write_flags, check_batch_size,
                    check_keep_every, compiled, config_of, is_finished, preset_words, run_loop)
@@ -632,6 +632,7 @@ def main_sample(argv):
               "captions_sha256": hash_of(texts)}
     if is_done(args, rt, out, record):
         return rt.print(f"{out}: up to date")
+    rt.on_rank_0(lambda: check_outputs(out, args.png))
 
     start = time.time()
     autoencoder = load_autoencoder(args.autoencoder or config["autoencoder"], rt.device)

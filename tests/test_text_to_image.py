@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
-from conftest import call, randomize
+from conftest import ROOT, call, randomize
 from PIL import Image
 from test_latent import write_text_encoder
 from test_releases import cub200, flowers102
@@ -499,3 +499,20 @@ def test_a_consistency_model_of_texts(pictures, autoencoder, tmp_path):
     main("sample", "--ckpt", tmp_path / "run/ckpt.pt", "--num", 3, "--device", "cpu")
     record = json.loads((tmp_path / "run/samples/samples.json").read_text())
     assert record["settings"]["sampler"] == "consistency"
+
+
+def test_what_is_said_of_the_defaults():
+    """DIFFERENCES.md, Table G.11."""
+    args = text_to_image.make_train_parser().parse_args([])
+    args = text_to_image.resolve(args, set())
+    text = (ROOT / "DIFFERENCES.md").read_text()
+    rows = text.split("## Text to image")[1].split("\n## ")[0]
+    assert (args.depth, args.ch, args.patch, args.resolution) == (18, 192, 1, 256)
+    assert "18 blocks of width 192 on 32 x 32" in rows and "31.6 M" in rows
+    assert (args.lr, args.warmup, args.weight_decay) == (4.5e-4, 5000, 0.045)
+    assert text_to_image.BETAS == (0.9, 0.96) and args.base == "ddpm" and args.cm
+    assert "4.5e-4 after 5,000 steps, weight decay 0.045" in rows
+    assert f"decay {args.ema} " in rows and abs(args.ema ** 25 - 0.99) < 1e-3
+    assert f"{args.steps:,} steps of {args.batch_size} images" in rows
+    assert args.ir == 10 and args.rank_ratio == 0.1 and args.label_drop == 0.1
+    assert text_to_image.DEFAULTS["text"] == {"sampler": "ddim", "guidance": 1.5, "clip": False}
