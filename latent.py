@@ -27,7 +27,6 @@ and pipe.set_adapters(["general", "minority"], [1.0, 0.5]) takes theta^e at half
 import hashlib
 import json
 import math
-import sys
 import time
 from argparse import BooleanOptionalAction
 from contextlib import nullcontext
@@ -868,24 +867,9 @@ COMMANDS = {
     "export": (main_export, make_export_parser)}
 
 
-def print_help():
-    """Print the text above and the flags of all commands."""
-    print(__doc__)
-    for _, make in COMMANDS.values():
-        parser = make()
-        parser.description = None
-        parser.print_help()
-        print()
-
-
 def main():
     """Train, sample or export, by the first word."""
-    what = sys.argv[1] if len(sys.argv) > 1 else "--help"
-    if what in ("-h", "--help"):
-        return print_help()
-    if what not in COMMANDS:
-        raise UserError(f"latent.py {what}: say {', '.join(COMMANDS)} first")
-    COMMANDS[what][0](sys.argv[2:])
+    runtime.main_of("latent.py", __doc__, COMMANDS)
 
 
 if __name__ == "__main__":

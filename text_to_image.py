@@ -25,7 +25,6 @@ command.
 """
 import hashlib
 import json
-import sys
 import time
 from argparse import BooleanOptionalAction, Namespace
 from functools import partial
@@ -656,24 +655,9 @@ COMMANDS = {
     "sample": (main_sample, make_sample_parser)}
 
 
-def print_help():
-    """Print the text above and the flags of all commands."""
-    print(__doc__)
-    for _, make in COMMANDS.values():
-        parser = make()
-        parser.description = None
-        parser.print_help()
-        print()
-
-
 def main():
     """Train an autoencoder, train, or sample, by the first word."""
-    what = sys.argv[1] if len(sys.argv) > 1 else "--help"
-    if what in ("-h", "--help"):
-        return print_help()
-    if what not in COMMANDS:
-        raise UserError(f"text_to_image.py {what}: say {', '.join(COMMANDS)} first")
-    COMMANDS[what][0](sys.argv[2:])
+    runtime.main_of("text_to_image.py", __doc__, COMMANDS)
 
 
 if __name__ == "__main__":

@@ -8,8 +8,8 @@ import os
 import shutil
 import signal
 import sys
-from types import SimpleNamespace
 from argparse import ArgumentTypeError
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
