@@ -51,7 +51,8 @@ from sample import (DEFAULTS, STEPS, add_output_flags, add_sampling_flags, check
                     sampling_settings, write_samples)
 from text_dit import TextDiT, Texts, WordEncoder, Words, vocabulary_of
 from train import (IR, Meter, Training, add_own_flags, add_write_flags, check_batch_size,
-                   check_keep_every, compiled, config_of, is_finished, preset_words, run_loop)
+                   check_keep_every, compiled, config_of, fill_in_ct_double, is_finished,
+                   preset_words, run_loop)
 
 PRETRAINED = "lambdalabs/miniSD-diffusers"      # its autoencoder and its text encoder, CLIP's
 WORDS = "words"                                 # --text-encoder: one that is trained here
@@ -275,6 +276,8 @@ def run_name(args, *words):
 def resume(args, kind, defaults):
     """(the run's checkpoint or None, the Runtime); its settings must be this command's."""
     old, rt = disk.resume(args, [kind])
+    if kind == "text":
+        fill_in_ct_double(args, old)
     rt.agree(old["step"] if old else 0, args.out)
     if old:
         disk.refuse_changes(old["config"], config_of(args), args.out, defaults, RESUMABLE)
@@ -463,8 +466,6 @@ def resolve(args, given):
                           for name in losses.FLAGS if name not in own})
     if not args.cm:
         refuse_unused(given, {name: "means something with --cm only" for name in CM_ONLY})
-    if args.base == "consistency" and args.ct_double is None:
-        args.ct_double = max(1, args.steps // 4)
     if args.prompt is not None:
         check_form(args.prompt)
     words = [args.base, "cm"] if args.cm else [args.base]
@@ -571,10 +572,10 @@ def reference_captions(ckpt, args):
     """
     data, config = ckpt["data"], dict(ckpt["config"])
     config["data_dir"] = args.data_dir or config["data_dir"]
-    images, words = load_reference(data["dataset"], config["data_dir"], None, data["resolution"],
-                                   config["pack_dir"])
+    images, _ = load_reference(data["dataset"], config["data_dir"], None, data["resolution"],
+                               config["pack_dir"])
     refuse_other_source(images, data, config["data_dir"])
-    split = "test" if words.startswith(("test", "full test")) else "train"
+    split = images.provenance["split"]
     table = Table(captions_of(images, Namespace(**config), split), images.labels)
     y = to_classes(images.labels, images.class_names, data["class_names"], "--data-dir")
     rows_of = {c: np.flatnonzero(y == c) for c in np.unique(y)}

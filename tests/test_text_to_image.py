@@ -10,6 +10,7 @@ import torch
 from conftest import ROOT, call, randomize
 from PIL import Image
 from test_latent import write_text_encoder
+from test_processes import assert_same_losses, pixels, torchrun
 from test_releases import cub200, flowers102
 from torch.testing import assert_close
 
@@ -407,6 +408,29 @@ def test_a_resumed_autoencoder_is_the_uninterrupted_one(pictures, autoencoder, t
     assert_close(weights_of(tmp_path / "passes"), whole, rtol=1e-3, atol=1e-4)
 
 
+def test_two_processes_train_the_same_run(pictures, autoencoder, tmp_path):
+    """The autoencoder, and the network with it, which sampled give the same images."""
+    ae = ["autoencoder", *SMALL, "--data-dir", pictures, "--pack-dir", autoencoder[1], "--ch", 8,
+          "--factor", 2, "--steps", 2, "--sample-every", 0, "--out"]
+    text = train_flags(pictures, autoencoder, tmp_path / "text two", 2, "--sample-every", 0)
+    both = [torchrun("text_to_image.py", *ae, tmp_path / "ae two"),
+            torchrun("text_to_image.py", *text)]
+    outputs = [process.communicate()[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], outputs
+    main(*ae, tmp_path / "ae one")
+    main(*[tmp_path / "text one" if word == tmp_path / "text two" else word for word in text])
+    assert_same_losses(tmp_path / "ae two", tmp_path / "ae one")
+    assert_same_losses(tmp_path / "text two", tmp_path / "text one")
+    ckpt = tmp_path / "text one/ckpt.pt"
+    process = torchrun("--", "text_to_image.py", "sample", "--ckpt", ckpt, *SAMPLE, "--out",
+                       tmp_path / "samples two")
+    output = process.communicate()[0]
+    assert process.returncode == 0, output
+    main("sample", "--ckpt", ckpt, *SAMPLE, "--out", tmp_path / "samples one")
+    gap = pixels(tmp_path / "samples two") - pixels(tmp_path / "samples one")
+    assert np.abs(gap).max() <= 1
+
+
 def test_samples(run, pictures, tmp_path):
     """Of both branches, class after class; images are those of the captions, at any batch size."""
     main("sample", "--ckpt", run / "ckpt.pt", *SAMPLE, "--out", tmp_path / "full")
@@ -428,15 +452,27 @@ def test_samples(run, pictures, tmp_path):
         assert np.abs(f["arr_0"].astype(int) - images).max() <= 1
 
 
-def test_sampled_captions_are_those_of_the_reference(run, pictures):
-    """Class after class; within a class image after image, each with a caption of its own."""
+def test_sampled_captions_are_those_of_the_reference(run, pictures, tmp_path):
+    """Class after class; within a class image after image, each with one of its own captions."""
+    folder = shutil.copytree(pictures, tmp_path / "p")
+    for path in folder.rglob("*.png"):
+        name = f"{path.parent.name} {path.stem}"
+        path.with_suffix(".txt").write_text(f"{name} one\n{name} two\n")
+    load("folder", folder, resolution=16, pack_dir=tmp_path)
     ckpt = disk.load(run / "ckpt.pt", ["text"])
-    texts, labels = text_to_image.reference_captions(ckpt, Namespace(
-        data_dir=None, num=8, seed=0))
-    assert labels == [0, 1, 2, 0, 1, 2, 0, 1]
-    assert texts[:3] == ["a photo of a blue jay", "a photo of a red fox", "a photo of a white cat"]
-    images, _ = load_reference("folder", pictures, None, 16, ckpt["config"]["pack_dir"])
+    ckpt["config"]["pack_dir"] = tmp_path
+    ckpt["data"]["sha256"] = None
+    args = Namespace(data_dir=folder, num=60, seed=0)
+    texts, labels = text_to_image.reference_captions(ckpt, args)
+    assert labels == [0, 1, 2] * 20
+    names, numbers, which = zip(*(text.split() for text in texts))
+    assert list(names) == [NAMES[c] for c in labels]
+    images, _ = load_reference("folder", folder, None, 16, tmp_path)
     assert images.counts.tolist() == [2, 2, 2]
+    for c in range(3):          # two images of each class take turns
+        own = numbers[c::3]
+        assert len(set(own[:2])) == 2 and list(own) == list(own[:2]) * 10
+    assert 15 < which.count("one") < 45
 
 
 def test_a_frozen_clip_is_what_the_network_sees(pictures, autoencoder, tmp_path):
