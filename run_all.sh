@@ -235,7 +235,6 @@ else
     table4) DATASET=${DATASET:-celebahq} ;;
     table5) DATASET=${DATASET:-imagenet-lt} ;;
     table6) DATASET=${DATASET:-artbench10} ;;
-    tableG11) RESOLUTION=${RESOLUTION:-256} ;;
     *) DATASET=${DATASET:-cifar100} ;;
   esac
   case $DATASET in            # as train.py's defaults
@@ -255,6 +254,9 @@ case $DATASET in
   artbench10) OWN_RESOLUTION=256 ;;
   *) OWN_RESOLUTION=64 ;;
 esac
+if [[ $TARGET == tableG11 ]]; then
+  OWN_RESOLUTION=256            # text_to_image.py's default
+fi
 if [[ ${RESOLUTION:-} == "$OWN_RESOLUTION" && $PRESET != small && $PRESET != tiny ]]; then
   RESOLUTION=
 fi
@@ -402,7 +404,8 @@ latent() {
 
 # small_parts: the demo's autoencoder, and a classifier to measure with, on the images of DATA_DIR
 small_parts() {
-  python classify.py "${DATA[@]}" --width 16 --epochs 30 --out "$RUNS/classifier" --if-needed
+  python classify.py --dataset folder --ir 1 --data-dir "$DATA_DIR" \
+    --resolution "${RESOLUTION:-256}" --width 16 --epochs 30 --out "$RUNS/classifier" --if-needed
   FEATURES=$RUNS/classifier/ckpt.pt
   python text_to_image.py autoencoder "${DATA[@]}" --factor 4 --ch 16 --lr 2e-3 --warmup 50 \
     --ema 0.99 --batch-size 32 --steps 400 --sample-every 400 --out "$RUNS/autoencoder"

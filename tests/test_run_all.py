@@ -136,16 +136,21 @@ def test_the_table_of_texts_is_of_both_sets(tmp_path):
     pages = [setting_of(words) for words in calls if words[1] == "report.py"]
     paper = json.loads((ROOT / "paper_results.json").read_text())["tables"]
     paper = paper["tableG11"]["settings"]
-    assert pages == list(paper) == ["cub200-ir10-256", "flowers102-ir10-256"]
+    assert pages == list(paper) == ["cub200-ir10", "flowers102-ir10"]
     trained = [words for words in calls if words[1:3] == ["text_to_image.py", "train"]]
     assert len(trained) == 2 * 2 * 3
     for words in trained:
         line = " ".join(words)
-        assert "--resolution 256" in line and "--autoencoder my SD --text-encoder my SD" in line
+        assert "--resolution" not in line and "--autoencoder my SD --text-encoder my SD" in line
         assert ("--w-div 0.2" in line) == ("--cm" in words)
     rows = [words for words in calls if words[1] == "report.py"][0]
     names = [rows[k + 1].split("=")[0] for k, word in enumerate(rows) if word == "--row"]
-    assert names == list(paper["cub200-ir10-256"]["rows"])
+    assert names == list(paper["cub200-ir10"]["rows"])
+    env = {"DATASET": "cub200", "RESOLUTION": "64", "SEEDS": "0"}       # 64 is train.py's default
+    _, calls = record("tableG11", env, tmp_path)
+    trained = [" ".join(words) for words in calls if words[1:3] == ["text_to_image.py", "train"]]
+    assert len(trained) == 2 and all("--resolution 64" in line for line in trained)
+    assert setting_of(calls[-1]) == "cub200-ir10-64"
 
 
 @pytest.mark.parametrize("dataset", READERS)
