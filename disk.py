@@ -33,6 +33,8 @@ FORMAT = "capacity-manipulation/1"      # the first thing in every file that tor
 REQUIRED = {    # what a file of each kind must hold
     "diffusion": {"network", "rank_ratio", "experts", "model", "ema", "config", "data", "step"},
     "latent": {"adapters", "ema", "config", "data", "step"},
+    "autoencoder": {"network", "model", "ema", "config", "data", "step", "scale"},
+    "text": {"network", "rank_ratio", "model", "ema", "config", "data", "step"},
     "classifier": {"network", "model", "config", "data"},
 }
 REQUIRED["consistency"] = REQUIRED["diffusion"]
@@ -350,8 +352,8 @@ def save(path, value, flag="--out"):
 def load(path, kinds, flag="--ckpt"):
     """Read what `save` wrote, on the CPU, with weights_only=True: a Checkpoint.
 
-    kinds: what may stand under "kind" in the file, some of "diffusion", "consistency", "latent"
-    and "classifier". Its "config" has today's names of the settings. Raises UserError with `flag`.
+    kinds: what may stand under "kind" in the file, some of REQUIRED's. Its "config" has
+    today's names of the settings. Raises UserError with `flag`.
     """
     if Path(path).is_dir():
         fix = "remove it" if flag == "--out" else "name the ckpt.pt in it"

@@ -5,7 +5,8 @@
 
 Patches of the image are tokens; t and y shift, scale and gate every block (adaLN-Zero). The blocks
 are cut in the middle: capacity is reserved in the second half, which runs twice, as with the U-Net.
-The embedding of t and y, and dropout masks as an argument, are the U-Net's (model.py).
+The embedding of t and y, and dropout masks as an argument, are the U-Net's (model.py). text_dit.py
+has the same network for texts: its blocks also attend to those.
 """
 import math
 from types import SimpleNamespace
@@ -37,10 +38,31 @@ def modulate(x, shift, scale):
     return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
 
 
-class Block(nn.Module):
-    """Self-attention, then an MLP, both residual: tokens (N, T, ch) -> (N, T, ch)."""
+class CrossAttention(nn.Module):
+    """Attention of tokens x (N, T, ch) to a text (N, L, text_ch): (N, T, ch); it starts as zero."""
 
-    def __init__(self, ch, heads, emb_ch):
+    def __init__(self, ch, heads, text_ch):
+        super().__init__()
+        self.heads = heads
+        self.q = init_layer(nn.Linear(ch, ch))
+        self.kv = init_layer(nn.Linear(text_ch, 2 * ch))
+        self.proj = init_layer(nn.Linear(ch, ch), gain=0.0)
+
+    def forward(self, x, text):
+        q = self.q(F.layer_norm(x, x.shape[-1:], eps=1e-6))
+        q = q.unflatten(2, (self.heads, -1)).transpose(1, 2)            # (N, heads, T, ch / heads)
+        k, v = self.kv(text).unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        h = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(h.transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    """Self-attention, then an MLP, both residual: tokens (N, T, ch) -> (N, T, ch).
+
+    text_ch: the width of texts, which come in between by cross-attention; None: there are none.
+    """
+
+    def __init__(self, ch, heads, emb_ch, text_ch=None):
         super().__init__()
         self.heads = heads
         self.qkv = init_layer(nn.Linear(ch, 3 * ch))
@@ -48,10 +70,13 @@ class Block(nn.Module):
         self.mlp1 = init_layer(nn.Linear(ch, 4 * ch))
         self.mlp2 = init_layer(nn.Linear(4 * ch, ch))
         self.condition = modulation(emb_ch, 6 * ch)
+        self.cross = CrossAttention(ch, heads, text_ch) if text_ch else None
 
-    def forward(self, x, emb, mask=None):
+    def forward(self, x, emb, mask=None, text=None):
         condition = self.condition(F.silu(emb))[:, None].chunk(6, dim=2)    # each (N, 1, ch)
         x = x + condition[2] * self.attend(modulate(x, *condition[:2]))
+        if self.cross is not None:
+            x = x + self.cross(x, text)
         h = self.mlp1(modulate(x, *condition[3:5]))
         h = self.mlp2(F.gelu(h, approximate="tanh"))
         return x + condition[5] * (h if mask is None else h * mask)
@@ -63,12 +88,24 @@ class Block(nn.Module):
         return self.proj(h.transpose(1, 2).flatten(2))
 
 
-class Encoder(nn.Module):
-    """The half that theta and theta^g share: embedding, patches, the first blocks."""
+def run_blocks(blocks, x, emb, masks, text=None):
+    """Tokens x (N, T, ch) through blocks one after the other, with their masks, if there are."""
+    masks = iter(masks)
+    for block in blocks:
+        x = block(x, emb, next(masks, None), text)
+    return x
 
-    def __init__(self, channels, size, patch, ch, blocks, embedding):
+
+class Encoder(nn.Module):
+    """The half that theta and theta^g share: embedding, patches, the first blocks.
+
+    texts: the module that makes texts (N, L, text_ch) of y, or None for class labels.
+    """
+
+    def __init__(self, channels, size, patch, ch, blocks, embedding, texts=None):
         super().__init__()
         self.embedding = embedding
+        self.texts = texts
         self.patches = init_layer(nn.Conv2d(channels, ch, patch, stride=patch))
         self.register_buffer("positions", positions(size // patch, ch), persistent=False)
         self.blocks = nn.ModuleList(blocks)
@@ -76,10 +113,10 @@ class Encoder(nn.Module):
     def forward(self, x_t, t, y, masks, a=None):
         emb = self.embedding(t, y, a)
         x = self.patches(x_t).flatten(2).transpose(1, 2) + self.positions   # (N, T, ch)
-        masks = iter(masks)
-        for block in self.blocks:
-            x = block(x, emb, next(masks, None))
-        return x, emb
+        if self.texts is None:
+            return run_blocks(self.blocks, x, emb, masks), emb
+        text = self.texts(y)
+        return run_blocks(self.blocks, x, emb, masks, text), emb, text
 
 
 class Decoder(nn.Module):
@@ -92,14 +129,27 @@ class Decoder(nn.Module):
         self.condition = modulation(4 * ch, 2 * ch)
         self.out = init_layer(nn.Linear(ch, channels * patch ** 2), gain=0.0)
 
-    def forward(self, x, emb, masks):
-        masks = iter(masks)
-        for block in self.blocks:
-            x = block(x, emb, next(masks, None))
+    def forward(self, x, emb, masks, text=None):
+        x = run_blocks(self.blocks, x, emb, masks, text)
         x = modulate(x, *self.condition(F.silu(emb))[:, None].chunk(2, dim=2))
         x = self.out(x).transpose(1, 2)                                 # (N, C patch^2, T)
         side = math.isqrt(x.shape[2])
         return F.pixel_shuffle(x.unflatten(2, (side, side)), self.patch)    # (N, C, H, W)
+
+
+def check_sizes(size, ch, depth, patch):
+    """Raise ValueError where a network of these sizes cannot be built."""
+    if size % patch:
+        raise ValueError(f"{size} pixels have no patches of {patch}; take another --patch")
+    if ch % 4 or ch > 64 and ch % 64:
+        raise ValueError(f"--ch {ch} has no heads of 64; take a multiple of 64")
+    if depth < 2:
+        raise ValueError("--depth 1 cannot be cut in two; take at least 2")
+
+
+def heads_of(ch):
+    """How many heads a width has: 64 channels each."""
+    return max(1, ch // 64)
 
 
 class DiT(nn.Module):
@@ -112,17 +162,12 @@ class DiT(nn.Module):
     def __init__(self, channels=3, num_classes=100, size=32, ch=128, depth=8, patch=2, dropout=0.1,
                  augment_dim=0):
         super().__init__()
-        if size % patch:
-            raise ValueError(f"{size} pixels have no patches of {patch}; take another --patch")
-        if ch % 4 or ch > 64 and ch % 64:
-            raise ValueError(f"--ch {ch} has no heads of 64; take a multiple of 64")
-        if depth < 2:
-            raise ValueError("--depth 1 cannot be cut in two; take at least 2")
+        check_sizes(size, ch, depth, patch)
         self.side = size // patch
         self.ch = ch
         self.dropout = dropout
         cfg = SimpleNamespace(ch=ch, num_classes=num_classes, augment_dim=augment_dim)
-        blocks = [Block(ch, max(1, ch // 64), 4 * ch) for _ in range(depth)]
+        blocks = [Block(ch, heads_of(ch), 4 * ch) for _ in range(depth)]
         half = depth // 2
         self.encoder = Encoder(channels, size, patch, ch, blocks[:half], Embedding(cfg))
         self.decoder = Decoder(channels, patch, ch, blocks[half:])

@@ -27,7 +27,6 @@ and pipe.set_adapters(["general", "minority"], [1.0, 0.5]) takes theta^e at half
 import hashlib
 import json
 import math
-import sys
 import time
 from argparse import BooleanOptionalAction
 from contextlib import nullcontext
@@ -248,17 +247,81 @@ def load_adapters(net, values):
 # The pre-trained model
 
 def packages():
-    """diffusers and transformers, which only this file needs. Raises UserError without them."""
+    """diffusers and transformers, optional packages. Raises UserError without them."""
     try:
         import diffusers
         import transformers
     except ImportError as e:
-        raise UserError("latent.py needs two more packages: pip install diffusers "
+        raise UserError("Stable Diffusion's parts need two more packages: pip install diffusers "
                         "transformers") from e
     return diffusers, transformers
 
 
-class Model:
+def load_part(kind, name, part, **options):
+    """A network of a class of diffusers or transformers, from a sub-folder of a model.
+
+    Raises ValueError where weights are missing, which would be random numbers, and what the
+    packages raise.
+    """
+    net, info = kind.from_pretrained(name, subfolder=part, output_loading_info=True, **options)
+    if info["missing_keys"]:
+        raise ValueError(f"{part} lacks {sorted(info['missing_keys'])[0]}")
+    return net
+
+
+class Autoencoder:
+    """Images to latents and back, by diffusers' AutoencoderKL or a network with its methods.
+
+    vae: that network, which becomes frozen, in float32, on `device`. flag: which names it.
+    """
+
+    def __init__(self, vae, device, flag):
+        self.vae = vae.float().to(device).eval().requires_grad_(False)
+        self.device = device
+        self.flag = flag
+
+    @torch.no_grad()
+    def encode(self, images):
+        """uint8 (N, H, W, 3) -> the latents' distributions, NumPy, float32 (N, 2, C, h, w).
+
+        They are normal: [:, 0] are the means, [:, 1] the standard deviations, both scaled.
+        """
+        pixels = torch.from_numpy(np.array(images)).to(self.device)
+        latent = self.vae.encode(to_float(pixels)).latent_dist
+        moments = torch.stack([latent.mean, latent.std], 1)
+        scaled = self.vae.config.scaling_factor * moments.float().cpu()
+        return finite(scaled, "encode", self.flag).numpy()
+
+    def encoder_sha256(self):
+        """A hash of all that `encode` computes with."""
+        config = {k: v for k, v in self.vae.config.items() if not k.startswith("_")}
+        return content_hash([self.vae], torch.empty(0), json.dumps(config, sort_keys=True))
+
+    @torch.no_grad()
+    def decode(self, z, batch_size=16):
+        """Scaled latents (N, C, h, w) -> images (N, 3, H, W), about [-1, 1].
+
+        In parts of batch_size, since pixels take more memory than latents.
+        """
+        scale = self.vae.config.scaling_factor
+        parts = [self.vae.decode(part / scale).sample for part in z.split(batch_size)]
+        return finite(torch.cat(parts), "decode", self.flag)
+
+    def latent_shape(self, resolution, more=0, what="the autoencoder halves"):
+        """(C, h, w) of the latents of images of `resolution` pixels per side. Raises UserError.
+
+        more: how often the network that is trained halves them besides. what: halves images.
+        """
+        halvings = len(self.vae.config.block_out_channels) - 1
+        multiple = 2 ** (halvings + more)
+        if resolution % multiple:
+            raise UserError(f"--resolution {resolution}: must be a multiple of {multiple}, since "
+                            f"{what} images")
+        size = resolution // 2 ** halvings
+        return self.vae.config.latent_channels, size, size
+
+
+class Model(Autoencoder):
     """The parts of a Stable Diffusion in diffusers' layout, in float32. Raises UserError.
 
     name: a folder, or a name on the Hugging Face hub. revision: a branch, tag or commit there.
@@ -275,10 +338,9 @@ class Model:
                             "name of a Stable Diffusion in diffusers' layout") from e
         self.refuse_other_kinds(unet, vae)
         self.unet = unet.float()                # its file may hold float16
-        self.vae = vae.float().to(device).eval().requires_grad_(False)
+        super().__init__(vae, device, "--model")
         self.text = text.float().eval()
         self.alphas_bar = self.schedule.alphas_cumprod.double()
-        self.device = device
         self.sha256 = content_hash([self.unet, self.vae, self.text], self.alphas_bar,
                                    vae.config.scaling_factor)
 
@@ -289,19 +351,13 @@ class Model:
             raise UserError("--revision: a folder has none; leave it out")
         options = {"revision": revision} if revision else {}
 
-        def network(kind, part):
-            net, info = kind.from_pretrained(self.name, subfolder=part, output_loading_info=True,
-                                             **options)
-            if info["missing_keys"]:            # these would be random numbers
-                raise ValueError(f"{part} lacks {sorted(info['missing_keys'])[0]}")
-            return net
         self.tokenizer = transformers.CLIPTokenizer.from_pretrained(
             self.name, subfolder="tokenizer", **options)
         self.schedule = diffusers.DDIMScheduler.from_pretrained(
             self.name, subfolder="scheduler", **options)
-        return (network(diffusers.UNet2DConditionModel, "unet"),
-                network(diffusers.AutoencoderKL, "vae"),
-                network(transformers.CLIPTextModel, "text_encoder"))
+        kinds = {"unet": diffusers.UNet2DConditionModel, "vae": diffusers.AutoencoderKL,
+                 "text_encoder": transformers.CLIPTextModel}
+        return [load_part(kind, self.name, part, **options) for part, kind in kinds.items()]
 
     def refuse_other_kinds(self, unet, vae):
         """Raise UserError for a model that takes or predicts something else than LatentUNet."""
@@ -336,42 +392,10 @@ class Model:
                             f"{longest} tokens; shorten it, or rename the classes")
         return self.text(ids.input_ids)[0]
 
-    @torch.no_grad()
-    def encode(self, images):
-        """uint8 (N, H, W, 3) -> the latents' distributions, NumPy, float32 (N, 2, C, h, w).
-
-        They are normal: [:, 0] are the means, [:, 1] the standard deviations, both scaled.
-        """
-        pixels = torch.from_numpy(np.array(images)).to(self.device)
-        latent = self.vae.encode(to_float(pixels)).latent_dist
-        moments = torch.stack([latent.mean, latent.std], 1)
-        scaled = self.vae.config.scaling_factor * moments.float().cpu()
-        return finite(scaled, "encode").numpy()
-
-    def encoder_sha256(self):
-        """A hash of all that `encode` computes with."""
-        config = {k: v for k, v in self.vae.config.items() if not k.startswith("_")}
-        return content_hash([self.vae], torch.empty(0), json.dumps(config, sort_keys=True))
-
-    @torch.no_grad()
-    def decode(self, z, batch_size=16):
-        """Scaled latents (N, C, h, w) -> images (N, 3, H, W), about [-1, 1].
-
-        In parts of batch_size, since pixels take more memory than latents.
-        """
-        scale = self.vae.config.scaling_factor
-        parts = [self.vae.decode(part / scale).sample for part in z.split(batch_size)]
-        return finite(torch.cat(parts), "decode")
-
     def latent_shape(self, resolution):
-        """(C, h, w) of the latents of images of `resolution` pixels per side. Raises UserError."""
-        halvings = len(self.vae.config.block_out_channels) - 1
-        size = resolution // 2 ** halvings
-        multiple = 2 ** (halvings + len(self.unet.config.block_out_channels) - 1)
-        if resolution % multiple:
-            raise UserError(f"--resolution {resolution}: must be a multiple of {multiple}, since "
-                            "the autoencoder and the U-Net halve images")
-        return self.unet.config.in_channels, size, size
+        """Autoencoder's, of images that the U-Net can halve as well. Raises UserError."""
+        return super().latent_shape(resolution, len(self.unet.config.block_out_channels) - 1,
+                                    "the autoencoder and the U-Net halve")
 
     def network(self, class_names, config):
         """The LatentUNet of a run's settings, on the CPU, its low-rank parts at their start."""
@@ -383,10 +407,10 @@ class Model:
             raise UserError(f"--model {config['model']}: {e}") from e
 
 
-def finite(x, verb):
+def finite(x, verb, flag):
     """x itself. Raises UserError where the autoencoder gave numbers that are not finite."""
     if not x.isfinite().all():
-        raise UserError(f"--model: its autoencoder cannot {verb} these images (numbers that are "
+        raise UserError(f"{flag}: its autoencoder cannot {verb} these images (numbers that are "
                         "not finite); take another model")
     return x
 
@@ -653,8 +677,11 @@ def encoded(model, images, args, rt):
                              lambda part: model.encode(images.images[part]), rt)
 
 
-def make_batch(training, objective, images, moments):
-    """batch(step, k) for train.py's loop, of latents drawn from `encoded`'s distributions."""
+def make_batch(training, objective, images, moments, table=None):
+    """batch(step, k) for train.py's loop, of latents drawn from `encoded`'s distributions.
+
+    table: of captions.py, where each image has texts of its own.
+    """
     args, rt = training.args, training.rt
     batches = Batches(images, args.batch_size, args.seed, rt.device, limit=0)
     on_device = moments.nbytes <= device_limit(rt.device)
@@ -667,8 +694,9 @@ def make_batch(training, objective, images, moments):
         own = moments[index] if on_device else send(torch.from_numpy(moments[rows]), rt.device)
         x_0 = draw_latents(own, args.seed, step)
         part = rt.rank * args.accumulate + k
+        condition = table and table.condition(rows, args.seed, step)
         return draw_batch(x_0, batches.labels[index], objective, seed=args.seed, step=step,
-                          part=part, parts=rt.world * args.accumulate)
+                          part=part, parts=rt.world * args.accumulate, condition=condition)
     return batch
 
 
@@ -839,24 +867,9 @@ COMMANDS = {
     "export": (main_export, make_export_parser)}
 
 
-def print_help():
-    """Print the text above and the flags of all commands."""
-    print(__doc__)
-    for _, make in COMMANDS.values():
-        parser = make()
-        parser.description = None
-        parser.print_help()
-        print()
-
-
 def main():
     """Train, sample or export, by the first word."""
-    what = sys.argv[1] if len(sys.argv) > 1 else "--help"
-    if what in ("-h", "--help"):
-        return print_help()
-    if what not in COMMANDS:
-        raise UserError(f"latent.py {what}: say {', '.join(COMMANDS)} first")
-    COMMANDS[what][0](sys.argv[2:])
+    runtime.main_of("latent.py", __doc__, COMMANDS)
 
 
 if __name__ == "__main__":

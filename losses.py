@@ -41,10 +41,12 @@ class Batch(NamedTuple):
     """One part (B of G images) of a step's global batch, and everything random about it."""
     x_0: Tensor             # (B, C, H, W) float32 in [-1, 1]
     y: Tensor               # (B,) int64, the true class: what Eq. (3) and OC's gate look at
-    y_in: Tensor            # (B,) int64, what the network gets as label: y, or -1 (Null) if dropped
+    y_in: Tensor            # (B,) int64, what the network gets for it: y, or the number
+                            # of the image's text; -1 (Null) if dropped
     t: Tensor               # (B,) int64 in [0, T)
     eps: Tensor             # (B, C, H, W), standard normal
     y_prime: Tensor         # (B,) int64, CBDM's other class y'
+    y_prime_in: Tensor      # (B,) int64, what the network gets for it: y', or a text of that class
     pool_x_0: Tensor        # (G, C, H, W), the whole global batch: OC's reference samples
     pool_y: Tensor          # (G,) int64
     gumbel: Tensor          # (B, G), standard Gumbel: OC's random choice of a reference
@@ -60,7 +62,8 @@ class Batch(NamedTuple):
 
 @torch.no_grad()
 def draw_batch(x_0: Tensor, y: Tensor, obj: "Objective", *, seed: int, step: int, part: int = 0,
-               parts: int = 1, flip: bool = False, dtype: torch.dtype = torch.float32) -> Batch:
+               parts: int = 1, flip: bool = False, dtype: torch.dtype = torch.float32,
+               condition: Callable | None = None) -> Batch:
     """One part of a step's Batch: a pure function of the global batch and (seed, step).
 
     x_0 (G, C, H, W) in [-1, 1] and y (G,) are the whole global batch. Noise, timesteps and the rest
@@ -68,6 +71,8 @@ def draw_batch(x_0: Tensor, y: Tensor, obj: "Objective", *, seed: int, step: int
     of --accumulate) changes nothing. Only dropout masks, and with --cm-fraction the images that
     theta^g sees, are drawn for the part alone, from (seed, step, part). flip: mirror each image
     with probability 1/2. dtype: of the masks, the one that the network computes in.
+    condition(y_prime): what the network gets in place of the classes y and y', (G,) each; None:
+    these classes.
     """
     G = len(x_0)
     goes_to = x_0.device
@@ -80,6 +85,7 @@ def draw_batch(x_0: Tensor, y: Tensor, obj: "Objective", *, seed: int, step: int
     mirrored = torch.rand(G, generator=g, device=device) < 0.5
     y_prime = torch.multinomial(obj.y_prime_weights.to(device), G, replacement=True, generator=g)
     gumbel = -torch.empty(G, G, device=device).exponential_(generator=g).log()
+    given, other = (y, y_prime) if condition is None else condition(y_prime)
     if flip:
         x_0 = torch.where(mirrored[:, None, None, None], x_0.flip(3), x_0)
     a = None
@@ -101,8 +107,9 @@ def draw_batch(x_0: Tensor, y: Tensor, obj: "Objective", *, seed: int, step: int
                               generator(device, seed, "general", step, part))
         own = part * G // parts + order
     batch = Batch(
-        x_0=x_0[own], y=y[own], y_in=torch.where(dropped, -1, y)[own], t=t[own], eps=eps[own],
-        y_prime=y_prime[own], pool_x_0=x_0, pool_y=y, gumbel=gumbel[own],
+        x_0=x_0[own], y=y[own], y_in=torch.where(dropped, -1, given)[own], t=t[own],
+        eps=eps[own], y_prime=y_prime[own], y_prime_in=other[own],
+        pool_x_0=x_0, pool_y=y, gumbel=gumbel[own],
         masks_encode=masks_encode, masks_decode=masks_decode, masks_general=masks_general,
         a=None if a is None else a[own], t_below=None if t_below is None else t_below[own],
         weight=None if weight is None else weight[own], scale=scale)
@@ -195,7 +202,7 @@ def cbdm(pred: Predictions, batch: Batch, obj: "Objective", *, cbdm_tau: float =
     eps_theta(x_t, t, y) and sg for "no gradient". One y' per image stands for the mean over Y, t
     counts from 0, and images whose label is dropped have no cb.
     """
-    other = pred.under(batch.y_prime)
+    other = pred.under(batch.y_prime_in)
     pull = distance(pred.eps, other.detach()) + cbdm_gamma * distance(pred.eps.detach(), other)
     base, _ = ddpm(pred, batch, obj)
     cb = (batch.t * (batch.y_in >= 0) * pull).mean()
@@ -267,7 +274,7 @@ def rop(pred: Predictions, batch: Batch, obj: "Objective", *, rop_weight: float 
     time-dependent weighting; the KL's own weights and the one-sided gradient are choices made here.
     """
     with torch.no_grad():
-        other = pred.under(batch.y_prime)
+        other = pred.under(batch.y_prime_in)
     hinge = (rop_margin - distance(pred.eps, other)).clamp(min=0)
     base, _ = ddpm(pred, batch, obj)
     active = (batch.y_in >= 0) & (batch.y_prime != batch.y)

@@ -184,7 +184,7 @@ def sinusoid(t: Tensor, dim: int) -> Tensor:
 class Embedding(nn.Module):
     """The condition of every block: an MLP of the sinusoid of t, plus a vector per label.
 
-    y = -1 (Null) adds no label vector.
+    y = -1 (Null) adds no label vector, and without classes there is none.
     """
 
     def __init__(self, cfg: "UNetConfig"):
@@ -192,14 +192,15 @@ class Embedding(nn.Module):
         self.ch = cfg.ch
         self.linear1 = init_layer(nn.Linear(cfg.ch, 4 * cfg.ch))
         self.linear2 = init_layer(nn.Linear(4 * cfg.ch, 4 * cfg.ch))
-        self.label = nn.Embedding(cfg.num_classes, 4 * cfg.ch)
+        self.label = nn.Embedding(cfg.num_classes, 4 * cfg.ch) if cfg.num_classes else None
         if cfg.augment_dim:
             self.augment = nn.Linear(cfg.augment_dim, 4 * cfg.ch, bias=False)
             nn.init.zeros_(self.augment.weight)
 
     def forward(self, t: Tensor, y: Tensor, a: Tensor | None = None) -> Tensor:
         emb = self.linear2(F.silu(self.linear1(sinusoid(t, self.ch))))    # (N, 4 ch)
-        emb = emb + self.label(y.clamp(min=0)) * (y >= 0)[:, None]        # (N, 4 ch)
+        if self.label is not None:
+            emb = emb + self.label(y.clamp(min=0)) * (y >= 0)[:, None]    # (N, 4 ch)
         return emb if a is None else emb + self.augment(a)
 
 

@@ -3,7 +3,8 @@
     read(data_dir, split) -> images, labels (N,) int, class names
 
 images: an array (N, H, W, C) uint8, or N paths of image files. split is "train" or "test". A set
-that lacks the requested one raises NoSuchSplit. data.py packs what these functions return.
+that lacks the requested one raises NoSuchSplit. data.py packs what these functions return. Where a
+set has texts as well, a second function reads those of given image files, see Source.captions.
 """
 import json
 import os
@@ -27,6 +28,10 @@ IMAGE_FILES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"
 
 class NoSuchSplit(UserError):
     """The data set has no such split."""
+
+
+class NoCaptions(UserError):
+    """The data set has captions, and none of them is there."""
 
 
 # --------------------------------------------------------------------------------------------------
@@ -437,6 +442,50 @@ def numbers_in_mat(path, key, most=None):
 
 
 # --------------------------------------------------------------------------------------------------
+# Captions: texts that say what is in an image
+
+def read_text_c10(data_dir, paths):
+    """The captions of Reed et al. (2016) for CUB-200 and Oxford-102: a list of texts per image.
+
+    text_c10/ holds one folder per class, and in it NAME.txt with ten lines for NAME.jpg. It may lie
+    in data_dir or deeper, such as in cvpr2016_cub/. paths: N image files.
+    """
+    folders = sorted(p for p in Path(data_dir).rglob("text_c10") if p.is_dir())
+    if not folders:
+        raise NoCaptions(f"--data-dir {data_dir}: text_c10 is not there; put the captions of Reed "
+                         "et al. (2016), as they are released, into this folder, or make texts of "
+                         "class names with --prompt")
+    files = {path.stem: path for folder in folders for path in folder.rglob("*.txt")}
+    missing = [path for path in paths if Path(path).stem not in files]
+    if missing:
+        raise UserError(f"--data-dir {data_dir}: text_c10 has no captions for "
+                        f"{len(missing):,} of {len(paths):,} images, the first is {missing[0]}")
+    return [captions_in(files[Path(path).stem]) for path in paths]
+
+
+def read_texts_beside(data_dir, paths):
+    """The captions in NAME.txt beside NAME.jpg, one a line; None where no image has such a file."""
+    files = [Path(path).with_suffix(".txt") for path in paths]
+    missing = [file for file in files if not file.is_file()]
+    if len(missing) == len(files):
+        return None
+    if missing:
+        raise UserError(f"--data-dir {data_dir}: {len(missing):,} of {len(files):,} images have no "
+                        f"captions beside them, the first lacks {missing[0]}; write them, or make "
+                        "texts of class names with --prompt")
+    return [captions_in(file) for file in files]
+
+
+def captions_in(path):
+    """The lines of a file of captions, at least one. Raises UserError for another file."""
+    with as_released(path):
+        captions = [line.strip() for line in lines_of(path)]
+        if not captions:
+            raise ValueError("no line in it")
+        return captions
+
+
+# --------------------------------------------------------------------------------------------------
 # The table of data sets
 
 @dataclass(frozen=True)
@@ -447,6 +496,8 @@ class Source:
     flip: bool          # whether a mirrored image is as good as the image: never for digits
     files: bool = False         # whether `read` returns paths; then any --resolution is possible
     reference: str = "train"    # the split that samples are compared with
+    captions: Callable | None = None    # (data_dir, paths) -> a list of texts for each image, or
+                                # None; None: the set has class names alone
     order: tuple = ()           # names of classes, the most populous first where a draw makes them
                                 # so; others follow as they are numbered
 
@@ -468,7 +519,8 @@ READERS = {
     "inat2018": Source(read_inat2018, 64, True, files=True, reference="test"),
     # Classes of equal sizes: the order says which of them become rare
     "artbench10": Source(read_artbench10, 256, True, files=True, order=ARTBENCH10_ORDER),
-    "cub200": Source(read_cub200, 64, True, files=True),
-    "flowers102": Source(read_flowers102, 64, True, files=True),
-    "folder": Source(read_folder, 64, True, files=True, reference="test"),
+    "cub200": Source(read_cub200, 64, True, files=True, captions=read_text_c10),
+    "flowers102": Source(read_flowers102, 64, True, files=True, captions=read_text_c10),
+    "folder": Source(read_folder, 64, True, files=True, reference="test",
+                     captions=read_texts_beside),
 }

@@ -10,7 +10,7 @@
 #
 # Targets:
 #   tables     table1 table2 table3 table4 table5 table6 table7
-#              tableE2 tableG8 tableG9 tableG10 tableG12 tableG13
+#              tableE2 tableG8 tableG9 tableG10 tableG11 tableG12 tableG13
 #   figures    fig1b fig4a fig4b fig4c fig4d
 #   others     theory allocation dominance gain pictures
 # They share their runs, which are in out/paper.
@@ -19,29 +19,32 @@
 #
 #   variable      default     meaning
 #   DATASET       cifar100    the data set (in table4 celebahq, in table5 imagenet-lt, in table6
-#                             artbench10)
+#                             artbench10, in tableG11 cub200 and then flowers102)
 #   IR            100         the imbalance ratio (cub200, flowers102: 10; folder: 1)
 #   SEEDS         0,1,2       one run per seed; different whole numbers
 #   NGPU          1           how many GPUs; more than one: torchrun
 #   DATA_DIR      data        where the data set is
 #   PRESET        paper       small or tiny: smaller networks, fewer steps (see train.py)
-#   RESOLUTION                the images' size in pixels (imagenet-lt, inat2018: 64)
+#   RESOLUTION                the images' size in pixels (imagenet-lt, inat2018: 64; tableG11: 256)
 #   CLASS_ORDER               all classes, the most frequent one first (if not given: as train.py)
-#   SCALE         paper       demo: everything on digits, in minutes, with defaults of its own
+#   SCALE         paper       demo: everything on digits, in minutes, with defaults of its own;
+#                             tableG11 on a folder of images, DATA_DIR, one sub-folder per class
 #
 # For a budget of your own, with runs and pages in a folder of their own:
 #
 #   ROOT          out/paper   the runs' folder; if it is given, the pages are in it as well
 #                             (no "=" and no comma, which report.py's --row reads in its own way)
 #   STEPS                     training steps
-#   FLAGS                     more flags of train.py, for example "--ch 64 --lr 5e-4"; none
-#                             that a variable above or the target sets
+#   FLAGS                     more flags of train.py (in tableG11 of text_to_image.py train), for
+#                             example "--ch 64 --lr 5e-4"; none that a variable above or the
+#                             target sets
 #   CM_FLAGS                  more flags of train.py for the runs with --cm: "--w-div 0.2"
 #   NUM                       how many images are evaluated, for example 10000
 #   FEATURES                  a checkpoint of classify.py to measure with (default: Inception)
 #   EPOCHS                    epochs in tableG8 and tableG13 (default: 200) and table6 (100)
 #   EXTRA         50000       how many generated images tableG8 adds to the training set
-#   MODEL                     Stable Diffusion for table6: a folder or a name on the hub
+#   MODEL                     Stable Diffusion for table6 and, its autoencoder and text encoder,
+#                             for tableG11: a folder or a name on the hub
 set -euo pipefail
 set -f                          # a * or [ in a variable is a character of a name, not a pattern
 cd "$(dirname "$0")"
@@ -144,7 +147,6 @@ fi
 
 SCALE=${SCALE:-paper}
 NGPU=${NGPU:-1}
-DATA_DIR=${DATA_DIR:-data}
 FLAGS=${FLAGS:-}
 CM_FLAGS=${CM_FLAGS:-}
 PAGES=${ROOT:-out}
@@ -171,7 +173,11 @@ run_all.sh); leave it out" ;;
   if [[ $SCALE == demo && $TARGET == table6 ]]; then
     fail "SCALE=demo: table6 fine-tunes Stable Diffusion; there is no demo of it"
   fi
-  if [[ $SCALE == demo && ${DATASET:-digits} != digits ]]; then
+  if [[ $SCALE == demo && $TARGET == tableG11 ]]; then
+    if [[ -z ${DATA_DIR:-} || ${DATASET:-folder} != folder ]]; then
+      fail "SCALE=demo: tableG11 is on a folder of images; name it with DATA_DIR, without DATASET"
+    fi
+  elif [[ $SCALE == demo && ${DATASET:-digits} != digits ]]; then
     fail "SCALE=demo is on digits; for DATASET=$DATASET name a budget with STEPS and NUM"
   fi
   if [[ ! $NGPU =~ ^[1-9][0-9]{0,3}$ ]]; then
@@ -193,9 +199,24 @@ run_all.sh); leave it out" ;;
 }
 
 check_settings
+if [[ $TARGET == tableG11 && $SCALE == paper && -z ${DATASET:-} ]]; then
+  for DATASET in cub200 flowers102; do
+    DATASET=$DATASET bash run_all.sh tableG11
+  done
+  exit
+fi
+DATA_DIR=${DATA_DIR:-data}
+PARTS=()                        # the autoencoder and the text encoder of tableG11
 if [[ $SCALE == demo ]]; then
   DATASET=digits
   PRESET=digits
+  if [[ $TARGET == tableG11 ]]; then
+    DATASET=folder
+    PRESET=paper
+    IR=${IR:-10}
+    RESOLUTION=${RESOLUTION:-32}
+    STEPS=${STEPS:-800}
+  fi
   IR=${IR:-20}
   SEEDS=${SEEDS-0}
   ROOT=${ROOT:-out/paper-demo}
@@ -204,8 +225,10 @@ if [[ $SCALE == demo ]]; then
   EPOCHS=${EPOCHS:-60}
   EXTRA=${EXTRA:-500}
   FLAGS="--sample-every 0 $FLAGS"
-  FEATURES=$ROOT/classifier/ckpt.pt
-  python classify.py --dataset digits --epochs 10 --out "$ROOT/classifier" --if-needed
+  if [[ $TARGET != tableG11 ]]; then
+    FEATURES=$ROOT/classifier/ckpt.pt
+    python classify.py --dataset digits --epochs 10 --out "$ROOT/classifier" --if-needed
+  fi
 else
   PRESET=${PRESET:-paper}       # also on a CPU, where train.py takes tiny for folder
   case $TARGET in
@@ -231,6 +254,9 @@ case $DATASET in
   artbench10) OWN_RESOLUTION=256 ;;
   *) OWN_RESOLUTION=64 ;;
 esac
+if [[ $TARGET == tableG11 ]]; then
+  OWN_RESOLUTION=256            # text_to_image.py's default
+fi
 if [[ ${RESOLUTION:-} == "$OWN_RESOLUTION" && $PRESET != small && $PRESET != tiny ]]; then
   RESOLUTION=
 fi
@@ -355,6 +381,13 @@ extra_images() {
     --out "$folder/extra" --if-needed
 }
 
+# sampled SCRIPT FOLDER: sample a run of latent.py or text_to_image.py, and evaluate it
+sampled() {
+  launch "$1" sample --ckpt "$2/ckpt.pt" --num "${NUM:-50000}" --out "$2/samples" --if-needed
+  launch evaluate.py --samples "$2/samples/samples.npz" --data-dir "$DATA_DIR" \
+    ${NUM:+--num "$NUM"} ${FEATURES:+--features "$FEATURES"} --if-needed
+}
+
 # latent NAME RUN [flags of latent.py train]:
 # fine-tune Stable Diffusion with each seed, sample, evaluate, and add a row
 latent() {
@@ -364,12 +397,37 @@ latent() {
     folder=$RUNS/latent-$run-seed$seed
     launch latent.py train "${DATA[@]}" \
       ${MODEL:+--model "$MODEL"} ${EPOCHS:+--epochs "$EPOCHS"} "$@" --seed $seed --out "$folder"
-    launch latent.py sample --ckpt "$folder/ckpt.pt" --num "${NUM:-50000}" \
-      --out "$folder/samples" --if-needed
-    launch evaluate.py --samples "$folder/samples/samples.npz" --data-dir "$DATA_DIR" \
-      ${NUM:+--num "$NUM"} ${FEATURES:+--features "$FEATURES"} --if-needed
+    sampled latent.py "$folder"
   done
   add_row "$name" "$RUNS/latent-$run-seed" /samples/eval.json
+}
+
+# small_parts: the demo's autoencoder, and a classifier to measure with, on the images of DATA_DIR
+small_parts() {
+  python classify.py --dataset folder --ir 1 --data-dir "$DATA_DIR" \
+    --resolution "${RESOLUTION:-256}" --width 16 --epochs 30 --out "$RUNS/classifier" --if-needed
+  FEATURES=$RUNS/classifier/ckpt.pt
+  python text_to_image.py autoencoder "${DATA[@]}" --factor 4 --ch 16 --lr 2e-3 --warmup 50 \
+    --ema 0.99 --batch-size 32 --steps 400 --sample-every 400 --out "$RUNS/autoencoder"
+  PARTS=(
+    --autoencoder "$RUNS/autoencoder/ckpt.pt"
+    --text-encoder words
+    --ch 64 --depth 6 --lr 1e-3 --warmup 50 --ema 0.99 --batch-size 32
+  )
+}
+
+# text NAME RUN [flags of text_to_image.py train]:
+# train a text-to-image model with each seed, sample, evaluate, and add a row
+text() {
+  local name=$1 run=$2 seed folder
+  shift 2
+  for seed in ${SEEDS//,/ }; do
+    folder=$RUNS/text-$run-seed$seed
+    launch text_to_image.py train "${DATA[@]}" ${PARTS[@]+"${PARTS[@]}"} \
+      ${STEPS:+--steps "$STEPS"} $FLAGS "$@" --seed $seed --out "$folder"
+    sampled text_to_image.py "$folder"
+  done
+  add_row "$name" "$RUNS/text-$run-seed" /samples/eval.json
 }
 
 # page TABLE [FILE]: the page of one of the tables in paper_results.json, from the rows so far
@@ -491,6 +549,18 @@ case $TARGET in
     ddpm -- --sampler dpm
     cm -- --sampler dpm
     page tableG10
+    ;;
+
+  # Latent diffusion from scratch, text to image, after pip install diffusers transformers
+  tableG11)
+    if [[ $SCALE == demo ]]; then
+      small_parts
+    elif [[ -n ${MODEL:-} ]]; then
+      PARTS=(--autoencoder "$MODEL" --text-encoder "$MODEL")
+    fi
+    text "Latent diffusion" ddpm --base ddpm --no-cm
+    text CM cm-ddpm --base ddpm --cm $CM_FLAGS
+    page tableG11
     ;;
 
   # Overlap optimisation

@@ -257,6 +257,30 @@ def one_of(*words):
     return parse
 
 
+def main_of(script, text, commands):
+    """Do what the first word of the command line says, or print the help of all commands.
+
+    script: its file's name. text: what it says of itself. commands: {word: (main, which takes the
+    words that follow; a function that makes its Parser)}. Raises UserError for another word.
+    """
+    what = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if what in ("-h", "--help"):
+        return print_help(text, commands)
+    if what not in commands:
+        raise UserError(f"{script} {what}: say {', '.join(commands)} first")
+    commands[what][0](sys.argv[2:])
+
+
+def print_help(text, commands):
+    """Print a script's text and the flags of all of its commands."""
+    print(text)
+    for _, make in commands.values():
+        parser = make()
+        parser.description = None
+        parser.print_help()
+        print()
+
+
 def flag_of(name):
     """ "--num-group" for "num_group"."""
     return "--" + name.replace("_", "-")

@@ -212,6 +212,7 @@ DEFAULTS = {        # per kind of model; latents have no range
     "diffusion": {"sampler": "ddim", "guidance": 1.5, "clip": True},
     "consistency": {"sampler": "consistency", "guidance": 0.0, "clip": False},
     "latent": {"sampler": "ddim", "guidance": 1.5, "clip": False},
+    "text": {"sampler": "ddim", "guidance": 1.5, "clip": False},
 }
 
 

@@ -807,8 +807,7 @@ def start_log(training):
 def resume(args):
     """(the run's checkpoint or None, the Runtime); its settings must be this command's."""
     old, rt = disk.resume(args, KINDS)
-    if args.base == "consistency" and args.ct_double is None:
-        args.ct_double = old["config"]["ct_double"] if old else max(1, args.steps // 4)
+    fill_in_ct_double(args, old)
     rt.agree(old["step"] if old else 0, args.out)
     if old and is_one_network(old):
         raise UserError(f"--out {args.out}: its ckpt.pt is an export of sample.py, which has no "
@@ -826,6 +825,12 @@ def resume(args):
         raise UserError(f"--steps {args.steps}: the run in {args.out} is at step {old['step']} "
                         "already; raise it, or choose another folder with --out")
     return old, rt
+
+
+def fill_in_ct_double(args, old):
+    """The default of --ct-double, a quarter of the steps; a run that goes on keeps what it had."""
+    if args.base == "consistency" and args.ct_double is None:
+        args.ct_double = old["config"]["ct_double"] if old else max(1, args.steps // 4)
 
 
 def is_finished(old, args, rt, samples=None):

@@ -9,6 +9,7 @@ import shutil
 import signal
 import sys
 from argparse import ArgumentTypeError
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -30,7 +31,9 @@ import runtime
 import sample
 import study
 import theory_sim
+import text_to_image
 import train
+from autoencoder import KLAutoencoder
 
 SECONDS = 5         # longer than any refusal
 WORDS = ["word", "", "-1", "0", "1.5", "1000000000000", "1e300", "nan", "inf", "no\nthing",
@@ -89,6 +92,13 @@ SCRIPTS = {
     "latent sample": (latent, ["sample"], {**CKPT, "--ckpt": ["latent.pt"]}, ["Model"]),
     "latent export": (latent, ["export"], {"--ckpt": ["latent.pt"], "--pipeline": ["out/x"]},
                       ["merged_pipeline", "export_record"]),
+    "text autoencoder": (text_to_image, ["autoencoder"], {**TRAINING, "--factor": ["4"]},
+                         ["make_autoencoder"]),
+    "text train": (text_to_image, ["train"], {
+        **TRAINING, "--autoencoder": ["ae.pt"], "--text-encoder": ["words"], "--ch": ["16"]},
+        ["make_network"]),
+    "text sample": (text_to_image, ["sample"], {**CKPT, "--ckpt": ["text.pt"]},
+                    ["load_autoencoder"]),
     "prune_probe": (prune_probe, [], {**CKPT, "--data-dir": ["DATA"]}, ["measure"]),
     "dominance": (capacity_probe, ["dominance"], {**CKPT, "--data-dir": ["DATA"]},
                   ["group_gradients"]),
@@ -231,7 +241,7 @@ def folder(tmp_path_factory, cm_run, classifier, digits):
 
 
 def write_good_files(root, digits):
-    """Two samples.npz, a result, a latent checkpoint without weights, a study with answers."""
+    """Two samples.npz, a result, checkpoints of all kinds, a study with answers."""
     ckpt = disk.load(root / "ckpt.pt", ["diffusion"])
     images = digits.images[:40]
     settings = {"dataset": "digits", "step": 30, "sampler": "ddim", "steps": 5, "guidance": 0.0,
@@ -251,6 +261,13 @@ def write_good_files(root, digits):
     parts = {key: ckpt[key] for key in ("data", "step", "command")}
     disk.save(root / "latent.pt", {"kind": "latent", "adapters": {}, "ema": {}, "config": config,
                                    **parts})
+    network = {"ch": 4, "factor": 4}
+    weights = dict(KLAutoencoder(**network).named_parameters())
+    disk.save(root / "ae.pt", {"kind": "autoencoder", "network": network, "model": weights,
+                               "ema": weights, "config": config, "scale": 1.0, **parts})
+    config = {**config, "prompt": None, "autoencoder": "ae.pt", "text_encoder": "words"}
+    disk.save(root / "text.pt", {"kind": "text", "network": {"vocabulary": []}, "rank_ratio": 0.1,
+                                 "model": {}, "ema": {}, "config": config, **parts})
 
 
 def write_study(root):
@@ -325,7 +342,11 @@ def cut_short(script, monkeypatch):
             monkeypatch.setattr(report, name, lambda *args: disk.write_text(args[-1], ""))
     if module is latent:
         monkeypatch.setattr(latent, "packages", lambda: None)
-        monkeypatch.setattr(latent, "load_long_tailed", reached_after_loading)
+    if module is text_to_image:
+        monkeypatch.setattr(module, "packages", lambda: (SimpleNamespace(AutoencoderKL=None), None))
+        monkeypatch.setattr(module, "pretrained", reached)
+    if module in (latent, text_to_image):
+        monkeypatch.setattr(module, "load_long_tailed", reached_after_loading)
 
 
 def complaint(code, error, left, wrong, flags=()):

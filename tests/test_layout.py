@@ -12,14 +12,14 @@ TEXTS = sorted(str(path.relative_to(ROOT)) for pattern in PATTERNS for path in R
 FLOORS = (      # from the ground up: a file imports files of lower floors, runtime and disk
     ("model", "cm_layers", "augment", "metrics", "inception", "readers", "packing", "runtime",
      "disk", "theory_sim", "budget", "latent_export", "page"),
-    ("consistency", "experts", "data", "dit", "exchange", "latent_cache"),
-    ("networks",),
+    ("consistency", "experts", "data", "dit", "exchange", "latent_cache", "autoencoder"),
+    ("networks", "text_dit", "captions"),
     ("losses", "sample"),
     ("classify",),
     ("features",),
     ("train",),
     ("evaluate", "prune_probe", "capacity_probe", "latent", "bench", "peers", "study"),
-    ("report", "copy_probe"),
+    ("report", "copy_probe", "text_to_image"),
 )
 CORE = {        # all that a file of the floors 1 to 3 imports, besides runtime and disk
     "consistency": {"model"},
@@ -29,7 +29,10 @@ CORE = {        # all that a file of the floors 1 to 3 imports, besides runtime 
     "dit": {"model"},
     "exchange": {"model"},
     "latent_cache": {"packing"},
+    "autoencoder": {"model"},
     "networks": {"dit", "model"},
+    "text_dit": {"dit", "model"},
+    "captions": {"data", "readers"},
     "sample": {"model", "cm_layers", "experts", "consistency", "data", "networks",
                "exchange"},
 }

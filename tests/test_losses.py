@@ -95,6 +95,11 @@ def gradient_of(value, net):
     return torch.cat([g.flatten() for g in grads if g is not None])
 
 
+def with_other(batch, y_prime):
+    """The batch with other classes y', which the network gets as they are."""
+    return batch._replace(y_prime=y_prime, y_prime_in=y_prime)
+
+
 def own_and_other(objective, batch):
     """(eps(y), eps(y')) of a batch, with their graph."""
     x_t = q_sample(batch.x_0, batch.t, batch.eps, AB)
@@ -105,7 +110,7 @@ def own_and_other(objective, batch):
 def test_cbdm_stops_gradients_as_printed(digits, gamma):
     """Of the first distance eps(y) alone is trained, of the second eps(y') alone."""
     objective, batch = setup(digits, "cbdm", rank_ratio=None, label_drop=0.0)
-    batch = batch._replace(y_prime=(batch.y + 1) % 10)
+    batch = with_other(batch, (batch.y + 1) % 10)
     pred = Predictions(objective.net, batch, q_sample(batch.x_0, batch.t, batch.eps, AB))
     got = gradient_of(cbdm(pred, batch, objective, cbdm_gamma=gamma)[1]["cb"], objective.net)
     own, other = own_and_other(objective, batch)
@@ -201,7 +206,7 @@ def kl_weights():
 def test_overlap(digits):
     objective, batch = setup(digits, "rop", rank_ratio=None, label_drop=0.5, rop_margin=0.05,
                              rop_weight=0.3)
-    batch = batch._replace(y_prime=torch.where(torch.arange(12) % 3 > 0, batch.y_prime, batch.y))
+    batch = with_other(batch, torch.where(torch.arange(12) % 3 > 0, batch.y_prime, batch.y))
     assert (batch.y_in[::3] >= 0).any() and (batch.y_in[1::3] < 0).any()
     own = predictions(objective, batch, batch.y_in)
     other = predictions(objective, batch, batch.y_prime)
@@ -219,7 +224,7 @@ def test_overlap(digits):
 
 def test_overlap_moves_an_images_own_class_alone(digits):
     objective, batch = setup(digits, "rop", rank_ratio=None, label_drop=0.0)
-    batch = batch._replace(y_prime=(batch.y + 1) % 10)
+    batch = with_other(batch, (batch.y + 1) % 10)
     pred = Predictions(objective.net, batch, q_sample(batch.x_0, batch.t, batch.eps, AB))
     _, terms = BASES["rop"].loss(pred, batch, objective, rop_margin=100.0)
     got = gradient_of(terms["overlap"], objective.net)

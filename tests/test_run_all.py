@@ -20,9 +20,9 @@ from readers import READERS
 
 TARGETS = re.findall(r"^  (\w+)\)$", (ROOT / "run_all.sh").read_text(), re.M)
 SCRIPTS = {"train.py", "evaluate.py", "classify.py", "sample.py", "report.py", "prune_probe.py",
-           "theory_sim.py", "capacity_probe.py"}
+           "theory_sim.py", "capacity_probe.py", "text_to_image.py"}
 ENVIRONMENTS = {
-    "demo": {"SCALE": "demo"},
+    "demo": {"SCALE": "demo", "DATA_DIR": "my data"},
     "paper": {"NGPU": "2", "DATA_DIR": "my data", "SEEDS": "3,5", "CLASS_ORDER": "b c,a"},
     "inat2018": {"DATASET": "inat2018", "IR": "50"},
     "budget": {"ROOT": "my own", "STEPS": "7", "FLAGS": "--ch 64 --lr 5e-4",
@@ -85,7 +85,7 @@ def parse(monkeypatch, script, args):
 
 
 def test_targets():
-    assert len(TARGETS) == 23 and len(set(TARGETS)) == 23
+    assert len(TARGETS) == 24 and len(set(TARGETS)) == 24
     assert {"table2", "tableG8", "fig4d", "gain"} <= set(TARGETS)
     head = (ROOT / "run_all.sh").read_text().split("\nset -euo")[0]
     assert set(TARGETS) <= set(head.split())
@@ -125,6 +125,34 @@ def test_a_budget_reaches_every_run(calls_of):
             assert any(word.startswith("my own/") for word in words)
 
 
+def setting_of(words):
+    """What a call of report.py says the setting is."""
+    return words[words.index("--setting") + 1]
+
+
+def test_the_table_of_texts_is_of_both_sets(tmp_path):
+    """At 256 pixels, three seeds, with and without CM, beside the paper's numbers."""
+    _, calls = record("tableG11", {"MODEL": "my SD", "CM_FLAGS": "--w-div 0.2"}, tmp_path)
+    pages = [setting_of(words) for words in calls if words[1] == "report.py"]
+    paper = json.loads((ROOT / "paper_results.json").read_text())["tables"]
+    paper = paper["tableG11"]["settings"]
+    assert pages == list(paper) == ["cub200-ir10", "flowers102-ir10"]
+    trained = [words for words in calls if words[1:3] == ["text_to_image.py", "train"]]
+    assert len(trained) == 2 * 2 * 3
+    for words in trained:
+        line = " ".join(words)
+        assert "--resolution" not in line and "--autoencoder my SD --text-encoder my SD" in line
+        assert ("--w-div 0.2" in line) == ("--cm" in words)
+    rows = [words for words in calls if words[1] == "report.py"][0]
+    names = [rows[k + 1].split("=")[0] for k, word in enumerate(rows) if word == "--row"]
+    assert names == list(paper["cub200-ir10"]["rows"])
+    env = {"DATASET": "cub200", "RESOLUTION": "64", "SEEDS": "0"}       # 64 is train.py's default
+    _, calls = record("tableG11", env, tmp_path)
+    trained = [" ".join(words) for words in calls if words[1:3] == ["text_to_image.py", "train"]]
+    assert len(trained) == 2 and all("--resolution 64" in line for line in trained)
+    assert setting_of(calls[-1]) == "cub200-ir10-64"
+
+
 @pytest.mark.parametrize("dataset", READERS)
 def test_the_sets_own_resolution_is_the_default(tmp_path, dataset):
     """RESOLUTION=64 of CelebA-HQ: the same runs, and the page with the paper's column."""
@@ -149,6 +177,9 @@ def test_a_presets_resolution_is_not_the_sets_own(tmp_path):
 REFUSED = {     # target, variables, and what the message names
     "another scale": ("table2", {"SCALE": "Paper"}, "SCALE='Paper'"),
     "demo of SD": ("table6", {"SCALE": "demo"}, "SCALE=demo"),
+    "demo of texts without a folder": ("tableG11", {"SCALE": "demo"}, "DATA_DIR"),
+    "demo of texts on digits": (
+        "tableG11", {"SCALE": "demo", "DATA_DIR": "x", "DATASET": "digits"}, "without DATASET"),
     "demo of a folder": ("table2", {"SCALE": "demo", "DATASET": "folder"}, "STEPS"),
     "no such target": ("table99", {"SCALE": "demo"}, "'table99'"),
     "a pattern for a target": ("table.", {}, "'table.'"),
