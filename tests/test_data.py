@@ -449,6 +449,14 @@ def test_a_pack_with_its_time_set_back(tmp_path):
     assert packing.read_pack(base, {}) is None
 
 
+def test_files_of_other_names_or_sizes_are_another_set(tmp_path):
+    hashes = set()
+    for name, content in (("a", "x"), ("b", "x"), ("a", "xy")):
+        (tmp_path / name).write_text(content)
+        hashes.add(packing.names_and_sizes([tmp_path / name], tmp_path))
+    assert len(hashes) == 3
+
+
 def test_the_hash_of_a_set_is_of_all_of_it():
     images, labels, names = PACKED
     hashes = {packing.content_hash(*changed) for changed in (
