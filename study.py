@@ -762,17 +762,15 @@ def make_tally_parser():
     return parser
 
 
+COMMANDS = {
+    "make": (main_make, make_parser), "serve": (main_serve, make_serve_parser),
+    "tally": (main_tally, make_tally_parser)}
+
+
 def main():
     """Make, serve or tally a study, by the first word."""
-    what = sys.argv[1] if len(sys.argv) > 1 else "--help"
-    mains = {"make": main_make, "serve": main_serve, "tally": main_tally}
-    if what in ("-h", "--help"):
-        return print(__doc__ + "\nstudy.py make --help, serve --help and tally --help list the "
-                     "flags.")
-    if what not in mains:
-        raise UserError(f"study.py {what}: say make, serve or tally first")
     runtime.refuse_processes("study.py")
-    mains[what](sys.argv[2:])
+    runtime.main_of("study.py", __doc__, COMMANDS)
 
 
 if __name__ == "__main__":

@@ -31,8 +31,8 @@ def main():
         Path(file).touch()
         raise ERRORS[how]
 
-    def second_fails(params, ema, optimizer, step, args):
-        return fail() if step else update(params, ema, optimizer, step, args)
+    def second_fails(params, ema, optimizer, step, args, scaler):
+        return fail() if step else update(params, ema, optimizer, step, args, scaler)
     if os.environ["RANK"] == rank and how == "disk":
         Image.Image.save = fail
     elif os.environ["RANK"] == rank:

@@ -8,6 +8,7 @@ import sys
 import zipfile
 import zlib
 from argparse import Namespace
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from torchvision import transforms
 
 import data
 import disk
+import packing
 import readers
 import train
 from data import (Batches, class_groups, images_of_npz, load, load_long_tailed, load_reference,
@@ -409,6 +411,69 @@ def test_a_mark_without_its_partial(tmp_path):
     again = load_folder(root, tmp_path / "packs")
     assert np.array_equal(again.images, whole.images)
     assert not list((tmp_path / "packs").glob("*.partial"))
+
+
+@pytest.mark.parametrize("shape, source", [([3, 8, 8, 3], "y"), ([4, 8, 8, 3], "x")])
+def test_another_set_does_not_go_on_with_what_was_packed(shape, source, tmp_path):
+    """A mark of the same pack, of other sources or so many images: its part is removed."""
+    pack, mark = tmp_path / "x.npy", tmp_path / "x.npy.mark"
+    partial = packing.new_partial(pack, [3, 8, 8, 3])
+    record = {"partial": partial.name, "shape": [3, 8, 8, 3], "source": "x", "done": 2}
+    disk.write_json(mark, record)
+    assert packing.packed_so_far(pack, mark, [3, 8, 8, 3], "x") == (partial, 2)
+    assert packing.packed_so_far(pack, mark, shape, source) == (None, 0)
+    assert not list(tmp_path.iterdir())
+
+
+PACKED = (np.zeros((2, 4, 4, 3), np.uint8), [0, 1], ["a", "b"])     # images, labels, class names
+
+
+def test_a_pack_counts_for_its_own_provenance_and_stamp(tmp_path):
+    base = tmp_path / "x"
+    packing.write_pack(base, *PACKED, {"split": "train"}, stamp=1)
+    assert packing.read_pack(base, {"split": "train"}, 1) is not None
+    assert packing.read_pack(base, {"split": "test"}, 1) is None
+    assert packing.read_pack(base, {"split": "train"}, 2) is None
+    with pytest.raises(AttributeError):     # killed while it is packed anew: the old JSON is gone
+        packing.write_pack(base, None, [], [], {})
+    assert packing.read_pack(base, {"split": "train"}, 1) is None
+
+
+def test_a_pack_with_its_time_set_back(tmp_path):
+    base = tmp_path / "x"
+    packing.write_pack(base, *PACKED, {})
+    path = tmp_path / "x.npy"
+    stat = path.stat()
+    np.save(path, PACKED[0] + 1)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert packing.read_pack(base, {}) is None
+
+
+def test_files_of_other_names_or_sizes_are_another_set(tmp_path):
+    hashes = set()
+    for name, content in (("a", "x"), ("b", "x"), ("a", "xy")):
+        (tmp_path / name).write_text(content)
+        hashes.add(packing.names_and_sizes([tmp_path / name], tmp_path))
+    assert len(hashes) == 3
+
+
+def test_the_hash_of_a_set_is_of_all_of_it():
+    images, labels, names = PACKED
+    hashes = {packing.content_hash(*changed) for changed in (
+        PACKED, (images + 1, labels, names), (images, [1, 0], names), (images, labels, ["a", "c"]),
+        (images.reshape(2, 2, 8, 3), labels, names))}
+    assert len(hashes) == 5
+
+
+def test_a_set_that_another_process_packs_meanwhile_is_not_packed_again(tmp_path, monkeypatch):
+    @contextmanager
+    def waited(path):
+        packing.write_pack(tmp_path / "x", *PACKED, {})
+        monkeypatch.setattr(packing, "write_pack", None)
+        yield
+    monkeypatch.setattr(packing, "lock", waited)
+    images, _ = packing.pack_once(tmp_path / "x", lambda: PACKED, {}, None, None, "x")
+    assert np.array_equal(images, PACKED[0])
 
 
 def test_a_full_disk_is_an_error_before_the_work(tmp_path, monkeypatch):

@@ -732,6 +732,7 @@ def test_whatever_moves_a_number_is_among_the_settings(where, name):
         made = {key: SimpleNamespace(**values) for key, values in parts.items()}
         made["comparison"].reference = made.pop("reference")
         made["comparison"].subject = made.pop("subject")
+        made["rt"].precision = lambda: str(made["rt"].dtype)
         return evaluate.settings_of(**made)
     assert settings(True) != settings(False)
 

@@ -11,7 +11,8 @@ from torchvision.transforms import functional as tv
 
 import disk
 import evaluate
-from features import Extractor, Features
+from features import Extractor, Features, Pretrained
+from runtime import UserError
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +64,42 @@ def test_it_is_torchvisions_network(hub, published, cpu):
     with torch.no_grad():
         assert np.allclose(extractor.batch(large)[1], published.net(x).numpy(), atol=1e-3)
     assert not extractor.net.training
+
+
+@pytest.mark.parametrize("crop", [[8], [8, 8]])
+def test_images_are_stretched_to_the_size_of_the_weights(crop):
+    """What the last Linear gets, and its logits; transforms give one number, or two."""
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 8 * 8, 2))
+    whole = Pretrained(net, SimpleNamespace(crop_size=crop, mean=[0.5] * 3, std=[0.25] * 3))
+    features, logits = whole(torch.full((1, 3, 20, 12), 255, dtype=torch.uint8))
+    assert torch.allclose(features, torch.full((1, 192), 2.0)) and logits.shape == (1, 2)
+
+
+def test_an_extractor_takes_its_share_and_what_it_was_made_for(cpu):
+    """No image is no batch; a classifier of grey images refuses colours."""
+    extractor = Extractor.__new__(Extractor)
+    extractor.rt, extractor.batch_size, extractor.channels, asked = cpu, 2, 1, []
+    extractor.batch = lambda images: (images[:, :1, 0, 0], images[:, :2, 0, 0])
+    images = np.arange(5 * 48, dtype=np.uint8).reshape(5, 4, 4, 3)
+
+    def at(rows):
+        asked.append(len(rows))
+        return images[rows]
+    features, logits = extractor.extract(at, 5, "")
+    assert np.array_equal(features, images[:, :1, 0, 0]) and logits.shape == (5, 2)
+    assert asked == [2, 2, 1]
+    extractor.rt = SimpleNamespace(world=1, rank=0, gather=lambda parts: parts)
+    assert extractor.extract(None, 0, "") == ([], [])
+    with pytest.raises(UserError, match="--features: this classifier takes grey images"):
+        extractor.check(images)
+    extractor.check(images * 0 + 3)
+
+
+def test_rows_of_features():
+    whole = Features(np.arange(6).reshape(3, 2), np.arange(3)[:, None], np.array([7, 8, 9]))
+    part = whole.take(np.array([2, 0]))
+    assert [x.tolist() for x in part] == [[[4, 5], [0, 1]], [[2], [0]], [9, 7]]
+    assert whole._replace(labels=None).take([0]).labels is None
 
 
 def test_its_distance_is_called_fd(hub, tmp_path, capsys):

@@ -303,7 +303,7 @@ def test_a_run_may_go_on_with_checkpointing_or_compiled(run_of, whole, capsys, m
     """Both are the same run; --compile runs what torch.compile returns."""
     compiled = []
 
-    def compile(module):
+    def compile(module, mode):
         compiled.append(torch._dynamo.optimize("eager")(module))
         return compiled[-1]
     monkeypatch.setattr(torch, "compile", compile)

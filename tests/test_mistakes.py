@@ -9,6 +9,7 @@ import resource
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -493,6 +494,53 @@ def test_old_flags_are_accepted(script, required, flag, value):
     for word in (flag, old):
         args = script.make_parser().parse_args([*required, f"--{word}", str(value)])
         assert getattr(args, flag.replace("-", "_")) == value
+
+
+# --------------------------------------------------------------------------------------------------
+# What disk.py calls the same, and whose it is
+
+def test_a_fingerprint_is_of_names_sizes_and_both_times(monkeypatch):
+    def fingerprint(name="a", **changed):
+        stat = {"st_size": 1, "st_mtime_ns": 2, "st_ctime_ns": 3, **changed}
+        with monkeypatch.context() as m:
+            m.setattr(os, "stat", lambda path: SimpleNamespace(**stat))
+            return disk.fingerprint([Path("/x") / name], "/x")
+    first = fingerprint()
+    assert first == fingerprint()
+    others = [fingerprint("b"), fingerprint(st_size=9), fingerprint(st_mtime_ns=9),
+              fingerprint(st_ctime_ns=9)]
+    assert len({first, *others}) == 5
+
+
+def test_only_temporaries_of_processes_that_ended_are_left_over(tmp_path):
+    mine, parents, ended = os.getpid(), os.getppid(), 9_999_999         # above any process's number
+    found = {name: disk.is_left_over(tmp_path / name) for name in (
+        f".a.{mine}.tmp", f".a.{parents}.tmp", f".a.{ended}.tmp", f"a.{ended}.tmp", ".a.tmp",
+        f".a.{ended}.tmp.npz")}
+    assert list(found.values()) == [True, False, True, False, False, False]
+    (tmp_path / f".b.{ended}.tmp").symlink_to(tmp_path)
+    assert not disk.is_left_over(tmp_path / f".b.{ended}.tmp")
+
+
+def test_a_check_before_the_work_leaves_nothing_behind(tmp_path):
+    (tmp_path / "there").mkdir()
+    for name in ("new/deeper/x.json", "there/x.json", "there/new/x.json"):
+        disk.check_writable(tmp_path / name)
+    assert [p.name for p in tmp_path.rglob("*")] == ["there"]
+
+
+def test_a_run_is_claimed_as_it_was_found(tmp_path, cpu):
+    def claim(old):
+        with disk.claim_run(tmp_path, cpu, old):
+            pass
+    other = "--out .*another process has written there meanwhile"
+    claim(None)
+    with pytest.raises(UserError, match=other):
+        claim(SimpleNamespace(sha256="of a file that is gone"))
+    (tmp_path / "ckpt.pt").write_bytes(b"x")
+    claim(SimpleNamespace(sha256=disk.sha256(tmp_path / "ckpt.pt")))
+    with pytest.raises(UserError, match=other):
+        claim(None)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -1,11 +1,10 @@
 """--plugin: a file of one's own is imported before the flags are read, in every script."""
 import importlib
-import re
 import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, TINY_FLAGS
+from conftest import ROOT, TINY_FLAGS, call
 
 import disk
 import runtime
@@ -107,12 +106,13 @@ def test_it_is_imported_before_main_and_once(tmp_path, unchanged, monkeypatch, c
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_every_script_has_the_flag(name):
+def test_every_script_has_the_flag(name, capsys):
     module = importlib.import_module(name.removesuffix(".py"))
-    parsers = [getattr(module, f) for f in dir(module)
-               if re.fullmatch("make(_train|_sample)?_parser", f)]
-    assert all("--plugin" in parser().format_help() for parser in parsers)
-    assert parsers or "parser = Parser(__doc__)" in (ROOT / name).read_text()
+    commands = getattr(module, "COMMANDS", {}) or {"": None}
+    for command in commands:
+        with pytest.raises(SystemExit):
+            call(module.main, *[command] * bool(command), "--help")
+        assert "--plugin" in capsys.readouterr().out, command
 
 
 @pytest.mark.parametrize("name, says", [

@@ -85,6 +85,9 @@ def test_settings_of_the_default_command():
     args = parser.parse_args(["--ckpt", "ckpt.pt", "--sampler", "dpm", "--no-clip"])
     changed = {"sampler": "dpm", "steps": 15, "clip": False, "order": 3}
     assert sample.sampling_settings(args, "diffusion") == {**settings, **changed}
+    assert sample.DEFAULTS["latent"] == {"sampler": "ddim", "guidance": 1.5, "clip": False}
+    assert sample.DEFAULTS["consistency"] == {"sampler": "consistency", "guidance": 0.0,
+                                              "clip": False}
     assert sample.STEPS == {"ddim": 50, "ddpm": 1000, "dpm": 15, "dpm++": 15, "consistency": 2}
 
 

@@ -504,8 +504,9 @@ def test_tally_refuses_missing_files_and_keys(tallied, capsys, tmp_path):
 
 def test_the_first_word(capsys):
     call(study.main)
-    assert "make --help" in capsys.readouterr().out
-    refuses(capsys, study.main, "count", says=["study.py count", "make, serve or tally"])
+    text = capsys.readouterr().out
+    assert "--num-real" in text and "--port" in text and "--min-catch" in text
+    refuses(capsys, study.main, "count", says=["study.py count", "make, serve, tally"])
 
 
 # --------------------------------------------------------------------------------------------------

@@ -297,7 +297,7 @@ def test_the_unbounded_divergence_runs_away(tmp_path, data_dir, capsys):
 
 def test_a_compiler_that_is_missing(tmp_path, data_dir, monkeypatch, capsys):
     """--compile where nothing compiles: a warning, also in the log, and the same training."""
-    def broken(module):
+    def broken(module, mode):
         def call(*_):
             raise RuntimeError("no C++ compiler found")
         return call
