@@ -4,6 +4,7 @@ Corrections: (D.3) is printed as x_t / sqrt(a_t) - x_ref, here (x_t - sqrt(ab) x
 ab). Algorithm C.1 is printed with sqrt(a_t) x + (1 - a_t) eps, here sqrt(ab) x_0 + sqrt(1 - ab)
 eps. Eq. (2)'s divergence is printed without a bound.
 """
+import argparse
 import inspect
 import json
 import math
@@ -20,8 +21,8 @@ from torch import nn
 
 from cm_layers import general_only, reserved
 from data import to_float
-from losses import (BASES, FLAGS, CMConfig, Objective, Predictions, bind, cbdm, choose,
-                    class_weights, cm_terms, draw_batch, oc_target, options_of)
+from losses import (BASES, FLAGS, CMConfig, Objective, Predictions, add_cm_flags, bind, cbdm,
+                    choose, class_weights, cm_terms, draw_batch, oc_target, options_of)
 from model import distance, make_alphas_bar, q_sample
 from runtime import generator
 
@@ -268,8 +269,8 @@ def test_cm_terms_and_total(digits, bound):
     objective, batch = setup(digits, cm=cm, label_drop=0.5)
     assert (batch.y_in < 0).any()                   # and yet the true class weighs
     for _, _, part in reserved(objective.net.decoder):
-        for k, p in enumerate((part.A, part.B)):            # so that L_CM counts beside L_base
-            nn.init.normal_(p, generator=torch.Generator().manual_seed(k))
+        for k, p in enumerate((part.B, part.A)):            # so that L_CM counts beside L_base
+            nn.init.normal_(p, generator=torch.Generator().manual_seed(1 + k))
     full = predictions(objective, batch, batch.y_in)
     with general_only(objective.net.decoder):
         D = mse(full, predictions(objective, batch, batch.y_in))
@@ -412,6 +413,9 @@ def test_half_an_image_is_rounded_to_the_nearest():
 
 def test_defaults_of_the_objective():
     assert CMConfig() == CMConfig(1.0, 1.0, 1.0, 0.01, False, 1.0)
+    parser = argparse.ArgumentParser()
+    add_cm_flags(parser)
+    assert CMConfig.of(parser.parse_args([])) == CMConfig()
     defaults = {name: p.default for name, p in inspect.signature(Objective).parameters.items()}
     assert (defaults["label_drop"], defaults["ada"], defaults["y_prime"]) == (0.1, 0.0, "uniform")
 
