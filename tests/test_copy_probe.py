@@ -14,7 +14,7 @@ import train
 def test_copies_on_a_line():
     """Training points 0, 1 and 10: their nearest others are 1, 1 and 9 away."""
     train_points = torch.tensor([[0.0], [1.0], [10.0]]).double()
-    points = torch.tensor([[-0.9], [-1.1], [1.5], [5.6], [18.9], [19.1]]).double()
+    points = torch.tensor([[-0.9], [-1.0], [1.5], [5.6], [18.9], [19.1]]).double()
     is_copy, index = copy_probe.copies(points, train_points)
     assert index.tolist() == [0, 0, 1, 2, 2, 2]
     assert is_copy.tolist() == [True, False, True, True, True, False]

@@ -91,6 +91,17 @@ def test_settings_of_the_default_command():
     assert sample.STEPS == {"ddim": 50, "ddpm": 1000, "dpm": 15, "dpm++": 15, "consistency": 2}
 
 
+@pytest.mark.parametrize("kind, flags, says", [
+    ("latent", ["--clip"], "--clip: not for a latent model"),
+    ("consistency", ["--clip"], "--clip: not for a consistency model"),
+    ("diffusion", ["--sampler", "dpm", "--steps", "1000"], "--steps 1000"),
+    ("consistency", ["--steps", "40"], "--steps 40")])
+def test_settings_that_no_sampler_has_are_refused_before_the_work(kind, flags, says):
+    args = sample.make_parser().parse_args(["--ckpt", "ckpt.pt", *flags])
+    with pytest.raises(UserError, match=says):
+        sample.sampling_settings(args, kind)
+
+
 def test_the_noise_of_eta_is_equation_16s():
     """Song et al.: sigma^2 = eta^2 (1 - ab_next) / (1 - ab) (1 - ab / ab_next), on a wide step."""
     x = torch.ones(1, dtype=torch.float64)
