@@ -417,7 +417,7 @@ def test_a_mark_without_its_partial(tmp_path):
 def test_another_set_does_not_go_on_with_what_was_packed(shape, source, tmp_path):
     """A mark of the same pack, of other sources or so many images: its part is removed."""
     pack, mark = tmp_path / "x.npy", tmp_path / "x.npy.mark"
-    partial = packing.new_partial(pack, [3, 8, 8, 3])
+    partial = packing.new_partial(pack, [3, 8, 8, 3], np.uint8)
     record = {"partial": partial.name, "shape": [3, 8, 8, 3], "source": "x", "done": 2}
     disk.write_json(mark, record)
     assert packing.packed_so_far(pack, mark, [3, 8, 8, 3], "x") == (partial, 2)
