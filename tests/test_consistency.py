@@ -146,6 +146,7 @@ def test_pairs_are_drawn_by_noise_level(step, N, kind):
     grid, probability, weights = intervals_of(N, kind)
     g = torch.Generator().manual_seed(step)
     t, below, weight = consistency.draw_pairs(AB, 20_000, step, g, ct_double=100, ct_grid=kind)
+    assert weight.dtype == torch.float32
     assert set(zip(t.tolist(), below.tolist())) <= set(zip(grid[1:], grid[:-1]))
     intervals = np.searchsorted(grid, below.numpy())
     np.testing.assert_allclose(weight.numpy(), weights[intervals], rtol=1e-5)

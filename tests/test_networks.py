@@ -100,6 +100,12 @@ def test_an_untrained_network_predicts_zero_and_its_blocks_do_nothing():
     assert not any("positions" in key for key in net.state_dict())
 
 
+@pytest.mark.parametrize("ch", [6, 96, 100])
+def test_widths_that_a_block_does_not_have(ch):
+    with pytest.raises(ValueError, match=f"--ch {ch} has no heads of 64"):
+        DiT(**{**SMALL, "ch": ch})
+
+
 def test_the_vector_of_augmentation_reaches_the_network():
     net = randomize(DiT(**SMALL, augment_dim=4), scale=0.2)
     x_t, t, y = inputs()
