@@ -210,6 +210,7 @@ class Inception(nn.Module):
         self.fc = nn.Linear(2048, 1008)
 
     def forward(self, images):
+        """Images (N, 3, H, W) in 0 ... 255 -> features (N, 2048) and logits (N, 1008)."""
         x = (resize(images.float()) - 128) / 128            # (N, 3, 299, 299)
         x = x.contiguous(memory_format=torch.channels_last)
         x = self.Conv2d_1a_3x3(x)

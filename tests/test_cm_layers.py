@@ -255,9 +255,11 @@ def test_recurrent_layers_are_named():
 
 
 def test_layers_that_where_leaves_out_are_not_named():
+    net = recurrent()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        reserve(recurrent(), where=lambda name, layer: name == "head")
+        reserve(net, where=lambda name, layer: name == "head")
+    assert parametrize.is_parametrized(net["head"])
 
 
 @pytest.mark.parametrize("hook", [

@@ -612,6 +612,8 @@ def test_the_pipeline_is_a_model_to_train_on(wide, tmp_path, pictures):
     call(latent.main, "export", "--ckpt", wide, "--pipeline", tmp_path / "sd")
     call(latent.main, "train", *FLAGS, *CM_RANK, "--model", tmp_path / "sd", "--epochs", 1,
          "--data-dir", pictures, "--pack-dir", tmp_path / "p", "--out", tmp_path / "run")
+    ckpt = disk.load(tmp_path / "run/ckpt.pt", ["latent"])
+    assert ckpt["step"] > 0 and ckpt["config"]["model"] == str(tmp_path / "sd")
 
 
 def test_an_export_replaces_its_like_only(wide, plain, tmp_path, capsys):
