@@ -767,7 +767,7 @@ def main_sample(argv):
     args = make_sample_parser().parse_args(argv)
     ckpt = disk.load(args.ckpt, ["latent"])
     names = ckpt["data"]["class_names"]
-    classes = chosen_classes(args, names)
+    classes = chosen_classes(args, ckpt["data"])
     rt = runtime.setup(args.device, dtype_of(args, ckpt))
     settings = sampling_settings(args, "latent")
     out = samples_folder(args)

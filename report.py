@@ -2,13 +2,12 @@
 
     python report.py --out out/demo/report.md --row DDPM=out/demo/ddpm/samples/eval.json \\
         --row CM=... --pair out/demo/cm/samples-general/samples.npz out/demo/cm/samples/samples.npz
-    python report.py --grid DDPM=A/samples.npz --grid CM=B/samples.npz --out grid.png
     python report.py --paper table2 --setting cifar100-ir100 \\
         --row "CM=out/paper/cm-seed*/eval.json" --row ...
 
-Without --paper the rows must have been measured with a classifier and --floor, as in the demo.
---pair shows samples of theta_g and of theta from the same noise, side by side (Fig. G.4). --grid
-makes a picture only: training images, and beside them each method's samples.
+Rows that were measured with a classifier and --floor, one result each, become the demo's table,
+which has accuracies and the floor. --pair shows samples of theta_g and of theta from the same
+noise, side by side (Fig. G.4). For pictures alone see figures.py.
 
 --paper makes one of the paper's tables. Each number is the mean ± standard deviation over a row's
 files (one per seed), with the paper's number beside it (paper_results.json). The best is in bold,
@@ -21,15 +20,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
 from scipy import stats
 
 import disk
+import figures
 import runtime
-from data import read_samples, training_images
+from data import read_samples
 from page import escaped, from_markdown, html, markdown_table, part
-from runtime import Parser, UserError, refuse_unused, run
-from sample import KINDS, clipped, grid_image, ten_classes
+from runtime import Parser, UserError, run
+from sample import clipped
 
 PAPER = Path(__file__).with_name("paper_results.json")
 HIGHER_IS_BETTER = {"recall", "precision", "is", "accuracy"}
@@ -459,36 +458,70 @@ def notes_of(rows, paper):
     return " ".join(notes)
 
 
-def paper_page(args, rows):
-    """Write the page of one of the paper's tables; returns its table."""
+class Table(NamedTuple):
+    """What a table page shows."""
+    title: str
+    setting: str            # "" without --paper
+    columns: list[str]
+    paper: dict | None      # the paper's numbers in this setting
+
+
+def paper_table_of(args):
+    """The Table that --paper and --setting name. Raises UserError."""
     tables = disk.read_json(PAPER)["tables"]
     if args.paper not in tables:
         raise UserError(f"--paper {args.paper}: choose one of {', '.join(tables)}")
+    table = tables[args.paper]
+    setting = args.setting or "demo"
+    return Table(table["title"], setting, columns_of(table, setting),
+                 table["settings"].get(setting))
+
+
+def own_table_of(rows):
+    """The Table of rows without --paper: all that the first row's first file has."""
+    first = rows[0][1][0]
+    known = ("fid", "kid", "is", "recall", "precision", "accuracy")
+    metrics = [metric for metric in known if value_of(first, metric) is not None]
+    if not metrics:
+        raise UserError(f"--row {rows[0][0]}: its file has no metric; run evaluate.py again")
+    columns = [f"{group} {metric}" for metric in metrics[:1] for group in first["groups"]]
+    return Table("Results", "", columns + metrics, None)
+
+
+def refuse_one_name_twice(rows):
+    """Raise UserError where two rows have the same name."""
     names = [name for name, _ in rows]
     if len(set(names)) < len(names):
         raise UserError(f"--row: two rows are called {max(names, key=names.count)}; "
                         "give each a name of its own")
-    table = tables[args.paper]
-    setting = args.setting or "demo"
-    paper = table["settings"].get(setting)
-    columns = columns_of(table, setting)
+
+
+def table_page(args, rows):
+    """Write the page of one of the paper's tables, or of rows of your own; returns its table."""
+    refuse_one_name_twice(rows)
+    table = paper_table_of(args) if args.paper else own_table_of(rows)
+    title = ": ".join(filter(None, [table.title, table.setting]))
     page = Path(args.out)
 
-    text = paper_table(rows, columns, paper)
-    differences = paired_differences(rows, columns)
+    text = paper_table(rows, table.columns, table.paper)
+    differences = paired_differences(rows, table.columns)
     if differences:
         text += "\n\n" + differences
-    paper_figure(rows, columns, paper, f"{table['title']}, {disk.in_figure(setting)}", page)
+    paper_figure(rows, table.columns, table.paper, disk.in_figure(title.replace(": ", ", ")), page)
+    note = (table.paper or {}).get("note")
     parts = [
-        f"# {table['title']}: {setting}\n",
-        notes_of(rows, paper) + "\n",
+        f"# {title}\n",
+        notes_of(rows, table.paper) + "\n",
         text + "\n",
-        *([paper["note"] + "\n"] if paper and "note" in paper else []),
+        *([note + "\n"] if note else []),
         f"![the table as bars]({page.stem}.png)\n",
+        *pair_part(args.pair, page.with_name(f"{page.stem}-theta_g_theta.png")),
+        *sample_pages([(name, results[0]) for name, results in rows], page.parent,
+                      f"{page.stem}-samples"),
         "## The first seed's commands\n",
         f"```bash\n{commands_of(rows)}\n```\n",
     ]
-    write_page(page, "\n".join(parts), table["title"], rows)
+    write_page(page, "\n".join(parts), table.title, rows)
     return text
 
 
@@ -557,8 +590,9 @@ def demo_table(rows):
 
 
 def guidance_strengths(rows):
-    """The different guidance strengths of the demo's rows."""
-    return sorted({result["settings"]["guidance"] for _, result in rows})
+    """The different guidance strengths of rows, (name, result) of each, that have one."""
+    return sorted({result["settings"]["guidance"] for _, result in rows
+                   if "guidance" in result["settings"]})
 
 
 def draw_groups(ax, rows, floors):
@@ -614,81 +648,11 @@ def side_by_side(general, full, path, columns=6):
         raise UserError("--pair: "
                         "the two files were not sampled with the same settings and noise")
     data = record_g["data"]
-    known = data["class_names"], data.get("class_counts")
     guidance = f"guidance {settings['guidance']:g}" if "guidance" in settings else "same settings"
-    titled = [
-        (f"theta_g alone, {guidance}", grid_image(images_g, labels_g, *known, columns=columns)),
-        ("theta = theta_g + BA, the same noise",
-         grid_image(images, labels, *known, columns=columns)),
-    ]
-
-    disk.write_png(path, in_a_row(titled))
-
-
-def in_a_row(titled, first_left=0):
-    """One picture of several (title, picture), side by side, each below its title.
-
-    first_left: from which pixel column on the first title stands.
-    """
-    title_height = 30
-    gap = 24
-    font = ImageFont.load_default(15)
-    width = sum(picture.width for _, picture in titled) + gap * (len(titled) - 1)
-    page = Image.new("RGB", (width, titled[0][1].height + title_height), "white")
-    pen = ImageDraw.Draw(page)
-    x = 0
-    for title, picture in titled:
-        page.paste(picture, (x, title_height))
-        left = x if x else first_left
-        pen.text((left, title_height // 2), title, fill="black", anchor="lm", font=font)
-        x += picture.width + gap
-    return page
-
-
-class Samples(NamedTuple):
-    """Images of one column of a picture of samples: uint8 (N, H, W, 1 or 3), labels (N,)."""
-    title: str
-    images: np.ndarray
-    labels: np.ndarray
-
-
-def write_columns(columns, class_names, counts, path, across=4):
-    """Write a PNG of several Samples side by side: a row per class, its name once, at the left.
-
-    At most ten rows, of classes that each of them has; across: images per row of each.
-    """
-    common = sorted(set.intersection(*(set(c.labels.tolist()) for c in columns)))
-    classes = [common[i] for i in ten_classes(len(common))]
-    titled = []
-    for column in columns:
-        picture = grid_image(column.images, column.labels, class_names, counts, classes, across)
-        cell = picture.height // len(classes)
-        left = picture.width - across * cell            # of the images; before it are the names
-        if titled:
-            picture = picture.crop((left, 0, *picture.size))
-        titled.append((column.title, picture))
-    disk.write_png(path, in_a_row(titled, left))
-
-
-def real_and_sampled(args):
-    """Write the picture that --grid asks for: training images, then each method's samples."""
-    if Path(args.out).suffix != ".png":
-        raise UserError(f"--out {args.out}: --grid makes a picture; name a .png file")
-    columns = []
-    for text in args.grid:
-        name, _, file = text.rpartition("=")
-        images, labels, record = read_samples(file, "--grid")
-        if not name or labels is None or "data" not in record:
-            raise UserError(f"--grid {text}: give NAME=FILE, with a samples.npz of sample.py")
-        columns.append(Samples(name, images, labels))
-        ckpt = disk.load(record["settings"]["ckpt"], KINDS, "--grid")
-        if len(columns) == 1:
-            first = ckpt["data"]
-        if ckpt["data"] != first:
-            raise UserError(f"--grid {text}: trained on other images than {args.grid[0]}")
-    real = training_images(ckpt, args.data_dir)
-    columns.insert(0, Samples("training images", real.images, real.labels))
-    write_columns(columns, first["class_names"], first["class_counts"], args.out)
+    columns_of_picture = [figures.Samples(f"theta_g alone, {guidance}", images_g, labels_g),
+                          figures.Samples("theta = theta_g + BA, the same noise", images, labels)]
+    figures.write(columns_of_picture, data["class_names"], data.get("class_counts"), path,
+                  across=columns)
 
 
 def samples_of(name, result):
@@ -711,54 +675,59 @@ def samples_of(name, result):
     images, labels, record = read_samples(npz, "--row")
     if labels is None or "data" not in record:
         return None
-    return Samples(" ".join(name.split()), images, labels), record["data"]
+    return figures.Samples(" ".join(name.split()), images, labels), record["data"]
 
 
-def sample_pages(rows, folder):
+def pair_part(pair, path):
+    """The page's part with --pair's picture, which is written to `path`; none without --pair."""
+    if not pair:
+        return []
+    side_by_side(*pair, path)
+    return ["## Samples of theta_g and of theta from the same noise\n\n"
+            f"![theta_g and theta]({path.name})\n"]
+
+
+def sample_pages(rows, folder, stem="samples"):
     """A picture for each guidance strength, methods side by side; the page's parts that show them.
 
-    Methods of other classes or another size than the first one's are left out.
+    rows: (name, result) of each. Methods of other classes or another size than the first one's are
+    left out.
     """
     parts = []
     for strength in guidance_strengths(rows):
-        found = [samples_of(name, r) for name, r in rows if r["settings"]["guidance"] == strength]
+        found = [samples_of(name, r) for name, r in rows
+                 if r["settings"].get("guidance") == strength]
         found = [pair for pair in found if pair]
         if not found:
             continue
         first, data = found[0]
         columns = [s for s, d in found if d["class_names"] == data["class_names"]
                    and s.images.shape[1:] == first.images.shape[1:]]
-        file = f"samples-{strength:g}.png"
-        write_columns(columns, data["class_names"], data.get("class_counts"), folder / file)
+        file = f"{stem}-{strength:g}.png"
+        figures.write(columns, data["class_names"], data.get("class_counts"), folder / file)
         parts.append(f"## Samples, guidance {strength:g}\n\n![one class per row]({file})\n")
     return parts
 
 
-def refuse_rows_without_demo_numbers(rows):
-    """Raise UserError where the demo's table or figure cannot be made from a row."""
-    groups = rows[0][1]["groups"].keys()
-    for name, result in rows:
+def has_demo_numbers(rows):
+    """Whether the demo's table and figure can be made: one result a row, with all their numbers."""
+    groups = rows[0][1][0]["groups"].keys()
+
+    def has_them(result):
         parts = [result, *result["groups"].values()]
-        if not all("floor" in part and "fd" in part for part in parts):
-            raise UserError(f"--row {name}: a page without --paper needs numbers "
-                            "that evaluate.py made with a classifier and --floor")
-        if "guidance" not in result["settings"] or not all("accuracy" in p for p in parts):
-            raise UserError(f"--row {name}: a page without --paper is for images of sample.py, "
-                            "in features of a classifier of their classes")
-        if not groups or result["groups"].keys() != groups:
-            raise UserError(f"--row {name}: a page without --paper shows groups, and those of "
-                            "this row are none, or others than the first row's")
+        return ("guidance" in result["settings"] and result["groups"].keys() == groups
+                and all({"floor", "fd", "accuracy"} <= part.keys() for part in parts))
+    return bool(groups) and all(len(results) == 1 and has_them(results[0]) for _, results in rows)
 
 
-def demo_page(args, rows):
-    """Write the demo's page, of each row's first result; returns its table."""
-    given = [(name, results[:1]) for name, results in rows]
-    rows = [(name, results[0]) for name, results in rows]
-    refuse_rows_without_demo_numbers(rows)
+def demo_page(args, given):
+    """Write the demo's page; returns its table."""
+    rows = [(name, results[0]) for name, results in given]
     page = Path(args.out)
     folder = page.parent
     table = demo_table(rows)
     one_guidance = len(guidance_strengths(rows)) == 1
+    demo_figure(rows, folder / "groups.png")
     parts = [
         "# Samples per group\n",
         conditions_of(rows, with_guidance=one_guidance) + "\n",
@@ -769,13 +738,9 @@ def demo_page(args, rows):
         "Accuracy is the share of samples "
         "that the classifier takes for the class asked for.\n",
         "![FD per group](groups.png)\n",
+        *pair_part(args.pair, folder / "theta_g_theta.png"),
+        *sample_pages(rows, folder),
     ]
-    if args.pair:
-        side_by_side(*args.pair, folder / "theta_g_theta.png")
-        parts.append("## Samples of theta_g and of theta from the same noise\n\n"
-                     "![theta_g and theta](theta_g_theta.png)\n")
-    demo_figure(rows, folder / "groups.png")
-    parts += sample_pages(rows, folder)
     write_page(page, "\n".join(parts), "Samples per group", given)
     return table
 
@@ -785,14 +750,8 @@ def demo_page(args, rows):
 def make_parser():
     """The flags."""
     parser = Parser(__doc__)
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--row", action="append", metavar="NAME=FILE",
-                      help="a row of the table; repeatable")
-    what.add_argument("--grid", action="append", metavar="NAME=FILE",
-                      help="no table but a picture: training images, and beside them the images of "
-                      "this samples.npz; repeatable")
-    parser.add_argument("--data-dir", help="of --grid: where the data set is (default: the "
-                        "checkpoint's)")
+    parser.add_argument("--row", action="append", required=True, metavar="NAME=FILE",
+                        help="a row of the table; repeatable")
     parser.add_argument("--pair", nargs=2, metavar=("GENERAL", "FULL"),
                         help="samples.npz of theta_g and of theta")
     parser.add_argument("--paper", metavar="TABLE",
@@ -818,21 +777,18 @@ def main():
     parser = make_parser()
     args = parser.parse_args()
     runtime.refuse_processes("report.py")
-    if args.grid:
-        refuse_unused(parser.given, {name: "belongs to --row, and --grid makes no table"
-                                     for name in ("pair", "paper", "setting")})
-        real_and_sampled(args)
-        return print(f"wrote {args.out}")
-    refuse_unused(parser.given, {"data_dir": "belongs to --grid, and --row reads no data set"})
     rows = [read_row(text) for text in args.row]
     refuse_other_conditions(rows)
+    if args.setting and not args.paper:
+        raise UserError("--setting: belongs to --paper; leave it out")
     if Path(args.out).suffix.lower() in (".png", ".pdf", ".html"):
         raise UserError(f"--out {args.out}: what goes beside the page has such names; name a .md "
                         "file")
     for path in (Path(args.out), Path(args.out).with_suffix(".html")):
         disk.check_writable(path)
         disk.refuse_overwriting(path, is_page, "--out", "a page")
-    table = paper_page(args, rows) if args.paper else demo_page(args, rows)
+    is_demo = not args.paper and has_demo_numbers(rows)
+    table = demo_page(args, rows) if is_demo else table_page(args, rows)
     print(f"{table}\nwrote {Path(args.out)}, {Path(args.out).with_suffix('.html').name}")
 
 

@@ -11,7 +11,7 @@
 # Targets:
 #   tables     table1 table2 table3 table4 table5 table6 table7
 #              tableE2 tableG8 tableG9 tableG10 tableG11 tableG12 tableG13
-#   figures    fig1b fig4a fig4b fig4c fig4d
+#   figures    fig1b fig4a fig4b fig4c fig4d figures (1(a), 3, G.4 to G.12: samples)
 #   others     theory allocation dominance gain pictures
 # They share their runs, which are in out/paper.
 #
@@ -277,7 +277,7 @@ RUNS=$ROOT/$SETTING
 # Some targets look at one network of each kind
 FIRST_SEED=${SEEDS%%,*}
 case $TARGET in
-  fig1b | dominance | allocation | pictures) SEEDS=$FIRST_SEED ;;
+  fig1b | dominance | allocation | pictures | figures) SEEDS=$FIRST_SEED ;;
 esac
 
 DATA=(
@@ -291,7 +291,8 @@ DATA=(
 # --------------------------------------------------------------------------------------------------
 # The paper's tables: how runs become rows, and rows become a page
 
-ROWS=()
+ROWS=()                         # of a page: report.py's flags
+SHOWN=()                        # of a picture: figures.py's flags
 
 # launch SCRIPT [flags]: start a script on one GPU, or on several
 launch() {
@@ -428,6 +429,21 @@ text() {
     sampled text_to_image.py "$folder"
   done
   add_row "$name" "$RUNS/text-$run-seed" /samples/eval.json
+}
+
+# show NAME RUN FOLDER [flags of sample.py]: sample the first seed of a run: a column of a picture
+show() {
+  local name=$1 folder=$RUNS/$2-seed$FIRST_SEED samples=$RUNS/$2-seed$FIRST_SEED/$3
+  shift 3
+  launch sample.py --ckpt "$folder/ckpt.pt" "$@" --out "$samples" --if-needed
+  SHOWN+=(--column "$name=$samples/samples.npz")
+}
+
+# figure FILE [flags of figures.py]: the picture of the columns so far, as PNG and PDF
+figure() {
+  local file=$PAGES/$1.png flags=("${@:2}")
+  python figures.py "${SHOWN[@]}" --data-dir "$DATA_DIR" ${flags[@]+"${flags[@]}"} --out "$file"
+  SHOWN=()
 }
 
 # page TABLE [FILE]: the page of one of the tables in paper_results.json, from the rows so far
@@ -683,11 +699,32 @@ case $TARGET in
   pictures)
     train ddpm $FIRST_SEED --base ddpm --no-cm
     train cm-ddpm $FIRST_SEED --base ddpm --cm
-    for RUN in ddpm cm-ddpm; do
-      launch sample.py --ckpt "$RUNS/$RUN-seed$FIRST_SEED/ckpt.pt" --num "${NUM:-400}" --if-needed
-    done
-    python report.py --grid "DDPM=$RUNS/ddpm-seed$FIRST_SEED/samples/samples.npz" \
-      --grid "CM on DDPM=$RUNS/cm-ddpm-seed$FIRST_SEED/samples/samples.npz" \
-      --data-dir "$DATA_DIR" --out "$PAGES/pictures/$SETTING.png"
+    show DDPM ddpm samples --num "${NUM:-400}"
+    show "CM on DDPM" cm-ddpm samples --num "${NUM:-400}"
+    figure pictures/$SETTING
+    ;;
+
+  # Figures 1(a), 3 and G.4 to G.12: classes in rows, methods in columns, from the same noise
+  figures)
+    train ddpm $FIRST_SEED --base ddpm --no-cm
+    train cbdm $FIRST_SEED --base cbdm --no-cm
+    train oc $FIRST_SEED --base oc --no-cm
+    train cm $FIRST_SEED --base oc --cm
+    ROWS_OF=(--num "${NUM:-400}" ${CLASSES:+--classes "$CLASSES"})
+    show DDPM ddpm figures/classes "${ROWS_OF[@]}"
+    show CBDM cbdm figures/classes "${ROWS_OF[@]}"
+    show OC oc figures/classes "${ROWS_OF[@]}"
+    show CM cm figures/classes "${ROWS_OF[@]}"
+    figure figures/$SETTING/methods ${CLASSES:+--classes "$CLASSES"}
+
+    # What theta_g lacks (Fig. G.4)
+    show "theta_g alone" cm figures/classes-general --branch general "${ROWS_OF[@]}"
+    show "theta = theta_g + BA" cm figures/classes "${ROWS_OF[@]}"
+    figure figures/$SETTING/theta_g --across 6 ${CLASSES:+--classes "$CLASSES"}
+
+    # How different the images of one rare class are (Fig. 3, G.5)
+    show DDPM ddpm figures/tail --classes "${TAIL:-rarest}" --num 25
+    show CM cm figures/tail --classes "${TAIL:-rarest}" --num 25
+    figure figures/$SETTING/tail --across 5 --down 5
     ;;
 esac

@@ -30,7 +30,7 @@ import disk
 import exchange
 import runtime
 from cm_layers import merge, reserve
-from data import class_groups, resolve_classes, to_rgb, to_uint8
+from data import by_size, class_groups, resolve_classes, to_rgb, to_uint8
 from experts import add_group_experts
 from model import make_alphas_bar
 from networks import build
@@ -756,14 +756,23 @@ def make_parser():
 def add_image_flags(parser):
     """--classes and --num, the same for latent.py."""
     parser.add_argument("--classes",
-                        help="numbers, ranges or names: 6-9 or 0,3,cat (default: all)")
+                        help="numbers, ranges or names: 6-9 or 0,3,cat; or rarest, the smallest "
+                        "one of the training set (default: all)")
     parser.add_argument("--num", type=integer(1, 10_000_000), default=100,
                         help="images, over all classes (default: 100)")
 
 
-def chosen_classes(args, names):
-    """The class numbers that --classes asks for, of these class names. Raises UserError."""
-    return list(range(len(names))) if args.classes is None else resolve_classes(args.classes, names)
+def chosen_classes(args, data):
+    """The class numbers that --classes asks for, of a checkpoint's data. Raises UserError."""
+    names = data["class_names"]
+    if args.classes is None:
+        return list(range(len(names)))
+    if args.classes == "rarest" and "rarest" not in names:
+        if data.get("class_counts") is None:
+            raise UserError("--classes rarest: this checkpoint does not say how many images each "
+                            "class had; name the class")
+        return [names.index(by_size(data)[-1])]
+    return resolve_classes(args.classes, names)
 
 
 def labels_in_turn(classes, num):
@@ -809,7 +818,7 @@ def main():
     refuse_unused(parser.given, {"format": "belongs to --export"})
     ckpt = disk.load(args.ckpt, KINDS)
     names = ckpt["data"]["class_names"]
-    classes = chosen_classes(args, names)
+    classes = chosen_classes(args, ckpt["data"])
     settings = sampling_settings(args, ckpt["kind"])
     out = samples_folder(args)
     rt = runtime.setup(args.device, dtype_of(args, ckpt))

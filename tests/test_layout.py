@@ -15,7 +15,7 @@ FLOORS = (      # from the ground up: a file imports files of lower floors, runt
     ("consistency", "experts", "data", "dit", "exchange", "latent_cache", "autoencoder"),
     ("networks", "text_dit", "captions"),
     ("losses", "sample"),
-    ("classify",),
+    ("classify", "figures"),
     ("features",),
     ("train",),
     ("evaluate", "prune_probe", "capacity_probe", "latent", "bench", "peers", "study"),

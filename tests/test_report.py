@@ -291,18 +291,34 @@ def test_labels_of_bars_have_no_exponent():
     assert [text.get_text() for text in ax.texts] == ["13156", "1000", "9.1"]
 
 
-def test_demo_page_refuses_images_of_others(tmp_path, capsys):
-    result = demo_result(9.0)
-    del result["settings"]["guidance"]
-    disk.write_json(tmp_path / "short.json", result)
-    refuses(capsys, report.main, "--row", f"short={tmp_path}/short.json",
-            "--out", tmp_path / "p.md", says=["--row short", "sample.py"])
+def test_rows_without_the_demos_numbers_have_a_table_of_what_they_have(tmp_path):
+    """FID, images of another program, several seeds: all their columns, no paper's."""
+    row, = write_rows(tmp_path, CM=fake_result(9, 0))
+    call(report.main, "--row", row, "--out", tmp_path / "p.md")
+    page = (tmp_path / "p.md").read_text()
+    assert page.startswith("# Results\n") and "paper" not in page.lower()
+    assert "|  | seeds | Many FID | Medium FID | Few FID | FID | KID | IS | recall |\n" in page
+    assert "\n| CM | 1 | 12.000 | 13.000 | 14.000 | 9.000 | 0.0090 | 9.00 | 0.50 |\n" in page
+    others = demo_result(9.0)
+    del others["settings"]["guidance"], others["settings"]["sampler"]
+    row, = write_rows(tmp_path, other=others)
+    call(report.main, "--row", row, "--out", tmp_path / "p.md")
+    assert "| other | 1 | 9.000 | 9.000 | 9.000 | 9.000 |" in (tmp_path / "p.md").read_text()
+    for seed, fd in enumerate((8.0, 9.0)):
+        result = demo_result(fd)
+        result["settings"]["command"] = f"python train.py --seed {seed}"
+        disk.write_json(tmp_path / f"seed{seed}.json", result)
+    call(report.main, "--row", f"CM={tmp_path}/seed?.json", "--out", tmp_path / "p.md")
+    assert "| CM | 2 | 8.500 ± 0.707 |" in (tmp_path / "p.md").read_text()
 
 
-def test_demo_page_refuses_fid(tmp_path, capsys):
-    disk.write_json(tmp_path / "short.json", fake_result(9, 0))
-    refuses(capsys, report.main, "--row", f"short={tmp_path}/short.json",
-            "--out", tmp_path / "p.md", says=["--row", "--floor"])
+@pytest.mark.parametrize("change, flags, says", [
+    ({}, ["--setting", "cifar100-ir100"], "--setting"), ({"fid": None}, [], "no metric")])
+def test_a_table_of_ones_own_refuses(tmp_path, capsys, change, flags, says):
+    keys = "fid", "kid", "recall", "is"
+    result = {k: v for k, v in fake_result(9, 0).items() if not (change and k in keys)}
+    row, = write_rows(tmp_path, CM=result)
+    refuses(capsys, report.main, "--row", row, *flags, "--out", tmp_path / "p.md", says=[says])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -464,23 +480,7 @@ def test_grids_of_other_samples_than_those_measured(tmp_path, capsys, monkeypatc
     assert "samples-" not in (tmp_path / "page/p.md").read_text()
 
 
-def test_methods_side_by_side(tmp_path):
-    """Class names once, at the left; only classes that all have; four images each."""
-    images = np.full((40, 8, 8, 3), 90, np.uint8)
-    labels = np.arange(40) % 10
-    few = report.Samples("B", images[:12], labels[:12] % 3)
-    names, counts = [f"class {c}" for c in range(10)], list(range(20, 10, -1))
-    both = report.Samples("A", images, labels), few
-    report.write_columns(both, names, counts, tmp_path / "two.png")
-    picture = Image.open(tmp_path / "two.png")
-    assert picture.height == 3 * 60 + 30
-    report.write_columns(both[:1], names, counts, tmp_path / "one.png")
-    one = Image.open(tmp_path / "one.png")
-    assert one.height == 10 * 60 + 30
-    assert picture.width == one.width + 4 * 60 + 24
-
-
-def test_the_demo_page_shows_methods_side_by_side(cm_run, digits, data_dir, tmp_path):
+def test_pages_show_methods_side_by_side(cm_run, tmp_path):
     """One picture per guidance strength, of the files that were measured."""
     rows = []
     for name in ("full", "general"):
@@ -491,23 +491,13 @@ def test_the_demo_page_shows_methods_side_by_side(cm_run, digits, data_dir, tmp_
     call(report.main, *[w for row in rows for w in ("--row", row)], "--out", tmp_path / "p.md")
     assert "![one class per row](samples-1.5.png)" in (tmp_path / "p.md").read_text()
     assert Image.open(tmp_path / "samples-1.5.png").height == 10 * 60 + 30
-    # Real images first, then each method's
-    grid = [w for name in ("full", "general")
-            for w in ("--grid", f"{name}={tmp_path}/{name}/samples.npz")]
-    call(report.main, *grid, "--data-dir", data_dir, "--out", tmp_path / "grid.png")
-    picture = np.asarray(Image.open(tmp_path / "grid.png"))
-    assert picture.shape[1] == Image.open(tmp_path / "samples-1.5.png").width + 4 * 60 + 24
-    real = digits.images[digits.labels == 0][0, ..., 0]
-    left = picture.shape[1] - 3 * 240 - 2 * 24
-    assert np.array_equal(picture[30:86, left:left + 56, 0], np.kron(real, np.ones((7, 7))))
-
-
-@pytest.mark.parametrize("flags, says", [
-    (["--grid", "x.npz", "--out", "a.md"], ["--out a.md", ".png"]),
-    (["--grid", "A=none.npz", "--out", "a.png"], ["--grid none.npz"]),
-    (["--out", "a.md"], ["--row", "--grid"])])
-def test_grid_refuses(flags, says, capsys):
-    refuses(capsys, report.main, *flags, says=says)
+    # On a table's page too, with theta_g and theta from the same noise
+    pair = [f"{tmp_path}/{name}/samples.npz" for name in ("general", "full")]
+    call(report.main, "--paper", "table7-left", *[w for row in rows for w in ("--row", row)],
+         "--pair", *pair, "--out", tmp_path / "table.md")
+    page = (tmp_path / "table.md").read_text()
+    for file in ("table-theta_g_theta.png", "table-samples-1.5.png"):
+        assert f"({file})" in page and (tmp_path / file).exists()
 
 
 @pytest.mark.parametrize("name, says", [

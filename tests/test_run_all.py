@@ -20,7 +20,7 @@ from readers import READERS
 
 TARGETS = re.findall(r"^  (\w+)\)$", (ROOT / "run_all.sh").read_text(), re.M)
 SCRIPTS = {"train.py", "evaluate.py", "classify.py", "sample.py", "report.py", "prune_probe.py",
-           "theory_sim.py", "capacity_probe.py", "text_to_image.py"}
+           "theory_sim.py", "capacity_probe.py", "text_to_image.py", "figures.py"}
 ENVIRONMENTS = {
     "demo": {"SCALE": "demo", "DATA_DIR": "my data"},
     "paper": {"NGPU": "2", "DATA_DIR": "my data", "SEEDS": "3,5", "CLASS_ORDER": "b c,a"},
@@ -85,7 +85,7 @@ def parse(monkeypatch, script, args):
 
 
 def test_targets():
-    assert len(TARGETS) == 24 and len(set(TARGETS)) == 24
+    assert len(TARGETS) == 25 and len(set(TARGETS)) == 25
     assert {"table2", "tableG8", "fig4d", "gain"} <= set(TARGETS)
     head = (ROOT / "run_all.sh").read_text().split("\nset -euo")[0]
     assert set(TARGETS) <= set(head.split())
@@ -265,6 +265,25 @@ def test_rows_of_odd_folders_are_the_files_of_their_own_seeds(tmp_path):
     name, results = report.read_row(words[words.index("--row") + 1])
     assert code == 0 and name == "DDPM"
     assert [(r["num_real"], r["root"]) for r in results] == [(3, root.name), (5, root.name)]
+
+
+def test_figures_of_named_classes(tmp_path):
+    """The methods' columns have the same labels, noise and settings; TAIL is the rare class."""
+    env = {"CLASSES": "cat,7", "TAIL": "orchid", "SEEDS": "3,5"}
+    _, calls = record("figures", env, tmp_path)
+    by_script = {name: [" ".join(words[2:]) for words in calls if words[1] == name]
+                 for name in ("train.py", "sample.py", "figures.py")}
+    assert len(by_script["train.py"]) == 4
+    assert all("--seed 3 " in line for line in by_script["train.py"])
+    assert len(by_script["sample.py"]) == 8
+    for line in by_script["sample.py"]:
+        few = "--num 25" in line
+        assert ("--classes orchid" if few else "--num 400 --classes cat,7") in line
+    assert sum("--branch general" in line for line in by_script["sample.py"]) == 1
+    methods, theta_g, tail = by_script["figures.py"]
+    assert [methods.count(f"{name}=") for name in ("DDPM", "CBDM", "OC", "CM")] == [1] * 4
+    assert "--classes cat,7" in methods and "--classes cat,7" in theta_g
+    assert "--across 5 --down 5" in tail and "--classes" not in tail
 
 
 def test_cm_flags_are_for_runs_with_cm_only(tmp_path):
