@@ -44,8 +44,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-import metrics
 import disk
+import loop
+import metrics
 import runtime
 import train
 from cm_layers import merge
@@ -190,7 +191,7 @@ def make_step(method, images, batch_size, rt, compiled, settings):
         with rt.autocast():
             total, _, _ = module(batch)
         total.backward()
-        train.update(params, ema, optimizer, 0, settings)
+        loop.update(params, ema, optimizer, 0, settings)
 
     with FlopCounterMode(display=False) as counter, TensorMemory() as memory, rt.autocast():
         objective(next_batch())[0].backward()

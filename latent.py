@@ -45,14 +45,15 @@ import runtime
 from cm_layers import LowRank, checkpoint, count, general_only, matrices, merge, reserve
 from data import (Batches, add_data_flags, device_limit, load_long_tailed, pack_path,
                   refuse_other_data, send, to_float, unused_data_flags)
+from loop import Meter, Training
 from losses import CMConfig, Objective, add_cm_flags, bind, draw_batch
 from readers import READERS
 from runtime import Parser, UserError, integer, number, refuse_unused, run
 from sample import (add_image_flags, add_output_flags, add_sampling_flags, add_weights_flags,
                     check_outputs, chosen_classes, claimed, describe, dtype_of, generate, is_done,
                     labels_in_turn, samples_folder, sampling_settings, write_samples)
-from train import (IR, Meter, Training, add_write_flags, check_batch_size, check_keep_every,
-                   compiled, config_of, is_finished, preset_words, run_loop, usual_settings)
+from train import (IR, add_write_flags, check_batch_size, check_keep_every, compiled, config_of,
+                   is_finished, preset_words, run_loop, usual_settings)
 
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")      # the layers of attention, in diffusers
 RESOLUTION = 256        # of image files, where no flag says it: that of the paper's model

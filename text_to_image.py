@@ -42,6 +42,7 @@ from cm_layers import count, merge, reserve
 from data import (Batches, add_data_flags, load_long_tailed, load_reference, refuse_other_data,
                   refuse_other_source, to_classes, to_float, to_uint8, unused_data_flags)
 from latent import RESOLUTION, Autoencoder, content_hash, encoded, load_part, make_batch, packages
+from loop import Meter, Training
 from losses import BASES, CMConfig, Objective, add_cm_flags, bind
 from model import make_alphas_bar
 from readers import READERS
@@ -50,9 +51,8 @@ from sample import (DEFAULTS, STEPS, add_output_flags, add_sampling_flags, check
                     describe, dtype_of, generate, is_done, labels_in_turn, samples_folder,
                     sampling_settings, write_samples)
 from text_dit import TextDiT, Texts, WordEncoder, Words, vocabulary_of
-from train import (IR, Meter, Training, add_own_flags, add_write_flags, check_batch_size,
-                   check_keep_every, compiled, config_of, fill_in_ct_double, is_finished,
-                   preset_words, run_loop)
+from train import (IR, add_own_flags, add_write_flags, check_batch_size, check_keep_every,
+                   compiled, config_of, fill_in_ct_double, is_finished, preset_words, run_loop)
 
 PRETRAINED = "lambdalabs/miniSD-diffusers"      # its autoencoder and its text encoder, CLIP's
 WORDS = "words"                                 # --text-encoder: one that is trained here

@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import classify
 import features
+import loop
 import runtime
 import sample
 import train
@@ -114,8 +115,8 @@ def a_training(dtype):
     objective = make_objective()
     params = dict(objective.net.named_parameters())
     optimizer = torch.optim.Adam(params.values(), lr=args.lr, fused=True)
-    meter = train.Meter(COUNTS, ["a", "b", "c"], rt.device)
-    training = train.Training(args, rt, params, optimizer, meter, {}, lambda: {})
+    meter = loop.Meter(COUNTS, ["a", "b", "c"], rt.device)
+    training = loop.Training(args, rt, params, optimizer, meter, {}, lambda: {})
     training.start(None)
     return training, objective
 
@@ -131,7 +132,7 @@ def test_the_scale_changes_no_update():
             scaler.scale(torch.zeros(()))           # makes its tensors
         for k, p in enumerate(training.params.values()):
             p.grad = torch.full_like(p, factor * 0.01 * (k + 1))
-        norm = train.update(list(training.params.values()), list(training.ema.values()),
+        norm = loop.update(list(training.params.values()), list(training.ema.values()),
                             training.optimizer, 5, training.args, scaler)
         training.norm = norm
     assert scaled.norm == pytest.approx(plain.norm)
@@ -149,7 +150,7 @@ def test_the_loss_is_scaled_and_an_overflow_skips_the_update():
     last = training.params["decoder.conv.bias"]         # the others' gradients begin near 0
     last.register_hook(lambda g: seen.append(g.abs().max().item()))
     before = copy.deepcopy(training.params)
-    train.train_step(training, objective, batch)
+    loop.train_step(training, objective, batch)
     assert any(not torch.equal(before[n], p) for n, p in training.params.items())
     scaled = seen[-1]
     training.scaler.update(1024.0)
@@ -157,12 +158,12 @@ def test_the_loss_is_scaled_and_an_overflow_skips_the_update():
         for n, p in training.params.items():
             p.copy_(before[n])
     training.step = 0
-    train.train_step(training, objective, batch)
+    loop.train_step(training, objective, batch)
     assert scaled == pytest.approx(64 * seen[-1], rel=0.02)
 
     before = copy.deepcopy(training.params)
     last.register_hook(lambda g: g * float("inf"))
-    train.train_step(training, objective, batch)
+    loop.train_step(training, objective, batch)
     assert all(torch.equal(before[n], p) for n, p in training.params.items())
     assert training.scaler.get_scale() == 512
     means = training.meter.means(training.rt)

@@ -20,11 +20,11 @@ from torch.testing import assert_close
 
 import classify
 import evaluate
-import latent
 import disk
+import latent
+import loop
 import runtime
 import sample as sample_py
-import train
 from cm_layers import count, general_only, merge, reserved
 from losses import Objective, bind, draw_batch
 from readers import READERS
@@ -344,7 +344,7 @@ def test_the_weight_decay_is_adamws(run_of, monkeypatch):
     before = [p.detach().clone() for p in params]
     for p in params:
         p.grad = torch.zeros_like(p)
-    train.update(params, ema, training.optimizer, 0, training.args)
+    loop.update(params, ema, training.optimizer, 0, training.args)
     for p, old in zip(params, before):
         assert_close(p.detach(), 0.95 * old)
 

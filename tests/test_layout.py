@@ -16,7 +16,7 @@ FLOORS = (      # from the ground up: a file imports files of lower floors, runt
     ("networks", "text_dit", "captions"),
     ("losses", "sample"),
     ("classify", "figures"),
-    ("features",),
+    ("features", "loop"),
     ("train",),
     ("evaluate", "prune_probe", "capacity_probe", "latent", "bench", "peers", "study"),
     ("report", "copy_probe", "text_to_image"),
@@ -95,7 +95,8 @@ def test_no_file_uses_the_main_of_another(name):
 
 def name_or_two(tree):
     """Scripts of the upper floors from which a file takes one or two names only."""
-    upper = {module for files in FLOORS[4:] for module in files} - {"features"}
+    libraries = {"features", "loop"}            # nobody starts them
+    upper = {module for files in FLOORS[4:] for module in files} - libraries
     return {module for module, names in ours(tree).items()
             if module in upper and 0 < len(names) <= 2}
 

@@ -16,6 +16,7 @@ from conftest import ROOT, call
 from PIL import Image
 
 import data
+import loop
 import packing
 import readers
 import runtime
@@ -369,7 +370,7 @@ def test_thousands_of_classes_take_no_loop_per_step_and_one_line():
     counts = np.maximum(1, N_c.astype(int))
     names = [f"species {c}" for c in range(8142)]
     start = time.time()
-    meter = train.Meter(counts, names, torch.device("cpu"))
+    meter = loop.Meter(counts, names, torch.device("cpu"))
     assert time.time() - start < 2
     assert len(meter.groups) == 3
     y = torch.randint(8142, (64,))
@@ -381,7 +382,7 @@ def test_thousands_of_classes_take_no_loop_per_step_and_one_line():
     meter.steps = 1
     args = train.resolve(train.make_parser().parse_args([]))
     means = meter.means(runtime.Runtime(torch.device("cpu"), torch.float32))
-    line = train.format_line(5, args, means, meter.groups, 1e-3, 10, 5)
+    line = loop.format_line(5, args, means, meter.groups, 1e-3, 10, 5)
     assert "\n" not in line
     assert len(line) < 200
     labels = np.repeat(np.arange(8142), counts)

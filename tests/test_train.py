@@ -22,6 +22,7 @@ from test_mistakes import refuses
 
 import disk
 import evaluate
+import loop
 import losses
 import readers
 import runtime
@@ -191,7 +192,7 @@ def test_a_log_line_shows_which_group_had_no_image():
     """Two numbers of three groups would not say whose they are."""
     args = resolved("--dataset", "digits")
     means = {"base": 1.0, "D_Many": 1e-5, "D_Few": 2e-3, "grad_norm": 1.0}
-    line = train.format_line(5, args, means, ["Many", "Medium", "Few"], 1e-3, 10, 5)
+    line = loop.format_line(5, args, means, ["Many", "Medium", "Few"], 1e-3, 10, 5)
     assert "D 1.0e-05/-/2.0e-03 " in line
 
 
@@ -318,14 +319,14 @@ def test_when_ranks_agree_on_signals():
     def steps(device, world, accumulate):
         rt = runtime.Runtime(torch.device(device), torch.float32, 0, world)
         args = SimpleNamespace(accumulate=accumulate)
-        return [step for step in range(1, 25) if train.agrees(step, args, rt)]
+        return [step for step in range(1, 25) if loop.agrees(step, args, rt)]
     assert steps("cpu", 2, 1) == steps("cuda", 1, 1) == steps("cuda", 2, 4) == [*range(1, 25)]
     assert steps("cuda", 2, 1) == [10, 20]
 
 
 def test_d_per_group_is_weighted(digits):
     """With --cm-fraction an image stands for as many as its weight says."""
-    meter = train.Meter(digits.counts, digits.class_names, torch.device("cpu"))
+    meter = loop.Meter(digits.counts, digits.class_names, torch.device("cpu"))
     y = torch.tensor([0, 0, 9])
     meter.add_D(torch.tensor([1.0, 4.0, 7.0]), y, torch.tensor([2.0, 1.0, 0.5]))
     meter.add({"base": torch.tensor(1.0)})
@@ -456,7 +457,7 @@ VALUES = {      # of each base's own hyper-parameters, none the default
 
 class Started(NamedTuple):
     """A run that did not enter its loop."""
-    training: train.Training
+    training: loop.Training
     module: losses.Objective
     batch: Callable
 
@@ -465,9 +466,9 @@ def started(monkeypatch, data_dir, out, *flags):
     """A run of train.py with these flags, stopped before its loop."""
     found = []
 
-    def loop(training, module, batch, log, after_step):
+    def stop(training, module, batch, log, after_step):
         found.append(Started(training, module, batch))
-    monkeypatch.setattr(train, "loop", loop)
+    monkeypatch.setattr(train, "loop", stop)
     call(train.main, *TINY_FLAGS, "--steps", 4, "--data-dir", data_dir, "--out", out, *flags)
     return found[0]
 
@@ -558,7 +559,7 @@ def test_an_update_is_clipping_adam_and_averaging(monkeypatch, data_dir, tmp_pat
         grad *= norm / grad.norm()
         for x, part in zip(params, grad.split([x.numel() for x in params])):
             x.grad = torch.empty_like(x).copy_(part.view(x.shape))      # in the parameter's layout
-        assert train.update(params, ema, training.optimizer, step, training.args) == pytest.approx(
+        assert loop.update(params, ema, training.optimizer, step, training.args) == pytest.approx(
             norm, rel=1e-4)
         assert all(x.grad is None for x in params)
         grad *= min(1, 2 / norm)
