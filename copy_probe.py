@@ -19,8 +19,8 @@ import torch
 import disk
 import runtime
 from data import class_groups, load, read_samples, to_rgb, training_images
-from evaluate import protocol_of_dataset
 from features import Extractor
+from image_sets import protocol_of_dataset
 from metrics import radii, squared_distances
 from runtime import Parser, UserError, integer, run
 from sample import KINDS, grid_image

@@ -18,6 +18,7 @@ from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d
 
 import classify
 import evaluate
+import image_sets
 import inception
 import metrics
 import report
@@ -25,7 +26,7 @@ import disk
 import runtime
 import sample
 from data import class_groups, load
-from evaluate import Features
+from features import Features
 from runtime import UserError
 from test_mistakes import refuses
 
@@ -285,10 +286,10 @@ def test_whole_metrics_equal_torch_fidelitys(weights, tmp_path, capsys):
 def test_pool_is_the_papers():
     for C, many, few in ((100, 607, 589), (10, 6667, 5000)):
         groups = class_groups(np.arange(C, 0, -1))
-        sizes = evaluate.pool_sizes(50_000, 20_000, groups, C)
+        sizes = image_sets.pool_sizes(50_000, 20_000, groups, C)
         assert set(sizes[groups["Many"]]) == set(sizes[groups["Medium"]]) == {many}
         assert set(sizes[groups["Few"]]) == {few}
-    labels, numbers = evaluate.pool_of(np.array([2, 1, 3]))
+    labels, numbers = image_sets.pool_of(np.array([2, 1, 3]))
     assert list(zip(labels, numbers)) == [(0, 0), (1, 1), (2, 2), (0, 3), (2, 5), (2, 8)]
 
 
@@ -701,7 +702,7 @@ def test_rows_and_real_images_of_the_overall_numbers():
 
 def test_only_a_long_tailed_reference_is_refused():
     def check(labels, counts):
-        evaluate.refuse_long_tailed(SimpleNamespace(labels=np.array(labels), name="x"), counts)
+        image_sets.refuse_long_tailed(SimpleNamespace(labels=np.array(labels), name="x"), counts)
     with pytest.raises(UserError, match="long-tailed set"):
         check([0, 0, 1], [2, 1])
     check([0, 0, 0, 1, 1], [3, 2])                  # hardly a tail
@@ -780,9 +781,9 @@ def test_features_that_are_not_finite(samples, against_digits, tmp_path, capsys,
 
 
 def test_folders_whose_names_differ_only_in_their_numbers():
-    assert evaluate.without_numbers(["0000-a", "0001-b"]) == ["a", "b"]
-    assert evaluate.without_numbers(["0000-a", "0001-a"]) == ["0000-a", "0001-a"]
-    assert evaluate.without_numbers(["a", "0001-b"]) == ["a", "0001-b"]
+    assert image_sets.without_numbers(["0000-a", "0001-b"]) == ["a", "b"]
+    assert image_sets.without_numbers(["0000-a", "0001-a"]) == ["0000-a", "0001-a"]
+    assert image_sets.without_numbers(["a", "0001-b"]) == ["a", "0001-b"]
 
 
 def test_names_lose_their_numbers_only_where_they_then_fit():
@@ -792,7 +793,7 @@ def test_names_lose_their_numbers_only_where_they_then_fit():
             (["0002-dog"], own, (["0002-dog"], own)), (["0005-dog"], own, (["dog"], short)),
             (["0000-0001-cat", "0001-0002-dog"], own, (own, own)),
             (own, None, (own, None)), (None, own, (None, own)), (own, ["x"], (own, ["x"]))]:
-        assert evaluate.fit_names(ours, theirs) == fitted
+        assert image_sets.fit_names(ours, theirs) == fitted
 
 
 def test_users_classes_with_numbers(before_the_work, classifier, tmp_path):
