@@ -235,28 +235,33 @@ def measure(steps, rounds, device, title):
 
 
 @torch.no_grad()
-def sampling_speeds(batch_size, rounds, rt, compiled):
-    """{name: images per second} of DDIM in 50 steps with guidance: DDPM's network, and CM's.
+def sampling_costs(batch_size, rounds, rt, compiled):
+    """{name: (images per second, bytes)} of DDIM in 50 steps with guidance: DDPM's network, CM's.
 
     CM's is merged, a plain network: the paper's claim of no cost at inference. The two take turns.
+    The bytes are the weights and the most that an eager pass has at once beyond them.
     """
     x = torch.randn(batch_size, 3, 32, 32, device=rt.device)
     x = x.contiguous(memory_format=torch.channels_last)
     y = torch.zeros(batch_size, dtype=torch.int64, device=rt.device)
     calls = {}
+    memory = {}
     for name, rank_ratio in SAMPLED.items():
         net = merge(build_network(NETWORK, rank_ratio))
         net.to(rt.device, memory_format=torch.channels_last).requires_grad_(False)
-        net = prepare(net, rt, x.shape[1:], RUN if compiled else 0, batch_size)
-        predict = guided(net, y, 1.5, rt)
-        calls[name] = partial(predict, x, 500)
+        fast = prepare(net, rt, x.shape[1:], RUN if compiled else 0, batch_size)
+        with TensorMemory() as tensors:
+            guided(net, y, 1.5, rt)(x, 500)
+        memory[name] = sum(p.nbytes for p in net.parameters()) + tensors.peak
+        calls[name] = partial(guided(fast, y, 1.5, rt), x, 500)
     times = {name: [] for name in calls}
     for r in range(rounds + 1):
         for name, call in calls.items():
             t = seconds(call, rt.device)
             if r > 0:                       # the first round warms up
                 times[name].append(t)
-    return {name: batch_size / (50 * statistics.median(ts)) for name, ts in times.items()}
+    return {name: (batch_size / (50 * statistics.median(ts)), memory[name])
+            for name, ts in times.items()}
 
 
 def row_of(cell, first, batch_size, median, step, peak, memory):
@@ -291,14 +296,16 @@ def bench_training(batch_size, cells, rounds, runtimes, settings):
 
 
 def bench_sampling(batch_size, rounds, runtimes, compiled):
-    """One row per dtype and network: the speed of sampling. runtimes: {dtype: Runtime}."""
+    """One row per dtype and network: what sampling costs. runtimes: {dtype: Runtime}."""
     rows = []
     for dtype, rt in runtimes.items():
         words = f"batch {batch_size}: sampling in {dtype_name(dtype)}"
         print(words, flush=True)
-        speeds = if_it_fits(words, sampling_speeds, batch_size, rounds, rt, compiled) or {}
-        rows += [{"network": name, "dtype": dtype_name(dtype), "batch": batch_size,
-                  "images_per_s": speed} for name, speed in speeds.items()]
+        costs = if_it_fits(words, sampling_costs, batch_size, rounds, rt, compiled) or {}
+        for name, (speed, memory) in costs.items():
+            rows.append({"network": name, "dtype": dtype_name(dtype), "batch": batch_size,
+                         "images_per_s": speed, "ratio": speed / costs["DDPM"][0],
+                         "memory_gib": memory / 2 ** 30})
     return rows
 
 
@@ -308,7 +315,7 @@ def words_of(cell):
 
 
 def print_tables(rows, sampling, first_method):
-    """The rows as a Markdown table, and a line per dtype for sampling."""
+    """The rows as two Markdown tables: training, and sampling by DDIM-50 with guidance."""
     print("| method | batch | dtype | compiled | ms per step | images/s | hours per run | "
           f"time / {first_method} | speed-up | of matmul peak | GiB |\n"
           "| --- | ---: | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
@@ -317,9 +324,11 @@ def print_tables(rows, sampling, first_method):
         print(f"| {r['method']} | {r['batch']} | {r['dtype']} | {compiled} | {r['step_ms']:.1f} | "
               f"{r['images_per_s']:.1f} | {r['run_hours']:.1f} | {r['ratio']:.2f} | "
               f"{r['faster']:.2f} | {r['peak_share']:.0%} | {r['memory_gib']:.2f} |")
+    print("\n| sampling, DDIM-50 with guidance | batch | dtype | images/s | over DDPM | GiB |\n"
+          "| --- | ---: | --- | ---: | ---: | ---: |")
     for s in sampling:
-        print(f"\nsampling, DDIM-50 with guidance, {s['network']}, {s['dtype']}, batch "
-              f"{s['batch']}: {s['images_per_s']:.2f} images/s")
+        print(f"| {s['network']} | {s['batch']} | {s['dtype']} | {s['images_per_s']:.2f} | "
+              f"{s['ratio']:.2f} | {s['memory_gib']:.2f} |")
 
 
 # --------------------------------------------------------------------------------------------------

@@ -26,8 +26,13 @@ def test_bench_measures_the_papers_network(tmp_path, capsys):
     assert ddpm["run_hours"] == pytest.approx(300_000 * 64 * ddpm["step_ms"] / 1000 / 3600)
     assert ddpm["peak_share"] > 0.02
     assert [row["network"] for row in result["sampling"]] == ["DDPM", "CM, merged"]
-    assert all(row["images_per_s"] > 0 for row in result["sampling"])
-    assert "| CM on DDPM | 1 | float32 | no |" in capsys.readouterr().out
+    of_ddpm, of_cm = result["sampling"]
+    assert of_cm["ratio"] == pytest.approx(of_cm["images_per_s"] / of_ddpm["images_per_s"])
+    # No cost at inference: merged, the same weights (35.8 million of four bytes) and activations
+    assert of_cm["memory_gib"] == of_ddpm["memory_gib"] > 4 * 35.7e6 / 2 ** 30
+    printed = capsys.readouterr().out
+    assert "| CM on DDPM | 1 | float32 | no |" in printed
+    assert "| CM, merged | 1 | float32 | " in printed
 
 
 def test_what_was_measured_stays_where_a_cell_runs_out_of_memory(monkeypatch, tmp_path, capsys):
@@ -44,7 +49,7 @@ def test_what_was_measured_stays_where_a_cell_runs_out_of_memory(monkeypatch, tm
         return bench.Step(call, None, 1, 2 ** 29, False)
     monkeypatch.setattr(bench, "make_step", make_step)
     monkeypatch.setattr(bench, "matmul_peak", lambda *_: 1e12)
-    monkeypatch.setattr(bench, "sampling_speeds", lambda *_: {"DDPM": 1.0})
+    monkeypatch.setattr(bench, "sampling_costs", lambda *_: {"DDPM": (1.0, 2 ** 30)})
     call(bench.main, "--methods", "DDPM", "OC", "CBDM", "CM on OC", "--rounds", 2, "--dtype",
          "float32", "--device", "cpu", "--out", tmp_path)
     rows = disk.read_json(tmp_path / "bench.json")["rows"]
