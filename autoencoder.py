@@ -92,7 +92,7 @@ class KLAutoencoder(nn.Module):
 
 
 class Pixels(NamedTuple):
-    """One part of a step's images, with what train.py's loop looks at."""
+    """One part of a step's images, with what loop.py looks at."""
     x: torch.Tensor             # (B, 3, H, W) in [-1, 1]
     eps: torch.Tensor           # (B, 4, h, w), standard normal
     y: torch.Tensor             # (B,) their classes

@@ -324,7 +324,10 @@ def print_tables(rows, sampling, first_method):
         print(f"| {r['method']} | {r['batch']} | {r['dtype']} | {compiled} | {r['step_ms']:.1f} | "
               f"{r['images_per_s']:.1f} | {r['run_hours']:.1f} | {r['ratio']:.2f} | "
               f"{r['faster']:.2f} | {r['peak_share']:.0%} | {r['memory_gib']:.2f} |")
-    print("\n| sampling, DDIM-50 with guidance | batch | dtype | images/s | over DDPM | GiB |\n"
+    if not sampling:
+        return
+    print("\n| sampling, DDIM-50 with guidance | batch | dtype | images/s | speed / DDPM's | "
+          "GiB, not compiled |\n"
           "| --- | ---: | --- | ---: | ---: | ---: |")
     for s in sampling:
         print(f"| {s['network']} | {s['batch']} | {s['dtype']} | {s['images_per_s']:.2f} | "

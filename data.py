@@ -635,6 +635,10 @@ def read_samples(path: str | Path,
     record = read_record(path, flag)
     if "settings" not in record:
         raise UserError(f"{flag} {path}: the .json that sample.py writes beside it is missing")
+    C = len(record.get("data", {}).get("class_names", []))
+    if labels is not None and C and not (0 <= labels.min(initial=0) <= labels.max(initial=0) < C):
+        raise UserError(f"{flag} {path}: has labels that are none of its {C} classes; run "
+                        "sample.py again")
     return to_rgb(images), labels, record
 
 

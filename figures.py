@@ -7,9 +7,9 @@
         --column "theta=A/samples/samples.npz" --no-real --out theta.png            # Fig. G.4
 
 The first column has training images, as many as there are. Beside each class stands its number of
-training images, and below the picture how the samples were made. Columns sampled with the same
-seed and labels began with the same noise, image by image; the line below says whether they did.
-Each picture is written twice: as PNG, and as PDF with text that is text.
+training images, and below the picture how the samples were made, and whether the images of the
+columns began with the same noise: they did where seed and labels are the same. Each picture is
+written twice: as PNG, and as PDF with text that is text.
 """
 import textwrap
 from argparse import BooleanOptionalAction
@@ -21,9 +21,9 @@ from PIL import Image
 
 import disk
 import runtime
-from data import class_groups, read_samples, resolve_classes, to_rgb, training_images
+from data import class_groups, read_samples, to_rgb, training_images
 from runtime import Parser, UserError, integer, run
-from sample import KINDS, clipped, printable, ten_classes
+from sample import KINDS, chosen_classes, clipped, printable, ten_classes
 
 DPI = 100
 TILE = 56           # pixels of an image in a picture, about
@@ -33,6 +33,8 @@ TITLE = 30          # pixels above the images
 LINE = 18           # pixels of a line below them
 TEXT = 11           # points
 SMALL = 9           # points, of the line below
+DATA = ("class_names", "class_counts", "sha256")        # what the columns' records must agree in,
+DRAW = ("dataset", "ir", "tail_seed", "class_order", "resolution")      # and their configurations
 
 
 class Samples(NamedTuple):
@@ -54,35 +56,46 @@ def by_frequency(classes, counts):
 def common_classes(columns):
     """At most ten classes of which every column has images, evenly spread, ascending."""
     common = sorted(set.intersection(*(set(c.labels.tolist()) for c in columns)))
+    if not common:
+        raise UserError("--column: no class of which every column has images; sample the same "
+                        "classes for each")
     return [common[i] for i in ten_classes(len(common))]
 
 
-def from_same_noise(columns):
-    """Whether the sampled columns began with the same noise, image by image.
+def from_same_noise(columns, classes, n):
+    """Whether the first n images of each class began with the same noise in all sampled columns.
 
-    sample.py draws it from the seed and the image's number alone.
+    sample.py draws it from the seed and the image's number alone; None where that is not known.
     """
     sampled = [c for c in columns if c.settings is not None]
-    first = sampled[0]
-    seed = first.settings.get("seed")
-    return seed is not None and all(
-        c.settings.get("seed") == seed and np.array_equal(c.labels, first.labels) for c in sampled)
+    if any("seed" not in c.settings for c in sampled):
+        return None
+    # latent.py names its Stable Diffusion, whose noise has another shape
+    made = [(c.settings["seed"], c.settings.get("model"),
+             [np.flatnonzero(c.labels == k)[:n].tolist() for k in classes]) for c in sampled]
+    return all(one == made[0] for one in made)
 
 
 def how(settings):
-    """A column's sampling in a few words: "ddim, 50 steps, guidance 1.5, x_0 clipped"."""
-    words = [settings["sampler"]] if "sampler" in settings else []
-    if "steps" in settings:
-        words.append(f"{settings['steps']} steps")
-    if "guidance" in settings:
-        words.append(f"guidance {settings['guidance']:g}")
-    if settings.get("sampler") not in (None, "consistency"):
+    """A column's sampling in words: "step 300,000, ddim, 50 steps, guidance 1.5, x_0 clipped"."""
+    sampler = settings.get("sampler")
+    words = [f"step {settings['step']:,}"] if "step" in settings else []
+    words += [sampler] if sampler else []
+    words += [f"{settings['steps']} steps"] if "steps" in settings else []
+    words += [f"guidance {settings['guidance']:g}"] if "guidance" in settings else []
+    if sampler not in (None, "consistency"):
         words.append(clipped(settings))
+    usual = {"eta": 0, "grid": "uniform", "order": 3, "weights": "ema", "branch": "full"}
+    words += [f"{key} {settings[key]}" for key, value in usual.items()
+              if settings.get(key, value) != value]
     return ", ".join(words)
 
 
-def caption_of(columns):
-    """The line below a picture: how its samples were made, and whether from the same noise."""
+def caption_of(columns, classes, n):
+    """The line below a picture: how its samples were made, and whether from the same noise.
+
+    n: how many images of each class are shown.
+    """
     sampled = [c for c in columns if c.settings is not None]
     if not sampled:
         return ""
@@ -90,8 +103,9 @@ def caption_of(columns):
     text = ways[0] if len(ways) == 1 else "; ".join(f"{c.title}: {how(c.settings)}"
                                                     for c in sampled)
     if len(sampled) > 1:
-        same = from_same_noise(columns)
-        text += "; the same noise in each column" if same else "; the columns' noise differs"
+        text += {True: "; the same noise in each column", False: "; the columns' noise differs",
+                 None: "; it is not known whether from the same noise"}[
+                     from_same_noise(columns, classes, n)]
     return text
 
 
@@ -147,16 +161,22 @@ def label_of(c, class_names, counts):
     return name if counts is None else f"{name} ({counts[c]})"
 
 
-def write(columns, class_names, counts, path, classes=None, across=4, down=1, caption="",
-          suffixes=("png",)):
+def write(columns, class_names, counts, path, classes=None, across=4, down=1,
+          with_caption=False, suffixes=("png",)):
     """Write a picture of several Samples side by side, once per suffix: a row per class.
 
     class_names: of all classes. counts: training images per class, or None. classes: the rows, the
     most frequent one first whatever their order; None: at most ten that every column has. across:
-    images beside each other in each column; down: below each other per class.
+    images beside each other in each column; down: below each other per class; at most as many as
+    there are. with_caption: whether caption_of's line stands below. Raises UserError where the
+    columns have no class in common.
     """
     plt = disk.pyplot()
     classes = by_frequency(common_classes(columns) if classes is None else classes, counts)
+    most = max(int((c.labels == k).sum()) for c in columns for k in classes)
+    across = min(across, most)
+    down = min(down, -(-most // across))
+    caption = caption_of(columns, classes, across * down) if with_caption else ""
     pixels = columns[0].images.shape[1]
     size = pixels * max(1, round(TILE / pixels))
     height = down * (size + GAP)                    # of a class
@@ -164,7 +184,9 @@ def write(columns, class_names, counts, path, classes=None, across=4, down=1, ca
 
     names = width_of([label_of(c, class_names, counts) for c in classes], plt)
     left = names + 20 + (90 if counts is not None and class_groups(counts) else 0)
-    images = sum(part.shape[1] for part in parts) + BETWEEN * (len(parts) - 1)
+    widths = [max(part.shape[1], width_of([disk.in_figure(column.title)], plt))
+              for column, part in zip(columns, parts)]
+    images = sum(widths) + BETWEEN * (len(parts) - 1)
     lines = textwrap.wrap(disk.in_figure(caption), max(60, images // 7))
     width = left + max(images, width_of(lines, plt, SMALL)) + 8
     bottom = TITLE + len(classes) * height
@@ -176,11 +198,11 @@ def write(columns, class_names, counts, path, classes=None, across=4, down=1, ca
     ax.axis("off")
     draw_names(ax, classes, class_names, counts, height, TITLE, left)
     x = left
-    for column, part in zip(columns, parts):
+    for column, part, part_width in zip(columns, parts, widths):
         ax.text(x, TITLE / 2, disk.in_figure(column.title), fontsize=TEXT, va="center")
         ax.imshow(part, extent=(x, x + part.shape[1], TITLE + part.shape[0], TITLE),
                   interpolation="none", aspect="auto")
-        x += part.shape[1] + BETWEEN
+        x += part_width + BETWEEN
     ax.set(xlim=(0, width), ylim=(total, 0))        # imshow has set its own
     for k, line in enumerate(lines):
         ax.text(left, bottom + (k + 0.5) * LINE, line, fontsize=SMALL, va="center")
@@ -190,26 +212,58 @@ def write(columns, class_names, counts, path, classes=None, across=4, down=1, ca
 # --------------------------------------------------------------------------------------------------
 
 def read_columns(given):
-    """(Samples per --column, the data's record, the first checkpoint). Raises UserError."""
+    """(Samples per --column, the data's record). Raises UserError."""
     columns = []
     for text in given:
         name, _, file = text.rpartition("=")
-        if not name.strip():
+        name = " ".join(name.split())
+        if not name:
             raise UserError(f"--column {text}: give NAME=FILE, with a samples.npz of sample.py")
+        if name in [c.title for c in columns]:
+            raise UserError(f"--column {text}: two columns are called {name}; give each a name of "
+                            "its own")
         if Path(file).is_dir():
             file = Path(file) / "samples.npz"
         images, labels, record = read_samples(file, "--column")
-        if labels is None or "data" not in record:
+        if labels is None or "class_names" not in record.get("data", {}):
             raise UserError(f"--column {text}: without labels or the names of their classes; "
                             "run sample.py again")
+        column = Samples(name, images, labels, record["settings"])
         if not columns:
-            data, first = record["data"], record
-        if any(record["data"][key] != data[key] for key in ("class_names", "class_counts")):
+            data, first = record["data"], column
+        if any(record["data"].get(key) != data.get(key) for key in DATA):
             raise UserError(f"--column {text}: trained on other images than {given[0]}")
-        if images.shape[1:] != (columns or [Samples("", images, labels)])[0].images.shape[1:]:
+        if images.shape[1:] != first.images.shape[1:]:
             raise UserError(f"--column {text}: images of another size than {given[0]}")
-        columns.append(Samples(" ".join(name.split()), images, labels, record["settings"]))
-    return columns, data, first
+        columns.append(column)
+    return columns, data
+
+
+def training_images_of(columns, data_dir):
+    """The images that all columns' networks were trained on, as Samples. Raises UserError."""
+    found = []
+    for c in columns:
+        try:
+            ckpt = disk.load(c.settings.get("ckpt", ""), KINDS, "--column")
+        except UserError as error:
+            raise UserError(f"--real: the checkpoint of {c.title} cannot be read ({error}); start "
+                            "where sample.py was started, or leave the training images out with "
+                            "--no-real") from error
+        if ckpt.sha256 != c.settings.get("ckpt_sha256"):
+            raise UserError(f"--column {c.title}: its checkpoint has been trained since; run "
+                            "sample.py again, or give --no-real")
+        found.append({key: ckpt["config"].get(key) for key in DRAW})
+        if found[-1] != found[0]:
+            key = next(key for key in DRAW if found[-1][key] != found[0][key])
+            raise UserError(f"--column {c.title}: trained on other images than {columns[0].title} "
+                            f"({key} {found[-1][key]}, not {found[0][key]}); give --no-real")
+    real = training_images(ckpt, data_dir)
+    return Samples("training images", real.images, real.labels)
+
+
+def is_figure(path):
+    """Whether a file may be a picture of ours: one that matplotlib wrote."""
+    return b"atplotlib" in Path(path).read_bytes()
 
 
 def make_parser():
@@ -217,8 +271,8 @@ def make_parser():
     parser = Parser(__doc__)
     parser.add_argument("--column", action="append", required=True, metavar="NAME=FILE",
                         help="images of this samples.npz below this name; repeatable")
-    parser.add_argument("--classes", help="the rows, by numbers, ranges or names: 6-9 or 0,3,cat "
-                        "(default: at most ten, evenly spread)")
+    parser.add_argument("--classes", help="the rows, by numbers, ranges or names: 6-9 or 0,3,cat; "
+                        "or rarest (default: at most ten, evenly spread)")
     parser.add_argument("--across", type=integer(1, 100), default=4,
                         help="images beside each other in each column (default: 4)")
     parser.add_argument("--down", type=integer(1, 100), default=1,
@@ -241,28 +295,24 @@ def main():
     out = Path(args.out)
     if out.suffix != ".png":
         raise UserError(f"--out {args.out}: names the picture; end it in .png")
-    disk.check_writable(out)
-    columns, data, first = read_columns(args.column)
+    if not args.real and "data_dir" in parser.given:
+        raise UserError("--data-dir: belongs to --real; leave it out")
+    for path in (out, out.with_suffix(".pdf")):
+        disk.check_writable(path)
+        disk.refuse_overwriting(path, is_figure, "--out", "a picture of figures.py")
+    columns, data = read_columns(args.column)
     names = data["class_names"]
     classes = None
     if args.classes is not None:
-        classes = list(dict.fromkeys(resolve_classes(args.classes, names)))
+        classes = list(dict.fromkeys(chosen_classes(args, data)))
         for column in columns:
             missing = [names[c] for c in classes if c not in column.labels]
             if missing:
                 raise UserError(f"--classes: {column.title} has no images of {missing[0]}; choose "
                                 "others, or sample it with sample.py --classes")
-    caption = caption_of(columns)
     if args.real:
-        ckpt = disk.load(first["settings"]["ckpt"], KINDS, "--column")
-        if any(ckpt["data"][key] != data[key] for key in ("class_names", "class_counts")):
-            raise UserError(f"--column {args.column[0]}: its checkpoint has been trained anew, on "
-                            "other images; run sample.py again")
-        real = training_images(ckpt, args.data_dir)
-        columns.insert(0, Samples("training images", real.images, real.labels))
-    elif "data_dir" in parser.given:
-        raise UserError("--data-dir: belongs to --real; leave it out")
-    write(columns, names, data["class_counts"], out, classes, args.across, args.down, caption,
+        columns.insert(0, training_images_of(columns, args.data_dir))
+    write(columns, names, data.get("class_counts"), out, classes, args.across, args.down, True,
           ("png", "pdf"))
     print(f"wrote {out}, {out.with_suffix('.pdf').name}")
 

@@ -679,7 +679,7 @@ def encoded(model, images, args, rt):
 
 
 def make_batch(training, objective, images, moments, table=None):
-    """batch(step, k) for train.py's loop, of latents drawn from `encoded`'s distributions.
+    """batch(step, k) for loop.py, of latents drawn from `encoded`'s distributions.
 
     table: of captions.py, where each image has texts of its own.
     """

@@ -26,6 +26,7 @@ import disk
 import figures
 import runtime
 from data import read_samples
+from metrics import KID_SIZE
 from page import escaped, from_markdown, html, markdown_table, part
 from runtime import Parser, UserError, run
 from sample import clipped
@@ -363,11 +364,12 @@ def paired_differences(rows, columns):
 def draw_panel(ax, rows, column, numbers, paper):
     """One column: a bar per row, with the deviation over seeds; the paper's as diamonds."""
     x = np.arange(len(rows))
-    heights = [number.mean if number else 0 for number in numbers]
+    heights = [number.mean if number else np.nan for number in numbers]
     errors = [(number.std or 0) if number else 0 for number in numbers]
     colors = [f"C{i % 10}" for i in x]
     bars = ax.bar(x, heights, 0.7, yerr=errors, color=colors, capsize=2)
-    ax.bar_label(bars, fmt="%.3g", fontsize=7, padding=1)
+    labels = [f"{height:.3g}" if number else "" for height, number in zip(heights, numbers)]
+    ax.bar_label(bars, labels, fontsize=7, padding=1)
     for i, (name, _) in enumerate(rows):
         theirs = paper_number(paper, name, column)
         if theirs is not None:
@@ -478,19 +480,27 @@ def paper_table_of(args):
 
 
 def own_table_of(rows):
-    """The Table of rows without --paper: all that the first row's first file has."""
-    first = rows[0][1][0]
-    known = ("fid", "kid", "is", "recall", "precision", "accuracy")
-    metrics = [metric for metric in known if value_of(first, metric) is not None]
+    """The Table of rows without --paper: all that their first files have, but for a KID of few.
+
+    Groups are shown in the first metric that they have. Raises UserError where there is none.
+    """
+    firsts = [results[0] for _, results in rows]
+    groups = list(dict.fromkeys(group for first in firsts for group in first["groups"]))
+
+    def is_known(column):
+        return any(value_of(first, column) is not None for first in firsts)
+    metrics = [metric for metric in ("fid", "kid", "is", "recall", "precision", "accuracy")
+               if is_known(metric)]
+    if min(first.get("kid_subset_size", KID_SIZE) for first in firsts) < KID_SIZE:
+        metrics.remove("kid")                       # evaluate.py does not print such a one either
     if not metrics:
         raise UserError(f"--row {rows[0][0]}: its file has no metric; run evaluate.py again")
-    columns = [f"{group} {metric}" for metric in metrics[:1] for group in first["groups"]]
-    return Table("Results", "", columns + metrics, None)
+    by_metric = [[f"{group} {m}" for group in groups if is_known(f"{group} {m}")] for m in metrics]
+    return Table("Results", "", next(filter(None, by_metric), []) + metrics, None)
 
 
-def refuse_one_name_twice(rows):
+def refuse_one_name_twice(names):
     """Raise UserError where two rows have the same name."""
-    names = [name for name, _ in rows]
     if len(set(names)) < len(names):
         raise UserError(f"--row: two rows are called {max(names, key=names.count)}; "
                         "give each a name of its own")
@@ -498,7 +508,7 @@ def refuse_one_name_twice(rows):
 
 def table_page(args, rows):
     """Write the page of one of the paper's tables, or of rows of your own; returns its table."""
-    refuse_one_name_twice(rows)
+    refuse_one_name_twice([name for name, _ in rows])
     table = paper_table_of(args) if args.paper else own_table_of(rows)
     title = ": ".join(filter(None, [table.title, table.setting]))
     page = Path(args.out)
@@ -635,13 +645,18 @@ def demo_figure(rows, path):
 def side_by_side(general, full, path, columns=6):
     """Write a PNG of two samples.npz: theta_g at the left, theta at the right.
 
-    Both must have the same classes and noise, image by image. Raises UserError.
+    They must be of these branches, and have the same classes and noise, image by image. Raises
+    UserError.
     """
     images_g, labels_g, record_g = read_samples(general, "--pair")
     images, labels, record = read_samples(full, "--pair")
     settings_g = {**record_g["settings"], "branch": None}
     settings = {**record["settings"], "branch": None}
-    if "data" not in record_g or labels_g is None:
+    branches = [r["settings"].get("branch") for r in (record_g, record)]
+    if branches != ["general", "full"]:
+        raise UserError(f"--pair {general} {full}: give samples of --branch general, then those of "
+                        "the full network")
+    if "class_names" not in record_g.get("data", {}) or labels_g is None:
         raise UserError(f"--pair {general}: without labels or the names of their classes; "
                         "run sample.py again")
     if settings_g != settings or not np.array_equal(labels_g, labels):
@@ -658,8 +673,8 @@ def side_by_side(general, full, path, columns=6):
 def samples_of(name, result):
     """(Samples, the record of their training data) of what a result measured, or None.
 
-    None where it measured no labelled file of sample.py. Raises UserError where the samples have
-    been made again since.
+    None where it measured no labelled file of sample.py, or that file is not there. Raises
+    UserError where the samples have been made again since.
     """
     settings = result["settings"]
     if "samples" not in settings:
@@ -673,7 +688,7 @@ def samples_of(name, result):
     if not npz.is_file():
         return None
     images, labels, record = read_samples(npz, "--row")
-    if labels is None or "data" not in record:
+    if labels is None or "class_names" not in record.get("data", {}):
         return None
     return figures.Samples(" ".join(name.split()), images, labels), record["data"]
 
@@ -690,22 +705,28 @@ def pair_part(pair, path):
 def sample_pages(rows, folder, stem="samples"):
     """A picture for each guidance strength, methods side by side; the page's parts that show them.
 
-    rows: (name, result) of each. Methods of other classes or another size than the first one's are
-    left out.
+    rows: (name, result) of each. Named, not shown: methods whose samples are not there, or are of
+    other training images or another size than the first one's.
     """
     parts = []
     for strength in guidance_strengths(rows):
-        found = [samples_of(name, r) for name, r in rows
-                 if r["settings"].get("guidance") == strength]
-        found = [pair for pair in found if pair]
-        if not found:
+        at_it = [(name, r) for name, r in rows if r["settings"].get("guidance") == strength]
+        found = {name: samples_of(name, r) for name, r in at_it}
+        known = [pair for pair in found.values() if pair]
+        if not known:
             continue
-        first, data = found[0]
-        columns = [s for s, d in found if d["class_names"] == data["class_names"]
-                   and s.images.shape[1:] == first.images.shape[1:]]
+        first, data = known[0]
+        shown = {name: pair[0] for name, pair in found.items()
+                 if pair and pair[0].images.shape[1:] == first.images.shape[1:]
+                 and all(pair[1].get(key) == data.get(key) for key in figures.DATA)}
         file = f"{stem}-{strength:g}.png"
-        figures.write(columns, data["class_names"], data.get("class_counts"), folder / file)
+        figures.write(list(shown.values()), data["class_names"], data.get("class_counts"),
+                      folder / file)
         parts.append(f"## Samples, guidance {strength:g}\n\n![one class per row]({file})\n")
+        missing = [escaped(name) for name in found if name not in shown]
+        if missing:
+            parts.append(f"Not shown: {', '.join(missing)} (no samples here, or of other training "
+                         "images).\n")
     return parts
 
 
@@ -723,6 +744,8 @@ def has_demo_numbers(rows):
 def demo_page(args, given):
     """Write the demo's page; returns its table."""
     rows = [(name, results[0]) for name, results in given]
+    for strength in guidance_strengths(rows):       # a name has a row at each strength
+        refuse_one_name_twice([name for name, r in rows if r["settings"]["guidance"] == strength])
     page = Path(args.out)
     folder = page.parent
     table = demo_table(rows)

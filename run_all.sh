@@ -43,6 +43,8 @@
 #   FEATURES                  a checkpoint of classify.py to measure with (default: Inception)
 #   EPOCHS                    epochs in tableG8 and tableG13 (default: 200) and table6 (100)
 #   EXTRA         50000       how many generated images tableG8 adds to the training set
+#   CLASSES                   the rows of figures: cat,7,20-25 (if not given: ten, evenly spread)
+#   TAIL          rarest      the class of which figures shows many images
 #   MODEL                     Stable Diffusion for table6 and, its autoencoder and text encoder,
 #                             for tableG11: a folder or a name on the hub
 set -euo pipefail
@@ -720,7 +722,7 @@ case $TARGET in
     # What theta_g lacks (Fig. G.4)
     show "theta_g alone" cm figures/classes-general --branch general "${ROWS_OF[@]}"
     show "theta = theta_g + BA" cm figures/classes "${ROWS_OF[@]}"
-    figure figures/$SETTING/theta_g --across 6 ${CLASSES:+--classes "$CLASSES"}
+    figure figures/$SETTING/theta_g ${CLASSES:+--classes "$CLASSES"}
 
     # How different the images of one rare class are (Fig. 3, G.5)
     show DDPM ddpm figures/tail --classes "${TAIL:-rarest}" --num 25

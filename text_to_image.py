@@ -335,7 +335,7 @@ def make_autoencoder_parser():
                    help="pixels per latent, along each side: 2, 4, 8 or 16 (default: 8)")
     g.add_argument("--ch", type=integer(4, 4096), default=64, help="width (default: 64)")
     add_optimisation_flags(parser, steps=20_000, lr=1e-3, warmup=500, ema=0.999)
-    parser.set_defaults(cm=False, lam=0.0)          # what train.py's log lines look at
+    parser.set_defaults(cm=False, lam=0.0)          # what loop.py's log lines look at
     return finish_parser(parser)
 
 
@@ -384,7 +384,7 @@ def make_autoencoder(args, network, images, old):
 
 
 def pixel_batches(training, images):
-    """batch(step, k) for train.py's loop: Pixels, a pure function of (seed, step)."""
+    """batch(step, k) for loop.py: Pixels, a pure function of (seed, step)."""
     args, rt = training.args, training.rt
     batches = Batches(images, args.batch_size, args.seed, rt.device)
     parts = rt.world * args.accumulate

@@ -349,6 +349,17 @@ def test_a_damaged_json_beside_samples(tmp_path, data):
         read_samples(path, "--pair")
 
 
+@pytest.mark.parametrize("labels", [[0, 1, 2], [0, -1, 1]])
+def test_labels_without_a_class(tmp_path, labels):
+    """-1 would be shown under the last class's name."""
+    path = tmp_path / "samples.npz"
+    np.savez(path, arr_0=noise()[:3], arr_1=np.array(labels))
+    content = {"settings": {}, "data": {"class_names": ["a", "b"]}}
+    disk.write_json(tmp_path / "samples.json", {**content, "npz_sha256": disk.sha256(path)})
+    with pytest.raises(UserError, match="^--pair .*none of its 2 classes"):
+        read_samples(path, "--pair")
+
+
 # --------------------------------------------------------------------------------------------------
 # Packs are current and whole
 

@@ -1,14 +1,18 @@
 """figures.py: which images stand where, what the line below says, what is refused."""
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
-from conftest import call
+from conftest import TINY_FLAGS, call
 from PIL import Image
 from test_mistakes import refuses
 
 import disk
 import figures
 import sample
+import train
 from figures import Samples
+from runtime import UserError
 
 NAMES = [f"class {c}" for c in range(10)]
 COUNTS = list(range(20, 10, -1))
@@ -68,8 +72,10 @@ def test_images_are_enlarged_by_a_whole_factor(tmp_path):
 def test_a_long_caption_is_wrapped_and_not_cut(two_columns, tmp_path):
     """Its words are in the picture: as wide as the images or 60 letters, lines below each other."""
     plain = written(tmp_path / "p.png", two_columns[:1], NAMES, None)
-    longer = written(tmp_path / "l.png", two_columns[:1], NAMES, None, caption="a caption " * 20)
-    assert longer.shape[0] - plain.shape[0] == 4 * figures.LINE + 6
+    settings = {**SETTINGS, "sampler": "a long name " * 18}
+    long = [two_columns[0]._replace(settings=settings)]
+    longer = written(tmp_path / "l.png", long, NAMES, None, with_caption=True)
+    assert longer.shape[0] - plain.shape[0] == 5 * figures.LINE + 6
     below = longer[plain.shape[0]:]
     assert (below[:, :-8] < 128).any() and (below[:, -8:] > 250).all()
 
@@ -83,7 +89,9 @@ def test_rows_go_from_frequent_to_rare(two_columns, tmp_path):
 
 
 SETTINGS = {"seed": 0, "sampler": "ddim", "steps": 50, "guidance": 1.5, "clip": True, "num": 9,
-            "ckpt": "a", "step": 3, "branch": "full", "weights": "ema", "command": "x"}
+            "ckpt": "a", "step": 3000, "branch": "full", "weights": "ema", "command": "x"}
+USUAL = "step 3,000, ddim, 50 steps, guidance 1.5, x_0 clipped"
+SAME, OTHER = "; the same noise in each column", "; the columns' noise differs"
 
 
 def column(name="A", labels=(0, 1), **changes):
@@ -92,34 +100,58 @@ def column(name="A", labels=(0, 1), **changes):
 
 
 @pytest.mark.parametrize("other, line", [
-    (column("B", ckpt="b", step=4, branch="general", command="y"),
-     "ddim, 50 steps, guidance 1.5, x_0 clipped; the same noise in each column"),
-    (column("B", seed=1), "ddim, 50 steps, guidance 1.5, x_0 clipped; the columns' noise differs"),
-    (column("B", (1, 0)), "ddim, 50 steps, guidance 1.5, x_0 clipped; the columns' noise differs"),
-    (column("B", guidance=0.0), "A: ddim, 50 steps, guidance 1.5, x_0 clipped; B: ddim, 50 steps, "
-     "guidance 0, x_0 clipped; the same noise in each column"),
+    (column("B", ckpt="b", command="y", num=20), USUAL + SAME),
+    (column("B", (0, 1, 0, 1), num=20), USUAL + SAME),      # more images, which are not shown
+    (column("B", seed=1), USUAL + OTHER),
+    (column("B", (1, 0)), USUAL + OTHER),
+    (column("B", model="sd"), USUAL + OTHER),
+    (column("B", guidance=0.0),
+     f"A: {USUAL}; B: step 3,000, ddim, 50 steps, guidance 0, x_0 clipped{SAME}"),
+    (column("B", step=4, eta=0.5, grid="quad", weights="raw", branch="general"),
+     f"A: {USUAL}; B: step 4, ddim, 50 steps, guidance 1.5, x_0 clipped, eta 0.5, grid quad, "
+     f"weights raw, branch general{SAME}"),
+    (column("B", sampler="dpm", steps=15, order=2, clip=False),
+     f"A: {USUAL}; B: step 3,000, dpm, 15 steps, guidance 1.5, x_0 not clipped, order 2{SAME}"),
     (column("B", sampler="consistency", steps=2, guidance=0, clip=False),
-     "A: ddim, 50 steps, guidance 1.5, x_0 clipped; B: consistency, 2 steps, guidance 0; the same "
-     "noise in each column")])
+     f"A: {USUAL}; B: step 3,000, consistency, 2 steps, guidance 0{SAME}")])
 def test_the_line_below_says_how_columns_were_made(other, line):
-    assert figures.caption_of([Samples("training images", None, None), column(), other]) == line
+    real = Samples("training images", None, np.array([0, 1]))
+    assert figures.caption_of([real, column(), other], [0, 1], 1) == line
 
 
 def test_noise_without_a_seed_is_not_known_to_be_the_same():
     columns = [Samples(name, None, np.array([0]), {"ckpt": name}) for name in "AB"]
-    assert figures.caption_of(columns).endswith("the columns' noise differs")
+    assert figures.caption_of(columns, [0], 1) == "; it is not known whether from the same noise"
 
 
 def test_one_column_has_no_noise_to_share():
-    assert figures.caption_of([column()]) == "ddim, 50 steps, guidance 1.5, x_0 clipped"
-    assert figures.caption_of([Samples("training images", None, None)]) == ""
+    assert figures.caption_of([column()], [0], 1) == USUAL
+    assert figures.caption_of([Samples("training images", None, None)], [0], 1) == ""
+
+
+def test_there_is_no_room_for_images_that_are_not_there(two_columns, tmp_path):
+    """Four of a class, at most: as wide and high as four."""
+    four = written(tmp_path / "a.png", two_columns[:1], NAMES, COUNTS)
+    wide = written(tmp_path / "b.png", two_columns[:1], NAMES, COUNTS, across=9, down=7)
+    assert wide.shape == four.shape
+
+
+def test_titles_do_not_overlap(two_columns, tmp_path):
+    """A column is as wide as its title."""
+    named = [c._replace(title="a long title of a column") for c in two_columns]
+    picture = written(tmp_path / "p.png", named, NAMES, COUNTS, across=1)
+    ink = (picture[:figures.TITLE - 4] < 128).any((0, 2))
+    gaps = [len(gap) for gap in "".join(".#"[int(x)] for x in ink).split("#") if gap]
+    assert sorted(gaps)[-2] >= figures.BETWEEN                  # the widest is at the left
+    assert ink.any() and not ink[-2:].any()
 
 
 @pytest.fixture(scope="module")
 def sampled(cm_run, tmp_path_factory):
     """Folders of samples: both branches, and the rarest class alone."""
     folder = tmp_path_factory.mktemp("sampled")
-    flags = {"full": [], "general": ["--branch", "general"], "tail": ["--classes", "rarest"]}
+    flags = {"full": [], "general": ["--branch", "general"], "tail": ["--classes", "rarest"],
+             "high": ["--classes", "0-4"]}
     for name, more in flags.items():
         call(sample.main, "--ckpt", cm_run / "ckpt.pt", "--num", 20, "--steps", 1, *more,
              "--device", "cpu", "--out", folder / name)
@@ -132,7 +164,7 @@ def test_real_images_and_methods(sampled, digits, data_dir, tmp_path):
                f"theta={sampled}/full/samples.npz", "--data-dir", data_dir]
     call(figures.main, *columns, "--out", tmp_path / "a.png")
     picture = np.asarray(Image.open(tmp_path / "a.png"))
-    assert picture.shape[0] == figures.TITLE + 10 * 60 + figures.LINE + 6
+    assert picture.shape[0] == figures.TITLE + 10 * 60 + 2 * figures.LINE + 6
     real = digits.images[digits.labels == 0][0, ..., 0]
     left = picture.shape[1] - 8 - 3 * 236 - 2 * figures.BETWEEN
     top = figures.TITLE
@@ -156,33 +188,71 @@ def test_the_rarest_class(sampled, digits, tmp_path):
 @pytest.mark.parametrize("flags, says", [
     (["--out", "a.pdf"], ["--out a.pdf", ".png"]),
     (["--column", "nothing.npz"], ["--column nothing.npz", "NAME=FILE"]),
+    (["--column", "CM=x.npz"], ["two columns are called CM"]),
     (["--column", "B=none.npz"], ["--column none.npz"]),
     (["--classes", "3"], ["--classes", "CM has no images of 3"]),
+    (["--column", "B=high"], ["--column", "no class of which every column"]),
     (["--no-real", "--data-dir", "x"], ["--data-dir", "--real"])])
 def test_refuses(sampled, tmp_path, capsys, monkeypatch, flags, says):
-    monkeypatch.chdir(tmp_path)
-    refuses(capsys, figures.main, "--column", f"CM={sampled}/tail", *flags, says=says)
-    assert not list(tmp_path.glob("**/*.p*"))
+    monkeypatch.chdir(sampled)
+    out = [] if "--out" in flags else ["--out", tmp_path / "p.png"]
+    refuses(capsys, figures.main, "--column", "CM=tail", *flags, *out, says=says)
+    assert not list(tmp_path.iterdir())
+
+
+def changed(folder, out, change):
+    """A copy of a folder of samples, with its record changed: what --column names."""
+    out.mkdir()
+    (out / "samples.npz").write_bytes((folder / "samples.npz").read_bytes())
+    record = disk.read_json(folder / "samples.json")
+    change(record)
+    disk.write_json(out / "samples.json", record)
+    return f"B={out}"
 
 
 @pytest.mark.parametrize("change, says", [
     (lambda r: r["data"].update(class_counts=[1] * 10), "trained on other images"),
+    (lambda r: r["data"].update(sha256="f"), "trained on other images"),
     (lambda r: r.pop("data"), "run sample.py again")])
 def test_columns_of_other_data_are_refused(sampled, tmp_path, capsys, change, says):
-    (tmp_path / "b").mkdir()
-    (tmp_path / "b/samples.npz").write_bytes((sampled / "full/samples.npz").read_bytes())
-    record = disk.read_json(sampled / "full/samples.json")
-    change(record)
-    disk.write_json(tmp_path / "b/samples.json", record)
-    refuses(capsys, figures.main, "--column", f"A={sampled}/full", "--column", f"B={tmp_path}/b",
+    other = changed(sampled / "full", tmp_path / "b", change)
+    refuses(capsys, figures.main, "--column", f"A={sampled}/full", "--column", other,
             "--out", tmp_path / "p.png", says=["--column B=", says])
 
 
-def test_a_checkpoint_that_was_trained_anew(sampled, cm_run, tmp_path, capsys):
-    """Its data would be shown as those of the samples."""
-    record = disk.read_json(sampled / "full/samples.json")
-    record["data"]["class_counts"][0] += 1
-    (tmp_path / "samples.npz").write_bytes((sampled / "full/samples.npz").read_bytes())
-    disk.write_json(tmp_path / "samples.json", record)
-    refuses(capsys, figures.main, "--column", f"A={tmp_path}", "--out", tmp_path / "p.png",
-            says=["--column A=", "trained anew"])
+def test_training_images_are_those_of_every_column(sampled, cm_run, data_dir, tmp_path, capsys):
+    """Another draw, a checkpoint that has gone on, one that is not there: no first column."""
+    call(train.main, *TINY_FLAGS, "--steps", 1, "--tail-seed", 1, "--data-dir", data_dir,
+         "--out", tmp_path / "run")
+    call(sample.main, "--ckpt", tmp_path / "run/ckpt.pt", "--num", 20, "--steps", 1,
+         "--device", "cpu", "--out", tmp_path / "other")
+    first = ["--column", f"A={sampled}/full"]
+    both = [*first, "--column", f"B={tmp_path}/other", "--out", tmp_path / "p.png"]
+    refuses(capsys, figures.main, *both, says=["--column B", "tail_seed 1, not 0", "--no-real"])
+    call(figures.main, *both, "--no-real")
+    later = changed(sampled / "full", tmp_path / "a", lambda r: r["settings"].update(
+        ckpt_sha256="of an earlier step"))
+    refuses(capsys, figures.main, "--column", later, "--out", tmp_path / "q.png",
+            says=["--column B", "trained since"])
+    gone = changed(sampled / "full", tmp_path / "c", lambda r: r["settings"].update(ckpt="no.pt"))
+    refuses(capsys, figures.main, "--column", gone, "--out", tmp_path / "q.png",
+            says=["--real", "no.pt", "--no-real"])
+    assert not (tmp_path / "q.png").exists()
+
+
+def test_other_files_are_not_replaced(sampled, tmp_path, capsys):
+    (tmp_path / "p.pdf").write_bytes(b"%PDF of another program")
+    refuses(capsys, figures.main, "--column", f"A={sampled}/full", "--out", tmp_path / "p.png",
+            says=["--out", "p.pdf"])
+    assert not (tmp_path / "p.png").exists()
+    for _ in range(2):          # its own are
+        call(figures.main, "--column", f"A={sampled}/full", "--no-real", "--out",
+             tmp_path / "own.png")
+
+
+def test_the_rarest_class_of_unknown_counts(tmp_path):
+    args = SimpleNamespace(classes="rarest")
+    assert sample.chosen_classes(args, {"class_names": ["a", "b"], "class_counts": [1, 5]}) == [0]
+    assert sample.chosen_classes(args, {"class_names": ["a", "rarest"]}) == [1]
+    with pytest.raises(UserError, match="--classes rarest.*name the class"):
+        sample.chosen_classes(args, {"class_names": ["a", "b"]})

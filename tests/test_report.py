@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from conftest import ROOT, call
 from matplotlib.figure import Figure
@@ -320,6 +321,45 @@ def test_a_table_of_ones_own_refuses(tmp_path, capsys, change, flags, says):
     refuses(capsys, report.main, "--row", row, *flags, "--out", tmp_path / "p.md", says=[says])
 
 
+def test_a_table_of_ones_own_has_what_any_row_has(tmp_path):
+    """Not only what the first one has; groups in the metric that they have; no KID of few."""
+    first, second = fake_result(9, 0), fake_result(8, 0)
+    for part in (first, *first["groups"].values()):
+        del part["recall"]
+    del first["groups"]["Few"]
+    second["kid_subset_size"] = 20
+    rows = write_rows(tmp_path, A=first, B=second)
+    call(report.main, *[w for row in rows for w in ("--row", row)], "--out", tmp_path / "p.md")
+    page = (tmp_path / "p.md").read_text()
+    assert "|  | seeds | Many FID | Medium FID | Few FID | FID | IS | recall |\n" in page
+    assert "\n| A | 1 | 12.000 | 13.000 | - | 9.000 | 9.00 | - |\n" in page
+    classifier = changed(CLASSIFIER, accuracy=90.0, recall=80.0,
+                         groups={"Many": {"accuracy": 95.0}, "Few": {"accuracy": 70.0}})
+    row, = write_rows(tmp_path, CE=classifier)
+    call(report.main, "--row", row, "--out", tmp_path / "p.md")
+    page = (tmp_path / "p.md").read_text()
+    assert "| Many accuracy | Few accuracy | recall | accuracy |\n" in page
+    assert "\n| CE | 1 | 95.00 | 70.00 | 80.00 | 90.00 |\n" in page
+
+
+def test_what_was_not_measured_has_no_bar():
+    ax = Figure().add_subplot()
+    rows = [("A", [FIRST]), ("B", [FIRST])]
+    report.draw_panel(ax, rows, "fid", [report.Number(3.0), None], None)
+    assert [text.get_text() for text in ax.texts] == ["3", ""]
+    assert not np.isfinite(ax.patches[1].get_height())
+
+
+def test_one_name_twice_in_the_demos_table_is_refused(tmp_path, capsys):
+    """At one guidance strength; at two it is a row each."""
+    rows = write_rows(tmp_path, a=demo_result(9.0), b=demo_result(8.0),
+                      c=changed(demo_result(8.0), {"guidance": 0.0}))
+    flags = ["--row", rows[0].replace("a=", "CM=", 1), "--out", tmp_path / "p.md"]
+    refuses(capsys, report.main, *flags, "--row", rows[1].replace("b=", "CM=", 1),
+            says=["two rows are called CM"])
+    call(report.main, *flags, "--row", rows[2].replace("c=", "CM=", 1))
+
+
 # --------------------------------------------------------------------------------------------------
 # Rows that do not belong into one table
 
@@ -479,7 +519,7 @@ def test_grids_of_other_samples_than_those_measured(tmp_path, capsys, monkeypatc
     assert "samples-" not in (tmp_path / "page/p.md").read_text()
 
 
-def test_pages_show_methods_side_by_side(cm_run, tmp_path):
+def test_pages_show_methods_side_by_side(cm_run, tmp_path, capsys):
     """One picture per guidance strength, of the files that were measured."""
     rows = []
     for name in ("full", "general"):
@@ -490,10 +530,25 @@ def test_pages_show_methods_side_by_side(cm_run, tmp_path):
     call(report.main, *[w for row in rows for w in ("--row", row)], "--out", tmp_path / "p.md")
     assert "![one class per row](samples-1.5.png)" in (tmp_path / "p.md").read_text()
     assert Image.open(tmp_path / "samples-1.5.png").height == 10 * 60 + 30
+    # Samples that are not there, or are of other training images, are named
+    record = disk.read_json(tmp_path / "full/samples.json")
+    record["data"]["class_counts"][0] += 1
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/samples.npz").write_bytes((tmp_path / "full/samples.npz").read_bytes())
+    disk.write_json(tmp_path / "other/samples.json", record)
+    more = write_rows(tmp_path, **{name: changed(demo_result(9.0), {
+        "samples": f"{tmp_path}/{name}/samples.npz"}) for name in ("gone", "other")})
+    call(report.main, *[w for row in [*rows, *more] for w in ("--row", row)],
+         "--out", tmp_path / "p.md")
+    assert "Not shown: gone, other (no samples here" in (tmp_path / "p.md").read_text()
     # On a table's page too, with theta_g and theta from the same noise
     pair = [f"{tmp_path}/{name}/samples.npz" for name in ("general", "full")]
     call(report.main, "--paper", "table7-left", *[w for row in rows for w in ("--row", row)],
          "--pair", *pair, "--out", tmp_path / "table.md")
+    assert "Not shown" not in (tmp_path / "table.md").read_text()
+    for wrong in (pair[::-1], pair[:1] * 2):
+        refuses(capsys, report.main, "--row", rows[0], "--pair", *wrong, "--out",
+                tmp_path / "q.md", says=["--pair", "--branch general"])
     page = (tmp_path / "table.md").read_text()
     for file in ("table-theta_g_theta.png", "table-samples-1.5.png"):
         assert f"({file})" in page and (tmp_path / file).exists()
