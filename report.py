@@ -512,6 +512,9 @@ def table_page(args, rows):
     table = paper_table_of(args) if args.paper else own_table_of(rows)
     title = ": ".join(filter(None, [table.title, table.setting]))
     page = Path(args.out)
+    # What may be refused comes before what is written
+    pair = read_pair(*args.pair) if args.pair else None
+    samples = samples_by_strength([(name, results[0]) for name, results in rows])
 
     text = paper_table(rows, table.columns, table.paper)
     differences = paired_differences(rows, table.columns)
@@ -525,9 +528,8 @@ def table_page(args, rows):
         text + "\n",
         *([note + "\n"] if note else []),
         f"![the table as bars]({page.stem}.png)\n",
-        *pair_part(args.pair, page.with_name(f"{page.stem}-theta_g_theta.png")),
-        *sample_pages([(name, results[0]) for name, results in rows], page.parent,
-                      f"{page.stem}-samples"),
+        *pair_part(pair, page.with_name(f"{page.stem}-theta_g_theta.png")),
+        *sample_pages(samples, page.parent, f"{page.stem}-samples"),
         "## The first seed's commands\n",
         f"```bash\n{commands_of(rows)}\n```\n",
     ]
@@ -642,8 +644,8 @@ def demo_figure(rows, path):
     disk.save_figure(fig, path)
 
 
-def side_by_side(general, full, path, columns=6):
-    """Write a PNG of two samples.npz: theta_g at the left, theta at the right.
+def read_pair(general, full):
+    """(two Samples, the record of their training data) of --pair: theta_g's and theta's.
 
     They must be of these branches, and have the same classes and noise, image by image. Raises
     UserError.
@@ -662,12 +664,10 @@ def side_by_side(general, full, path, columns=6):
     if settings_g != settings or not np.array_equal(labels_g, labels):
         raise UserError("--pair: "
                         "the two files were not sampled with the same settings and noise")
-    data = record_g["data"]
     guidance = f"guidance {settings['guidance']:g}" if "guidance" in settings else "same settings"
-    columns_of_picture = [figures.Samples(f"theta_g alone, {guidance}", images_g, labels_g),
-                          figures.Samples("theta = theta_g + BA, the same noise", images, labels)]
-    figures.write(columns_of_picture, data["class_names"], data.get("class_counts"), path,
-                  across=columns)
+    columns = [figures.Samples(f"theta_g alone, {guidance}", images_g, labels_g),
+               figures.Samples("theta = theta_g + BA, the same noise", images, labels)]
+    return columns, record_g["data"]
 
 
 def samples_of(name, result):
@@ -694,24 +694,33 @@ def samples_of(name, result):
 
 
 def pair_part(pair, path):
-    """The page's part with --pair's picture, which is written to `path`; none without --pair."""
-    if not pair:
+    """The page's part with --pair's picture, which is written to `path`; none without --pair.
+
+    pair: what read_pair returned, or None.
+    """
+    if pair is None:
         return []
-    side_by_side(*pair, path)
+    columns, data = pair
+    figures.write(columns, data["class_names"], data.get("class_counts"), path, across=6)
     return ["## Samples of theta_g and of theta from the same noise\n\n"
             f"![theta_g and theta]({path.name})\n"]
 
 
-def sample_pages(rows, folder, stem="samples"):
+def samples_by_strength(rows):
+    """{guidance strength: {name: what samples_of returns}} of rows, (name, result) of each."""
+    return {strength: {name: samples_of(name, r) for name, r in rows
+                       if r["settings"].get("guidance") == strength}
+            for strength in guidance_strengths(rows)}
+
+
+def sample_pages(by_strength, folder, stem="samples"):
     """A picture for each guidance strength, methods side by side; the page's parts that show them.
 
-    rows: (name, result) of each. Named, not shown: methods whose samples are not there, or are of
-    other training images or another size than the first one's.
+    by_strength: see samples_by_strength. Named, not shown: methods whose samples are not there, or
+    are of other training images or another size than the first one's.
     """
     parts = []
-    for strength in guidance_strengths(rows):
-        at_it = [(name, r) for name, r in rows if r["settings"].get("guidance") == strength]
-        found = {name: samples_of(name, r) for name, r in at_it}
+    for strength, found in by_strength.items():
         known = [pair for pair in found.values() if pair]
         if not known:
             continue
@@ -750,6 +759,9 @@ def demo_page(args, given):
     folder = page.parent
     table = demo_table(rows)
     one_guidance = len(guidance_strengths(rows)) == 1
+    # What may be refused comes before what is written
+    pair = read_pair(*args.pair) if args.pair else None
+    samples = samples_by_strength(rows)
     demo_figure(rows, folder / "groups.png")
     parts = [
         "# Samples per group\n",
@@ -761,8 +773,8 @@ def demo_page(args, given):
         "Accuracy is the share of samples "
         "that the classifier takes for the class asked for.\n",
         "![FD per group](groups.png)\n",
-        *pair_part(args.pair, folder / "theta_g_theta.png"),
-        *sample_pages(rows, folder),
+        *pair_part(pair, folder / "theta_g_theta.png"),
+        *sample_pages(samples, folder),
     ]
     write_page(page, "\n".join(parts), "Samples per group", given)
     return table
