@@ -250,7 +250,9 @@ def bar_figure(kind, results, fraction, path):
     if kind != "raw":
         ax.set_title(f"{per_cent(fraction)} of the weights set to zero\n"
                      "with 95 % intervals over the images", fontsize=10)
-    ax.legend(fontsize=8)
+    low, high = ax.get_ylim()
+    ax.set_ylim(low, high + (0.06 + 0.08 * n) * (high - low))   # room for the legend above bars
+    ax.legend(fontsize=8, loc="upper right")
     ax.spines[["top", "right"]].set_visible(False)
     disk.save_figure(fig, path)
 

@@ -618,7 +618,8 @@ def draw_groups(ax, rows, floors):
         bars = ax.bar(left, heights, width, label=disk.in_figure(name))
         # three digits at least; an exponent would be wider than a bar
         written = [f"{h:.3g}" if h < 100 else f"{h:.0f}" for h in heights]
-        ax.bar_label(bars, written, fontsize=7)
+        ax.bar_label(bars, written, fontsize=7, padding=2,      # readable also on a line
+                     bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6})
     for i, floor in enumerate(floors.values()):
         label = "real against real" if i == 0 else None         # once in the legend
         ax.hlines(floor, i - 0.45, i + 0.45, "black", "dashed", label=label)
