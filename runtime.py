@@ -10,6 +10,7 @@ import hashlib
 import importlib.util
 import math
 import os
+import select
 import shlex
 import signal
 import sys
@@ -54,13 +55,19 @@ def run(main):
     code = 0
     try:
         import_plugins(sys.argv[1:])
-        main()
+        try:
+            main()
+        finally:
+            sys.stdout.flush()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         code = 130
     except SystemExit as e:
         code = e.code or 0
     except Exception as e:
+        if reader_left(e):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(128 + signal.SIGPIPE)
         line = error_line(e)
         distributed = dist.is_initialized()
         if line is None and not distributed:
@@ -81,6 +88,15 @@ def run(main):
         os._exit(code)
     if code:
         sys.exit(code)
+
+
+def reader_left(error):
+    """Whether an exception says that nobody reads what is printed any more, as after `| head`."""
+    if not isinstance(error, BrokenPipeError) or dist.is_initialized():
+        return False
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return bool(poll.poll(0))       # an error, the only event there is, on a pipe without reader
 
 
 class Plugins:

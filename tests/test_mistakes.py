@@ -564,3 +564,15 @@ def test_odd_class_names_in_the_confusion_picture(tmp_path):
     names = [r"$\foo$", "_hidden", "not utf-8: \udcff"]
     classify.confusion_picture(np.eye(3), np.array([3, 2, 1]), names, path)
     assert path.exists()
+
+
+@pytest.mark.parametrize("command", [["latent.py", "--help"], ["theory_sim.py", "--trials", "100"]])
+def test_a_reader_that_leaves_is_no_traceback(command, tmp_path):
+    """As with `| head -1`: nothing is said, and the exit code is that of a closed pipe."""
+    read, write = os.pipe()
+    os.close(read)
+    out = [] if "--help" in command else ["--out", tmp_path]
+    done = subprocess.run([sys.executable, ROOT / command[0], *command[1:], *map(str, out)],
+                          stdout=write, stderr=subprocess.PIPE, text=True, timeout=120)
+    os.close(write)
+    assert done.returncode == 141 and done.stderr == ""
