@@ -23,6 +23,11 @@ repeating its command.
 --lora writes general.safetensors (theta^g's LoRA) and minority.safetensors (theta^e). In diffusers,
 pipe.load_lora_weights(FOLDER, weight_name="general.safetensors", adapter_name="general") loads one,
 and pipe.set_adapters(["general", "minority"], [1.0, 0.5]) takes theta^e at half of its strength.
+--pipeline writes the merged model with a DDIM scheduler. diffusers starts it one timestep later
+than `latent.py sample` does; from the same noise it gives the same images after
+
+    pipe.scheduler = DDIMScheduler.from_config(
+        pipe.scheduler.config, steps_offset=0, set_alpha_to_one=True)
 """
 import hashlib
 import json

@@ -597,7 +597,7 @@ def test_the_pipeline_is_our_sampling(wide, tiny, tmp_path, branch):
 
     images = sample(wide, tmp_path / "samples", "--branch", branch)
     pipe.scheduler = diffusers.DDIMScheduler.from_config(
-        pipe.scheduler.config, steps_offset=0, set_alpha_to_one=True, clip_sample=False)
+        pipe.scheduler.config, steps_offset=0, set_alpha_to_one=True)
     noise = [torch.randn(4, 8, 8, generator=runtime.generator("cpu", 0, "image", i))
              for i in range(3)]
     texts = ["a old master painting", "a pop painting", "a realism painting"]
