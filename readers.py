@@ -253,6 +253,16 @@ def held_out_files_by_class(folder, train_folder, names):
     return classes
 
 
+def say_what_is_no_class(root, classes):
+    """Print which sub-folders hold no images, as those with files of a kind that is not read."""
+    folders = [entry.name for entry in root.iterdir() if entry.is_dir()]
+    others = [name for name in in_order(folders) if name not in classes and name[0] != "."]
+    if others and os.environ.get("RANK", "0") == "0":
+        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+        kinds = " ".join(sorted(IMAGE_FILES))
+        print(f"warning: {root}: {', '.join(others[:3])}{more}: no images ({kinds}), no class")
+
+
 def read_folder(data_dir, split):
     """Images of your own: one sub-folder per class, in alphabetical order. Images may lie deeper.
 
@@ -269,6 +279,8 @@ def read_folder(data_dir, split):
                           f"the test images, in folders of the same names, into test/")
     classes = files_by_class(train_folder)
     names = list(classes)
+    if split == "train":
+        say_what_is_no_class(train_folder, classes)
     if len(names) < 2:
         found = f"only one class with images, {names[0]}" if names else "no sub-folder with images"
         raise UserError(f"--data-dir {train_folder}: {found}; it must hold one sub-folder of "

@@ -937,6 +937,18 @@ def test_folder(tmp_path):
     assert not np.array_equal(read().images[0], images.images[0])
 
 
+def test_a_folder_without_images_is_said(tmp_path, capsys):
+    """It is no class; one whose files are of a kind that is not read would be missed silently."""
+    root = make_folder(tmp_path / "set", [3, 2])
+    load("folder", root, resolution=8, pack_dir=tmp_path / "packed")
+    assert "warning" not in capsys.readouterr().out
+    (root / "cats").mkdir()
+    (root / "cats/x.heic").write_bytes(b"x")
+    images = load("folder", root, resolution=8, pack_dir=tmp_path / "packed")
+    assert images.counts.tolist() == [3, 2]
+    assert f"warning: {root}: cats: no images" in capsys.readouterr().out
+
+
 def test_balanced_reference(tmp_path, data_dir):
     packed = tmp_path / "packed"
     root = make_folder(tmp_path / "set", [30, 20, 12])
