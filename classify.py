@@ -15,7 +15,6 @@ import math
 import sys
 import time
 from argparse import BooleanOptionalAction
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -25,16 +24,16 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.tensorboard import SummaryWriter
-from torchvision.models.resnet import BasicBlock, ResNet
 
 import disk
 import runtime
-from cm_layers import general_only, merge, reserve
+from cm_layers import merge
 from data import (Batches, ImageSet, add_data_flags, by_size, class_groups, class_order_of,
                   images_of_npz, load, load_long_tailed, open_npz, read_record, refuse_other_data,
                   to_classes, to_float, unused_data_flags)
-from losses import CMConfig, add_cm_flags, class_weights, cm_terms
+from losses import CMConfig, add_cm_flags
 from readers import NoSuchSplit
+from resnet import DISTANCES, LOSSES, STAGES, ClassifierLoss, make_reserved, refuse_narrow
 from runtime import Parser, UserError, integer, number, run
 
 PRESETS = {     # the field's recipe, and what is different for the small digits
@@ -43,234 +42,7 @@ PRESETS = {     # the field's recipe, and what is different for the small digits
     "digits": {"epochs": 30, "weight_decay": 5e-4, "schedule": "onecycle", "nesterov": True,
                "width": 16},
 }
-STAGES = ("conv1", "layer1", "layer2", "layer3", "layer4")      # all convolutions; conv1: the stem
 RESUMABLE = {"device", "out", "data_dir", "pack_dir", "compile", "if_needed", "save_every"}
-
-
-# --------------------------------------------------------------------------------------------------
-# The network
-
-class NormedLinear(nn.Linear):
-    """LDAM's last layer: scale times the cosine of the features and the weight of each class."""
-
-    def __init__(self, features, classes, scale=30.0):
-        super().__init__(features, classes, bias=False)
-        self.scale = scale
-
-    def forward(self, x):
-        """x (B, features) -> (B, classes) in [-scale, scale]."""
-        return self.scale * F.linear(F.normalize(x), F.normalize(self.weight))
-
-
-def make_resnet(channels, num_classes, width=64, normed=False):
-    """ResNet-18 for small images: a 3x3 stem without max-pool, torchvision's blocks and keys.
-
-    Its stages have width, 2 width, 4 width and 8 width channels. normed: the last layer is a
-    NormedLinear, for LDAM.
-    """
-    net = ResNet(BasicBlock, [2, 2, 2, 2], num_classes=num_classes)
-    net.inplanes = width
-    net.conv1 = nn.Conv2d(channels, width, 3, padding=1, bias=False)
-    net.bn1 = nn.BatchNorm2d(width)
-    net.maxpool = nn.Identity()
-    for stage in range(4):
-        layer = net._make_layer(BasicBlock, width << stage, 2, stride=2 if stage else 1)
-        setattr(net, f"layer{stage + 1}", layer)
-    last = NormedLinear if normed else nn.Linear
-    net.fc = last(8 * width, num_classes)
-    return net
-
-
-def make_reserved(network, stages, rank_ratio):
-    """A ResNet, network = make_resnet's arguments, with these of STAGES reserved for CM."""
-    net = make_resnet(**network)
-    for stage in stages:
-        reserve(getattr(net, stage), rank_ratio)
-    return net
-
-
-def features_and_logits(net, x):
-    """Penultimate features (N, 8 width) and logits (N, num_classes).
-
-    x (N, C, H, W): images in [-1, 1].
-    """
-    *body, fc = net.children()
-    features = nn.Sequential(*body)(x).flatten(1)
-    return features, fc(features)
-
-
-def load_classifier(path, device, flag="--features"):
-    """The network of a checkpoint, in eval mode, and the checkpoint itself. Raises UserError."""
-    ckpt = disk.load(path, ["classifier"], flag)
-    try:
-        net = make_resnet(**ckpt["network"])
-        net.load_state_dict(ckpt["model"])
-    except (RuntimeError, TypeError) as e:
-        why = str(e).splitlines()[-1].strip()
-        raise UserError(f"{flag} {path}: its weights do not fit the network that it describes "
-                        f"({why})") from e
-    refuse_narrow(ckpt["network"].get("width", 64), device, f"{flag} {path}: --width")
-    return net.to(device).eval().requires_grad_(False), ckpt
-
-
-def refuse_narrow(width, device, flag="--width"):
-    """Raise UserError for widths with which torch's CPU convolutions corrupt memory.
-
-    oneDNN's 1 x 1 convolutions of stride 2, channels last, of 2 to 6 channels.
-    """
-    if torch.device(device).type == "cpu" and width < 8:
-        raise UserError(f"{flag} {width}: torch's convolutions so narrow corrupt memory on a CPU; "
-                        "take at least 8")
-
-
-# --------------------------------------------------------------------------------------------------
-# Losses: loss(logits (B, C), y (B,), obj) -> (B,). obj is the ClassifierLoss, with its constants
-
-def ce(logits, y, obj):
-    """Cross-entropy."""
-    return F.cross_entropy(logits, y, reduction="none")
-
-
-def ldam_margins(counts, largest=0.5):
-    """LDAM's margins (Cao et al., 2019): proportional to n^(-1/4), at most `largest`: (C,)."""
-    margins = counts.float() ** -0.25
-    return largest * margins / margins.max()
-
-
-def ldam(logits, y, obj):
-    """LDAM: cross-entropy of 30 (cos - margin of the true class).
-
-    The logits are 30 cos, from NormedLinear.
-    """
-    shift = 30.0 * obj.margins[y]
-    shifted = logits - F.one_hot(y, logits.shape[1]) * shift[:, None]
-    return F.cross_entropy(shifted, y, reduction="none")
-
-
-def la(logits, y, obj):
-    """Logit adjustment (Menon et al., 2021): cross-entropy of logits + tau log prior.
-
-    At test the unadjusted logits decide.
-    """
-    log_prior = (obj.counts / obj.counts.sum()).log()
-    return F.cross_entropy(logits + obj.tau * log_prior, y, reduction="none")
-
-
-LOSSES = {"ce": ce, "ldam": ldam, "la": la}
-
-
-def effective_number_weights(counts, beta=0.9999):
-    """DRW's class weights (Cui et al., 2019): (1 - beta) / (1 - beta^n), with mean 1: (C,)."""
-    weights = (1 - beta) / (1 - beta ** counts.double())
-    return (weights / weights.mean()).float()
-
-
-# --------------------------------------------------------------------------------------------------
-# The training loss, with CM
-
-UNBOUNDED = CMConfig(div_bound=0.0)     # the squared distance of probabilities is at most 2
-
-
-def distance_of_probs(logits, general):
-    """||p - p_g||^2 per image, of the two softmaxes: (B, C), (B, C) -> (B,)."""
-    return (logits.softmax(1) - general.softmax(1)).square().sum(1)
-
-
-def distance_of_logits(logits, general):
-    """Mean squared difference per image: (B, C), (B, C) -> (B,)."""
-    return (logits - general).square().mean(1)
-
-
-DISTANCES = {"probs": distance_of_probs, "logits": distance_of_logits}
-
-
-class ClassifierLoss(nn.Module):
-    """The training loss of a ResNet, with L_CM where stages are reserved.
-
-    forward(x, y, reweigh) -> (total, a scalar; {name: scalar} of unweighted terms).
-
-    net:      from make_resnet, with the stages in `reserved` reserved.
-    loss:     a key of LOSSES.
-    counts:   (C,), training images per class.
-    cm:       lambda and the weights of Eq. (4), and the bound of L_Div; lam = 0: no L_CM.
-    tau:      of the loss "la".
-    distance: a key of DISTANCES.
-
-    L_CM is Eq. (2)-(4) with D = ||p - p_g||^2. p and p_g are the softmax of the logits of theta and
-    theta^g for the same input ("logits": the mean squared difference of the logits instead). The
-    paper gives no form. Probabilities are bounded, so the divergence term is bounded too, and
-    div_bound is not needed. The trunk below the first reserved stage runs once; with the stem
-    reserved there is none. The pass of theta^g normalises by the statistics of the batch, and only
-    theta updates batch norm's running ones.
-    """
-
-    def __init__(self, *, net, loss, counts, reserved=(), cm=UNBOUNDED, tau=1.0, distance="probs"):
-        super().__init__()
-        self.net = net
-        self.loss = LOSSES[loss]
-        self.reserved = tuple(reserved)
-        self.cm = cm
-        self.tau = tau
-        self.distance = DISTANCES[distance]
-        counts = torch.as_tensor(counts)
-        w_con_y, w_div_y = class_weights(counts)
-        constants = {"counts": counts.float(), "margins": ldam_margins(counts),
-                     "w_con_y": w_con_y.float(), "w_div_y": w_div_y.float(),
-                     "drw": effective_number_weights(counts)}
-        for name, value in constants.items():
-            self.register_buffer(name, value, persistent=False)
-
-    def forward(self, x, y, reweigh=False):
-        """x (B, C, H, W) in [-1, 1], y (B,) int64; reweigh: by effective number (DRW)."""
-        trunk, rest = self.trunk_and_rest()
-        x = self.through(trunk, x)
-        logits = self.through(rest, x).float()
-        terms = {"base": self.mean(self.loss(logits, y, self), y, reweigh)}
-        total = terms["base"]
-        if self.reserved and self.cm.lam:
-            with general_only(self.net), frozen_statistics(rest):
-                general = self.through(rest, x).float()
-            D = self.distance(logits, general)
-            terms.update(cm_terms(D, y, self.w_con_y, self.w_div_y, self.cm.div_bound))
-            L_CM = self.cm.w_con * terms["con"] + self.cm.w_div * terms["div"]
-            total = total + self.cm.lam * L_CM
-        return total, terms         # not detached: see losses.Objective
-
-    def trunk_and_rest(self):
-        """(the layers below the first reserved stage, the layers from it on), two lists."""
-        layers = dict(self.net.named_children())
-        names = list(layers)
-        first = min((names.index(stage) for stage in self.reserved), default=len(names))
-        layers = list(layers.values())
-        return layers[:first], layers[first:]
-
-    def through(self, layers, x):
-        """x through consecutive layers of the network, flattened before the last one."""
-        for layer in layers:
-            x = layer(x.flatten(1)) if layer is self.net.fc else layer(x)
-        return x
-
-    def mean(self, losses, y, reweigh):
-        """The mean of the losses (B,), with DRW's weights where `reweigh`."""
-        if not reweigh:
-            return losses.mean()
-        weights = self.drw[y]
-        return (losses * weights).sum() / weights.sum()
-
-
-@contextmanager
-def frozen_statistics(layers):
-    """Within, batch norms in train mode use the batch's statistics and keep their running ones."""
-    modules = [module for layer in layers for module in layer.modules()]
-    norms = [module for module in modules if isinstance(module, nn.BatchNorm2d)]
-    before = [norm.track_running_stats for norm in norms]
-    try:
-        for norm in norms:
-            norm.track_running_stats = not norm.training
-        yield
-    finally:
-        for norm, tracked in zip(norms, before):
-            norm.track_running_stats = tracked
 
 
 # --------------------------------------------------------------------------------------------------
@@ -536,7 +308,7 @@ def augmented(x, flip, seed, step):
 @dataclass
 class Training:
     """What a run's loop works on, and the step that it has reached."""
-    net: ResNet
+    net: nn.Module
     optimizer: torch.optim.SGD
     batches: Batches
     flip: bool                  # whether images are mirrored at random

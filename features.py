@@ -15,9 +15,9 @@ from torch import nn
 
 import disk
 import runtime
-from classify import features_and_logits, load_classifier
 from data import to_float
 from inception import load_inception
+from resnet import features_and_logits, load_classifier
 from runtime import UserError
 
 DIGITS_CLASSIFIER = "out/classifier-digits/ckpt.pt"

@@ -20,6 +20,7 @@ from torch.testing import assert_close
 
 import classify
 import disk
+import resnet
 import runtime
 from cm_layers import general_only, merge, reserve, reserved
 from data import load, long_tail_counts
@@ -33,12 +34,12 @@ FAST = ("--width", 8, "--epochs", 4, "--device", "cpu", "--dtype", "float32", "-
 def small(loss="ce", counts=COUNTS, stages=(), **options):
     """A ClassifierLoss on a narrow ResNet with random low-rank parts, and a batch of 16: x, y."""
     torch.manual_seed(0)
-    net = classify.make_resnet(1, 10, 8, loss == "ldam")
+    net = resnet.make_resnet(1, 10, 8, loss == "ldam")
     for stage in stages:
         reserve(getattr(net, stage))
     for _, _, part in reserved(net):
         torch.nn.init.normal_(part.B, std=1.0)
-    obj = classify.ClassifierLoss(net=net, loss=loss, counts=counts, reserved=stages, **options)
+    obj = resnet.ClassifierLoss(net=net, loss=loss, counts=counts, reserved=stages, **options)
     return obj, torch.randn(16, 1, 8, 8), torch.arange(16) % 10
 
 
@@ -83,11 +84,11 @@ def test_limit_of_ldam():
     obj, x, y = small("ldam")
     obj.margins.zero_()
     assert_close(obj.eval()(x, y)[0], F.cross_entropy(obj.net(x), y))
-    features, logits = classify.features_and_logits(obj.net, x)
+    features, logits = resnet.features_and_logits(obj.net, x)
     cosine = F.cosine_similarity(features[:, None], obj.net.fc.weight[None], dim=2)
     assert_close(logits, 30 * cosine, atol=1e-4, rtol=1e-4)
-    assert_close(classify.ldam_margins(torch.tensor([50] * 10)), torch.full((10,), 0.5))
-    margins = classify.ldam_margins(torch.tensor(COUNTS))
+    assert_close(resnet.ldam_margins(torch.tensor([50] * 10)), torch.full((10,), 0.5))
+    margins = resnet.ldam_margins(torch.tensor(COUNTS))
     assert margins.max() == 0.5 and margins.argmax() == 9
     assert margins[0] == pytest.approx(0.5 * (7 / 148) ** 0.25)
 
@@ -99,14 +100,14 @@ def test_deferred_reweighting():
     w = torch.tensor([1 / e for e in effective])[y]
     assert_close(obj(x, y, True)[0], (w * each).sum() / w.sum(), atol=1e-5, rtol=1e-4)
     assert_close(obj(x, y, False)[0], each.mean())
-    equal = classify.effective_number_weights(torch.tensor([9, 9, 9]))
+    equal = resnet.effective_number_weights(torch.tensor([9, 9, 9]))
     assert_close(equal, torch.ones(3))
 
 
 # --------------------------------------------------------------------------------------------------
 # CM
 
-STAGES = [("layer4",), ("layer3", "layer4"), ("layer2",), classify.STAGES]
+STAGES = [("layer4",), ("layer3", "layer4"), ("layer2",), resnet.STAGES]
 
 
 @pytest.mark.parametrize("stages", STAGES, ids="+".join)
@@ -140,7 +141,7 @@ def test_cm_on_any_stages(stages, distance):
 def test_by_default_all_convolutions_are_reserved():
     """Sec. G.11: "the convolutional layers"; the stem and the 1 x 1 ones are among them."""
     args = classify.resolve(classify.make_parser().parse_args(["--cm"]))
-    net = classify.make_reserved({"channels": 1, "num_classes": 10, "width": 8}, args.reserve, 0.1)
+    net = resnet.make_reserved({"channels": 1, "num_classes": 10, "width": 8}, args.reserve, 0.1)
     owners = {owner for owner, _, _ in reserved(net)}
     convolutions = {m for m in net.modules() if isinstance(m, torch.nn.Conv2d)}
     assert owners == convolutions and len(owners) == 20
@@ -188,7 +189,7 @@ def test_the_general_pass_leaves_batch_norm_alone():
 def test_merging_changes_no_logit():
     obj, x, _ = small(stages=("layer3", "layer4"))
     obj.eval()
-    plain = classify.make_resnet(1, 10, 8).eval()
+    plain = resnet.make_resnet(1, 10, 8).eval()
     plain.load_state_dict(merge(copy.deepcopy(obj.net)).state_dict(), strict=True)
     assert_close(plain(x), obj.net(x), rtol=1e-4, atol=1e-4)
     with general_only(obj.net):
@@ -199,10 +200,10 @@ def test_merged_is_a_plain_resnet(tmp_path, data_dir):
     flags = ("--cm", "--loss", "la", "--data-dir", data_dir, "--out", tmp_path)
     call(classify.main, *FAST, *flags)
     ckpt = disk.load(tmp_path / "ckpt.pt", ["classifier"])
-    plain = classify.make_resnet(1, 10, 8)
+    plain = resnet.make_resnet(1, 10, 8)
     plain.load_state_dict(ckpt["model"], strict=True)
     assert not list(reserved(plain))
-    net, _ = classify.load_classifier(tmp_path / "ckpt.pt", "cpu")
+    net, _ = resnet.load_classifier(tmp_path / "ckpt.pt", "cpu")
     test = load("digits", data_dir, "test")
     rt = runtime.Runtime(torch.device("cpu"), torch.float32)
     accuracy = 100 * float((classify.predict(net, test, rt) == test.labels).mean())
@@ -573,7 +574,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path, data_dir, capsys, m
 
 
 def test_running_statistics_are_weights_too(digits, cpu):
-    net = classify.make_resnet(1, 10, 8)
+    net = resnet.make_resnet(1, 10, 8)
     net.layer1[0].bn1.running_var[0] = math.nan
     training = classify.Training(net, None, None, False, 1, 1, {})
     with pytest.raises(UserError, match="not finite"):
@@ -581,7 +582,7 @@ def test_running_statistics_are_weights_too(digits, cpu):
 
 
 def test_outputs_that_are_not_finite_are_no_prediction(digits, cpu):
-    net = classify.make_resnet(1, 10, 8).eval()
+    net = resnet.make_resnet(1, 10, 8).eval()
     net.fc.bias.data[3] = math.nan
     with pytest.raises(UserError, match="not finite"):
         classify.predict(net, digits, cpu)
@@ -642,13 +643,13 @@ def test_classifiers_that_cannot_be_used(tmp_path):
     network = {"channels": 1, "num_classes": 10, "width": 4}
     content = {"kind": "classifier", "network": network,
                "config": {"dtype": "float32"}, "data": {"class_names": list("0123456789")},
-               "model": classify.make_resnet(**network).state_dict()}
+               "model": resnet.make_resnet(**network).state_dict()}
     disk.save(tmp_path / "narrow.pt", content)
     disk.save(tmp_path / "wrong.pt", {**content, "network": {**network, "width": 8}})
     with pytest.raises(UserError, match="--features .*narrow.pt: --width 4"):
-        classify.load_classifier(tmp_path / "narrow.pt", "cpu")
+        resnet.load_classifier(tmp_path / "narrow.pt", "cpu")
     with pytest.raises(UserError, match="--features .*wrong.pt: its weights do not fit"):
-        classify.load_classifier(tmp_path / "wrong.pt", "cpu")
+        resnet.load_classifier(tmp_path / "wrong.pt", "cpu")
 
 
 def test_colour_for_a_grey_set(tmp_path, data_dir, capsys):

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-import classify
+import resnet
 import runtime
 from cm_layers import reserve, reserved
 from losses import CMConfig, Objective, bind, draw_batch
@@ -59,7 +59,7 @@ def recognition(loss, cm):
     if cm:
         reserve(net.layer4, 0.3)
         stages = ("layer4",)
-    objective = classify.ClassifierLoss(net=net, loss=loss, counts=COUNTS, reserved=stages)
+    objective = resnet.ClassifierLoss(net=net, loss=loss, counts=COUNTS, reserved=stages)
     return objective, (torch.rand(8, 1, 8, 8) * 2 - 1, torch.arange(8))
 
 

@@ -16,12 +16,12 @@ from torch_fidelity import metric_fid, metric_isc, metric_kid, metric_prc
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
-import classify
 import evaluate
 import image_sets
 import inception
 import metrics
 import report
+import resnet
 import disk
 import runtime
 import sample
@@ -433,7 +433,7 @@ def test_a_group_of_one_image_is_left_out(classifier, data_dir, tmp_path):
 def write_colour_classifier(classifier, path):
     """Write a copy of the digits' classifier that takes colour images."""
     ckpt = torch.load(classifier, weights_only=True)
-    net = classify.load_classifier(classifier, "cpu")[0]
+    net = resnet.load_classifier(classifier, "cpu")[0]
     net.conv1 = torch.nn.Conv2d(3, net.conv1.out_channels, 3, padding=1, bias=False)
     network = {**ckpt["network"], "channels": 3}
     torch.save({**ckpt, "network": network, "model": net.state_dict()}, path)

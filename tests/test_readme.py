@@ -13,6 +13,7 @@ from conftest import ROOT, TINY_FLAGS, call
 import classify
 import disk
 import latent
+import resnet
 import runtime
 import sample
 import train
@@ -119,10 +120,10 @@ def test_the_choices_of_data_and_stable_diffusion():
 
 
 def test_the_choices_of_recognition():
-    norms = classify.NormedLinear(512, 100).weight.norm(dim=1)
+    norms = resnet.NormedLinear(512, 100).weight.norm(dim=1)
     assert abs(norms.mean().item() - 0.58) < 0.01 and "norm 0.58" in choice("LDAM")
     args = classify.resolve(classify.make_parser().parse_args(["--dataset", "cifar100", "--cm"]))
-    assert args.reserve == list(classify.STAGES) and "all 20 with the stem" in choice("CM")
+    assert args.reserve == list(resnet.STAGES) and "all 20 with the stem" in choice("CM")
     assert not args.drw and "without deferred re-weighting" in choice("LDAM")
     assert f"{args.epochs} epochs" in choice("Recipe")
 
