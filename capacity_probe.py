@@ -4,9 +4,9 @@
     python capacity_probe.py allocation --ckpt out/NAME/ckpt.pt     # with CM
 
 dominance tests Theorem 2.1 on real gradients: to which class's mean gradient does the aggregated
-gradient of each parameter matrix point? It takes the gradient of the training loss
-(L_DDPM, and L_CM where the checkpoint has it) over the long-tailed set, on fixed noise and
-timesteps, for class 1 (the largest), class K (the smallest), Many and Few.
+gradient of each parameter matrix point? It takes the gradient of L_DDPM (whatever base the
+checkpoint was trained with), and of L_CM where it has it, over the long-tailed set, on fixed noise
+and timesteps, for class 1 (the largest), class K (the smallest), Many and Few.
 
 allocation measures the size of the reserved part, ||BA|| / ||W||, the effective rank of BA, and the
 distance of the two predictions inside Eq. (2), per group and timestep.
@@ -322,6 +322,14 @@ def read_quality(paths, ckpt):
     if branches != ["full", "general"]:
         raise UserError(f"--quality: these are of --branch {branches[0]} and --branch "
                         f"{branches[1]}; give full first, then general")
+    own = {"branch", "ckpt", "ckpt_sha256", "samples", "samples_sha256", "command"}
+    settings = [{k: v for k, v in r["settings"].items() if k not in own} for r in (full, general)]
+    different = [key for key in {**settings[0], **settings[1]}
+                 if settings[0].get(key) != settings[1].get(key)]
+    if different:
+        a, b = (s.get(different[0]) for s in settings)
+        raise UserError(f"--quality {paths[1]}: its {different[0]} is {b}, and {a} in {paths[0]}; "
+                        "the two must be measured alike")
     for path, result in zip(paths, (full, general)):
         if result["settings"].get("ckpt_sha256", ckpt.sha256) != ckpt.sha256:
             raise UserError(f"--quality {path}: measured on another checkpoint than --ckpt; run "
@@ -430,7 +438,9 @@ def main():
 
     # Write
     disk.write_json(written, {**result, "ckpt": args.ckpt, "weights": args.weights,
-                              "ckpt_sha256": ckpt.sha256, "class_order": by_size(ckpt["data"]),
+                              "seed": args.seed, "batch_size": args.batch_size,
+                              "dtype": rt.precision(), "ckpt_sha256": ckpt.sha256,
+                              "class_order": by_size(ckpt["data"]),
                               "seconds": round(time.time() - start, 1)})
     if args.what == "allocation":
         allocation_figure(result, out / "allocation.png", ckpt["config"].get("div_bound"))

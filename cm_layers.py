@@ -50,7 +50,7 @@ class LowRank(nn.Module):
                 "kernel", the authors' release: B is (out kh) x (r kh), A is (r kh) x (in kw),
                 full rank min(out, in). For a Linear both are the same.
     rank:       r itself, at most the full rank, in place of the ratio.
-    Raises ValueError where the ratio or the form is out of range.
+    Raises ValueError where the ratio, the form or the rank is out of range.
     """
 
     def __init__(self, weight: Tensor, rank_ratio: float = 0.1, form: str = "flat",
@@ -60,6 +60,8 @@ class LowRank(nn.Module):
             raise ValueError(f"rank_ratio must be in (0, 1], not {rank_ratio}")
         if form not in FORMS:
             raise ValueError(f"form must be one of {FORMS}, not {form!r}")
+        if rank is not None and rank < 1:
+            raise ValueError(f"rank must be at least 1, not {rank}")
         out, inner, *kernel = weight.shape
         if form == "flat" or not kernel:
             d = out
@@ -71,8 +73,10 @@ class LowRank(nn.Module):
             k = inner * math.prod(kernel[1:])
             full = min(out, inner)
             copies = kernel[0]
-        # 0.29 x 100 is 28.999...: the floor of what was meant
-        self.rank = min(rank, full) if rank else max(1, math.floor(rank_ratio * full + 1e-9))
+        if rank is None:
+            # 0.29 x 100 is 28.999...: the floor of what was meant
+            rank = max(1, math.floor(rank_ratio * full + 1e-9))
+        self.rank = min(rank, full)
         self.A = nn.Parameter(weight.new_empty(self.rank * copies, k))
         self.B = nn.Parameter(weight.new_zeros(d, self.rank * copies))
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
@@ -82,6 +86,7 @@ class LowRank(nn.Module):
         self.order = []         # the names of the layer's parameters, for merge
 
     def forward(self, W_g: Tensor) -> Tensor:
+        """W^g -> W^g + BA, or W^g itself within general_only; both of W^g's shape."""
         if not torch.compiler.is_compiling():
             self.refuse_unknown_branch()
         if self.general_only:

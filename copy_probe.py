@@ -152,6 +152,7 @@ def main():
     unseen = unseen_images(args, ckpt, train)
     features = args.features or protocol_of_dataset(data["dataset"])["features"]
     extractor = Extractor(features, rt, args.batch_size)
+    extractor.refuse_other_size(data["resolution"])
     groups = class_groups(data["class_counts"])
 
     # Measure

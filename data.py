@@ -9,14 +9,11 @@ A new data set is one function that returns images (N x H x W x C uint8, or N pa
 labels (N,) and class names: see readers.py.
 """
 import hashlib
-import inspect
 import json
 import re
-import secrets
 import zipfile
 import zlib
 from argparse import Namespace
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from tokenize import TokenError
@@ -126,14 +123,20 @@ def load(name: str, data_dir: str | Path = "data", split: str = "train",
     resolution = resolution or source.resolution
     base = pack_path(name, data_dir, split, resolution, pack_dir)
     provenance = {"dataset": name, "split": split}
-    stamp = {"reader": reader_hash(source.read)}
+    stamp = {"reader": None}
     contents = None
     if source.files:
         contents = read_if_there(source, name, data_dir, split, base)
-    if contents and source.read in (read_folder, read_artbench10):
+    elif source.read.__module__ != "readers":
+        # One's own: only what it gives says whether its files, or its code, have changed
+        own = read_source(source, name, data_dir, split)
+        stamp["reader"] = hashlib.sha256(np.ascontiguousarray(own[0])).hexdigest()
+        stamp["labels"] = labels_hash(*own[1:])
+        contents = own
+    if source.files and contents and source.read in (read_folder, read_artbench10):
         # These come without a list of their files
         provenance["files_sha256"] = names_and_sizes(contents[0], data_dir)
-    if contents:
+    if source.files and contents:
         # Of the images and of what the lists say of them: changed ones are packed anew
         paths, labels, names = contents
         stamp["files"] = fingerprint(paths, data_dir)
@@ -185,19 +188,6 @@ def read_if_there(source: Source, name: str, data_dir: str | Path, split: str,
             raise
         print(f"{name}: packed images, which cannot be compared with their files ({e})")
         return None
-
-
-def reader_hash(read: Callable) -> str | None:
-    """A hash of the source of a reader of one's own: where it changes, its set is packed anew.
-
-    None for those of readers.py. Where the source cannot be had, a new value each time.
-    """
-    if read.__module__ == "readers":
-        return None
-    try:
-        return hashlib.sha256(inspect.getsource(read).encode()).hexdigest()
-    except (OSError, TypeError):
-        return secrets.token_hex(8)
 
 
 def pack_path(name: str, data_dir: str | Path, split: str, resolution: int,
@@ -371,6 +361,10 @@ def load_long_tailed(args: Namespace, ckpt: Checkpoint | None = None) -> ImageSe
         refuse_among_classes(args.out, args.data_dir)
     images = load(args.dataset, args.data_dir, "train", args.resolution,
                   class_order_of(args, ckpt), args.pack_dir)
+    empty = [images.class_names[c] for c in np.flatnonzero(images.counts == 0)]
+    if empty:
+        raise UserError(f"--dataset {args.dataset}: class {empty[0]} has no training images; its "
+                        "reader must leave it out")
     if args.ir == 1:
         return images
     return images.take(long_tail(images.labels, args.ir, args.tail_seed))

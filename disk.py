@@ -6,6 +6,7 @@
 
 A file under its real name is whole. What is reused says what it was made from: `up_to_date`.
 """
+import ast
 import hashlib
 import json
 import os
@@ -17,12 +18,13 @@ import sys
 import zipfile
 import zlib
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from runtime import UserError, flag_of, setup
+from runtime import UserError, code_of, flag_of, setup
 
 try:
     import fcntl
@@ -284,6 +286,28 @@ def up_to_date(path, settings):
     result = read_json(path)
     made_with = result.get("settings") if isinstance(result, dict) else None
     return isinstance(made_with, dict) and same_settings(made_with, settings)
+
+
+@cache
+def code_hash(script):
+    """A hash of the code of a script and of all files of the project that it imports.
+
+    Of what Python reads: comments, docstrings and line breaks do not move it.
+    """
+    digest = hashlib.sha256()
+    for name, tree in sorted(code_of(script, Path(__file__).parent).items()):
+        for node in ast.walk(tree):
+            if getattr(node, "body", None) and is_docstring(node):
+                node.body = node.body[1:]
+        digest.update(f"{name} {ast.dump(tree)}".encode())
+    return digest.hexdigest()
+
+
+def is_docstring(node):
+    """Whether the body of a part of a syntax tree begins with a text that nothing uses."""
+    first = node.body[0] if isinstance(node.body, list) else None
+    return isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and (
+        isinstance(first.value.value, str))
 
 
 def fingerprint(paths, root):

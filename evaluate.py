@@ -122,7 +122,7 @@ class Metrics:
         result["num"] = len(fake.features)
         result["num_real"] = len(real.features)
         if self.floor and len(real.features) >= FLOOR_IMAGES:
-            result["floor"] = floor_of(reference, self.floor)
+            result["floor"] = floor_of(reference, self.floor, real.labels)
         return result
 
 
@@ -365,14 +365,21 @@ def print_warnings(rows, k):
 
 def settings_of(args, comparison, extractor, rt):
     """Everything that moves a number of the result: a plain dict."""
+    made, data = comparison.subject.made, comparison.subject.data
+    plugins = list(dict.fromkeys([*made.get("plugin", []), *runtime.Plugins.found]))
+    counts = data.get("class_counts")
     return {
-        **comparison.subject.made, **runtime.Plugins.record(),
+        **made, **({"plugin": plugins} if plugins else {}),
+        "trained_on": counts and f"{sum(counts):,} images, {max(counts):,} to {min(counts):,} of "
+                                 "a class",
+        "evaluate_code_sha256": disk.code_hash("evaluate.py"),
         "reference": comparison.reference.words,
         "reference_sha256": comparison.reference.sha256, **comparison.assumed,
         "num": comparison.num, "num_group": comparison.num_group, "per_class": args.per_class,
         "k": args.k, "features": extractor.name, "features_sha256": extractor.sha256,
-        "dtype": rt.precision(), "floor": args.floor, "kid_subsets": KID_SUBSETS,
-        "kid_subset_size": KID_SIZE, "is_splits": IS_SPLITS, "metric_seed": METRIC_SEED}
+        "dtype": made.get("dtype") or rt.precision(), "floor": args.floor,
+        "kid_subsets": KID_SUBSETS, "kid_subset_size": KID_SIZE, "is_splits": IS_SPLITS,
+        "metric_seed": METRIC_SEED}
 
 
 def is_result(path):
@@ -486,8 +493,8 @@ def add_protocol_flags(parser):
                    "(default: 20,000; with --num, and on digits: what --num gives)")
     g.add_argument("--per-class", action="store_true", help="also each class by itself")
     g.add_argument("--floor", type=integer(0), default=0, metavar="R",
-                   help="also the Frechet distance between random halves of the reference, "
-                   "the mean of R halvings (default: 0, none)")
+                   help="also the Frechet distance between random halves of the reference, each "
+                   "class halved, the mean of R halvings (default: 0, none)")
     g.add_argument("--k", type=integer(1), default=3,
                    help="neighbours in precision and recall (default: 3)")
 
@@ -587,10 +594,12 @@ def main():
     if warnings:
         result["warnings"] = warnings
 
-    # 4. Print, then write: numbers that cannot be written are not lost
-    print_result(result, args.k, args.floor)
-    print("".join(line + "\n" for line in warnings), end="")
-    write_result(args.out_json, result, settings, seconds, by_size(subject.data))
+    # 4. Print, and write: numbers of which one fails are not lost
+    try:
+        print_result(result, args.k, args.floor)
+        print("".join(line + "\n" for line in warnings), end="", flush=True)
+    finally:
+        write_result(args.out_json, result, settings, seconds, by_size(subject.data))
     print(f"wrote {args.out_json}")
     if args.save_stats:
         save_stats(args.save_stats, real, comparison, extractor)

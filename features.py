@@ -119,6 +119,12 @@ class Extractor:
         else:
             self.use_classifier(features)
 
+    def refuse_other_size(self, size):
+        """Raise UserError for images of other pixels per side than a classifier's."""
+        if self.size not in (None, size):
+            raise UserError(f"--features {self.name}: a classifier of images of {self.size} "
+                            f"pixels, and these have {size}")
+
     def use_classifier(self, path):
         """Take a checkpoint of classify.py."""
         if not Path(path).is_file():

@@ -778,7 +778,7 @@ def main_sample(argv):
     settings = sampling_settings(args, "latent")
     out = samples_folder(args)
     name, revision = model_of(args, ckpt)
-    record = {**describe(args, ckpt, settings), "model": name, "revision": revision,
+    record = {**describe(args, ckpt, settings, "latent.py"), "model": name, "revision": revision,
               "model_sha256": ckpt.get("model_sha256"), "num": args.num, "dtype": rt.precision()}
     if args.classes is not None:        # older records have no such entry, and are of all classes
         record["classes"] = classes

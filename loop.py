@@ -5,6 +5,7 @@
     loop(training, module, batch, start_log(training))
 """
 import json
+import math
 import sys
 import time
 from contextlib import nullcontext
@@ -128,6 +129,13 @@ def tag_of(name):
     return f"{kinds.get(name, 'loss')}/{name}"
 
 
+def has_record(path, step, name):
+    """Whether a log.jsonl has a record of a step with an entry `name`; broken lines have none."""
+    lines = path.read_text(errors="replace").splitlines(True) if path.is_file() else []
+    records = [json.loads(line) for line in lines if Log.is_whole(line, step)]
+    return any(r["step"] == step and name in r for r in records)
+
+
 class Log:
     """log.jsonl and TensorBoard; on resuming, what was logged after the checkpoint is dropped."""
 
@@ -162,8 +170,7 @@ class Log:
 
     def has(self, step, name):
         """Whether a record of a step has an entry `name`."""
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
-        return any(r["step"] == step and name in r for r in map(json.loads, lines))
+        return has_record(self.path, step, name)
 
     def settings(self, config, step):
         """Show the settings of the run in TensorBoard, as a table."""
@@ -348,15 +355,18 @@ def loop(training, module, batch, log, after_step=None):
             means = training.meter.means(rt)
             check(means, step, args)
             training.refuse_overflow(means)
-        if logs:
-            reporter.report(means)
-        reporter.estimate()
+        with stop.without_reader():
+            if logs:
+                reporter.report(means)
+            reporter.estimate()
         if saves:
             check_weights(training, module, batch)
         if rt.rank == 0 and saves:
             disk.save(path, training.state())
         if after_step and whole:
+            start = time.time()
             after_step()
+            reporter.clock += time.time() - start       # grids and distances are no training
     bar.close()
     if log:
         log.board.close()
@@ -429,11 +439,25 @@ class Reporter:
         self.start_clock()
 
 
+def refuse_others_files(out):
+    """Raise UserError where config.json or log.jsonl in a run's folder are no run's."""
+    config = disk.read_json(out / "config.json")
+    if (out / "config.json").exists() and not (isinstance(config, dict) and "config" in config):
+        raise UserError(f"--out {out}: its config.json is not a run's; choose another folder, or "
+                        "move it")
+    log = out / "log.jsonl"
+    lines = log.read_text(errors="replace").splitlines(True) if log.is_file() else []
+    if len(lines) > 1 and not any(Log.is_whole(line, math.inf) for line in lines):
+        raise UserError(f"--out {out}: its log.jsonl is not a run's; choose another folder, or "
+                        "move it")
+
+
 def start_log(training):
     """Write config.json and open the log, on rank 0; None elsewhere."""
     if training.rt.rank > 0:
         return None
     out = Path(training.args.out)
+    refuse_others_files(out)
     config = {**training.record, "torch": torch.__version__}
     disk.write_json(out / "config.json", config)
     log = Log(out, training.step)

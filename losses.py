@@ -370,9 +370,11 @@ def class_weights(counts: ArrayLike) -> tuple[Tensor, Tensor]:
     """Eq. (3): (w_con, w_div), each (C,) float64 with mean 1 over classes.
 
     counts (C,): training images per class. w_con = C N_y / sum_c N_c and
-    w_div = C / (N_y sum_c 1 / N_c).
+    w_div = C / (N_y sum_c 1 / N_c). Raises ValueError for a class without images.
     """
     n = torch.as_tensor(counts, dtype=torch.float64)
+    if (n < 1).any():
+        raise ValueError("a class without images has no weight in Eq. (3)")
     return len(n) * n / n.sum(), len(n) / (n * (1 / n).sum())
 
 

@@ -67,15 +67,18 @@ def distance_of(a: Array, b: Array) -> float:
     return frechet_distance(*statistics(a), *statistics(b))
 
 
-def floor_of(features: Array, rounds: int = 10) -> float:
+def floor_of(features: Array, rounds: int = 10, labels: np.ndarray | None = None) -> float:
     """Mean Frechet distance between two random halves of real features, over `rounds` divisions.
 
-    It says how small the distance of perfect samples would be, with half as many images.
+    It says how small the distance of perfect samples would be, with half as many images. labels
+    (N,): each class is halved, since samples have as many of each; None: one class.
     """
     rng = np.random.RandomState(0)
+    labels = np.zeros(len(features)) if labels is None else labels
     total = 0.0
     for _ in range(rounds):
         order = rng.permutation(len(features))
+        order = order[np.argsort(labels[order], kind="stable")]     # class by class
         total += distance_of(features[order[::2]], features[order[1::2]])
     return total / rounds
 

@@ -17,6 +17,7 @@ convolutions and linear layers, `--tensors all` every parameter; `--scope layer`
 """
 import argparse
 import copy
+import math
 import time
 from pathlib import Path
 
@@ -65,7 +66,8 @@ def prune(net, fraction, scope="global", tensors="weights"):
     together = [list(params.values())] if scope == "global" else [[p] for p in params.values()]
     for group in together:
         flat = torch.cat([p.abs().flatten() for p in group])
-        smallest = flat.argsort(stable=True)[:int(fraction * len(flat))]
+        n = math.floor(fraction * len(flat) + 1e-9)     # 0.29 x 100 is 28.999...
+        smallest = flat.argsort(stable=True)[:n]
         keep = torch.ones_like(flat, dtype=torch.bool)
         keep[smallest] = False
         for p, kept in zip(group, keep.split([p.numel() for p in group])):
@@ -283,13 +285,17 @@ def curve_figure(results, path):
     disk.save_figure(fig, path)
 
 
-def write_figures(results, fractions, fraction, out):
-    """The bars of `fraction`, and the curve of several fractions; return the files' names."""
+def write_figures(results, fractions, fraction, out, earlier):
+    """The bars of `fraction`, and the curve of several fractions; return the files' names.
+
+    earlier: the results of an earlier call into this folder, or {}.
+    """
     shown = {name: by_fraction[f"{fraction:g}"] for name, by_fraction in results.items()}
     for kind in BARS:
         bar_figure(kind, shown, fraction, out / f"{kind}.png")
     if len(fractions) == 1:
-        (out / "curve.png").unlink(missing_ok=True)         # of an earlier call
+        if any(len(by_fraction) > 1 for by_fraction in earlier.values()):
+            (out / "curve.png").unlink(missing_ok=True)     # that call's
         return [f"{kind}.png" for kind in BARS]
     curve_figure(results, out / "curve.png")
     return [f"{kind}.png" for kind in (*BARS, "curve")]
@@ -432,9 +438,10 @@ def main():
     print(f"{settings['images']}: {len(labels):,} images x {args.repeats} timesteps; {args.scope} "
           f"threshold over {args.tensors} ({numel:,} numbers)")
     print_results(results)
+    earlier = (disk.read_json(out / "probe.json") or {}).get("results", {})
     disk.write_json(out / "probe.json", {"results": results, "settings": settings,
                                          "seconds": round(time.time() - start, 1)})
-    pictures = write_figures(results, fractions, shown, out)
+    pictures = write_figures(results, fractions, shown, out, earlier)
     print(f"wrote {out}: {', '.join(['probe.json', *pictures])}")
 
 

@@ -23,7 +23,10 @@ CIFAR_SHA256 = {        # of the published archives
     "CIFAR-100": "85cd44d02ba6437773c5bbd22e183051d648de2e7d6b014e1ef29b855ba677a7",
 }
 SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation"}
-IMAGE_FILES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
+IMAGE_FILES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif",
+               ".ppm", ".pgm"}
+UNREAD = {".heic", ".heif", ".avif", ".jxl", ".jp2", ".svg", ".psd", ".tga", ".exr", ".hdr",
+          ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raw"}         # images, but not for us
 
 
 class NoSuchSplit(UserError):
@@ -254,13 +257,21 @@ def held_out_files_by_class(folder, train_folder, names):
 
 
 def say_what_is_no_class(root, classes):
-    """Print which sub-folders hold no images, as those with files of a kind that is not read."""
+    """Print which sub-folders hold no images, and which hold others of kinds that are not read."""
     folders = [entry.name for entry in root.iterdir() if entry.is_dir()]
     others = [name for name in in_order(folders) if name not in classes and name[0] != "."]
-    if others and os.environ.get("RANK", "0") == "0":
+    if os.environ.get("RANK", "0") != "0":
+        return
+    if others:
         more = f" and {len(others) - 3} more" if len(others) > 3 else ""
         kinds = " ".join(sorted(IMAGE_FILES))
         print(f"warning: {root}: {', '.join(others[:3])}{more}: no images ({kinds}), no class")
+    for name in classes:
+        files = [f for _, _, files in os.walk(root / name) for f in files]
+        unread = sorted(f for f in files if Path(f).suffix.lower() in UNREAD and f[0] != ".")
+        if unread:
+            print(f"warning: {root}/{name}: {len(unread)} images of a kind that is not read, such "
+                  f"as {unread[0]}; convert them to JPEG or PNG")
 
 
 def read_folder(data_dir, split):

@@ -31,6 +31,7 @@ from page import escaped, from_markdown, html, markdown_table, part
 from runtime import Parser, UserError, run
 from sample import clipped
 
+COMMANDS = "## The first seed's commands"    # a heading of every page
 PAPER = Path(__file__).with_name("paper_results.json")
 HIGHER_IS_BETTER = {"recall", "precision", "is", "accuracy"}
 DIGITS = {"fid": 3, "kid": 4}       # after the point, as in the paper; else two
@@ -39,7 +40,7 @@ CLASSIFIER_KEYS = {"fid": "fd", "kid": "kd"}        # in a classifier's features
 GENERATED = {       # settings of sample.py: what they are called on a page
     "dataset": "data set", "step": "training step", "sampler": "sampler", "steps": "steps",
     "grid": "grid", "order": "order", "eta": "eta", "guidance": "guidance", "weights": "weights",
-    "branch": "branch", "seed": "sampling seed"}
+    "branch": "branch", "seed": "sampling seed", "dtype": "dtype", "trained_on": "training set of"}
 
 # In this file a row is (name, results): results is a list of what evaluate.py or classify.py
 # wrote, one dict per seed. On the demo's page a row is (name, result).
@@ -67,12 +68,21 @@ def read_row(text):
     refuse_twice(text, "file", [Path(path).resolve() for path in paths], paths)
     refuse_twice(text, "checkpoint", [checkpoint_of(result) for result in results], paths)
     for path, result in zip(paths, results):
-        differences = list(generated_otherwise(results[0], result).values())
+        found = generated_otherwise(results[0], result)
+        differences = [pair for key, pair in found.items() if key != "seed"]
         if differences:
             a, b = differences[0]
             raise UserError(f"--row {text}: {path} has {b}, and {paths[0]} has {a}; a row's files "
-                            "differ in the seed of training only")
+                            "differ in their seeds only")
+    if 1 < len(set(sampling_seeds(results))) < len(results):
+        raise UserError(f"--row {text}: some of its files have the same sampling seed, others not; "
+                        "let evaluate.py's --seed be that of training for all of them")
     return name, results
+
+
+def sampling_seeds(results):
+    """The seed of the noise that each result's images were made from, or None."""
+    return [r["settings"].get("seed") if is_generated(r["settings"]) else None for r in results]
 
 
 def refuse_twice(row, what, values, paths):
@@ -161,11 +171,14 @@ def compared(first, result):
                    "reference": "its reference is", "reference_sha256": "its reference's hash is",
                    "k": "its --k is", "test_sha256": "its test set's hash is",
                    "ir": "its --ir is", "epochs": "its --epochs is",
-                   "group_rule": "its --group-rule is"}
+                   "group_rule": "its --group-rule is", "classes": "its --classes are"}
     for key, words in of_settings.items():
         values = tuple(r["settings"].get(key) for r in pair)
         if None not in values:              # older results do not say all of it
             known[words] = values
+    orders = [r.get("class_order") for r in pair]
+    if None not in orders:                  # Many, Medium and Few would be others
+        known["its classes by size are"] = tuple(" ".join(map(str, order)) for order in orders)
     if all("sampler" in r["settings"] for r in pair):
         known["its sampling has"] = tuple(clipped(r["settings"]) for r in pair)
     known["its number of real images is"] = tuple(r["num_real"] for r in pair)
@@ -207,11 +220,16 @@ def title_of(result, column):
 
 
 def value_of(result, column):
-    """A column's number in a result, or None where it was not measured."""
+    """A column's number in a result, or None where it was not measured.
+
+    A KID of smaller subsets than the protocol's is another number, and counts as not measured.
+    """
     group = column.split()[:-1]
     part = result
     if group:
         part = {**result["classes"], **result["groups"]}.get(group[0], {})
+    if metric_of(column) == "kid" and part.get("kid_subset_size", KID_SIZE) < KID_SIZE:
+        return None
     return part.get(key_of(result, column))
 
 
@@ -341,14 +359,16 @@ def seeds_of(results):
 def paired_differences(rows, columns):
     """Markdown: for each row with CM, its difference to rows without; "" if there are none.
 
-    Both rows must have the same seeds, at least two, in the order of their files.
+    Both rows must have the same seeds, of training and of sampling, at least two, in the order of
+    their files.
     """
     by_name = dict(rows)
     lines = []
     pairs = [(name, other) for name in by_name for other in without_cm(name) if other in by_name]
     for name, other in pairs:
         results, others = by_name[name], by_name[other]
-        if seeds_of(results) != seeds_of(others) or len(results) < 2:
+        same = all(of(results) == of(others) for of in (seeds_of, sampling_seeds))
+        if not same or len(results) < 2:
             continue
         differences = [paired_difference(results, others, column) for column in columns]
         lines.append([escaped(f"{name} against {other}"), *differences])
@@ -450,7 +470,7 @@ def notes_of(rows, paper):
         listed = ", ".join(f"{step:,}" for step in steps)
         notes.append("**Different budgets: "
                      f"the rows' checkpoints are at steps {listed}.**")
-    notes.append("Mean ± standard deviation over seeds; "
+    notes.append(f"Mean ± standard deviation over seeds{whose_seeds(rows)}; "
                  "best in bold, second best in italics.")
     if paper:
         notes.append("Beside each number is the paper's; in the figure it is a diamond.")
@@ -458,6 +478,16 @@ def notes_of(rows, paper):
         notes.append("FD and KD are distances in the features of a small classifier, "
                      "not FID and KID: do not compare them with the paper's numbers.")
     return " ".join(notes)
+
+
+def whose_seeds(rows):
+    """What changes with the seed where a row has several: the noise of the samples, or not."""
+    several = [sampling_seeds(results) for _, results in rows if len(results) > 1]
+    of_their_own = {len(set(seeds)) > 1 for seeds in several if None not in seeds}
+    if len(of_their_own) != 1:
+        return ""
+    return (" of training and of sampling" if of_their_own.pop() else
+            " of training; the noise that is sampled is the same for all")
 
 
 class Table(NamedTuple):
@@ -468,13 +498,23 @@ class Table(NamedTuple):
     paper: dict | None      # the paper's numbers in this setting
 
 
-def paper_table_of(args):
+def refuse_other_set(rows, setting, settings):
+    """Raise UserError for rows of another data set than the paper's numbers beside them."""
+    for name, results in rows:
+        dataset = results[0]["settings"].get("dataset")
+        if setting in settings and dataset and not f"{setting}-".startswith(f"{dataset}-"):
+            raise UserError(f"--setting {setting}: the paper's numbers are of another data set "
+                            f"than {name}'s, {dataset}; leave it out")
+
+
+def paper_table_of(args, rows):
     """The Table that --paper and --setting name. Raises UserError."""
     tables = disk.read_json(PAPER)["tables"]
     if args.paper not in tables:
         raise UserError(f"--paper {args.paper}: choose one of {', '.join(tables)}")
     table = tables[args.paper]
     setting = args.setting or "demo"
+    refuse_other_set(rows, setting, table["settings"])
     return Table(table["title"], setting, columns_of(table, setting),
                  table["settings"].get(setting))
 
@@ -509,11 +549,11 @@ def refuse_one_name_twice(names):
 def table_page(args, rows):
     """Write the page of one of the paper's tables, or of rows of your own; returns its table."""
     refuse_one_name_twice([name for name, _ in rows])
-    table = paper_table_of(args) if args.paper else own_table_of(rows)
+    table = paper_table_of(args, rows) if args.paper else own_table_of(rows)
     title = ": ".join(filter(None, [table.title, table.setting]))
     page = Path(args.out)
     # What may be refused comes before what is written
-    pair = read_pair(*args.pair) if args.pair else None
+    pair = read_pair(*args.pair, rows) if args.pair else None
     samples = samples_by_strength([(name, results[0]) for name, results in rows])
 
     text = paper_table(rows, table.columns, table.paper)
@@ -530,7 +570,7 @@ def table_page(args, rows):
         f"![the table as bars]({page.stem}.png)\n",
         *pair_part(pair, page.with_name(f"{page.stem}-theta_g_theta.png")),
         *sample_pages(samples, page.parent, f"{page.stem}-samples"),
-        "## The first seed's commands\n",
+        f"{COMMANDS}\n",
         f"```bash\n{commands_of(rows)}\n```\n",
     ]
     write_page(page, "\n".join(parts), table.title, rows)
@@ -645,11 +685,11 @@ def demo_figure(rows, path):
     disk.save_figure(fig, path)
 
 
-def read_pair(general, full):
+def read_pair(general, full, rows):
     """(two Samples, the record of their training data) of --pair: theta_g's and theta's.
 
-    They must be of these branches, and have the same classes and noise, image by image. Raises
-    UserError.
+    They must be of these branches and of a checkpoint of the rows, and have the same classes and
+    noise, image by image. Raises UserError.
     """
     images_g, labels_g, record_g = read_samples(general, "--pair")
     images, labels, record = read_samples(full, "--pair")
@@ -665,6 +705,10 @@ def read_pair(general, full):
     if settings_g != settings or not np.array_equal(labels_g, labels):
         raise UserError("--pair: "
                         "the two files were not sampled with the same settings and noise")
+    measured = {checkpoint_of(result) for _, results in rows for result in results} - {None}
+    if measured and settings.get("ckpt_sha256", next(iter(measured))) not in measured:
+        raise UserError(f"--pair {full}: of a checkpoint that no row has; give the samples of one "
+                        "of them")
     guidance = f"guidance {settings['guidance']:g}" if "guidance" in settings else "same settings"
     columns = [figures.Samples(f"theta_g alone, {guidance}", images_g, labels_g),
                figures.Samples("theta = theta_g + BA, the same noise", images, labels)]
@@ -761,7 +805,7 @@ def demo_page(args, given):
     table = demo_table(rows)
     one_guidance = len(guidance_strengths(rows)) == 1
     # What may be refused comes before what is written
-    pair = read_pair(*args.pair) if args.pair else None
+    pair = read_pair(*args.pair, given) if args.pair else None
     samples = samples_by_strength(rows)
     demo_figure(rows, folder / "groups.png")
     parts = [
@@ -769,8 +813,8 @@ def demo_page(args, given):
         conditions_of(rows, with_guidance=one_guidance) + "\n",
         table + "\n",
         "FD is a Frechet distance in the features of a small classifier, not FID. "
-        "Real against real compares the halves of the reference; "
-        "having fewer images on either side, it lies above the true floor. "
+        "Real against real compares the halves of the reference, each class halved; "
+        "with half as many images, it lies above the distance of perfect samples. "
         "Accuracy is the share of samples "
         "that the classifier takes for the class asked for.\n",
         "![FD per group](groups.png)\n",
@@ -803,9 +847,10 @@ def make_parser():
 
 
 def is_page(path):
-    """Whether a file may be a page of ours: a text that begins with a title, or HTML."""
-    with open(path, "rb") as f:
-        return f.read(15).startswith((b"# ", b"<!doctype html>"))
+    """Whether a file may be a page of ours: HTML, or a title and the commands behind it."""
+    text = Path(path).read_bytes()
+    return text.startswith(b"<!doctype html>") or (
+        text.startswith(b"# ") and COMMANDS.encode() in text)
 
 
 def main():

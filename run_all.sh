@@ -188,6 +188,9 @@ run_all.sh); leave it out" ;;
   if [[ ! ${SEEDS-0} =~ ^(0|[1-9][0-9]*)(,(0|[1-9][0-9]*))*$ ]]; then
     fail "SEEDS='$SEEDS': must be whole numbers with commas between, for example 0,1,2"
   fi
+  if [[ ! ${STEPS:-1} =~ ^[1-9][0-9]*$ ]]; then
+    fail "STEPS='$STEPS': must be a whole number of training steps"
+  fi
   for seed in ${SEEDS+${SEEDS//,/ }}; do
     if [[ $before == *,$seed,* ]]; then
       fail "SEEDS='$SEEDS': $seed is there twice; name each seed once"
@@ -330,7 +333,8 @@ add_row() {
 }
 
 # row NAME RUN [flags of train.py] [-- flags of evaluate.py]:
-# train and evaluate a run with each seed, and add a row to the page
+# train and evaluate a run with each seed, which is also that of the noise that is sampled,
+# and add a row to the page
 row() {
   local name=$1 run=$2 train_flags=() evaluate_flags=() json seed folder
   shift 2
@@ -352,7 +356,7 @@ row() {
     fi
     folder=$RUNS/$run-seed$seed
     launch evaluate.py --ckpt "$folder/ckpt.pt" \
-      ${NUM:+--num "$NUM"} ${FEATURES:+--features "$FEATURES"} \
+      --seed $seed ${NUM:+--num "$NUM"} ${FEATURES:+--features "$FEATURES"} \
       ${evaluate_flags[@]+"${evaluate_flags[@]}"} --out-json "$folder/$json" --if-needed
   done
   add_row "$name" "$RUNS/$run-seed" "/$json"
@@ -384,9 +388,10 @@ extra_images() {
     --out "$folder/extra" --if-needed
 }
 
-# sampled SCRIPT FOLDER: sample a run of latent.py or text_to_image.py, and evaluate it
+# sampled SCRIPT FOLDER SEED: sample a run of latent.py or text_to_image.py, and evaluate it
 sampled() {
-  launch "$1" sample --ckpt "$2/ckpt.pt" --num "${NUM:-50000}" --out "$2/samples" --if-needed
+  launch "$1" sample --ckpt "$2/ckpt.pt" --num "${NUM:-50000}" --seed $3 --out "$2/samples" \
+    --if-needed
   launch evaluate.py --samples "$2/samples/samples.npz" --data-dir "$DATA_DIR" \
     ${NUM:+--num "$NUM"} ${FEATURES:+--features "$FEATURES"} --if-needed
 }
@@ -400,7 +405,7 @@ latent() {
     folder=$RUNS/latent-$run-seed$seed
     launch latent.py train "${DATA[@]}" \
       ${MODEL:+--model "$MODEL"} ${EPOCHS:+--epochs "$EPOCHS"} "$@" --seed $seed --out "$folder"
-    sampled latent.py "$folder"
+    sampled latent.py "$folder" $seed
   done
   add_row "$name" "$RUNS/latent-$run-seed" /samples/eval.json
 }
@@ -428,7 +433,7 @@ text() {
     folder=$RUNS/text-$run-seed$seed
     launch text_to_image.py train "${DATA[@]}" ${PARTS[@]+"${PARTS[@]}"} \
       ${STEPS:+--steps "$STEPS"} $FLAGS "$@" --seed $seed --out "$folder"
-    sampled text_to_image.py "$folder"
+    sampled text_to_image.py "$folder" $seed
   done
   add_row "$name" "$RUNS/text-$run-seed" /samples/eval.json
 }

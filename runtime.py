@@ -5,6 +5,7 @@ and exit code 2. Before it, the Python files that --plugin names are imported: t
 the tables losses.BASES, readers.READERS and networks.NETWORKS.
 """
 import argparse
+import ast
 import errno
 import hashlib
 import importlib.util
@@ -58,7 +59,8 @@ def run(main):
         try:
             main()
         finally:
-            sys.stdout.flush()
+            if sys.stdout:                  # none where it was closed before
+                sys.stdout.flush()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         code = 130
@@ -66,7 +68,7 @@ def run(main):
         code = e.code or 0
     except Exception as e:
         if reader_left(e):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            print_nowhere()
             sys.exit(128 + signal.SIGPIPE)
         line = error_line(e)
         distributed = dist.is_initialized()
@@ -99,6 +101,11 @@ def reader_left(error):
     return bool(poll.poll(0))       # an error, the only event there is, on a pipe without reader
 
 
+def print_nowhere():
+    """From now on, what is printed is lost."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 class Plugins:
     """What --plugin named: "NAME HASH" of every file that has been imported."""
     importing = False
@@ -120,8 +127,9 @@ def import_plugins(words):
     for path in map(Path, after):
         if not path.is_file():
             raise UserError(f"--plugin {path}: there is no such file")
-        known = importlib.util.find_spec(path.stem)
-        if path.suffix != ".py" or (known and Path(known.origin).resolve() != path.resolve()):
+        known = path.stem.isidentifier() and importlib.util.find_spec(path.stem)
+        other = known and (not known.origin or Path(known.origin).resolve() != path.resolve())
+        if path.suffix != ".py" or not path.stem.isidentifier() or other:
             raise UserError(f"--plugin {path}: must be a .py file with a name of its own, which no "
                             "module has; rename it")
         spec = importlib.util.spec_from_file_location(path.stem, path)
@@ -132,8 +140,34 @@ def import_plugins(words):
             spec.loader.exec_module(module)
         finally:
             Plugins.importing = False
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        Plugins.found.append(f"{path.name} {digest[:16]}")
+        digest = hashlib.sha256(path.read_bytes())
+        for helper in own_helpers(path):
+            digest.update(helper.read_bytes())
+        Plugins.found.append(f"{path.name} {digest.hexdigest()[:16]}")
+
+
+def own_helpers(path):
+    """The files beside a plugin that it imports, and they, without the project's: sorted Paths."""
+    project = code_of("train.py") | code_of("evaluate.py")
+    return [path.parent / name for name in sorted(code_of(path.name, path.parent))
+            if name != path.name and name not in project]
+
+
+def code_of(script, folder=Path(__file__).parent):
+    """{file: its syntax tree} of a script and of what it imports from its folder, and so on."""
+    trees = {}
+    names = [script]
+    while names:
+        name = names.pop()
+        if name in trees or not (folder / name).is_file():
+            continue
+        trees[name] = ast.parse((folder / name).read_bytes())
+        for node in ast.walk(trees[name]):
+            if isinstance(node, ast.Import):
+                names += [f"{alias.name}.py" for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                names.append(f"{node.module}.py")
+    return trees
 
 
 def rank_words():
@@ -613,17 +647,30 @@ def without_guards(module, on):
 
 
 class StopSignal:
-    """Turns SIGTERM and SIGINT into `number`: 0, or the signal. A second one ends the process."""
+    """Turns SIGTERM, SIGINT and SIGHUP into `number`: 0, or the signal. A second one ends it."""
 
     def __init__(self):
         self.number = 0
-        for s in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(s, self.catch)
+        hangup = getattr(signal, "SIGHUP", None)        # none on Windows; ignored under nohup
+        for s in (signal.SIGTERM, signal.SIGINT, hangup):
+            if s and signal.getsignal(s) != signal.SIG_IGN:
+                signal.signal(s, self.catch)
 
     def catch(self, number, frame):
         """The handler: remember the signal, and restore the default action for the next one."""
         self.number = number
         signal.signal(number, signal.SIG_DFL)
+
+    @contextmanager
+    def without_reader(self):
+        """Within, a line that nobody reads any more, as after `| head`, is a signal: SIGPIPE."""
+        try:
+            yield
+        except BrokenPipeError as e:
+            if not reader_left(e):
+                raise
+            print_nowhere()
+            self.number = signal.SIGPIPE
 
 
 # --------------------------------------------------------------------------------------------------

@@ -136,8 +136,8 @@ def ddpm(predict, x, alphas_bar, timesteps, noise, limit=None):
 def dpm_orders(steps, order):
     """The orders of DPM-Solver's steps, of `steps` network calls in all; the last is 1.
 
-    As in its authors' code, but for order 3 and 17, 20, 23 ... calls: theirs end with an order of
-    2, and the way to alphas_bar = 1 is too far to extrapolate.
+    As in its authors' code, but where theirs ends with an order of 2: order 3 and 17, 20, 23 ...
+    calls, order 2 and an even number. The way to alphas_bar = 1 is too far to extrapolate.
     """
     full, rest = divmod(steps - 1, order)
     return [order] * full + [rest] * (rest > 0) + [1]
@@ -254,6 +254,15 @@ def build_network(network, rank_ratio=None, experts=None):
     return add_low_rank(build(network), rank_ratio, experts)
 
 
+def say_changed_plugins(ckpt):
+    """Print which files of --plugin are not those that a checkpoint was trained with."""
+    before = dict(line.rsplit(" ", 1) for line in ckpt["config"].get("plugin") or [])
+    for name, digest in (line.rsplit(" ", 1) for line in runtime.Plugins.found):
+        if before.get(name, digest) != digest:
+            print(f"warning: --plugin {name}: it, or what it imports, has changed since the "
+                  "checkpoint was trained; its network may be another one")
+
+
 def load_unmerged(ckpt, weights="ema", device="cpu", flag="--ckpt"):
     """The network of a checkpoint as it was trained, W^g and BA apart, on `device`.
 
@@ -267,6 +276,7 @@ def load_unmerged(ckpt, weights="ema", device="cpu", flag="--ckpt"):
     if len(names) != outputs:
         raise UserError(f"{flag}: it has {len(names)} class names for a network of {outputs} "
                         "classes; it is not whole")
+    say_changed_plugins(ckpt)
     try:
         net = build_network(ckpt["network"], ckpt["rank_ratio"], ckpt["experts"])
         net.load_state_dict(ckpt["ema" if weights == "ema" else "model"])
@@ -728,12 +738,15 @@ def dtype_of(args, ckpt):
     return ckpt["config"]["dtype"] if args.dtype == "auto" else args.dtype
 
 
-def describe(args, ckpt, settings):
-    """What made these images: everything that moves a number measured on them, for the JSON."""
+def describe(args, ckpt, settings, script="sample.py"):
+    """What made these images: everything that moves a number measured on them, for the JSON.
+
+    script: the one that makes them, whose code is a part of it.
+    """
     return {"ckpt": str(args.ckpt), "ckpt_sha256": ckpt.sha256,
             "step": ckpt["step"], "command": ckpt["command"],
             "dataset": ckpt["config"]["dataset"], "weights": args.weights, "branch": args.branch,
-            **settings, **runtime.Plugins.record()}
+            "code_sha256": disk.code_hash(script), **settings, **runtime.Plugins.record()}
 
 
 def make_parser():

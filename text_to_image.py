@@ -628,8 +628,8 @@ def main_sample(argv):
     with rt.rank_0_first():
         texts, labels = reference_captions(ckpt, args)
     out = samples_folder(args)
-    record = {**describe(args, ckpt, settings), "num": args.num, "dtype": rt.precision(),
-              "captions_sha256": hash_of(texts)}
+    record = {**describe(args, ckpt, settings, "text_to_image.py"), "num": args.num,
+              "dtype": rt.precision(), "captions_sha256": hash_of(texts)}
     if is_done(args, rt, out, record):
         return rt.print(f"{out}: up to date")
     rt.on_rank_0(lambda: check_outputs(out, args.png))

@@ -511,6 +511,13 @@ def test_a_tenth_of_the_rank_by_default():
     assert reserve(nn.Linear(50, 40)).parametrizations.weight[0].rank == 4
 
 
+def test_a_rank_of_nothing_is_refused():
+    for rank in (0, -1):
+        with pytest.raises(ValueError, match="rank must be at least 1"):
+            LowRank(torch.zeros(40, 50), rank=rank)
+    assert LowRank(torch.zeros(40, 50), rank=1).rank == 1
+
+
 def test_attention_with_its_own_width_of_keys():
     net = reserve(nn.MultiheadAttention(8, 2, kdim=6, vdim=10), 0.5)
     assert sorted(name for _, name, _ in reserved(net) if "_" in name) == [

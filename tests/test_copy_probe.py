@@ -104,3 +104,15 @@ def test_samples_of_another_training_set(cm_run, samples, data_dir, tmp_path, ca
          "--data-dir", data_dir, "--out", tmp_path)
     refuses(capsys, copy_probe.main, "--ckpt", tmp_path / "ckpt.pt", "--samples", samples,
             "--data-dir", data_dir, says=["--samples", "not of the training set"])
+
+
+def test_a_classifier_of_other_pixels_is_refused(cm_run, classifier, data_dir, tmp_path, capsys):
+    """It resizes nothing, and would say something of images that it was not made for."""
+    call(sample.main, "--ckpt", cm_run / "ckpt.pt", "--num", 10, "--steps", 1, "--device", "cpu",
+         "--out", tmp_path / "s")
+    other = torch.load(classifier, weights_only=True)
+    other["data"]["resolution"] = 16
+    disk.save(tmp_path / "other.pt", other)
+    refuses(capsys, copy_probe.main, "--ckpt", cm_run / "ckpt.pt", "--samples",
+            tmp_path / "s/samples.npz", "--features", tmp_path / "other.pt", "--data-dir", data_dir,
+            "--device", "cpu", "--out", tmp_path / "o", says=["--features", "16 pixels"])

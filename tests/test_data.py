@@ -947,6 +947,14 @@ def test_a_folder_without_images_is_said(tmp_path, capsys):
     images = load("folder", root, resolution=8, pack_dir=tmp_path / "packed")
     assert images.counts.tolist() == [3, 2]
     assert f"warning: {root}: cats: no images" in capsys.readouterr().out
+    # Beside images that are read, it would make its class smaller
+    for name in ("y.HEIC", "z.heic", ".hidden.heic", "notes.txt"):
+        (root / "class1" / name).write_bytes(b"x")
+    gradient(9, 9).save(root / "class1/w.jfif", format="jpeg")
+    images = load("folder", root, resolution=8, pack_dir=tmp_path / "packed")
+    assert images.counts.tolist() == [3, 3]
+    assert f"warning: {root}/class1: 2 images of a kind that is not read, such as y.HEIC" in (
+        capsys.readouterr().out)
 
 
 def test_balanced_reference(tmp_path, data_dir):
@@ -966,6 +974,41 @@ def test_balanced_reference(tmp_path, data_dir):
     # Digits
     images, words = load_reference("digits", data_dir)
     assert len(images.labels) == 1497 and words == "full training set"
+
+
+def test_what_a_reader_of_ones_own_gives_now_is_what_is_packed(tmp_path, monkeypatch):
+    """Also where a file or a helper of it has changed, and its own code has not."""
+    pixels = np.zeros((4, 8, 8, 3), np.uint8)
+    labels = np.array([0, 0, 1, 1])
+    names = ["a", "b"]
+    monkeypatch.setitem(data.READERS, "mine", data.Source(
+        lambda *_: (pixels.copy(), labels.copy(), list(names)), resolution=8, flip=False))
+
+    def read():
+        images = load("mine", tmp_path, pack_dir=tmp_path / "packed")
+        return images.images[0, 0, 0, 0], images.labels.tolist(), images.class_names
+    assert read() == (0, [0, 0, 1, 1], ["a", "b"])
+    packed = next((tmp_path / "packed").glob("*.npy"))
+    before = packed.stat().st_mtime_ns
+    assert read()[0] == 0 and packed.stat().st_mtime_ns == before      # packed once
+    pixels += 7
+    assert read()[0] == 7
+    labels[1] = 1
+    assert read()[1] == [0, 1, 1, 1]
+    names[1] = "c"
+    assert read()[2] == ["a", "c"]
+
+
+def test_a_class_without_images_is_refused(monkeypatch):
+    """Of a reader of one's own: Eq. (3) divides by the size of each class."""
+    def read(data_dir, split):
+        return np.zeros((6, 8, 8, 3), np.uint8), np.array([0, 0, 0, 0, 1, 1]), ["a", "b", "none"]
+    monkeypatch.setitem(data.READERS, "mine", data.Source(read, resolution=8, flip=False))
+    for ir in (1, 2):
+        args = Namespace(dataset="mine", data_dir="data", resolution=None, class_order=None,
+                         pack_dir=None, ir=ir, tail_seed=0)
+        with pytest.raises(UserError, match="--dataset mine: class none has no training images"):
+            data.load_long_tailed(args)
 
 
 def test_a_set_without_a_long_tail_is_said(capsys):

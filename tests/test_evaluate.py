@@ -115,6 +115,23 @@ def test_the_floor_is_of_disjoint_halves():
     assert metrics.floor_of(a) == pytest.approx(expected, rel=1e-9) and expected > 0
 
 
+def test_the_floor_halves_each_class():
+    """Halves of perfect samples have as many images of each class, and so are nearer."""
+    a = np.concatenate([x + 4 * k for k, x in enumerate(gaussian_features(40, 40, D=3))])
+    labels = np.repeat([0, 1], 40)
+    shuffled = np.random.RandomState(1).permutation(80)
+    rng = np.random.RandomState(0)
+    values = []
+    for _ in range(10):
+        order = rng.permutation(80)
+        halves = [order[labels[shuffled][order] == c] for c in (0, 1)]
+        one, other = (a[shuffled][np.concatenate([h[k::2] for h in halves])] for k in (0, 1))
+        values.append(metrics.distance_of(one, other))
+    got = metrics.floor_of(a[shuffled], labels=labels[shuffled])
+    assert got == pytest.approx(np.mean(values), rel=1e-9)
+    assert got < metrics.floor_of(a[shuffled])
+
+
 def test_the_settings_are_torch_fidelitys():
     from torch_fidelity.defaults import DEFAULTS
     ours = (metrics.KID_SUBSETS, metrics.KID_SIZE, metrics.IS_SPLITS, metrics.METRIC_SEED)
@@ -884,3 +901,29 @@ def test_inception_weights(capsys, tmp_path, weights, cm_run, monkeypatch):
     (tmp_path / "hub/checkpoints" / inception.FILE).write_bytes(b"x")
     with pytest.raises(UserError, match="SHA-256"):
         inception.load_inception()
+
+
+def test_numbers_that_cannot_be_printed_are_written(cm_run, classifier, data_dir, tmp_path,
+                                                    monkeypatch):
+    def fails(*_):
+        raise UnicodeEncodeError("latin-1", "x", 0, 1, "no such letter")
+    monkeypatch.setattr(evaluate, "print_result", fails)
+    with pytest.raises(UnicodeEncodeError):
+        call(evaluate.main, "--ckpt", cm_run / "ckpt.pt", "--num", 20, "--steps", 1, "--features",
+             classifier, "--data-dir", data_dir, "--device", "cpu",
+             "--out-json", tmp_path / "e.json")
+    assert disk.read_json(tmp_path / "e.json")["num"] == 20
+
+
+def test_a_result_says_the_dtype_and_the_plugins_of_its_samples(cm_run, classifier, data_dir,
+                                                                tmp_path, monkeypatch):
+    monkeypatch.setattr(runtime.Plugins, "found", ["mine.py 1"])
+    call(sample.main, "--ckpt", cm_run / "ckpt.pt", "--num", 20, "--steps", 1, "--device", "cpu",
+         "--dtype", "bfloat16", "--out", tmp_path)
+    monkeypatch.setattr(runtime.Plugins, "found", ["other.py 2"])
+    call(evaluate.main, "--samples", tmp_path / "samples.npz", "--features", classifier,
+         "--data-dir", data_dir, "--device", "cpu")
+    settings = disk.read_json(tmp_path / "eval.json")["settings"]
+    assert settings["dtype"] == "torch.bfloat16"
+    assert settings["plugin"] == ["mine.py 1", "other.py 2"]
+    assert settings["trained_on"] == "502 images, 148 to 7 of a class"

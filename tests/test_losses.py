@@ -434,6 +434,8 @@ def test_class_weights():
     assert difference[0].item() == pytest.approx(4.57, abs=0.01)
     assert difference[-1].item() == pytest.approx(-4.34, abs=0.01)
     assert all((w == 1).all() for w in class_weights([7, 7, 7]))
+    with pytest.raises(ValueError, match="without images"):
+        class_weights([100, 10, 0])         # w_div would be 0, 0 and not a number
 
 
 # --------------------------------------------------------------------------------------------------

@@ -462,6 +462,48 @@ def test_up_to_date_accepts_old_names(tmp_path):
             assert not disk.up_to_date(path, other)
 
 
+def test_a_hash_of_the_code_is_that_of_what_runs(tmp_path, monkeypatch):
+    """Of the script and of what it imports; comments and docstrings do not move it."""
+    monkeypatch.setattr(disk, "__file__", str(tmp_path / "disk.py"))
+    code = {"a.py": "import b\nx = 1\n", "b.py": "def f():\n    from c import y\n",
+            "c.py": "y = 1\n", "other.py": "z = 1\n"}
+
+    def hash_with(**changed):
+        for name, text in {**code, **{f"{k}.py": v for k, v in changed.items()}}.items():
+            (tmp_path / name).write_text(text)
+        disk.code_hash.cache_clear()
+        return disk.code_hash("a.py")
+    first = hash_with()
+    assert hash_with(a='"""Text."""\nimport b\n\nx = 1    # one\n', other="z = 2\n") == first
+    assert len({first, hash_with(a="import b\nx = 2\n"), hash_with(c="y = 2\n"),
+                hash_with(b="def f():\n    from c import z\n")}) == 4
+    disk.code_hash.cache_clear()
+
+
+@pytest.mark.parametrize("script, key", [("sample.py", "code_sha256"),
+                                         ("evaluate.py", "evaluate_code_sha256")])
+def test_what_other_code_made_is_made_again(cm_run, classifier, data_dir, tmp_path, capsys,
+                                            monkeypatch, script, key):
+    out = tmp_path / "samples"
+    commands = {"sample.py": lambda: call(
+        sample.main, "--ckpt", cm_run / "ckpt.pt", "--num", 60, "--steps", 2, "--out", out,
+        "--if-needed")}
+    commands["evaluate.py"] = lambda: call(
+        evaluate.main, "--samples", out / "samples.npz", "--features", classifier, "--data-dir",
+        data_dir, "--if-needed")
+    result = {"sample.py": out / "samples.json", "evaluate.py": out / "eval.json"}[script]
+    commands["sample.py"]()
+    commands[script]()
+    capsys.readouterr()
+    commands[script]()
+    assert "up to date" in capsys.readouterr().out
+    before = disk.read_json(result)["settings"][key]
+    monkeypatch.setattr(disk, "code_hash", lambda name: f"another {name}")
+    commands[script]()
+    assert "up to date" not in capsys.readouterr().out
+    assert before != disk.read_json(result)["settings"][key] == f"another {script}"
+
+
 def test_up_to_date_compares_as_json(tmp_path):
     path = tmp_path / "samples.json"
     assert not disk.up_to_date(path, {})                 # no such file

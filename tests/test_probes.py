@@ -257,6 +257,9 @@ def test_fractions_are_shown_exactly_and_a_later_run_leaves_no_old_curve(
     assert (tmp_path / "curve.png").exists()
     call(pp.main, "--fraction", 0.1, *flags)
     assert not (tmp_path / "curve.png").exists() and (tmp_path / "raw.png").exists()
+    (tmp_path / "curve.png").write_text("of someone else")
+    call(pp.main, "--fraction", 0.1, *flags)
+    assert (tmp_path / "curve.png").read_text() == "of someone else"
 
 
 def test_a_fraction_twice_is_refused(cm_run, capsys):
@@ -595,6 +598,19 @@ def test_quality_is_checked_before_the_work(cm_run, tmp_path, capsys, monkeypatc
         refuses(capsys, cp.main, "allocation", "--ckpt", cm_run / "ckpt.pt", "--device", "cpu",
                 "--quality", *(tmp_path / f"{name}.json" for name in pair),
                 says=["--quality", says])
+
+
+@pytest.mark.parametrize("other", [{"guidance": 0.0}, {"features_sha256": "b"}, {"num": 30}])
+def test_quality_measured_otherwise_is_refused(other, cm_run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(cp, "load_unmerged", None)
+    settings = {"guidance": 1.5, "features_sha256": "a", "num": 60,
+                "ckpt_sha256": disk.sha256(cm_run / "ckpt.pt")}
+    for branch, changed in (("full", {}), ("general", other)):
+        disk.write_json(tmp_path / f"{branch}.json", {
+            "groups": {"Few": {"fd": 2.0}}, "settings": {**settings, "branch": branch, **changed}})
+    refuses(capsys, cp.main, "allocation", "--ckpt", cm_run / "ckpt.pt", "--device", "cpu",
+            "--quality", tmp_path / "full.json", tmp_path / "general.json",
+            says=["--quality", f"its {next(iter(other))} is", "measured alike"])
 
 
 @pytest.mark.parametrize("other", ["full", "general"])

@@ -376,7 +376,8 @@ def changed(result, settings=None, **numbers):
 
 
 FIRST = changed(fake_result(9, 0), {
-    "features": "inception", "features_sha256": "e", "reference_sha256": "a", "k": 3})
+    "features": "inception", "features_sha256": "e", "reference_sha256": "a", "k": 3,
+    "classes": "5-9"}, class_order=[0, 1, 2])
 OTHERS = {      # what the line must say -> a result that cannot stand beside FIRST
     "distance is FD": {**{k: v for k, v in FIRST.items() if k != "fid"}, "fd": 9.0},
     "features are c.pt": changed(FIRST, {"features": "c.pt"}),
@@ -384,6 +385,8 @@ OTHERS = {      # what the line must say -> a result that cannot stand beside FI
     "reference is other": changed(FIRST, {"reference": "other"}),
     "reference's hash is b": changed(FIRST, {"reference_sha256": "b"}),
     "--k is 5": changed(FIRST, {"k": 5}),
+    "--classes are 0-4": changed(FIRST, {"classes": "0-4"}),
+    "classes by size are 2 1 0": changed(FIRST, class_order=[2, 1, 0]),
     "number of images is 21": changed(FIRST, num=21),
     "number of real images is 31": changed(FIRST, num_real=31),
 }
@@ -414,12 +417,59 @@ def test_one_run_twice_in_a_row_is_refused(tmp_path, capsys):
     ({"sampler": "ddpm"}, "sampler ddpm"), ({"steps": 7}, "steps 7"), ({"eta": 1.0}, "eta 1"),
     ({"grid": "quad"}, "grid quad"), ({"guidance": 4.0}, "guidance 4"), ({"clip": True}, "clipped"),
     ({"weights": "raw"}, "weights raw"), ({"branch": "general"}, "branch general"),
-    ({"step": 8}, "training step 8"), ({"seed": 1}, "sampling seed 1")])
-def test_a_rows_files_differ_in_the_seed_of_training_only(tmp_path, capsys, settings, says):
-    first = changed(FIRST, {"eta": 0.0, "grid": "uniform", "branch": "full", "seed": 0})
+    ({"step": 8}, "training step 8"), ({"dtype": "b"}, "dtype b"),
+    ({"trained_on": "9 images"}, "training set of 9 images")])
+def test_a_rows_files_differ_in_their_seeds_only(tmp_path, capsys, settings, says):
+    first = changed(FIRST, {"eta": 0.0, "grid": "uniform", "branch": "full", "seed": 0,
+                            "dtype": "a", "trained_on": "8 images"})
     write_rows(tmp_path, a=first, b=changed(first, settings))
     refuses(capsys, report.main, "--paper", "table2", "--row", f"CM={tmp_path}/[ab].json",
             "--out", tmp_path / "p.md", says=["--row CM", says])
+
+
+def test_noise_is_one_for_all_seeds_or_each_seeds_own(tmp_path, capsys):
+    def write(name, *sampling_seeds):
+        for k, seed in enumerate(sampling_seeds):
+            result = fake_result(9.0 + k + len(name), k)
+            disk.write_json(tmp_path / f"{name}{k}.json", changed(result, {"seed": seed}))
+        return f"{name}={tmp_path}/{name}*.json"
+    own, same = write("OC", 0, 1, 2), write("DDPM", 0, 0, 0)
+    page = make_page(tmp_path / "p.md", "table3", "cifar100-ir100", own, write("CM", 0, 1, 2))
+    assert "over seeds of training and of sampling;" in page and "CM against OC" in page
+    page = make_page(tmp_path / "p.md", "table3", "cifar100-ir100", same)
+    assert "over seeds of training; the noise that is sampled is the same for all;" in page
+    # Two rows of which one has another noise are not paired
+    page = make_page(tmp_path / "p.md", "table3", "cifar100-ir100", own, write("CM", 0, 0, 0))
+    assert "CM against OC" not in page and "Mean ± standard deviation over seeds;" in page
+    refuses(capsys, report.main, "--paper", "table3", "--row", write("CBDM", 0, 0, 1), "--out",
+            tmp_path / "p.md", says=["--row CBDM", "same sampling seed", "--seed"])
+
+
+def test_the_papers_numbers_are_of_the_rows_data_set(tmp_path, capsys, three_rows):
+    for setting in ("cifar10-ir100", "celebahq-ir100"):
+        table = {"cifar10-ir100": "table3", "celebahq-ir100": "table4"}[setting]
+        refuses(capsys, report.main, "--paper", table, "--setting", setting, "--row",
+                three_rows[0], "--out", tmp_path / "p.md", says=["--setting", "cifar100"])
+
+
+def test_a_page_replaces_pages_only(tmp_path, capsys, three_rows):
+    """A title alone makes no page of ours."""
+    page = tmp_path / "p.md"
+    make_page(page, "table3", "cifar100-ir100", *three_rows)
+    make_page(page, "table3", "cifar100-ir100", *three_rows)
+    page.write_text("# My thesis\n")
+    refuses(capsys, report.main, "--row", three_rows[0], "--out", page, says=["--out", "a page"])
+    assert page.read_text() == "# My thesis\n"
+
+
+def test_a_kernel_distance_of_small_subsets_is_not_shown(tmp_path, three_rows):
+    """It is another number than the protocol's, which is over subsets of 1,000 images."""
+    page = make_page(tmp_path / "p.md", "table2", "cifar100-ir100", *three_rows)
+    assert "0.0085 ± 0.0005" in page
+    for path in tmp_path.glob("*-?.json"):
+        disk.write_json(path, {**disk.read_json(path), "kid_subset_size": 999})
+    page = make_page(tmp_path / "p.md", "table2", "cifar100-ir100", *three_rows)
+    assert "0.0085" not in page
 
 
 def test_the_page_says_how_rows_were_generated_otherwise(tmp_path):
@@ -546,6 +596,10 @@ def test_pages_show_methods_side_by_side(cm_run, tmp_path, capsys):
     call(report.main, "--paper", "table7-left", *[w for row in rows for w in ("--row", row)],
          "--pair", *pair, "--out", tmp_path / "table.md")
     assert "Not shown" not in (tmp_path / "table.md").read_text()
+    row = rows[0].partition("=")[2]
+    disk.write_json(tmp_path / "other.json", changed(disk.read_result(row), {"ckpt_sha256": "x"}))
+    refuses(capsys, report.main, "--row", f"CM={tmp_path}/other.json", "--pair", *pair, "--out",
+            tmp_path / "q.md", says=["--pair", "checkpoint that no row has"])
     for wrong in (pair[::-1], pair[:1] * 2):
         refuses(capsys, report.main, "--row", rows[0], "--pair", *wrong, "--out",
                 tmp_path / "q.md", says=["--pair", "--branch general"])

@@ -20,6 +20,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_mistakes import refuses
 
+import classify
 import disk
 import evaluate
 import loop
@@ -92,7 +93,8 @@ def test_ten_steps_are_five_and_kill_and_five(tmp_path, data_dir):
     assert common == [expected[record["step"]] for record in even]
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("number, code", [
+    (signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_signals_save_and_exit(tmp_path, data_dir, number, code):
     p = start(tmp_path, data_dir, "--steps", 100000)
     wait_for(tmp_path / "log.jsonl", p)
@@ -100,6 +102,37 @@ def test_signals_save_and_exit(tmp_path, data_dir, number, code):
     assert p.wait(60) == code
     assert "saved" in p.stdout.read()
     assert load(tmp_path)["step"] == read_log(tmp_path)[-1]["step"]
+
+
+def test_a_reader_that_leaves_stops_and_saves(tmp_path, data_dir):
+    """As `| head`: like a signal, and the run goes on from there."""
+    p = start(tmp_path, data_dir, "--steps", 100000)
+    while not p.stdout.readline().startswith("step"):
+        assert p.poll() is None
+    p.stdout.close()
+    assert p.wait(60) == 141
+    assert load(tmp_path)["step"] >= 1
+
+
+@pytest.mark.parametrize("name, text", [
+    ("config.json", '{"name": "their own"}'), ("log.jsonl", "a diary\nof many lines\n")])
+def test_files_of_others_in_the_runs_folder_are_kept(tmp_path, data_dir, capsys, name, text):
+    (tmp_path / name).write_text(text)
+    refuses(capsys, train.main, *TINY_FLAGS, "--steps", 1, "--data-dir", data_dir,
+            "--out", tmp_path, says=["--out", name, "not a run's"])
+    assert (tmp_path / name).read_text() == text
+
+
+def test_distances_in_other_features_are_another_curve(tmp_path, data_dir, classifier, capsys):
+    flags = [*TINY_FLAGS, "--eval-every", 1, "--eval-num", 20, "--data-dir", data_dir,
+             "--out", tmp_path]
+    call(train.main, *flags, "--steps", 1, "--features", classifier)
+    call(classify.main, "--dataset", "digits", "--data-dir", data_dir, "--epochs", 1, "--width", 8,
+         "--seed", 1, "--device", "cpu", "--out", tmp_path / "other")
+    refuses(capsys, train.main, *flags, "--steps", 2, "--features", tmp_path / "other/ckpt.pt",
+            says=["--features", "log.jsonl", "another file"])
+    call(train.main, *flags, "--steps", 2, "--features", classifier)
+    assert [r["step"] for r in read_log(tmp_path) if "FD" in r] == [1, 2]
 
 
 def test_a_signal_is_answered_within_a_pass(tmp_path, data_dir, monkeypatch, capsys):
@@ -375,6 +408,40 @@ def test_distances_during_training(tmp_path, data_dir, classifier, capsys):
     call(train.main, *flags)
     again = [r for r in read_log(tmp_path) if "FD" in r]
     assert again == records
+    # Killed after the last checkpoint and before its distance
+    lines = [json.dumps(r) + "\n" for r in read_log(tmp_path) if "FD" not in r or r["step"] == 3]
+    (tmp_path / "log.jsonl").write_text("".join(lines))
+    call(train.main, *flags)
+    assert [r for r in read_log(tmp_path) if "FD" in r] == records
+    capsys.readouterr()
+    call(train.main, *flags)
+    assert "finished, step 5 of 5" in capsys.readouterr().out
+
+
+def test_the_speed_is_that_of_training_alone(tmp_path, data_dir, monkeypatch):
+    """A grid of ten seconds is none of it, nor of the time that is left."""
+    class Clock:
+        now = 0.0
+
+        def time(self):
+            return self.now
+    clock = Clock()
+    monkeypatch.setattr(loop, "time", clock)
+    take = loop.train_step
+
+    def step_of_a_second(*args):
+        clock.now += 1
+        return take(*args)
+
+    def grid(*args, **kwargs):
+        clock.now += 10
+    monkeypatch.setattr(loop, "train_step", step_of_a_second)
+    monkeypatch.setattr(train, "save_due", grid)
+    call(train.main, *TINY_FLAGS, "--steps", 4, "--log-every", 2, "--data-dir", data_dir,
+         "--out", tmp_path)
+    size = disk.read_json(tmp_path / "config.json")["config"]["batch_size"]
+    records = [json.loads(line) for line in (tmp_path / "log.jsonl").open()]
+    assert [r["images_per_s"] for r in records] == [size, size]
 
 
 def test_features_without_distances(capsys):
