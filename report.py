@@ -849,7 +849,7 @@ def make_parser():
 def is_page(path):
     """Whether a file may be a page of ours: HTML, or a title and the commands behind it."""
     text = Path(path).read_bytes()
-    return text.startswith(b"<!doctype html>") or (
+    return text.startswith((b"<!doctype html>", b"# Samples per group\n")) or (
         text.startswith(b"# ") and COMMANDS.encode() in text)
 
 

@@ -743,7 +743,7 @@ def test_whatever_moves_a_number_is_among_the_settings(where, name):
         parts = {
             "args": {"per_class": 0, "k": 0, "floor": 0}, "rt": {"dtype": 0},
             "comparison": {"num": 0, "num_group": 0, "assumed": {}},
-            "reference": {"sha256": 0, "words": 0}, "subject": {"made": {}},
+            "reference": {"sha256": 0, "words": 0}, "subject": {"made": {}, "data": {}},
             "extractor": {"name": 0, "sha256": 0}}
         if changed:
             parts[where][name] = {"x": 1} if parts[where][name] == {} else 1
