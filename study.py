@@ -85,7 +85,12 @@ def read_models(args):
         raise UserError(f"--b {args.b}: its images have {sizes[1]} pixels, those of --a "
                         f"{sizes[0]}; the size would say which is which")
     names = a.data["class_names"]
-    return a, b._replace(labels=to_classes(b.labels, b.data["class_names"], names, "--b"))
+    labels = to_classes(b.labels, b.data["class_names"], names, "--b")
+    sizes = [dict(zip(m.data["class_names"], m.data.get("class_counts", []))) for m in (a, b)]
+    if all(sizes) and sizes[0] != sizes[1]:
+        raise UserError(f"--b {args.b}: trained on other numbers of images per class than --a; the "
+                        "rare classes of one are not those of the other")
+    return a, b._replace(labels=labels)
 
 
 class Real(NamedTuple):

@@ -203,6 +203,7 @@ MAKE = {        # changed flags -> what the line must say
     "the same name": (["--b", "DDPM=b"], ["--b", "both are called DDPM"]),
     "other sizes": (["--b", "CM=large"], ["--b", "16 x 16", "8 x 8"]),
     "other classes": (["--b", "CM=others"], ["--b", "class"]),
+    "other training images": (["--b", "CM=fewer"], ["--b", "images per class"]),
     "no real images": (["--real", "nowhere"], ["--real nowhere", "folder"]),
     "real images without classes": (["--real", "real/cat"], ["--real real/cat", "sub-folder"]),
     "too few real ones": (["--num-real", 14], ["--real real", "14 images", "class"]),
@@ -219,6 +220,7 @@ def test_make_refuses(case, inputs, tmp_path, monkeypatch, capsys):
     for name in ("a", "b", "real"):
         shutil.copytree(inputs / name, tmp_path / name)
     write_samples(tmp_path / "large", 1, size=16)
+    write_samples(tmp_path / "fewer", 1, counts=(60, 50, 40, 30, 20, 9))
     write_samples(tmp_path / "others", 1, ["cat", "dog", "frog", "ship", "tern", "oak"])
     disk.write_json(tmp_path / "taken" / "key.json", {"study": "0123"})
     monkeypatch.chdir(tmp_path)
