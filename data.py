@@ -252,6 +252,9 @@ def by_size(data: dict) -> list[str] | None:
 def class_range(word: str, text: str, class_names: list[str], flag: str) -> tuple[int, int]:
     """(first, last) class number of one word: a name, a number, or a range such as 6-9."""
     number = class_names.index(word) if word in class_names else None
+    if number is not None and re.fullmatch("[0-9]+-[0-9]+", word):
+        raise UserError(f"{flag} {text}: {word} is the name of class number {number}, and also a "
+                        f"range; write {number} or {number}-{number}, or each number of the range")
     if number is not None and not re.fullmatch("[0-9]+", word):
         return number, number
     found = re.fullmatch("([0-9]{1,18})(-([0-9]{1,18}))?", word)

@@ -770,6 +770,10 @@ def test_classes_named_by_numbers(tmp_path):
         resolve_classes("2", names)
     assert resolve_classes("1-1,2-3", names) == [1, 2, 3]
     assert resolve_classes("2", [str(c) for c in range(10)]) == [2]
+    ages = ["0-2", "10-19", "20-29", "3-9"]
+    with pytest.raises(UserError, match="0-2 is the name of class number 0, and also a range"):
+        resolve_classes("0-2", ages)
+    assert resolve_classes("0,1-3", ages) == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("text", [
