@@ -64,9 +64,9 @@ def test_a_step_trains(cpu):
     """What is timed is training: a timed step changes the weights and leaves no gradients."""
     parser = train.make_parser()
     settings = train.resolve(parser.parse_args(["--warmup", "1", "--lr", "0.001"]))
-    pixels = np.full((64, 32, 32, 3), 60, np.uint8)
+    pixels = np.full((100, 32, 32, 3), 60, np.uint8)
     names = [str(c) for c in range(100)]
-    images = ImageSet("flat", pixels, np.zeros(64, np.int64), names)
+    images = ImageSet("flat", pixels, np.arange(100), names)
     step = bench.make_step("DDPM", images, 2, cpu, False, settings)
     before = [p.detach().clone() for p in step.net.parameters()]
     step.call()
