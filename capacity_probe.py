@@ -438,9 +438,9 @@ def main():
 
     # Write
     disk.write_json(written, {**result, "ckpt": args.ckpt, "weights": args.weights,
-                              "seed": args.seed, "batch_size": args.batch_size,
-                              "dtype": rt.precision(), "ckpt_sha256": ckpt.sha256,
-                              "class_order": by_size(ckpt["data"]),
+                              "settings": {"seed": args.seed, "batch_size": args.batch_size,
+                                           "dtype": rt.precision()},
+                              "ckpt_sha256": ckpt.sha256, "class_order": by_size(ckpt["data"]),
                               "seconds": round(time.time() - start, 1)})
     if args.what == "allocation":
         allocation_figure(result, out / "allocation.png", ckpt["config"].get("div_bound"))

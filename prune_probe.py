@@ -285,16 +285,16 @@ def curve_figure(results, path):
     disk.save_figure(fig, path)
 
 
-def write_figures(results, fractions, fraction, out, earlier):
+def write_figures(results, fractions, fraction, out, earlier=None):
     """The bars of `fraction`, and the curve of several fractions; return the files' names.
 
-    earlier: the results of an earlier call into this folder, or {}.
+    earlier: the results of an earlier call into this folder, or None.
     """
     shown = {name: by_fraction[f"{fraction:g}"] for name, by_fraction in results.items()}
     for kind in BARS:
         bar_figure(kind, shown, fraction, out / f"{kind}.png")
     if len(fractions) == 1:
-        if any(len(by_fraction) > 1 for by_fraction in earlier.values()):
+        if any(len(by_fraction) > 1 for by_fraction in (earlier or {}).values()):
             (out / "curve.png").unlink(missing_ok=True)     # that call's
         return [f"{kind}.png" for kind in BARS]
     curve_figure(results, out / "curve.png")
@@ -438,7 +438,7 @@ def main():
     print(f"{settings['images']}: {len(labels):,} images x {args.repeats} timesteps; {args.scope} "
           f"threshold over {args.tensors} ({numel:,} numbers)")
     print_results(results)
-    earlier = (disk.read_json(out / "probe.json") or {}).get("results", {})
+    earlier = (disk.read_json(out / "probe.json") or {}).get("results")
     disk.write_json(out / "probe.json", {"results": results, "settings": settings,
                                          "seconds": round(time.time() - start, 1)})
     pictures = write_figures(results, fractions, shown, out, earlier)

@@ -166,7 +166,7 @@ def test_the_commands_flags_reach_the_measurement(cm_run, data_dir, tmp_path, mo
         seen.update(net=net.state_dict(), fractions=fractions)
         return np.ones(len(labels)), {f: np.arange(len(labels)) / 100 + f for f in fractions}
     monkeypatch.setattr(pp, "measure", measured)
-    monkeypatch.setattr(pp, "write_figures", lambda results, fractions, shown, out:
+    monkeypatch.setattr(pp, "write_figures", lambda results, fractions, shown, out, earlier:
                         seen.update(shown=shown) or [])
     flags = ("--ckpt", cm_run / "ckpt.pt", "--data-dir", data_dir, "--device", "cpu", "--out",
              tmp_path, "--weights", "raw", "--fractions", "0.3,0.1")

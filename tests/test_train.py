@@ -40,6 +40,8 @@ def start(out, data_dir, *flags):
                *flags]
     return subprocess.Popen([str(word) for word in command], stdout=subprocess.PIPE,
                             stderr=subprocess.STDOUT, text=True,
+                            # Under nohup the tests, and so it, would ignore this signal
+                            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
                             env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
