@@ -651,10 +651,12 @@ class StopSignal:
 
     def __init__(self):
         self.number = 0
-        hangup = getattr(signal, "SIGHUP", None)        # none on Windows; ignored under nohup
-        for s in (signal.SIGTERM, signal.SIGINT, hangup):
-            if s and signal.getsignal(s) != signal.SIG_IGN:
-                signal.signal(s, self.catch)
+        signals = [signal.SIGTERM, signal.SIGINT]
+        hangup = getattr(signal, "SIGHUP", None)        # none on Windows
+        if hangup and signal.getsignal(hangup) != signal.SIG_IGN:       # as it is under nohup
+            signals.append(hangup)
+        for s in signals:
+            signal.signal(s, self.catch)
 
     def catch(self, number, frame):
         """The handler: remember the signal, and restore the default action for the next one."""
