@@ -180,7 +180,7 @@ def make_step(method, images, batch_size, rt, compiled, settings):
     def next_batch():
         step = next(steps)
         x_0, y = batches.at(step)
-        return draw_batch(x_0, y, objective, seed=0, step=step, flip=True, dtype=rt.dtype)
+        return draw_batch(x_0, y, objective, seed=0, step=step, flip=True)
 
     module = objective
     if compiled:
@@ -431,7 +431,7 @@ def plan_step(method, images, batch_size, dtype, network=NETWORK):
     net.draw_masks = draw_fake_masks        # large; all else is drawn as it is
     objective = make_objective(method, net, images)
     x_0, y = Batches(images, batch_size, 0, rt.device).at(0)
-    batch = draw_batch(x_0, y, objective, seed=0, step=0, flip=True, dtype=dtype)
+    batch = draw_batch(x_0, y, objective, seed=0, step=0, flip=True)
     with fake, Operations() as counted, rt.autocast(), CudaAutocast():
         objective(batch)[0].backward()
     weights = sum(p.numel() * p.element_size() for p in net.parameters())

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from model import Embedding, dropout_masks, init_layer
+from model import Embedding, drop, dropout_masks, init_layer
 
 
 def positions(side, ch):
@@ -59,12 +59,14 @@ class CrossAttention(nn.Module):
 class Block(nn.Module):
     """Self-attention, then an MLP, both residual: tokens (N, T, ch) -> (N, T, ch).
 
-    text_ch: the width of texts, which come in between by cross-attention; None: there are none.
+    dropout: the share of a mask that is False. text_ch: the width of texts, which come in between
+    by cross-attention; None: there are none.
     """
 
-    def __init__(self, ch, heads, emb_ch, text_ch=None):
+    def __init__(self, ch, heads, emb_ch, dropout=0.0, text_ch=None):
         super().__init__()
         self.heads = heads
+        self.dropout = dropout
         self.qkv = init_layer(nn.Linear(ch, 3 * ch))
         self.proj = init_layer(nn.Linear(ch, ch))
         self.mlp1 = init_layer(nn.Linear(ch, 4 * ch))
@@ -79,7 +81,7 @@ class Block(nn.Module):
             x = x + self.cross(x, text)
         h = self.mlp1(modulate(x, *condition[3:5]))
         h = self.mlp2(F.gelu(h, approximate="tanh"))
-        return x + condition[5] * (h if mask is None else h * mask)
+        return x + condition[5] * drop(h, mask, self.dropout)
 
     def attend(self, x):
         """Attention with several heads: (N, T, ch) -> (N, T, ch)."""
@@ -167,7 +169,7 @@ class DiT(nn.Module):
         self.ch = ch
         self.dropout = dropout
         cfg = SimpleNamespace(ch=ch, num_classes=num_classes, augment_dim=augment_dim)
-        blocks = [Block(ch, heads_of(ch), 4 * ch) for _ in range(depth)]
+        blocks = [Block(ch, heads_of(ch), 4 * ch, dropout) for _ in range(depth)]
         half = depth // 2
         self.encoder = Encoder(channels, size, patch, ch, blocks[:half], Embedding(cfg))
         self.decoder = Decoder(channels, patch, ch, blocks[half:])
@@ -183,13 +185,13 @@ class DiT(nn.Module):
     def forward(self, x_t, t, y):
         return self.decode(*self.encode(x_t, t, y))
 
-    def draw_masks(self, n, size, generator, dtype=torch.float32):
-        """Dropout masks of the MLPs' outputs, (N, T, ch) each: (for encode, for decode)."""
+    def draw_masks(self, n, size, generator):
+        """Dropout masks of the MLPs' outputs, bools (N, T, ch): (for encode, for decode)."""
         if not self.dropout:
             return [], []
         shape = (n, self.side, self.side, self.ch)
 
         def masks_of(half):
-            masks = dropout_masks([shape] * len(half.blocks), self.dropout, generator, dtype)
+            masks = dropout_masks([shape] * len(half.blocks), self.dropout, generator)
             return [mask.flatten(2).transpose(1, 2) for mask in masks]
         return masks_of(self.encoder), masks_of(self.decoder)

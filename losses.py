@@ -62,17 +62,15 @@ class Batch(NamedTuple):
 
 @torch.no_grad()
 def draw_batch(x_0: Tensor, y: Tensor, obj: "Objective", *, seed: int, step: int, part: int = 0,
-               parts: int = 1, flip: bool = False, dtype: torch.dtype = torch.float32,
-               condition: Callable | None = None) -> Batch:
+               parts: int = 1, flip: bool = False, condition: Callable | None = None) -> Batch:
     """One part of a step's Batch: a pure function of the global batch and (seed, step).
 
     x_0 (G, C, H, W) in [-1, 1] and y (G,) are the whole global batch. Noise, timesteps and the rest
     are drawn for all of it and sliced, so that cutting it into parts (one per process, and per pass
     of --accumulate) changes nothing. Only dropout masks, and with --cm-fraction the images that
     theta^g sees, are drawn for the part alone, from (seed, step, part). flip: mirror each image
-    with probability 1/2. dtype: of the masks, the one that the network computes in.
-    condition(y_prime): what the network gets in place of the classes y and y', (G,) each; None:
-    these classes.
+    with probability 1/2. condition(y_prime): what the network gets in place of the classes y and
+    y', (G,) each; None: these classes.
     """
     G = len(x_0)
     goes_to = x_0.device
@@ -94,10 +92,10 @@ def draw_batch(x_0: Tensor, y: Tensor, obj: "Objective", *, seed: int, step: int
 
     g = generator(device, seed, "masks", step, part)
     size = x_0.shape[-1]
-    masks_encode, masks_decode = obj.net.draw_masks(G // parts, size, g, dtype)
+    masks_encode, masks_decode = obj.net.draw_masks(G // parts, size, g)
     masks_general = masks_decode
     if obj.cm.independent_dropout:
-        masks_general = obj.net.draw_masks(G // parts, size, g, dtype)[1]
+        masks_general = obj.net.draw_masks(G // parts, size, g)[1]
 
     own = slice(part * G // parts, (part + 1) * G // parts)
     scale = None

@@ -152,11 +152,21 @@ class GroupNormSiLU(torch.autograd.Function):
         return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def compiled_for_cuda(x: Tensor) -> bool:
+    """Whether this call is traced by torch.compile for a CUDA device."""
+    return x.is_cuda and torch.compiler.is_compiling()
+
+
 def norm_silu(norm: nn.GroupNorm, x: Tensor, silu: bool = True) -> Tensor:
     """SiLU(norm(x)), or norm(x); by GroupNormSiLU in code that is compiled for CUDA."""
-    if x.is_cuda and torch.compiler.is_compiling():
+    if compiled_for_cuda(x):
         return GroupNormSiLU.apply(x, norm.weight, norm.bias, norm.num_groups, norm.eps, silu)
     return F.silu(norm(x)) if silu else norm(x)
+
+
+def drop(h: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+    """h / (1 - dropout) where a mask of `dropout_masks` is True, else 0; h where there is none."""
+    return h if mask is None else h * mask * (1 / (1 - dropout))
 
 
 def init_layer(layer: nn.Module, gain: float = 1.0) -> nn.Module:
@@ -234,14 +244,15 @@ class ResBlock(nn.Module):
     """Two 3x3 convolutions, the embedding added between them, and attention where asked for.
 
     (N, in_ch, H, W) -> (N, out_ch, H, W). level, out_ch: where and how wide the block's dropout
-    mask is.
+    mask is. dropout: the share of it that is False.
     """
 
-    def __init__(self, in_ch: int, out_ch: int, emb_ch: int, level: int,
+    def __init__(self, in_ch: int, out_ch: int, emb_ch: int, level: int, dropout: float,
                  attention: bool = False):
         super().__init__()
         self.level = level
         self.out_ch = out_ch
+        self.dropout = dropout
         self.norm1 = group_norm(in_ch)
         self.conv1 = conv(in_ch, out_ch)
         self.emb_proj = init_layer(nn.Linear(emb_ch, out_ch))
@@ -251,10 +262,18 @@ class ResBlock(nn.Module):
         self.attention = Attention(out_ch) if attention else nn.Identity()
 
     def forward(self, x: Tensor, emb: Tensor, mask: Tensor | None = None) -> Tensor:
-        h = self.conv1(norm_silu(self.norm1, x))
-        h = h + self.emb_proj(F.silu(emb))[:, :, None, None]
-        h = norm_silu(self.norm2, h)
-        h = self.conv2(h if mask is None else h * mask)
+        h = norm_silu(self.norm1, x)
+        emb = F.silu(emb)
+        if compiled_for_cuda(x):
+            # The two biases as one: in the backward pass theirs is one sum over images and pixels
+            h = F.conv2d(h, self.conv1.weight, padding=1)
+            bias = self.conv1.bias + self.emb_proj.bias
+            shift = F.linear(emb, self.emb_proj.weight, bias)
+        else:
+            h = self.conv1(h)
+            shift = self.emb_proj(emb)
+        h = norm_silu(self.norm2, h + shift[:, :, None, None])
+        h = self.conv2(drop(h, mask, self.dropout))
         return self.attention(self.shortcut(x) + h)
 
 
@@ -321,14 +340,16 @@ class Encoder(nn.Module):
         self.skip_chs = [ch]                                    # of the tensors that decode takes
         for level, mult in enumerate(cfg.ch_mult):
             for _ in range(cfg.num_res_blocks):
-                self.down.append(ResBlock(ch, cfg.ch * mult, emb_ch, level, level in cfg.attn))
+                self.down.append(ResBlock(ch, cfg.ch * mult, emb_ch, level, cfg.dropout,
+                                          level in cfg.attn))
                 ch = cfg.ch * mult
                 self.skip_chs.append(ch)
             if level < last:
                 self.down.append(Down(ch))
                 self.skip_chs.append(ch)
         self.middle = nn.ModuleList([
-            ResBlock(ch, ch, emb_ch, last, attention=True), ResBlock(ch, ch, emb_ch, last)])
+            ResBlock(ch, ch, emb_ch, last, cfg.dropout, attention=True),
+            ResBlock(ch, ch, emb_ch, last, cfg.dropout)])
 
     def forward(self, x_t: Tensor, t: Tensor, y: Tensor, masks: Sequence[Tensor],
                 a: Tensor | None = None) -> tuple[Tensor, list[Tensor], Tensor]:
@@ -356,7 +377,8 @@ class Decoder(nn.Module):
         for level, mult in reversed(list(enumerate(cfg.ch_mult))):
             for _ in range(cfg.num_res_blocks + 1):
                 in_ch = ch + skip_chs.pop()
-                self.up.append(ResBlock(in_ch, cfg.ch * mult, emb_ch, level, level in cfg.attn))
+                self.up.append(ResBlock(in_ch, cfg.ch * mult, emb_ch, level, cfg.dropout,
+                                        level in cfg.attn))
                 ch = cfg.ch * mult
             if level:
                 self.up.append(Up(ch))
@@ -411,13 +433,13 @@ class UNet(nn.Module):
     def forward(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
         return self.decode(*self.encode(x_t, t, y))
 
-    def draw_masks(self, n: int, size: int, generator: torch.Generator,
-                   dtype: torch.dtype = torch.float32) -> tuple[list[Tensor], list[Tensor]]:
+    def draw_masks(self, n: int, size: int,
+                   generator: torch.Generator) -> tuple[list[Tensor], list[Tensor]]:
         """Dropout masks for n images of `size` pixels per side: (for encode, for decode).
 
-        Each is a list of one tensor per ResBlock, in the order in which they run. A mask is 0 with
-        probability cfg.dropout, else 1 / (1 - dropout); it is on the generator's device, in the
-        dtype in which the network computes, channels last. With dropout 0 the lists are empty.
+        Each is a list of one tensor per ResBlock, in the order in which they run. A mask is False
+        with probability cfg.dropout, else True; it is on the generator's device, channels last.
+        With dropout 0 the lists are empty.
         """
         if not self.cfg.dropout:
             return [], []
@@ -426,24 +448,23 @@ class UNet(nn.Module):
         for half in (self.encoder, self.decoder):
             blocks = [m for m in half.modules() if isinstance(m, ResBlock)]
             shapes.append([(n, size >> m.level, size >> m.level, m.out_ch) for m in blocks])
-        masks = dropout_masks(shapes[0] + shapes[1], self.cfg.dropout, generator, dtype)
+        masks = dropout_masks(shapes[0] + shapes[1], self.cfg.dropout, generator)
         return masks[:len(shapes[0])], masks[len(shapes[0]):]
 
 
-def dropout_masks(shapes: Sequence[Sequence[int]], dropout: float, generator: torch.Generator,
-                  dtype: torch.dtype) -> list[Tensor]:
-    """Dropout masks of these shapes, (N, H, W, C) in memory and given as (N, C, H, W): a list.
+def dropout_masks(shapes: Sequence[Sequence[int]], dropout: float,
+                  generator: torch.Generator) -> list[Tensor]:
+    """Bools of these shapes, (N, H, W, C) in memory and given as (N, C, H, W): a list.
 
-    All in one draw, since a GPU would wait for each.
+    True with probability 1 - dropout (to 16 bits). All in one draw, since a GPU would wait for
+    each. One byte each, where numbers of the network's dtype would be two or four.
     """
-    # The scale as the dtype rounds it, so that the mask's mean stays 1 (to 16 bits)
-    scale = torch.tensor(1 / (1 - dropout), dtype=dtype).item()
-    threshold = min(round(65536 / scale) - 32768, 32767)
+    threshold = min(round(65536 * (1 - dropout)) - 32768, 32767)
     counts = [math.prod(shape) for shape in shapes]
     # One random int64 makes four 16-bit numbers; each mask begins with a new one
     lengths = [-(-count // 4) * 4 for count in counts]
     bits = torch.empty(sum(lengths) // 4, dtype=torch.int64, device=generator.device)
     bits.random_(-2 ** 63, None, generator=generator)
-    masks = (bits.view(torch.int16) < threshold).to(dtype) * scale
+    masks = bits.view(torch.int16) < threshold
     return [part[:count].view(shape).permute(0, 3, 1, 2)
             for part, count, shape in zip(masks.split(lengths), counts, shapes)]

@@ -6,7 +6,7 @@ A network is a torch module with these, of which losses.py and sample.py know no
     decode(*encoded, masks=()) -> eps               like x_t, (N, channels, size, size)
     forward(x_t, t, y) -> eps                       = decode(*encode(x_t, t, y))
     decoder                                         the submodule in which capacity is reserved
-    draw_masks(n, size, generator, dtype)           (dropout masks for encode, for decode), or
+    draw_masks(n, size, generator)                  (dropout masks for encode, for decode), or
                                                     ([], [])
 
 Its settings are the arguments of what stands in NETWORKS: channels, num_classes and size (pixels),

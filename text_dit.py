@@ -109,7 +109,7 @@ class TextDiT(nn.Module):
     def __init__(self, texts, text_ch, channels=4, size=32, ch=192, depth=18, patch=1):
         super().__init__()
         check_sizes(size, ch, depth, patch)
-        blocks = [Block(ch, heads_of(ch), 4 * ch, text_ch) for _ in range(depth)]
+        blocks = [Block(ch, heads_of(ch), 4 * ch, text_ch=text_ch) for _ in range(depth)]
         half = depth // 2
         embedding = Embedding(SimpleNamespace(ch=ch, num_classes=0, augment_dim=0))
         self.encoder = Encoder(channels, size, patch, ch, blocks[:half], embedding, texts)

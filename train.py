@@ -562,7 +562,7 @@ def choose_passes(args, rt, objective, batches, old):
     def loss_of(n):
         with rt.autocast():
             return objective(draw_batch(x_0, y, objective, seed=args.seed, step=0,
-                                        parts=args.batch_size // n, dtype=rt.dtype))[0]
+                                        parts=args.batch_size // n))[0]
     images = args.batch_size // rt.world
     need = budget.measure_memory(objective, loss_of, images)
     free = budget.free_memory(rt.device)
@@ -684,7 +684,7 @@ def main():
         x_0, y = batches.at(step)
         part = rt.rank * args.accumulate + k
         return draw_batch(x_0, y, objective, seed=args.seed, step=step, part=part,
-                          parts=rt.world * args.accumulate, flip=flip, dtype=rt.dtype)
+                          parts=rt.world * args.accumulate, flip=flip)
     module, warning = compiled(objective, batch, training, graphs=args.cuda_graphs)
     announce(training, net, compiled=module is not objective)
     with disk.claim_run(args.out, rt, old):

@@ -145,7 +145,7 @@ def test_the_loss_is_scaled_and_an_overflow_skips_the_update():
     x_0, y = a_batch()
 
     def batch(step, k):
-        return draw_batch(x_0, y, objective, seed=0, step=step, dtype=torch.float16)
+        return draw_batch(x_0, y, objective, seed=0, step=step)
     seen = []
     last = training.params["decoder.conv.bias"]         # the others' gradients begin near 0
     last.register_hook(lambda g: seen.append(g.abs().max().item()))

@@ -510,8 +510,6 @@ def test_another_seed_draws_everything_anew(digits):
     for name, value in first.items():
         assert torch.equal(value, again[name]), name
         assert not torch.equal(value, other[name]), name
-    half = draw_batch(batch.pool_x_0, batch.pool_y, objective, seed=0, step=3, dtype=torch.bfloat16)
-    assert {mask.dtype for mask in (*half.masks_encode, *half.masks_decode)} == {torch.bfloat16}
 
 
 def test_label_drop_is_per_image(digits):

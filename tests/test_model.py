@@ -1,5 +1,7 @@
 """model.py: the peers' network to the parameter, conditioned at every level; forward process."""
 import math
+from contextlib import nullcontext
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -7,8 +9,10 @@ import torch
 from conftest import TINY, randomize, tiny_net
 from torch.testing import assert_close
 
-from model import (GroupNormSiLU, ResBlock, UNet, UNetConfig, distance, make_alphas_bar, q_sample,
-                   sinusoid, stratified_timesteps)
+import model
+from cm_layers import general_only, reserve
+from model import (GroupNormSiLU, ResBlock, UNet, UNetConfig, distance, drop, make_alphas_bar,
+                   q_sample, sinusoid, stratified_timesteps)
 
 
 def parameters(**settings):
@@ -144,10 +148,20 @@ def test_dropout_masks():
     net = tiny_net(None, dropout=0.25)
     encode, decode = net.draw_masks(64, 8, torch.Generator().manual_seed(0))
     assert (len(encode), len(decode)) == (4, 4)     # 2 levels + 2 middle blocks; 2 x 2 up blocks
-    values = torch.cat([m.flatten() for m in encode + decode])
-    assert_close(values.unique(), torch.tensor([0.0, 1 / 0.75]))
-    assert abs((values == 0).float().mean() - 0.25) < 0.005
+    kept = torch.cat([m.flatten() for m in encode + decode])
+    assert kept.dtype == torch.bool and abs(kept.float().mean() - 0.75) < 0.005
     assert tiny_net(None, dropout=0.0).draw_masks(2, 8, torch.Generator()) == ([], [])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout_keeps_the_mean(dtype):
+    """What a mask keeps is scaled by 1 / (1 - dropout), backwards too, in the input's dtype."""
+    h = torch.tensor([3.0, -2.0], dtype=dtype, requires_grad=True)
+    dropped = drop(h, torch.tensor([True, False]), 0.25)
+    assert dropped.dtype == dtype and dropped.tolist() == [4.0, 0.0]
+    dropped.sum().backward()
+    assert h.grad.tolist() == torch.tensor([1 / 0.75, 0.0]).to(dtype).tolist()
+    assert drop(h, None, 0.25) is h
 
 
 def test_each_dropout_mask_reaches_the_output():
@@ -216,6 +230,28 @@ def test_group_norm_silu_in_bfloat16_is_accurate():
     assert (y - exact).abs().max() < 0.02
 
 
+@pytest.mark.parametrize("general", [False, True])
+def test_what_is_compiled_for_cuda_computes_the_same(monkeypatch, general):
+    """A block's result and gradients of theta or theta^g, with one-pass norms and joined biases."""
+    block = randomize(reserve(ResBlock(8, 16, 12, 0, 0.3, attention=True))).double()
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 8, 4, 4, generator=g, dtype=torch.float64, requires_grad=True)
+    emb = torch.randn(3, 12, generator=g, dtype=torch.float64, requires_grad=True)
+    mask = torch.rand(3, 16, 4, 4, generator=g) < 0.7
+
+    def results():
+        with general_only(block) if general else nullcontext():
+            y = block(x, emb, mask)
+        grads = torch.autograd.grad(y.square().sum(), [x, emb, *block.parameters()],
+                                    allow_unused=True)
+        return [y, *grads]
+    expected = results()
+    traced = Mock(return_value=True)
+    monkeypatch.setattr(model, "compiled_for_cuda", traced)
+    assert_close(results(), expected, rtol=1e-10, atol=1e-12)
+    assert traced.called
+
+
 def test_masks_are_one_draw():
     """One call of the generator for all blocks: the numbers of one call for each, on a CPU."""
     net = tiny_net(dropout=0.3)
@@ -226,4 +262,4 @@ def test_masks_are_one_draw():
         bits = torch.empty(-(-count // 4), dtype=torch.int64).random_(-2 ** 63, None, generator=g)
         numbers = bits.view(torch.int16)[:count].view(mask.permute(0, 2, 3, 1).shape)
         kept = numbers.permute(0, 3, 1, 2) < round(0.7 * 65536) - 32768
-        assert torch.equal(mask > 0, kept)
+        assert torch.equal(mask, kept)
