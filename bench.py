@@ -643,24 +643,20 @@ def main():
     runtimes = {dtype: runtime.Runtime(rt.device, dtype) for dtype in dtypes}
     rows = []
     sampling = []
+    name = torch.cuda.get_device_name(rt.device) if cuda else (
+        f"CPU, {torch.get_num_threads()} threads")
     for batch_size in args.batch_size or ([64, 512] if cuda else [16]):
         rows += bench_training(batch_size, cells, args.rounds, runtimes, settings)
         sampling += bench_sampling(batch_size, args.rounds, runtimes, cuda and compiled[-1])
+        # Now, since a larger batch may end the process
+        disk.write_json(out / "bench.json", {"device": name, "torch": torch.__version__,
+                                             "rows": rows, "sampling": sampling})
         torch._dynamo.reset()
     if not rows:
         raise UserError("--batch-size: nothing fits into the memory; take a smaller one")
-
-    # Write
-    if cuda:
-        name = torch.cuda.get_device_name(rt.device)
-        print(f"{name}, torch {torch.__version__}\n")
-    else:
-        name = f"CPU, {torch.get_num_threads()} threads"
-        print(f"{name}, torch {torch.__version__}; peak memory of the process "
-              f"{peak_memory():.1f} GiB\n")
+    memory = "" if cuda else f"; peak memory of the process {peak_memory():.1f} GiB"
+    print(f"{name}, torch {torch.__version__}{memory}\n")
     print_tables(rows, sampling, args.methods[0])
-    disk.write_json(out / "bench.json", {"device": name, "torch": torch.__version__,
-                                         "rows": rows, "sampling": sampling})
 
 
 if __name__ == "__main__":

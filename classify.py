@@ -345,11 +345,11 @@ def set_up(sets, settings, old, args, rt):
     training = start(sets, settings, args, rt)
     if old and old["training"]:
         training.restore(old["training"])
-    training.loss = make_loss(training, sets.train.counts, args, rt)
-    announce(training, sets.train, args, rt)
     if rt.rank == 0:
         with disk.writing(args.out):
             training.board = SummaryWriter(args.out, purge_step=training.step + 1)
+    training.loss = make_loss(training, sets.train.counts, args, rt)
+    announce(training, sets.train, args, rt)
     return training
 
 
@@ -380,7 +380,9 @@ def make_loss(training, counts, args, rt):
                           distance=args.distance).to(rt.device)
     if runtime.wants_compile(args, rt):
         trial = next_batch(training, args, rt)
-        loss, _ = runtime.compile_or_not(loss, lambda module: module(*trial)[0], rt)
+        loss, warning = runtime.compile_or_not(loss, lambda module: module(*trial)[0], rt)
+        if warning and training.board:
+            training.board.add_text("warning", warning, training.step)
     # All processes go on from rank 0's running statistics, which are those of the checkpoint
     return rt.parallel(loss, broadcast_buffers=True)
 

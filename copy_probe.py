@@ -83,8 +83,12 @@ def unseen_images(args, ckpt, images):
 
 
 def read_all(args, ckpt):
-    """{path: (images, labels)} of --samples, each of the checkpoint's training set."""
+    """({path: (images, labels)}, {path: settings}) of --samples, of the checkpoint's training set.
+
+    settings: how sample.py made them. Raises UserError for samples of another training set.
+    """
     found = {}
+    settings = {}
     for path in args.samples:
         images, labels, record = read_samples(path)
         data = record.get("data", {})
@@ -92,7 +96,8 @@ def read_all(args, ckpt):
                                  for key in ("sha256", "class_counts", "class_names")):
             raise UserError(f"--samples {path}: not of the training set of --ckpt {args.ckpt}")
         found[path] = images, labels
-    return found
+        settings[path] = record["settings"]
+    return found, settings
 
 
 def print_shares(rows, groups):
@@ -145,7 +150,7 @@ def main():
     # What is measured
     ckpt = disk.load(args.ckpt, KINDS)
     data = ckpt["data"]
-    sets = read_all(args, ckpt)
+    sets, settings = read_all(args, ckpt)
     disk.check_writable(out / "copies.json")
     rt = runtime.setup(args.device, args.dtype)
     train = training_images(ckpt, args.data_dir)
@@ -178,6 +183,7 @@ def main():
         "rows": rows, "ckpt": args.ckpt, "data": data, "features": extractor.name,
         "features_sha256": extractor.sha256,
         "samples_sha256": {path: disk.sha256(path) for path in args.samples},
+        "samples_settings": settings,
         "seconds": round(time.time() - start, 1)})
     first = args.samples[0]
     picture = pairs_picture(*sets[first], indices[first], real, data, groups)

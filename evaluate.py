@@ -582,13 +582,12 @@ def main():
     fake, real, seconds = extract_both(args, comparison, extractor, rt)
     if rt.rank > 0:
         return
-    if rt.world > 1:
-        runtime.use_all_cores()
     start = time.time()
     per_class = args.per_class or not comparison.groups
     classes = {name: c for c, name in enumerate(comparison.class_names or [])} if per_class else {}
     metrics = make_metrics(args, comparison, extractor, rt)
-    result = measure_all(fake, real, comparison.num, comparison.groups, classes, metrics)
+    with runtime.all_cores(rt):
+        result = measure_all(fake, real, comparison.num, comparison.groups, classes, metrics)
     seconds["metrics"] = time.time() - start
     warnings = weak_words(weak_classes(real, metrics, comparison.class_names), extractor)
     if warnings:

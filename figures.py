@@ -23,7 +23,7 @@ import disk
 import runtime
 from data import class_groups, read_samples, to_rgb, training_images
 from runtime import Parser, UserError, integer, run
-from sample import KINDS, chosen_classes, clipped, printable, ten_classes
+from sample import KINDS, chosen_classes, how, printable, ten_classes
 
 DPI = 100
 TILE = 56           # pixels of an image in a picture, about
@@ -74,21 +74,6 @@ def from_same_noise(columns, classes, n):
     made = [(c.settings["seed"], c.settings.get("model"),
              [np.flatnonzero(c.labels == k)[:n].tolist() for k in classes]) for c in sampled]
     return all(one == made[0] for one in made)
-
-
-def how(settings):
-    """A column's sampling in words: "step 300,000, ddim, 50 steps, guidance 1.5, x_0 clipped"."""
-    sampler = settings.get("sampler")
-    words = [f"step {settings['step']:,}"] if "step" in settings else []
-    words += [sampler] if sampler else []
-    words += [f"{settings['steps']} steps"] if "steps" in settings else []
-    words += [f"guidance {settings['guidance']:g}"] if "guidance" in settings else []
-    if sampler not in (None, "consistency"):
-        words.append(clipped(settings))
-    usual = {"eta": 0, "grid": "uniform", "order": 3, "weights": "ema", "branch": "full"}
-    words += [f"{key} {settings[key]}" for key, value in usual.items()
-              if settings.get(key, value) != value]
-    return ", ".join(words)
 
 
 def caption_of(columns, classes, n):

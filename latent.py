@@ -715,7 +715,7 @@ def grid_samples(model, net, state, labels, rt):
     load_adapters(net, state["ema"])
     try:
         return decoded(model, net, labels, state["data"]["resolution"], rt, GRID_BATCH,
-                       title="grid", **usual_settings(state))
+                       title="grid", **usual_settings(state["kind"], state["config"]["seed"]))
     finally:
         load_adapters(net, before)
 

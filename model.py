@@ -262,19 +262,22 @@ class ResBlock(nn.Module):
         self.attention = Attention(out_ch) if attention else nn.Identity()
 
     def forward(self, x: Tensor, emb: Tensor, mask: Tensor | None = None) -> Tensor:
-        h = norm_silu(self.norm1, x)
-        emb = F.silu(emb)
-        if compiled_for_cuda(x):
-            # The two biases as one: in the backward pass theirs is one sum over images and pixels
-            h = F.conv2d(h, self.conv1.weight, padding=1)
-            bias = self.conv1.bias + self.emb_proj.bias
-            shift = F.linear(emb, self.emb_proj.weight, bias)
-        else:
-            h = self.conv1(h)
-            shift = self.emb_proj(emb)
-        h = norm_silu(self.norm2, h + shift[:, :, None, None])
+        h = self.conv1_and_emb(norm_silu(self.norm1, x), F.silu(emb))
+        h = norm_silu(self.norm2, h)
         h = self.conv2(drop(h, mask, self.dropout))
         return self.attention(self.shortcut(x) + h)
+
+    def conv1_and_emb(self, h: Tensor, emb: Tensor) -> Tensor:
+        """conv1(h) + emb_proj(emb), with one bias of both in code that is compiled for CUDA.
+
+        In the backward pass the gradient is then summed over the pixels once, not twice.
+        """
+        plain = isinstance(self.conv1, nn.Conv2d) and isinstance(self.emb_proj, nn.Linear)
+        if not (plain and compiled_for_cuda(h)):
+            return self.conv1(h) + self.emb_proj(emb)[:, :, None, None]
+        bias = self.conv1.bias + self.emb_proj.bias
+        shift = F.linear(emb, self.emb_proj.weight, bias)
+        return F.conv2d(h, self.conv1.weight, padding=1) + shift[:, :, None, None]
 
 
 class Down(nn.Module):

@@ -550,11 +550,23 @@ def double(x):
     return x.to(place_of_float64(x.device)).double()
 
 
-def use_all_cores():
-    """Let this process compute on every core that it may use; torchrun gives each process one."""
+@contextmanager
+def all_cores(rt):
+    """Within, a process of several computes on every core that it may use.
+
+    torchrun gives each process one, and the others wait. A single process has what it was given.
+    """
+    if rt.world == 1:
+        yield
+        return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    before = torch.get_num_threads()
     torch.set_num_threads(cores)
-    threadpool_limits(cores)        # NumPy's matrix products; scikit-learn requires the package
+    try:
+        with threadpool_limits(cores):      # NumPy's matrix products; scikit-learn requires it
+            yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def find_rank():
@@ -604,12 +616,13 @@ def wants_compile(args, rt):
     return rt.device.type == "cuda" if args.compile is None else args.compile
 
 
-def compile_or_not(module, loss_of, rt, graphs=False):
+def compile_or_not(module, loss_of, rt, graphs=False, flag="--compile"):
     """(torch.compile(module), None), or (the module itself, a warning) where that fails.
 
     Every rank prints its warning. loss_of(compiled) is run once as a trial, forwards, and backwards
     where it has gradients. It leaves no trace: gradients are dropped, and buffers, such as batch
     norm's statistics, are what they were. graphs: whether the calls are replayed as CUDA graphs.
+    flag: what asked for it, or None where nothing did.
     """
     compiled = torch.compile(module, mode="reduce-overhead" if graphs else None)
     before = [b.clone() for b in module.buffers()]
@@ -623,10 +636,14 @@ def compile_or_not(module, loss_of, rt, graphs=False):
         raise
     except Exception as e:      # whatever a missing or broken compiler raises; training goes on
         why = next(iter(str(e).strip().splitlines()), "")[:160]
-        cost = "steps take about twice the time and memory; " if rt.device.type == "cuda" else ""
-        warning = (f"cannot compile here ({type(e).__name__}: {why}), going on without: {cost}"
-                   "--no-compile is the same, without this trial")
-        print(f"WARNING: {rank_words()}--compile: {warning}", file=sys.stderr, flush=True)
+        words = [f"cannot compile here ({type(e).__name__}: {why}), going on without"]
+        if rt.device.type == "cuda":
+            words.append("it takes about twice the time and memory")
+        if flag:
+            words.append("--no-compile is the same, without this trial")
+        warning = "; ".join(words)
+        prefix = f"{flag}: " if flag else ""
+        print(f"WARNING: {rank_words()}{prefix}{warning}", file=sys.stderr, flush=True)
         return module, warning
     finally:
         module.zero_grad(set_to_none=True)

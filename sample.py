@@ -316,7 +316,7 @@ def prepare(net, rt, shape, num, batch_size):
     x = torch.zeros(size, *shape, device=rt.device).contiguous(memory_format=torch.channels_last)
     zeros = torch.zeros(size, dtype=torch.int64, device=rt.device)
     with torch.no_grad():
-        return runtime.compile_or_not(net, lambda m: m(x, zeros, zeros).sum(), rt)[0]
+        return runtime.compile_or_not(net, lambda m: m(x, zeros, zeros).sum(), rt, flag=None)[0]
 
 
 def is_one_network(ckpt):
@@ -719,6 +719,21 @@ def sampling_settings(args, kind):
 def clipped(settings):
     """ "x_0 clipped" or "x_0 not clipped", of settings of any age: older ones do not say it."""
     return "x_0 clipped" if settings.get("clip") else "x_0 not clipped"
+
+
+def how(settings):
+    """Sampling in words: "step 300,000, ddim, 50 steps, guidance 1.5, x_0 clipped"."""
+    sampler = settings.get("sampler")
+    words = [f"step {settings['step']:,}"] if "step" in settings else []
+    words += [sampler] if sampler else []
+    words += [f"{settings['steps']} steps"] if "steps" in settings else []
+    words += [f"guidance {settings['guidance']:g}"] if "guidance" in settings else []
+    if sampler not in (None, "consistency"):
+        words.append(clipped(settings))
+    usual = {"eta": 0, "grid": "uniform", "order": 3, "weights": "ema", "branch": "full"}
+    words += [f"{key} {settings[key]}" for key, value in usual.items()
+              if settings.get(key, value) != value]
+    return ", ".join(words)
 
 
 def samples_folder(args):

@@ -29,12 +29,12 @@ from experts import freeze_all_but_low_rank
 from features import DIGITS_CLASSIFIER, Extractor
 from loop import FRECHET, Meter, Training, has_record, loop, start_log
 from losses import BASES, CMConfig, Objective, add_cm_flags, bind, draw_batch
-from metrics import distance_of
+from metrics import distance_of, placed
 from model import make_alphas_bar
 from networks import NETWORKS
 from readers import READERS
 from runtime import Parser, UserError, integer, number, refuse_unused, run
-from sample import (DEFAULTS, KINDS, STEPS, add_low_rank, generate, grid_image, image_shape,
+from sample import (DEFAULTS, KINDS, STEPS, add_low_rank, generate, grid_image, how, image_shape,
                     is_one_network, load_network, prepare, ten_classes)
 
 # --------------------------------------------------------------------------------------------------
@@ -189,7 +189,8 @@ def add_optimisation_flags(parser):
     runtime.add_compile_flag(g)
     g.add_argument("--cuda-graphs", action="store_true",
                    help="replay compiled steps as CUDA graphs, which a small batch should gain "
-                   "from; one GPU, one pass a step. No GPU has seen it yet: compare the losses")
+                   "from: its forward and backward pass, not the update; one GPU, one pass a step. "
+                   "No GPU has seen it yet: compare the losses")
 
 
 def passes(text):
@@ -501,13 +502,13 @@ def ema_samples(state, labels, rt, gather=True):
     net = load_network(state, device=rt.device)
     net = prepare(net, rt, image_shape(state), len(labels), batch_size=250)
     return generate(net, labels, range(len(labels)), image_shape(state), rt, batch_size=250,
-                    title=None, gather=gather, **usual_settings(state))
+                    title=None, gather=gather,
+                    **usual_settings(state["kind"], state["config"]["seed"]))
 
 
-def usual_settings(state):
+def usual_settings(kind, seed):
     """The settings of sample_batch that sample.py takes for a checkpoint by default: a dict."""
-    defaults = DEFAULTS[state["kind"]]
-    return {**defaults, "steps": STEPS[defaults["sampler"]], "seed": state["config"]["seed"]}
+    return {**DEFAULTS[kind], "steps": STEPS[DEFAULTS[kind]["sampler"]], "seed": seed}
 
 
 def save_grid(state, path, rt, log=None, samples=None):
@@ -671,7 +672,7 @@ def main():
     record = {"kind": kind, "command": runtime.command_line("train.py"), "config": config,
               "data": images.record(), "network": network, **low_rank}
     training = make_training(args, rt, net, images, record, old)
-    evaluation = Evaluation(args, rt, record["data"]) if args.eval_every else None
+    evaluation = Evaluation(args, rt, kind, record["data"]) if args.eval_every else None
     if evaluation:
         record["features_sha256"] = evaluation.extractor.sha256
         if old and old.get("features_sha256", record["features_sha256"]) != (
@@ -709,7 +710,7 @@ class Evaluation:
     cannot be.
     """
 
-    def __init__(self, args, rt, data):
+    def __init__(self, args, rt, kind, data):
         self.args = args
         self.rt = rt
         self.data = data
@@ -723,9 +724,9 @@ class Evaluation:
             images, words = load_reference(args.dataset, args.data_dir, None, data["resolution"],
                                            args.pack_dir)
         self.real_labels = to_classes(images.labels, images.class_names, names, "--data-dir")
-        rt.print(f"every {args.eval_every:,} steps {self.name} of {args.eval_num:,} samples: "
-                 f"against {args.dataset}, {words}, {len(images.labels):,} images, in features of "
-                 f"{self.extractor.name}")
+        rt.print(f"every {args.eval_every:,} steps {self.name} of {args.eval_num:,} samples "
+                 f"({how(usual_settings(kind, args.seed))}) against {args.dataset}, {words}, "
+                 f"{len(images.labels):,} images, in features of {self.extractor.name}")
         self.real, _ = self.extractor.extract(lambda rows: to_rgb(images.images[rows]),
                                               len(images.labels), "features of the reference")
 
@@ -740,15 +741,23 @@ class Evaluation:
                                          "features of samples", shared=False)
         if self.rt.rank > 0:
             return
-        found = {self.name: distance_of(fake, self.real)}
-        for group, classes in class_groups(self.data["class_counts"]).items():
-            own = [np.isin(labels, classes) for labels in (self.labels, self.real_labels)]
-            if min(rows.sum() for rows in own) > 1:
-                found[f"{self.name}_{group}"] = distance_of(fake[own[0]], self.real[own[1]])
+        with runtime.all_cores(self.rt):
+            found = self.distances(fake)
         words = [f"{key.partition('_')[2] or 'all'} {value:.3g}" for key, value in found.items()]
         self.rt.print(f"step {state['step']}/{self.args.steps}  {self.name} "
                       f"({len(self.labels):,} samples): {', '.join(words)}")
         log.write(state["step"], {**found, "eval_num": len(self.labels)})
+
+    def distances(self, fake):
+        """{name: Frechet distance} of features (N, D) of samples, overall and per group."""
+        device = runtime.place_of_float64(self.rt.device)
+        fake, real = (placed(features, device) for features in (fake, self.real))
+        found = {self.name: distance_of(fake, real)}
+        for group, classes in class_groups(self.data["class_counts"]).items():
+            own = [np.isin(labels, classes) for labels in (self.labels, self.real_labels)]
+            if min(rows.sum() for rows in own) > 1:
+                found[f"{self.name}_{group}"] = distance_of(fake[own[0]], real[own[1]])
+        return found
 
     def make_up(self, state, log):
         """Measure what a run that was killed after this checkpoint did not get to."""

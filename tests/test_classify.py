@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import ROOT, call
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_mistakes import refuses
 from torch.nn import functional as F
 from torch.testing import assert_close
@@ -557,6 +558,20 @@ def test_a_run_that_failed_at_the_end_measures_without_training(tmp_path, data_d
     again = disk.load(tmp_path / "ckpt.pt", ["classifier"])
     assert again["training"] is None and (tmp_path / "result.json").exists()
     assert all(torch.equal(again["model"][k], weights[k]) for k in weights)
+
+
+def test_a_compiler_that_is_missing_is_on_the_board(tmp_path, data_dir, monkeypatch, capsys):
+    def broken(module, mode):
+        def call(*_):
+            raise RuntimeError("no C++ compiler found")
+        return call
+    monkeypatch.setattr(torch, "compile", broken)
+    call(classify.main, "--dataset", "digits", "--data-dir", data_dir, "--epochs", 1, "--width", 8,
+         "--compile", "--device", "cpu", "--out", tmp_path)
+    assert "--compile: cannot compile here" in capsys.readouterr().err
+    board = EventAccumulator(str(tmp_path)).Reload()
+    found = board.Tensors("warning/text_summary")[0].tensor_proto.string_val[0]
+    assert b"no C++ compiler found" in found
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path, data_dir, capsys, monkeypatch):

@@ -5,15 +5,18 @@ The compiler is the real one, and the networks are small, so that it has little 
 import shutil
 from collections import OrderedDict
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
+from conftest import tiny_net
 from torch import nn
 from torch.testing import assert_close
 
+import model
 import resnet
 import runtime
-from cm_layers import reserve, reserved
+from cm_layers import general_only, reserve, reserved
 from losses import CMConfig, Objective, bind, draw_batch
 from model import make_alphas_bar
 
@@ -113,6 +116,33 @@ def test_compiled_is_eager(make, loss, cm, cpu, capsys):
         assert_close(q.grad, p.grad, rtol=1e-3, atol=1e-5, msg=message)
 
 
+@pytest.mark.parametrize("dtype, atol", [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
+def test_what_is_compiled_for_cuda_can_be_traced(monkeypatch, dtype, atol):
+    """One graph, forwards and backwards, of theta and theta^g; the numbers of the eager network."""
+    net = tiny_net(0.3, dropout=0.3)
+    x_t, t, y = torch.randn(3, 1, 8, 8), torch.tensor([5, 300, 900]), torch.tensor([1, 2, -1])
+    masks = net.draw_masks(3, 8, torch.Generator().manual_seed(0))
+
+    def distance():
+        encoded = net.encode(x_t, t, y, masks[0])
+        with general_only(net.decoder):
+            eps_g = net.decode(*encoded, masks[1])
+        return net.decode(*encoded, masks[1]).float(), eps_g.float()
+
+    def results(function):
+        net.zero_grad()
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            eps, eps_g = function()
+        (eps - eps_g).square().sum().backward()
+        return [eps.detach(), eps_g.detach(), *(p.grad for p in net.parameters())]
+    expected = results(distance)
+    monkeypatch.setattr(model, "compiled_for_cuda", lambda x: True)
+    torch._dynamo.reset()
+    compiled = results(torch.compile(distance, backend="aot_eager", fullgraph=True))
+    for a, b in zip(compiled, expected):
+        assert_close(a, b, rtol=0, atol=atol * (1 + b.abs().max().item()))
+
+
 def test_the_trial_leaves_buffers_and_gradients_alone(cpu):
     """Batch norm's statistics are those before the trial: a resumed run is the same run."""
     objective, inputs = recognition("ce", False)
@@ -120,6 +150,20 @@ def test_the_trial_leaves_buffers_and_gradients_alone(cpu):
     runtime.compile_or_not(objective, lambda m: m(*inputs)[0], cpu)
     assert all(torch.equal(b, before[name]) for name, b in objective.named_buffers())
     assert all(p.grad is None for p in objective.parameters())
+
+
+@pytest.mark.parametrize("flag", ["--compile", None])
+def test_a_warning_names_the_flag_that_asked_for_it(flag, cpu, monkeypatch, capsys):
+    """Sampling compiles without being asked, and has no flag to name."""
+    def broken(module, mode):
+        raise RuntimeError("no C++ compiler found")
+    monkeypatch.setattr(torch, "compile", lambda module, mode: partial(broken, mode=mode))
+    net = nn.Linear(2, 2)
+    same, warning = runtime.compile_or_not(net, lambda m: m(torch.ones(2)).sum(), cpu, flag=flag)
+    assert same is net and "no C++ compiler found), going on without" in warning
+    assert ("--no-compile" in warning) == bool(flag)
+    prefix = "--compile: " if flag else ""
+    assert capsys.readouterr().err == f"WARNING: {prefix}{warning}\n"
 
 
 def test_without_guards(cpu, monkeypatch):

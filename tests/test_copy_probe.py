@@ -77,7 +77,9 @@ def test_training_images_are_copies_and_noise_is_none(cm_run, classifier, data_d
     disk.write_json(perfect.with_suffix(".json"), record)
     call(copy_probe.main, "--ckpt", cm_run / "ckpt.pt", "--samples", samples, perfect,
          "--features", classifier, "--data-dir", data_dir, "--device", "cpu", "--out", tmp_path)
-    rows = disk.read_json(tmp_path / "copies.json")["rows"]
+    found = disk.read_json(tmp_path / "copies.json")
+    assert found["samples_settings"][str(samples)]["clip"] is True
+    rows = found["rows"]
     unseen, generated, copied = rows.values()
     assert unseen["num"] == 1497 - 502
     for space in ("pixels", "features"):

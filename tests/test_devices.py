@@ -1,9 +1,12 @@
 """Devices and dtypes that this machine does not have: MPS, float16 with a scaled loss, TF32."""
 import copy
+import os
 
+import numpy as np
 import pytest
 import torch
 from conftest import TINY_FLAGS, call
+from threadpoolctl import threadpool_info, threadpool_limits
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import classify
@@ -278,3 +281,24 @@ def test_cuda_graphs_are_the_compilers_mode(monkeypatch):
         assert module is objective and warning is None
     assert modes == [None, "reduce-overhead"]
     train.check_cuda_graphs(training.args, training.rt)     # not asked for: not refused
+
+
+def test_all_cores_are_for_processes_of_several():
+    """Torch's threads and NumPy's: every core within, as before afterwards; alone: unchanged."""
+    cores = len(os.sched_getaffinity(0))
+
+    def threads():
+        libraries = threadpool_info()
+        return {torch.get_num_threads(), *(lib["num_threads"] for lib in libraries)}
+    np.ones((2, 2)) @ np.ones((2, 2))           # its library is loaded
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with threadpool_limits(1):
+            for world, within in ((1, 1), (2, cores)):
+                rt = runtime.Runtime(torch.device("cpu"), torch.float32, world=world)
+                with runtime.all_cores(rt):
+                    assert threads() == {within}
+                assert threads() == {1}
+    finally:
+        torch.set_num_threads(before)

@@ -10,6 +10,7 @@ from torch.testing import assert_close
 
 import experts
 import disk
+import model
 import sample
 import train
 
@@ -51,6 +52,15 @@ def test_group_experts_route_by_label():
     layers = [m for m in net.modules() if isinstance(m, experts.GroupExperts)]
     assert all(len(layer.B) == 3 for layer in layers)
     assert max(layer.B.shape[2] for layer in layers) == int(0.3 * 32) // 3
+
+
+def test_experts_compute_the_same_where_compiled_for_cuda(monkeypatch):
+    """They have no single weight, so that their biases are not joined with those of others."""
+    net = expert_net(COUNTS)
+    inputs = torch.randn(3, 1, 8, 8), torch.tensor([5, 300, 900]), torch.tensor([0, 4, 9])
+    expected = net(*inputs)
+    monkeypatch.setattr(model, "compiled_for_cuda", lambda x: True)
+    assert_close(net(*inputs), expected, atol=1e-5, rtol=1e-4)
 
 
 def test_a_copy_of_group_experts_routes_by_its_own_labels():

@@ -395,6 +395,7 @@ def test_distances_during_training(tmp_path, data_dir, classifier, capsys):
     assert [r["step"] for r in records] == [3, 5] and records[0]["eval_num"] == 60
     text = capsys.readouterr().out
     assert "FD (60 samples): all" in text and "full training set" in text
+    assert "60 samples (ddim, 50 steps, guidance 1.5, x_0 clipped) against digits" in text
     board = EventAccumulator(str(tmp_path)).Reload()
     assert {"FD/all", "FD/Many", "FD/Medium", "FD/Few"} <= set(board.Tags()["scalars"])
     call(evaluate.main, "--ckpt", tmp_path / "ckpt-0000003.pt", "--num", 60, "--features",
