@@ -11,7 +11,7 @@ median counts. So the ratios are fair where a machine's speed changes over time:
 the first one, and (speed-up) that of a dtype or compilation to float32 without compilation. "Hours
 per run" is the time of the paper's 300,000 steps of 64 images at a row's images per second. "0.5"
 is --cm-fraction. Images are sampled from DDPM's network and from CM's, merged, in turns as well.
-Compiled steps are 3 to 5 ms faster in train.py, which skips the checks of each call's guards.
+Compiled steps are a little faster in train.py, which skips the checks of each call's guards.
 
 --plan computes nothing and needs no weights: torch's fake tensors have shapes only. It counts the
 operations that PyTorch hands to a device one by one, without torch.compile: each is a launch, reads

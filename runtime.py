@@ -655,7 +655,8 @@ def compile_or_not(module, loss_of, rt, graphs=False, flag="--compile"):
 def without_guards(module, on):
     """Within, if `on`, a compiled module is called without a check whether its code fits.
 
-    The checks of a CM step take 3 to 5 ms. Only for calls like one that has been made already.
+    The checks of a CM step take half a millisecond of CPU or more. Only for calls like one that has
+    been made already.
     """
     module = getattr(module, "module", module)          # of DistributedDataParallel
     if not on or not hasattr(module, "_orig_mod"):
