@@ -60,6 +60,22 @@ def test_what_was_measured_stays_where_a_cell_runs_out_of_memory(monkeypatch, tm
     assert "CBDM, float32: out of memory, left out" in printed
 
 
+def test_what_was_measured_is_written_before_a_larger_batch(monkeypatch, tmp_path):
+    """A CPU that has no memory left ends the process, or raises what is not caught."""
+    def make_step(method, images, batch_size, *_):
+        if batch_size == 2:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return bench.Step(lambda: None, None, 1, 2 ** 29, False)
+    monkeypatch.setattr(bench, "make_step", make_step)
+    monkeypatch.setattr(bench, "matmul_peak", lambda *_: 1e12)
+    monkeypatch.setattr(bench, "sampling_costs", lambda *_: {"DDPM": (1.0, 2 ** 30)})
+    with pytest.raises(RuntimeError, match="can't allocate"):
+        call(bench.main, "--methods", "DDPM", "--batch-size", 1, 2, "--rounds", 1, "--dtype",
+             "float32", "--device", "cpu", "--out", tmp_path)
+    found = disk.read_json(tmp_path / "bench.json")
+    assert [row["batch"] for row in found["rows"]] == [1] and len(found["sampling"]) == 1
+
+
 def test_a_step_trains(cpu):
     """What is timed is training: a timed step changes the weights and leaves no gradients."""
     parser = train.make_parser()
