@@ -165,7 +165,7 @@ def norm_silu(norm: nn.GroupNorm, x: Tensor, silu: bool = True) -> Tensor:
 
 
 def drop(h: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
-    """h / (1 - dropout) where a mask of `dropout_masks` is True, else 0; h where there is none."""
+    """h / (1 - dropout) where the mask, a bool of h's shape, is True, else 0; no mask: h itself."""
     return h if mask is None else h * mask * (1 / (1 - dropout))
 
 

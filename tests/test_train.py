@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -383,6 +384,32 @@ def test_snapshots_and_grids(tmp_path, data_dir):
     assert "settings/text_summary" in board.Tags()["tensors"]
     grid = (tmp_path / "grid-0000004.png").read_bytes()
     assert grid[:4] == image.encoded_image_string[:4]
+
+
+def test_distances_are_computed_on_all_cores(tmp_path, data_dir, classifier, monkeypatch):
+    """Those of train.py and the numbers of evaluate.py: torchrun gives each process one core."""
+    inside, calls = [], []
+
+    @contextmanager
+    def all_cores(rt):
+        inside.append(rt)
+        yield
+        inside.pop()
+
+    def watched(function):
+        def called(*args, **kwargs):
+            calls.append((function.__name__, bool(inside)))
+            return function(*args, **kwargs)
+        return called
+    monkeypatch.setattr(runtime, "all_cores", all_cores)
+    monkeypatch.setattr(train, "distance_of", watched(train.distance_of))
+    monkeypatch.setattr(evaluate, "measure_all", watched(evaluate.measure_all))
+    flags = ["--features", classifier, "--data-dir", data_dir]
+    call(train.main, *TINY_FLAGS, "--steps", 1, "--eval-every", 1, "--eval-num", 20, *flags,
+         "--out", tmp_path)
+    call(evaluate.main, "--ckpt", tmp_path / "ckpt.pt", "--num", 20, "--steps", 1, *flags,
+         "--device", "cpu")
+    assert set(calls) == {("distance_of", True), ("measure_all", True)}
 
 
 def test_distances_during_training(tmp_path, data_dir, classifier, capsys):
