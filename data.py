@@ -24,10 +24,10 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from disk import Checkpoint, fingerprint, path_id, read_json, sha256
-from packing import names_and_sizes, pack_once
-from readers import (READERS, NoSuchSplit, Source, read_artbench10, read_folder,
-                     train_and_test_folder)
 from runtime import Parser, UserError, integer, number, refuse_unused, run, seed_of
+from sets.packing import names_and_sizes, pack_once
+from sets.readers import (READERS, NoSuchSplit, Source, read_artbench10, read_folder,
+                          train_and_test_folder)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -127,7 +127,7 @@ def load(name: str, data_dir: str | Path = "data", split: str = "train",
     contents = None
     if source.files:
         contents = read_if_there(source, name, data_dir, split, base)
-    elif source.read.__module__ != "readers":
+    elif source.read.__module__ != "sets.readers":
         # One's own: only what it gives says whether its files, or its code, have changed
         own = read_source(source, name, data_dir, split)
         stamp["reader"] = hashlib.sha256(np.ascontiguousarray(own[0])).hexdigest()
@@ -161,7 +161,7 @@ def read_source(source: Source, name: str, data_dir: str | Path, split: str) -> 
     except UserError:
         raise
     except (OSError, ValueError) as e:
-        if source.read.__module__ != "readers":
+        if source.read.__module__ != "sets.readers":
             raise               # a reader of one's own: its author needs the traceback
         raise UserError(f"--data-dir {data_dir}: {name} cannot be read ({e})") from e
 

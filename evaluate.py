@@ -27,11 +27,12 @@ import torch
 import disk
 import runtime
 from data import by_size, to_rgb
-from features import DIGITS_CLASSIFIER, Extractor, Features
-from image_sets import (compare, find_reference, fit_names, from_checkpoint, from_samples,
-                        parse_about, protocol_of)
-from metrics import (FLOOR_IMAGES, IS_SPLITS, KID_SIZE, KID_SUBSETS, METRIC_SEED, distance_of,
-                     floor_of, inception_score, kernel_distance, placed, precision_recall)
+from metrics.features import DIGITS_CLASSIFIER, Extractor, Features
+from metrics.image_sets import (compare, find_reference, fit_names, from_checkpoint, from_samples,
+                                parse_about, protocol_of)
+from metrics.scores import (FLOOR_IMAGES, IS_SPLITS, KID_SIZE, KID_SUBSETS, METRIC_SEED,
+                            distance_of, floor_of, inception_score, kernel_distance, placed,
+                            precision_recall)
 from runtime import Parser, UserError, integer, run
 from sample import KINDS, add_sampling_flags, dtype_of, generate, prepare, sample_batch
 

@@ -27,11 +27,11 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
-import consistency
-from augment import augment
 from cm_layers import general_only, is_reserved
 from model import distance, extract, q_sample
 from runtime import generator, integer, number, one_of, place_of_float64
+from variants import consistency
+from variants.augment import augment
 
 
 # --------------------------------------------------------------------------------------------------

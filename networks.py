@@ -14,9 +14,9 @@ which the data give, augment_dim (what --ada adds), and flags of train.py by the
 """
 import inspect
 
-from dit import DiT
 from model import UNet, UNetConfig
 from runtime import UserError, integer
+from variants.dit import DiT
 
 
 def unet(**settings):

@@ -86,7 +86,7 @@ demo_samples() {
 
 demo() {
   # The feature classifier, on the balanced training set
-  python classify.py --dataset digits --epochs $EPOCHS --out $OUT/classifier --if-needed
+  python -m recognition.classify --dataset digits --epochs $EPOCHS --out $OUT/classifier --if-needed
 
   # DDPM, OC, and CM on OC (the paper's default); a run whose step equals its steps is finished
   demo_train ddpm --base ddpm --no-cm
@@ -102,7 +102,7 @@ demo() {
     demo_samples "CM (on OC)" cm full $omega
     demo_samples "CM, theta_g alone" cm general $omega
   done
-  python report.py --out $OUT/report.md "${ROWS[@]}" \
+  python -m pages.report --out $OUT/report.md "${ROWS[@]}" \
     --pair $OUT/cm/general-1.5/samples.npz $OUT/cm/full-1.5/samples.npz
 
   # The pruning probe of Fig. 1(b)
@@ -110,7 +110,7 @@ demo() {
     --fractions 0.1,0.2,0.3 --repeats $REPEATS --out $OUT/prune
 
   # Where CM's reserved part is used
-  python capacity_probe.py allocation --ckpt $OUT/cm/ckpt.pt \
+  python -m probes.capacity allocation --ckpt $OUT/cm/ckpt.pt \
     --quality $OUT/cm/full-1.5/eval.json $OUT/cm/general-1.5/eval.json
 
   # The theorems, compared with simulation
@@ -232,7 +232,7 @@ if [[ $SCALE == demo ]]; then
   FLAGS="--sample-every 0 $FLAGS"
   if [[ $TARGET != tableG11 ]]; then
     FEATURES=$ROOT/classifier/ckpt.pt
-    python classify.py --dataset digits --epochs 10 --out "$ROOT/classifier" --if-needed
+    python -m recognition.classify --dataset digits --epochs 10 --out "$ROOT/classifier" --if-needed
   fi
 else
   PRESET=${PRESET:-paper}       # also on a CPU, where train.py takes tiny for folder
@@ -299,10 +299,16 @@ DATA=(
 ROWS=()                         # of a page: report.py's flags
 SHOWN=()                        # of a picture: figures.py's flags
 
-# launch SCRIPT [flags]: start a script on one GPU, or on several
+# launch SCRIPT [flags], launch -m MODULE [flags]: start a script on one GPU, or on several
 launch() {
+  local module=()
   if (( NGPU > 1 )); then
-    torchrun --nproc_per_node=$NGPU -- "$@"
+    if [[ $1 == -m ]]; then
+      module=(-m)
+      shift
+    fi
+    # -- since torchrun would read the --num of a script as its own
+    torchrun --nproc_per_node=$NGPU ${module[@]+"${module[@]}"} -- "$@"
   else
     python "$@"
   fi
@@ -373,7 +379,7 @@ classes() {
   local name=$1 run=$2 seed
   shift 2
   for seed in ${SEEDS//,/ }; do
-    python classify.py "${DATA[@]}" ${EPOCHS:+--epochs "$EPOCHS"} "${@//@SEED/$seed}" \
+    python -m recognition.classify "${DATA[@]}" ${EPOCHS:+--epochs "$EPOCHS"} "${@//@SEED/$seed}" \
       --seed $seed --out "$RUNS/classify-$run-seed$seed" --if-needed
   done
   add_row "$name" "$RUNS/classify-$run-seed" /result.json
@@ -388,34 +394,34 @@ extra_images() {
     --out "$folder/extra" --if-needed
 }
 
-# sampled SCRIPT FOLDER SEED: sample a run of latent.py or text_to_image.py, and evaluate it
+# sampled MODULE FOLDER SEED: sample a run of stable_diffusion.py or text_to_image.py, and evaluate it
 sampled() {
-  launch "$1" sample --ckpt "$2/ckpt.pt" --num "${NUM:-50000}" --seed $3 --out "$2/samples" \
+  launch -m "$1" sample --ckpt "$2/ckpt.pt" --num "${NUM:-50000}" --seed $3 --out "$2/samples" \
     --if-needed
   launch evaluate.py --samples "$2/samples/samples.npz" --data-dir "$DATA_DIR" \
     ${NUM:+--num "$NUM"} ${FEATURES:+--features "$FEATURES"} --if-needed
 }
 
-# latent NAME RUN [flags of latent.py train]:
+# latent NAME RUN [flags of stable_diffusion.py train]:
 # fine-tune Stable Diffusion with each seed, sample, evaluate, and add a row
 latent() {
   local name=$1 run=$2 seed folder
   shift 2
   for seed in ${SEEDS//,/ }; do
     folder=$RUNS/latent-$run-seed$seed
-    launch latent.py train "${DATA[@]}" \
+    launch -m latent.stable_diffusion train "${DATA[@]}" \
       ${MODEL:+--model "$MODEL"} ${EPOCHS:+--epochs "$EPOCHS"} "$@" --seed $seed --out "$folder"
-    sampled latent.py "$folder" $seed
+    sampled latent.stable_diffusion "$folder" $seed
   done
   add_row "$name" "$RUNS/latent-$run-seed" /samples/eval.json
 }
 
 # small_parts: the demo's autoencoder, and a classifier to measure with, on the images of DATA_DIR
 small_parts() {
-  python classify.py --dataset folder --ir 1 --data-dir "$DATA_DIR" \
+  python -m recognition.classify --dataset folder --ir 1 --data-dir "$DATA_DIR" \
     --resolution "${RESOLUTION:-256}" --width 16 --epochs 30 --out "$RUNS/classifier" --if-needed
   FEATURES=$RUNS/classifier/ckpt.pt
-  python text_to_image.py autoencoder "${DATA[@]}" --factor 4 --ch 16 --lr 2e-3 --warmup 50 \
+  python -m latent.text_to_image autoencoder "${DATA[@]}" --factor 4 --ch 16 --lr 2e-3 --warmup 50 \
     --ema 0.99 --batch-size 32 --steps 400 --sample-every 400 --out "$RUNS/autoencoder"
   PARTS=(
     --autoencoder "$RUNS/autoencoder/ckpt.pt"
@@ -431,9 +437,9 @@ text() {
   shift 2
   for seed in ${SEEDS//,/ }; do
     folder=$RUNS/text-$run-seed$seed
-    launch text_to_image.py train "${DATA[@]}" ${PARTS[@]+"${PARTS[@]}"} \
+    launch -m latent.text_to_image train "${DATA[@]}" ${PARTS[@]+"${PARTS[@]}"} \
       ${STEPS:+--steps "$STEPS"} $FLAGS "$@" --seed $seed --out "$folder"
-    sampled text_to_image.py "$folder" $seed
+    sampled latent.text_to_image "$folder" $seed
   done
   add_row "$name" "$RUNS/text-$run-seed" /samples/eval.json
 }
@@ -449,14 +455,14 @@ show() {
 # figure FILE [flags of figures.py]: the picture of the columns so far, as PNG and PDF
 figure() {
   local file=$PAGES/$1.png flags=("${@:2}")
-  python figures.py "${SHOWN[@]}" --data-dir "$DATA_DIR" ${flags[@]+"${flags[@]}"} --out "$file"
+  python -m pages.figures "${SHOWN[@]}" --data-dir "$DATA_DIR" ${flags[@]+"${flags[@]}"} --out "$file"
   SHOWN=()
 }
 
 # page TABLE [FILE]: the page of one of the tables in paper_results.json, from the rows so far
 page() {
   local table=$1 file=${2:-report}
-  python report.py --paper $table --setting "$SETTING" "${ROWS[@]}" \
+  python -m pages.report --paper $table --setting "$SETTING" "${ROWS[@]}" \
     --out "$PAGES/$TARGET/$SETTING/$file.md"
   ROWS=()
 }
@@ -675,7 +681,7 @@ case $TARGET in
     row "CM (theta_g)" cm --base oc --cm -- --branch general
     cm
     CM=$RUNS/cm-seed$FIRST_SEED
-    python capacity_probe.py allocation --ckpt "$CM/ckpt.pt" \
+    python -m probes.capacity allocation --ckpt "$CM/ckpt.pt" \
       --quality "$CM/eval-plain.json" "$CM/eval-__branch_general.json"
     ;;
 
@@ -683,8 +689,8 @@ case $TARGET in
   dominance)
     ddpm
     cm
-    python capacity_probe.py dominance --ckpt "$RUNS/ddpm-seed$FIRST_SEED/ckpt.pt"
-    python capacity_probe.py dominance --ckpt "$RUNS/cm-seed$FIRST_SEED/ckpt.pt"
+    python -m probes.capacity dominance --ckpt "$RUNS/ddpm-seed$FIRST_SEED/ckpt.pt"
+    python -m probes.capacity dominance --ckpt "$RUNS/cm-seed$FIRST_SEED/ckpt.pt"
     ;;
 
   # Not in the paper: what CM adds to DDPM and to OC, seed by seed, without and with guidance

@@ -166,7 +166,8 @@ def code_of(script, folder=Path(__file__).parent):
             if isinstance(node, ast.Import):
                 names += [f"{alias.name}.py" for alias in node.names]
             elif isinstance(node, ast.ImportFrom):
-                names.append(f"{node.module}.py")
+                place = node.module.replace(".", "/")
+                names += [f"{place}.py", *(f"{place}/{alias.name}.py" for alias in node.names)]
     return trees
 
 
@@ -348,7 +349,7 @@ def refuse_unused(given, unused):
 
 def command_line(script):
     """The command of this process as one would type it: "python SCRIPT --flag value ..."."""
-    return shlex.join(["python", script, *sys.argv[1:]])
+    return shlex.join(["python", *script.split(), *sys.argv[1:]])
 
 
 def progress(iterable=None, **kwargs):

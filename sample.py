@@ -25,16 +25,16 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-import consistency
 import disk
-import exchange
 import runtime
 from cm_layers import merge, reserve
 from data import by_size, class_groups, resolve_classes, to_rgb, to_uint8
-from experts import add_group_experts
+from exchange import diffusers_unet
 from model import make_alphas_bar
 from networks import build
 from runtime import Parser, UserError, integer, number, refuse_unused, run
+from variants import consistency
+from variants.experts import add_group_experts
 
 
 # --------------------------------------------------------------------------------------------------
@@ -677,7 +677,7 @@ def add_sampling_flags(parser):
 
 
 def add_weights_flags(group):
-    """--branch and --weights, the same for evaluate.py and latent.py."""
+    """--branch and --weights, the same for evaluate.py and stable_diffusion.py."""
     group.add_argument("--branch", choices=("full", "general"), default="full",
                        help="theta, or theta^g alone (default: full)")
     group.add_argument("--weights", choices=("ema", "raw"), default="ema", help="default: ema")
@@ -782,7 +782,7 @@ def make_parser():
 
 
 def add_image_flags(parser):
-    """--classes and --num, the same for latent.py."""
+    """--classes and --num, the same for stable_diffusion.py."""
     parser.add_argument("--classes",
                         help="numbers, ranges or names: 6-9 or 0,3,cat; or rarest, the smallest "
                         "one of the training set (default: all)")
@@ -809,7 +809,7 @@ def labels_in_turn(classes, num):
 
 
 def add_output_flags(parser):
-    """--png, --if-needed and the common flags, the same for latent.py."""
+    """--png, --if-needed and the common flags, the same for stable_diffusion.py."""
     parser.add_argument("--png", action="store_true",
                         help="also one PNG per image, one folder per class")
     parser.add_argument("--if-needed", action="store_true",
@@ -822,7 +822,7 @@ def export_network(args, given):
     refuse_unused(given, {name: "--export generates no images" for name in UNUSED})
     for_diffusers = args.format == "diffusers"
     if for_diffusers:
-        exchange.check_target(args.export)
+        diffusers_unet.check_target(args.export)
     else:
         disk.refuse_overwriting(args.export, is_export, "--export", "an export of sample.py")
     ckpt = disk.load(args.ckpt, KINDS)
@@ -831,7 +831,7 @@ def export_network(args, given):
                         "plain network")
     rt = runtime.setup(args.device, dtype_of(args, ckpt))
     net = load_network(ckpt, args.weights, args.branch)
-    write = exchange.write if for_diffusers else export
+    write = diffusers_unet.write if for_diffusers else export
     rt.on_rank_0(lambda: write(ckpt, net, args.export))
     kind = "a UNet2DModel and its scheduler" if for_diffusers else "a plain network"
     rt.print(f"wrote {args.export}: {args.weights} weights, {args.branch} branch, {kind}")

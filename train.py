@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import augment
 import budget
 import disk
 import losses
@@ -25,17 +24,18 @@ import networks
 import runtime
 from data import (Batches, add_data_flags, class_groups, load_long_tailed, load_reference,
                   refuse_other_data, to_classes, to_rgb, unused_data_flags)
-from experts import freeze_all_but_low_rank
-from features import DIGITS_CLASSIFIER, Extractor
 from loop import FRECHET, Meter, Training, has_record, loop, start_log
 from losses import BASES, CMConfig, Objective, add_cm_flags, bind, draw_batch
-from metrics import distance_of, placed
+from metrics.features import DIGITS_CLASSIFIER, Extractor
+from metrics.scores import distance_of, placed
 from model import make_alphas_bar
 from networks import NETWORKS
-from readers import READERS
 from runtime import Parser, UserError, integer, number, refuse_unused, run
 from sample import (DEFAULTS, KINDS, STEPS, add_low_rank, generate, grid_image, how, image_shape,
                     is_one_network, load_network, prepare, ten_classes)
+from sets.readers import READERS
+from variants import augment
+from variants.experts import freeze_all_but_low_rank
 
 # --------------------------------------------------------------------------------------------------
 # Settings
@@ -211,7 +211,7 @@ def add_log_flags(parser):
 
 
 def add_write_flags(parser):
-    """Steps between writes, the same for latent.py; their defaults are each script's own."""
+    """Steps between writes, the same for latent/; their defaults are each script's own."""
     g = parser.add_argument_group("output")
     g.add_argument("--save-every", type=integer(1), help="steps between writes of ckpt.pt")
     g.add_argument("--keep-every", type=integer(1),
@@ -435,7 +435,7 @@ def config_of(args, old=None):
     """
     config = {k: v for k, v in vars(args).items() if k not in ("device", "out")}
     config["plugin"] = list(runtime.Plugins.found)
-    if config.get("init_from"):         # latent.py has no such flag
+    if config.get("init_from"):         # stable_diffusion.py has no such flag
         there = Path(args.init_from).is_file()
         before = (old or {}).get("init_from_sha256")
         config["init_from_sha256"] = disk.sha256(args.init_from) if there else before

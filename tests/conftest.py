@@ -2,24 +2,28 @@
 
 No network, and no data but scikit-learn's digits.
 """
+import json
 import os
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:     # several threads of several workers only wait
     os.environ["OMP_NUM_THREADS"] = "1"
 
+import numpy as np
 import pytest
 import torch
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import classify
 import runtime
 import train
 from data import load, long_tail
+from recognition import classify
 from sample import build_network
 
 TINY = {"channels": 1, "num_classes": 10, "ch": 16, "ch_mult": [1, 2], "attn": [1],
@@ -50,6 +54,57 @@ def randomize(net, seed=0, scale=0.05):
 def tiny_net(rank_ratio=0.1, **changes):
     """A small random UNet for digits; rank_ratio None leaves it plain."""
     return randomize(build_network({**TINY, **changes}, rank_ratio))
+
+
+def refuses(capsys, main, *flags, says):
+    """Run a script as its command line would; it must exit with code 2 after one error line.
+
+    says: words that the line must hold, each of them.
+    """
+    with pytest.raises(SystemExit) as e:
+        runtime.run(lambda: call(main, *flags))
+    text = capsys.readouterr().err
+    lines = [line for line in text.splitlines() if line.startswith("error:")]
+    assert e.value.code == 2 and len(lines) == 1 and "Traceback" not in text
+    for word in says:
+        assert word in lines[0], lines[0]
+
+
+def torchrun(*argv, processes=2):
+    """Start torchrun; stdout and stderr go to one pipe."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+               f"--nproc_per_node={processes}", *argv]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    return subprocess.Popen([str(word) for word in command], stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, text=True, cwd=ROOT, env=env)
+
+
+def assert_same_losses(a, b):
+    """Two runs logged the same numbers at the same steps, to 1e-4."""
+    a, b = read_log(a), read_log(b)
+    assert len(a) == len(b) > 0
+    assert [r.keys() for r in a] == [r.keys() for r in b]
+    for r, s in zip(a, b):
+        assert r == pytest.approx(s, rel=1e-4, abs=1e-9)
+
+
+def pixels(folder):
+    """arr_0 of a folder's samples as whole numbers that may be subtracted."""
+    with np.load(folder / "samples.npz") as f:
+        return f["arr_0"].astype(int)
+
+
+def read_log(out):
+    """The logged numbers of a run but for its speed: a list of dicts."""
+    records = [json.loads(line) for line in (out / "log.jsonl").open()]
+    return [{k: v for k, v in record.items() if k != "images_per_s"} for record in records]
+
+
+def wait_for(path, process):
+    """Wait until a file exists; the process that writes it must be running."""
+    while not path.exists():
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.02)
 
 
 @pytest.fixture(scope="session")

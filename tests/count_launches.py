@@ -230,7 +230,7 @@ def count_step(method, batch_size, backend):
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    import bench
+    from probes import bench
     from losses import draw_batch
     images = bench.noise_images()
     net = bench.make_network(method, bench.NETWORK).to(memory_format=torch.channels_last)
@@ -248,7 +248,7 @@ def count_call(method, batch_size, backend):
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    import bench
+    from probes import bench
     import runtime
     from cm_layers import merge
     from sample import prepare

@@ -51,6 +51,7 @@ CLASSIFIERS = {     # name: flags of classify.py
     "la": "--ir 20 --loss la --tau 0.5 --schedule steps --no-nesterov".split(),
     "logits": "--ir 20 --cm --distance logits --reserve layer4 --div-bound 0.1".split(),
 }
+WINGS = {"classify": "recognition.classify", "capacity_probe": "probes.capacity"}
 OLD_WORDS = {"splits": "groups"}        # of results' keys
 
 
@@ -59,9 +60,11 @@ OLD_WORDS = {"splits": "groups"}        # of results' keys
 
 def call(script, *flags):
     """Run a script's main in this process."""
-    import importlib
+    import importlib.util
     sys.argv = [script + ".py", *map(str, flags)]
-    importlib.import_module(script).main()
+    # The checkout of before the move has all files at its top
+    moved = script in WINGS and importlib.util.find_spec(WINGS[script].split(".")[0])
+    importlib.import_module(WINGS[script] if moved else script).main()
 
 
 def digest(tensors):
@@ -103,10 +106,7 @@ def weights_of(folder):
 def train_all(out, data, steps=10):
     """Train every variant, from nothing or from where it stopped: {name: {hashes and numbers}}."""
     result = {}
-    import augment
     for name, flags in VARIANTS.items():
-        if name == "augmented" and augment.DIM != 9:
-            continue                # an older checkout, which augments otherwise
         call("train", *TRAIN, *flags, "--steps", steps, "--data-dir", data, "--out", out / name)
         result[f"train {name}"] = {**weights_of(out / name), **log_of(out / name)}
     start = Path("lora-from.pt")

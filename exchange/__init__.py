@@ -1,0 +1,1 @@
+"""Networks from and for others' code."""

@@ -1,0 +1,380 @@
+"""The U-Net as diffusers' UNet2DModel with its DDIMScheduler, and back.
+
+    python sample.py --ckpt out/NAME/ckpt.pt --export DIR --format diffusers
+    python -m exchange.peers --from-diffusers DIR --to ours.pt
+
+In diffusers it generates what sample.py does, here with guidance 1.5, for noise x (N, C, H, W),
+labels y (N,) and Null's label, null (N,), which is the last, the number of classes:
+
+    pipe = DDIMPipeline.from_pretrained("DIR")
+    pipe.scheduler.set_timesteps(50)
+    for t in pipe.scheduler.timesteps:
+        eps = 2.5 * pipe.unet(x, t, y).sample - 1.5 * pipe.unet(x, t, null).sample
+        x = pipe.scheduler.step(eps, t, x, use_clipped_model_output=True).prev_sample
+
+Both networks compute one function; names differ, and Null is a row of zeros in theirs, since our
+y = -1 adds no vector. RECORD, in DIR, has what a checkpoint knows beside its weights, and the hash
+of every file: so an export is read back whole, and what others have put there is never replaced.
+Each exchange is checked by one call of both networks. Needs diffusers.
+"""
+import os
+import shutil
+from contextlib import suppress
+from glob import escape
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+import disk
+from model import ResBlock, UNet, UNetConfig, make_alphas_bar
+from runtime import UserError
+
+RECORD = "capacity_manipulation.json"
+KEPT = ("kind", "step", "command", "config", "data")    # of a checkpoint, in RECORD
+OUTSIDE = {     # our layers and theirs, outside of the blocks
+    "encoder.embedding.linear1": "time_embedding.linear_1",
+    "encoder.embedding.linear2": "time_embedding.linear_2",
+    "encoder.embedding.label": "class_embedding",
+    "encoder.head": "conv_in",
+    "decoder.norm": "conv_norm_out",
+    "decoder.conv": "conv_out",
+}
+IN_BLOCK = {    # theirs: of block B, residual block or attention number i of it
+    "norm1": "{B}.resnets.{i}.norm1", "conv1": "{B}.resnets.{i}.conv1",
+    "emb_proj": "{B}.resnets.{i}.time_emb_proj", "norm2": "{B}.resnets.{i}.norm2",
+    "conv2": "{B}.resnets.{i}.conv2", "shortcut": "{B}.resnets.{i}.conv_shortcut",
+    "attention.norm": "{B}.attentions.{i}.group_norm", "attention.q": "{B}.attentions.{i}.to_q",
+    "attention.k": "{B}.attentions.{i}.to_k", "attention.v": "{B}.attentions.{i}.to_v",
+    "attention.proj": "{B}.attentions.{i}.to_out.0",
+}
+LABEL = "encoder.embedding.label.weight"
+FIXED = {       # settings of a UNet2DModel that our network has no others of
+    "center_input_sample": [False], "time_embedding_type": ["positional"], "freq_shift": [0],
+    "mid_block_type": ["UNetMidBlock2D"], "mid_block_scale_factor": [1], "downsample_padding": [1],
+    "downsample_type": ["conv"], "upsample_type": ["conv"], "act_fn": ["silu", "swish"],
+    "norm_num_groups": [32], "attn_norm_num_groups": [None, 32], "norm_eps": [1e-5],
+    "resnet_time_scale_shift": ["default"], "add_attention": [True], "class_embed_type": [None],
+}
+
+
+def package():
+    """diffusers, which only this file and stable_diffusion.py need. Raises UserError without it."""
+    try:
+        import diffusers
+    except ImportError as e:
+        raise UserError("the exchange with diffusers needs one more package: pip install "
+                        "diffusers") from e
+    return diffusers
+
+
+# --------------------------------------------------------------------------------------------------
+# Weights
+
+def pairs_of(net):
+    """Yield (a layer of ours, its name in theirs), also for layers that a block may lack."""
+    yield from OUTSIDE.items()
+    for half, blocks, sampler in (("encoder.down", "down_blocks", "downsamplers"),
+                                  ("decoder.up", "up_blocks", "upsamplers")):
+        level, i = 0, 0
+        for number, layer in enumerate(net.get_submodule(half)):
+            if isinstance(layer, ResBlock):
+                yield from pairs_in_block(f"{half}.{number}", f"{blocks}.{level}", i)
+                i += 1
+            else:
+                yield f"{half}.{number}.conv", f"{blocks}.{level}.{sampler}.0.conv"
+                level, i = level + 1, 0
+    for i in range(2):
+        yield from pairs_in_block(f"encoder.middle.{i}", "mid_block", i)
+
+
+def pairs_in_block(ours, B, i):
+    """Yield pairs_of for one residual block."""
+    for layer, name in IN_BLOCK.items():
+        yield f"{ours}.{layer}", name.format(B=B, i=i)
+
+
+def is_projection(name, value):
+    """Whether this is a matrix of attention: a 1 x 1 convolution here, a Linear in theirs."""
+    return ".attention." in name and value.dim() > 1
+
+
+def to_theirs(net):
+    """Their state dict of a plain UNet: Null's row is added, and augmentation's weights left out.
+
+    Samples are never augmented: what those weights multiply is zero.
+    """
+    names = dict(pairs_of(net))
+    state = {}
+    for name, value in net.state_dict().items():
+        layer, kind = name.rsplit(".", 1)
+        if layer in names:
+            state[f"{names[layer]}.{kind}"] = (
+                value.flatten(1) if is_projection(name, value) else value)
+    label = state["class_embedding.weight"]
+    state["class_embedding.weight"] = torch.cat([label, torch.zeros_like(label[:1])])
+    return state
+
+
+def to_ours(state, net, cosines_first):
+    """Our state dict, for a UNet like `net`, of their weights. Raises KeyError for an unknown one.
+
+    cosines_first: whether their sinusoid has all cosines first; ours has all sines first. A row of
+    Null that is not zero becomes a part of the time's bias: that is the same sum.
+    """
+    names = {theirs: ours for ours, theirs in pairs_of(net)}
+    ours = {}
+    for theirs, value in state.items():
+        layer, kind = theirs.rsplit(".", 1)
+        name = f"{names[layer]}.{kind}"
+        ours[name] = value[:, :, None, None] if is_projection(name, value) else value
+    null = ours[LABEL][-1]
+    ours[LABEL] = ours[LABEL][:-1]
+    if null.any():
+        ours[LABEL] = ours[LABEL] - null
+        ours["encoder.embedding.linear2.bias"] = ours["encoder.embedding.linear2.bias"] + null
+    if cosines_first:
+        name = "encoder.embedding.linear1.weight"
+        ours[name] = torch.cat(ours[name].chunk(2, 1)[::-1], 1)
+    return ours
+
+
+@torch.no_grad()
+def refuse_difference(net, theirs, flag):
+    """Raise UserError where the two networks do not predict the same, with and without a label."""
+    size = 2 ** len(net.cfg.ch_mult)
+    x = torch.randn(2, net.cfg.channels, size, size, generator=torch.Generator().manual_seed(0))
+    t = torch.tensor([999, 500])
+    null = net.cfg.num_classes
+    expected = theirs.eval()(x, t, torch.tensor([0, null])).sample
+    got = net(x, t, torch.tensor([0, -1]))
+    if not (got - expected).abs().max() <= 1e-4 * expected.abs().max():    # nor if it is NaN
+        raise UserError(f"{flag}: the network and that of diffusers {package().__version__} do not "
+                        "predict the same; take another version of diffusers")
+
+
+# --------------------------------------------------------------------------------------------------
+# A folder of theirs from a network of ours
+
+def refuse_network(ckpt, net):
+    """Raise UserError, with the reason, where a UNet2DModel cannot compute what `net` does."""
+    def refuse(why):
+        raise UserError(f"--format diffusers: {why}")
+    if ckpt["kind"] != "diffusion":
+        refuse(f"this checkpoint is a {ckpt['kind']} model, whose sampler diffusers' pipelines of "
+               "UNet2DModel do not have")
+    if not isinstance(net, UNet):
+        refuse("this network is not the U-Net, and a UNet2DModel is nothing else")
+    if net.cfg.ch_mult[0] != 1:
+        refuse(f"--ch-mult begins with {net.cfg.ch_mult[0]:g}, and the first convolution of a "
+               "UNet2DModel is as wide as its first level")
+    groups = {m.num_groups for m in net.modules() if isinstance(m, torch.nn.GroupNorm)}
+    if len(groups) > 1:
+        refuse(f"its group norms have {min(groups)} to {max(groups)} groups, and a UNet2DModel has "
+               "one number for all; networks of --ch 128 and more have 32 everywhere")
+
+
+def their_network(net, size):
+    """The UNet2DModel of a plain UNet for images of `size` pixels per side."""
+    cfg = net.cfg
+    levels = range(len(cfg.ch_mult))
+    down = ["AttnDownBlock2D" if level in cfg.attn else "DownBlock2D" for level in levels]
+    theirs = package().UNet2DModel(
+        sample_size=size, in_channels=cfg.channels, out_channels=cfg.channels,
+        freq_shift=0, flip_sin_to_cos=False, down_block_types=down,
+        up_block_types=mirrored(down),
+        block_out_channels=[cfg.ch * mult for mult in cfg.ch_mult],
+        layers_per_block=cfg.num_res_blocks, dropout=cfg.dropout,
+        attention_head_dim=None,            # one head, as wide as its block
+        norm_num_groups=net.decoder.norm.num_groups, num_class_embeds=cfg.num_classes + 1)
+    theirs.load_state_dict(to_theirs(net))
+    return theirs
+
+
+def their_schedule():
+    """The DDIMScheduler of our schedule: in N steps, where N divides 1,000, ours step for step.
+
+    With use_clipped_model_output=True, which is no setting but an argument of its `step`.
+    """
+    return package().DDIMScheduler(
+        num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02, beta_schedule="linear",
+        prediction_type="epsilon", timestep_spacing="leading", steps_offset=0,
+        set_alpha_to_one=True, clip_sample=True, clip_sample_range=1.0)
+
+
+def content(folder):
+    """{path in it: SHA-256} of every file in a folder but RECORD."""
+    files = sorted(p for p in Path(folder).rglob("*") if p.is_file() and p.name != RECORD)
+    return {p.relative_to(folder).as_posix(): disk.sha256(p) for p in files}
+
+
+def record_of(folder):
+    """What RECORD says, where it is of just the files that are in the folder; else None."""
+    record = disk.read_json(Path(folder) / RECORD)
+    whole = isinstance(record, dict) and set(KEPT) <= set(record)
+    return record if whole and record.get("files") == content(folder) else None
+
+
+def check_target(path):
+    """Raise UserError where no folder can be written at `path`, or where one of others is."""
+    path = Path(path)
+    package()
+    if os.path.lexists(path) and (path.is_symlink() or record_of(path) is None):
+        raise UserError(f"--export {path}: there is something that is not an unchanged export with "
+                        "--format diffusers; choose another name, or remove it")
+    disk.check_writable(path / RECORD, "--export")
+
+
+def write(ckpt, net, path):
+    """Write a merged network, on the CPU, as a folder in diffusers' layout, whole or not at all.
+
+    ckpt: the dict that disk.load returned. Raises UserError where they have no such network.
+    """
+    path = Path(path)
+    refuse_network(ckpt, net)
+    diffusers = package()
+    theirs = their_network(net, ckpt["data"]["resolution"])
+    refuse_difference(net, theirs, "--format diffusers")
+    for left in filter(disk.is_left_over, path.parent.glob(f".{escape(path.name)}.*.tmp")):
+        shutil.rmtree(left)                     # by an export that was killed
+    new = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with disk.writing(path, "--export"):
+            new.parent.mkdir(parents=True, exist_ok=True)
+            diffusers.DDIMPipeline(theirs, their_schedule()).save_pretrained(new)
+        kept = {key: ckpt[key] for key in KEPT}
+        disk.write_json(new / RECORD, {"format": disk.FORMAT, **kept, "files": content(new)},
+                        "--export")
+        check_target(path)                      # again: time has passed
+        replace_folder(path, new)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def replace_folder(path, new):
+    """Put the folder `new` where `path` is, or may be; a killed process leaves one or neither."""
+    old = path.with_name(f".{path.name}.old.{os.getpid()}.tmp")
+    with disk.writing(path, "--export"):
+        with suppress(FileNotFoundError):
+            os.replace(path, old)
+        os.replace(new, path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+# --------------------------------------------------------------------------------------------------
+# A network of ours from a folder of theirs
+
+def load_theirs(folder, flag):
+    """The UNet2DModel and the DDIMScheduler in a folder, in float32. Raises UserError."""
+    from safetensors import SafetensorError         # diffusers needs it, too
+    diffusers = package()
+    found = disk.read_json(Path(folder) / "unet/config.json")
+    kind = found.get("_class_name") if isinstance(found, dict) else None
+    if kind != "UNet2DModel" or not (Path(folder) / "scheduler").is_dir():
+        raise UserError(f"{flag} {folder}: not a pipeline's folder with a UNet2DModel in unet/ and "
+                        "a scheduler/" + (f" (it has a {kind})" if kind else ""))
+    try:
+        unet, info = diffusers.UNet2DModel.from_pretrained(
+            folder, subfolder="unet", output_loading_info=True, use_safetensors=True)
+        lacking = sorted(info["missing_keys"]) + sorted(info["unexpected_keys"])
+        if lacking:                             # theirs would be random numbers
+            raise ValueError(f"{lacking[0]} is missing or unknown")
+        schedule = diffusers.DDIMScheduler.from_pretrained(folder, subfolder="scheduler")
+    except (OSError, ValueError, RuntimeError, TypeError, KeyError, NotImplementedError,
+            SafetensorError) as e:
+        why = " ".join(str(e).split())[:200]
+        raise UserError(f"{flag} {folder}: cannot be loaded ({why})") from e
+    return unet.float(), schedule
+
+
+def refuse_theirs(unet, flag):
+    """Raise UserError, with the reason, where our U-Net cannot compute what theirs does."""
+    config = unet.config
+
+    def refuse(why):
+        raise UserError(f"{flag}: {why}")
+    for key, values in FIXED.items():
+        if config.get(key, values[0]) not in values:
+            refuse(f"its network has {key} {config[key]!r}, and ours {values[0]!r}")
+    if not config.num_class_embeds or config.num_class_embeds < 2:
+        refuse("its network takes no labels; num_class_embeds must be the classes and one for Null")
+    if config.in_channels != config.out_channels:
+        refuse(f"its network takes {config.in_channels} channels and predicts "
+               f"{config.out_channels}, as with a learned variance; ours predicts the noise only")
+    refuse_blocks(list(config.down_block_types), list(config.up_block_types), refuse)
+    widths = list(config.block_out_channels)
+    if any(width % widths[0] for width in widths):
+        refuse(f"its widths {widths} are not multiples of the first")
+    if widths[0] < 128:
+        refuse(f"{widths[0]} channels; its group norms have 32 groups, and ours fewer below 128")
+    heads = {m.heads for m in unet.modules() if hasattr(m, "heads")}
+    if heads != {1}:
+        refuse(f"its attention has up to {max(heads)} heads (attention_head_dim), and ours one")
+
+
+def refuse_blocks(down, up, refuse):
+    """refuse(why) for types of blocks that are not ours, or whose halves do not mirror."""
+    if not set(down) <= {"DownBlock2D", "AttnDownBlock2D"} or up != mirrored(down):
+        refuse(f"its blocks are {', '.join(down + up)}; known are DownBlock2D and AttnDownBlock2D, "
+               "and the same upwards in the opposite order")
+
+
+def mirrored(down):
+    """The types of the up blocks that belong to these down blocks."""
+    return [name.replace("Down", "Up") for name in reversed(down)]
+
+
+def refuse_schedule(schedule, flag):
+    """Raise UserError where a network was not trained to predict the noise of our schedule."""
+    kind = schedule.config.prediction_type
+    if kind != "epsilon":
+        raise UserError(f"{flag}: its network predicts {kind}, and ours the noise (epsilon)")
+    ours = make_alphas_bar()
+    theirs = schedule.alphas_cumprod.double()
+    if theirs.shape != ours.shape or (theirs - ours).abs().max() > 1e-5:
+        raise UserError(f"{flag}: its noise schedule is not the linear one of {len(ours)} steps, "
+                        "1e-4 to 0.02; here there is no other")
+
+
+def translate(unet, flag):
+    """(the dict of a UNetConfig, our state dict) of a UNet2DModel. Raises UserError."""
+    config = unet.config
+    widths = config.block_out_channels
+    network = UNetConfig(
+        channels=config.in_channels, num_classes=config.num_class_embeds - 1, ch=widths[0],
+        ch_mult=tuple(width // widths[0] for width in widths),
+        attn=tuple(k for k, kind in enumerate(config.down_block_types) if "Attn" in kind),
+        num_res_blocks=config.layers_per_block, dropout=config.dropout)
+    net = UNet(network)
+    try:
+        net.load_state_dict(to_ours(unet.state_dict(), net, config.flip_sin_to_cos))
+    except (KeyError, RuntimeError) as e:
+        raise UserError(f"{flag}: its weights are not those of our U-Net "
+                        f"({str(e).splitlines()[-1].strip()})") from e
+    refuse_difference(net, unet, flag)
+    return network.to_dict(), net.state_dict()
+
+
+class Found(NamedTuple):
+    """What `read` finds."""
+    network: dict           # of a UNetConfig
+    state: dict             # our state dict
+    size: int | None        # pixels per side, where they say it
+    record: dict | None     # what RECORD says; None where there is none
+
+
+def read(folder, flag="--from-diffusers"):
+    """What is Found in a folder of theirs.
+
+    Raises UserError for what is no such folder, for a network that ours is not, and for an export
+    of ours that was changed.
+    """
+    unet, schedule = load_theirs(folder, flag)
+    refuse_theirs(unet, f"{flag} {folder}")
+    refuse_schedule(schedule, f"{flag} {folder}")
+    record = record_of(folder)
+    if record is None and (Path(folder) / RECORD).exists():
+        raise UserError(f"{flag} {folder}: its files are not those that were exported; to read it "
+                        f"as a folder of others, remove its {RECORD} and name its data")
+    network, state = translate(unet, f"{flag} {folder}")
+    return Found(network, state, unet.config.sample_size, record)

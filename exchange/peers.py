@@ -1,0 +1,187 @@
+"""Checkpoints of CBDM-pytorch and OC_LT as checkpoints of this project, to sample and measure here.
+
+    python -m exchange.peers --ckpt logs/ckpt_300000.pt --dataset cifar100 --ir 100 --to cbdm.pt
+    python -m exchange.peers --from-diffusers DIR --to ours.pt      # DIR: sample.py's export
+    python evaluate.py --ckpt cbdm.pt
+
+Both peers have one U-Net, that of pytorch-ddpm with labels, and one layout of their files; names
+below are those of qym7/CBDM-pytorch 4530ee4 and MediaBrain-SJTU/OC_LT 3d95b13. Their averaged
+weights ("ema_model") become a plain network, as sample.py --export writes it. What such a file does
+not say comes from flags: the data set, whose classes the labels are, and how it was made
+long-tailed. Their schedule must be their default, which is the paper's. The same holds for a folder
+of diffusers that others made: a UNet2DModel with labels, of which Null is the last
+(diffusers_unet.py).
+"""
+import pickle
+import zipfile
+
+import torch
+
+import disk
+import runtime
+from data import add_data_flags, load_long_tailed, unused_data_flags
+from exchange import diffusers_unet
+from model import UNet, UNetConfig, make_alphas_bar, sinusoid
+from runtime import Parser, UserError, refuse_unused, run
+from sample import is_export
+
+TABLE = "time_embedding.timembedding.0.weight"      # their sinusoids of all t, sin and cos in turn
+OUTSIDE = {     # their layers and ours, outside of the blocks
+    "time_embedding.timembedding.1": "encoder.embedding.linear1",
+    "time_embedding.timembedding.3": "encoder.embedding.linear2",
+    "label_embedding": "encoder.embedding.label",
+    "head": "encoder.head",
+    "tail.0": "decoder.norm",
+    "tail.2": "decoder.conv",
+}
+HALVES = {"downblocks": "encoder.down", "middleblocks": "encoder.middle", "upblocks": "decoder.up"}
+IN_BLOCK = {
+    "block1.0": "norm1", "block1.2": "conv1", "temb_proj.1": "emb_proj", "block2.0": "norm2",
+    "block2.3": "conv2", "shortcut": "shortcut", "attn.group_norm": "attention.norm",
+    "attn.proj_q": "attention.q", "attn.proj_k": "attention.k", "attn.proj_v": "attention.v",
+    "attn.proj": "attention.proj", "main": "conv",
+}
+UNUSED = ("augm_embedding.weight", TABLE)           # samples are never augmented; t's sinusoids
+
+
+def our_name(name):
+    """Our name of one of their parameters. Raises KeyError or ValueError for an unknown one."""
+    layer, kind = name.rsplit(".", 1)
+    if layer in OUTSIDE:
+        return f"{OUTSIDE[layer]}.{kind}"
+    half, number, inner = layer.split(".", 2)
+    return f"{HALVES[half]}.{number}.{IN_BLOCK[inner]}.{kind}"
+
+
+def network_of(state):
+    """The plain dict of a UNetConfig, read from the shapes of their weights.
+
+    Raises KeyError where a weight is missing.
+    """
+    ch, channels = state["head.weight"].shape[:2]
+    levels = [[]]                                   # of the numbers of their residual blocks
+    for i in range(1 + max(int(n.split(".")[1]) for n in state if n.startswith("downblocks."))):
+        if f"downblocks.{i}.main.weight" in state:
+            levels.append([])
+        else:
+            levels[-1].append(i)
+    widths = [len(state[f"downblocks.{level[0]}.block1.2.weight"]) for level in levels]
+    attn = [k for k, level in enumerate(levels)
+            if f"downblocks.{level[0]}.attn.proj.weight" in state]
+    return {"channels": channels, "num_classes": len(state["label_embedding.weight"]), "ch": ch,
+            "ch_mult": [width // ch for width in widths], "attn": attn,
+            "num_res_blocks": len(levels[0]), "dropout": 0.1, "augment_dim": 0}
+
+
+def translate(state, flag="--ckpt"):
+    """(the dict of a UNetConfig, our state dict) of theirs. Raises UserError."""
+    if "head.weight" in state and "label_embedding.weight" not in state:
+        raise UserError(f"{flag}: its network takes no labels; it was not trained with their "
+                        "--conditional")
+    try:
+        network = network_of(state)
+        ours = {our_name(name): value for name, value in state.items() if name not in UNUSED}
+        table = state[TABLE]
+        # Ours has all sines first
+        name = "encoder.embedding.linear1.weight"
+        ours[name] = torch.cat([ours[name][:, 0::2], ours[name][:, 1::2]], 1)
+        refuse_other_sinusoids(table, network["ch"], flag)
+        if network["ch"] < 128:
+            raise UserError(f"{flag}: {network['ch']} channels; its group norms have 32 groups, "
+                            "and ours have fewer below 128 channels")
+        UNet(UNetConfig(**network)).load_state_dict(ours)
+    except (KeyError, ValueError, IndexError, RuntimeError) as e:
+        why = str(e).splitlines()[-1].strip() if str(e) else type(e).__name__
+        raise UserError(f"{flag}: not the U-Net of CBDM-pytorch or OC_LT ({why})") from e
+    return network, ours
+
+
+def refuse_other_sinusoids(table, ch, flag):
+    """Raise UserError where their table (T, ch) is not that of our T timesteps."""
+    T = len(make_alphas_bar())
+    waves = sinusoid(torch.arange(T), ch)
+    expected = torch.stack(waves.chunk(2, 1), 2).flatten(1)
+    if table.shape != expected.shape or (table - expected).abs().max() > 0.01:
+        raise UserError(f"{flag}: its timesteps are not 0 to {T - 1}; here there is no other "
+                        "schedule")
+
+
+def read(path, flag="--ckpt"):
+    """(their averaged weights, the step) of one of their files. Raises UserError."""
+    try:
+        with zipfile.ZipFile(path):             # else torch would read it as it did before 1.6
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError,
+            zipfile.BadZipFile) as e:
+        raise UserError(f"{flag} {path}: cannot be read as a checkpoint of tensors and plain "
+                        "types") from e
+    state = content.get("ema_model") if isinstance(content, dict) else None
+    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise UserError(f"{flag} {path}: has no \"ema_model\"; name a ckpt_STEP.pt of CBDM-pytorch "
+                        "or OC_LT")
+    step = content.get("step")
+    return state, step if isinstance(step, int) else 0
+
+
+def describe(args, network, step, size=None):
+    """What a checkpoint holds beside its weights, for one that does not say it: from the flags.
+
+    network: the dict of a UNetConfig. size: of its images, where that is known. Raises UserError.
+    """
+    record = load_long_tailed(args).record()
+    classes = len(record["class_names"])
+    if classes != network["num_classes"]:
+        raise UserError(f"--dataset {args.dataset}: has {classes} classes, and the network of "
+                        f"{source(args)} {network['num_classes']}")
+    if size not in (None, record["resolution"]):
+        raise UserError(f"--dataset {args.dataset}: has images of {record['resolution']} pixels "
+                        f"here (--resolution), and the network of {source(args)} {size}")
+    content = disk.sha256(args.ckpt) if args.ckpt else diffusers_unet.content(args.from_diffusers)
+    settings = {k: v for k, v in vars(args).items() if k not in ("ckpt", "from_diffusers", "to")}
+    config = {**settings, "dtype": "float32", "seed": 0, "imported_from": content}
+    return {"kind": "diffusion", "step": step, "command": runtime.command_line("-m exchange.peers"),
+            "config": config, "data": record}
+
+
+def source(args):
+    """The flag that names what is translated."""
+    return "--ckpt" if args.ckpt else "--from-diffusers"
+
+
+def make_parser():
+    """All flags, and the names of those that describe the data."""
+    parser = Parser(__doc__)
+    one = parser.add_mutually_exclusive_group(required=True)
+    one.add_argument("--ckpt", help="a ckpt_STEP.pt of CBDM-pytorch or OC_LT")
+    one.add_argument("--from-diffusers", metavar="DIR",
+                     help="a pipeline's folder with a UNet2DModel; one that sample.py exported "
+                     "needs no data flags")
+    parser.add_argument("--to", required=True, metavar="FILE", help="the file to write")
+    data_flags = add_data_flags(parser, ir=100.0)
+    return parser, [action.dest for action in data_flags._group_actions]
+
+
+def main():
+    """Translate one file or folder."""
+    parser, data_flags = make_parser()
+    args = parser.parse_args()
+    refuse_unused(parser.given, unused_data_flags(args))
+    disk.refuse_overwriting(args.to, is_export, "--to", "an export")
+    if args.ckpt:
+        state, step = read(args.ckpt)
+        network, ours = translate(state)
+        known = describe(args, network, step)
+    else:
+        network, ours, size, record = diffusers_unet.read(args.from_diffusers)
+        why = f"the export in {args.from_diffusers} says it itself"
+        refuse_unused(parser.given, dict.fromkeys(data_flags if record else [], why))
+        known = record or describe(args, network, 0, size)
+    disk.save(args.to, {
+        **{key: known[key] for key in diffusers_unet.KEPT}, "network": network, "rank_ratio": None,
+        "experts": None, "model": ours, "ema": ours}, "--to")
+    print(f"wrote {args.to}: {sum(v.numel() for v in ours.values()):,} parameters of step "
+          f"{known['step']}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,1 @@
+"""Latent diffusion: Stable Diffusion by LoRA, and text to image from scratch."""

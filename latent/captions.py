@@ -1,0 +1,107 @@
+"""The captions of a set of images: those that it is released with, or texts made of class names.
+
+    captions = captions_of(images, args, "train")       # a list of texts for each image
+    table = Table(captions, images.labels)              # all of them, numbered
+
+Released captions are kept in NAME-captions.json beside the packed images, in the order of the pack,
+so that a pack can be moved to another machine with its texts. Class labels stay what they are: the
+long-tail draw, Eq. (3) and the groups look at those.
+"""
+import numpy as np
+import torch
+
+from data import pack_path, read_if_there
+from disk import read_json, write_json
+from runtime import UserError, generator
+from sets.readers import READERS, NoCaptions
+
+FORM = "a photo of a {}"        # where a set has no captions; {} is the class
+
+
+def check_form(form):
+    """Raise UserError unless a text holds {}, which stands for the class, and no other braces."""
+    rest = form.replace("{}", "")
+    if rest == form or "{" in rest or "}" in rest:
+        raise UserError(f"--prompt {form!r}: must hold {{}}, which stands for the class, and no "
+                        "other braces")
+
+
+def captions_of(images, args, split):
+    """The captions of an ImageSet's images: a list of N lists of texts, at least one each.
+
+    args: the data flags, and args.prompt: a text with {} for the class in place of the released
+    captions, or None. split: of the images. Raises UserError.
+    """
+    captions = None if args.prompt else released(images, args, split)
+    if captions is None:
+        form = args.prompt or FORM
+        texts = [form.format(name.replace("_", " ")) for name in images.class_names]
+        return [[texts[c]] for c in images.labels]
+    return captions if images.rows is None else [captions[row] for row in images.rows]
+
+
+def released(images, args, split):
+    """The captions of all images of a pack, in its order; None where the set has none.
+
+    They are read anew where an image or a caption has changed. Where the files are gone, those that
+    were kept are taken.
+    """
+    source = READERS[args.dataset]
+    if source.captions is None:
+        return None
+    base = pack_path(args.dataset, args.data_dir, split, images.images.shape[1], args.pack_dir)
+    path = base.with_name(base.name + "-captions.json")
+    kept = read_json(path)
+    if not isinstance(kept, dict) or kept.get("images") != images.sha256:
+        kept = None
+    contents = read_if_there(source, args.dataset, args.data_dir, split, base)
+    try:
+        if contents is None:            # the image files are gone, and so are their names
+            raise NoCaptions(f"--data-dir {args.data_dir}: no image files, and no captions of them")
+        captions = source.captions(args.data_dir, contents[0])
+    except NoCaptions:
+        if kept is None:
+            raise
+        print(f"{args.dataset}: kept captions, which cannot be compared with their files")
+        return kept["captions"]
+    if captions is not None and (kept is None or kept["captions"] != captions):
+        write_json(path, {"images": images.sha256, "captions": captions}, "--pack-dir")
+    return captions
+
+
+class Table:
+    """All captions of a set, numbered: those of image i are starts[i] ... starts[i + 1] - 1.
+
+    captions: a list of texts for each of N images. labels: (N,), their classes. What is drawn is a
+    pure function of (seed, step), on the CPU.
+    """
+
+    def __init__(self, captions, labels):
+        sizes = torch.tensor([len(texts) for texts in captions])
+        self.texts = [text for texts in captions for text in texts]
+        self.starts = torch.cat([torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)])
+        # The captions class by class, and where each class begins
+        classes = torch.as_tensor(np.asarray(labels)).repeat_interleave(sizes)
+        self.by_class = classes.argsort(stable=True)
+        self.class_sizes = classes.bincount()
+        self.class_starts = self.class_sizes.cumsum(0) - self.class_sizes
+
+    def of_images(self, rows, u):
+        """One caption of each image: rows (B,), u (B,) in [0, 1) chooses it. Numbers (B,)."""
+        first = self.starts[rows]
+        return first + (u * (self.starts[rows + 1] - first)).long()
+
+    def of_classes(self, y, u):
+        """One caption of some image of each class y (B,), u (B,) in [0, 1). Numbers (B,)."""
+        return self.by_class[self.class_starts[y] + (u * self.class_sizes[y]).long()]
+
+    def condition(self, rows, seed, step):
+        """What draw_batch takes as its `condition`: the texts of a step's images, and of y'."""
+        g = generator("cpu", seed, "captions", step)
+        u = torch.rand(2, len(rows), generator=g, dtype=torch.float64)
+        own = self.of_images(torch.as_tensor(rows), u[0])
+
+        def numbers(y_prime):
+            other = self.of_classes(y_prime.cpu(), u[1])
+            return own.to(y_prime.device), other.to(y_prime.device)
+        return numbers

@@ -1,0 +1,666 @@
+"""Latent diffusion from scratch, text to image, on imbalanced CUB-200 or Oxford-102: Table G.11.
+
+    pip install diffusers transformers
+    torchrun -m latent.text_to_image train --dataset cub200 --data-dir DIR         # CM on DDPM
+    torchrun -m latent.text_to_image train --dataset cub200 --data-dir DIR --no-cm # the baseline
+    python -m latent.text_to_image sample --ckpt out/NAME/ckpt.pt --num 10000     # samples.npz
+    python evaluate.py --samples out/NAME/samples/samples.npz --data-dir DIR
+
+Without Stable Diffusion's autoencoder and text encoder, on images of your own (--dataset folder:
+the texts are NAME.txt beside NAME.jpg, or "a photo of a {class}"):
+
+    python -m latent.text_to_image autoencoder --dataset folder --data-dir DIR --factor 4
+    python -m latent.text_to_image train ... --autoencoder out/NAME/ckpt.pt --text-encoder words
+
+The network and its training are VQ-Diffusion-S's (Gu et al., 2022, Sec. 5.1 and configuration): 18
+transformer blocks of width 192 on 32 x 32 tokens, 256 x 256 pixels through an autoencoder of f = 8,
+CLIP's text encoder, AdamW with betas 0.9 and 0.96, weight decay 0.045, learning rate 4.5e-4 after
+5,000 steps of warm-up. Latents are continuous and the process is Gaussian, as in the paper's other
+experiments (theirs are discrete). Capacity is reserved in the second half of the blocks. A text is
+one of an image's captions, drawn anew in each step; Null is the empty text. Eq. (3), OC and the
+groups look at class labels.
+
+Samples have the captions of the reference images, class after class. A run resumes by repeating its
+command.
+"""
+import hashlib
+import json
+import time
+from argparse import BooleanOptionalAction, Namespace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import disk
+import losses
+import runtime
+from cm_layers import count, merge, reserve
+from data import (Batches, add_data_flags, load_long_tailed, load_reference, refuse_other_data,
+                  refuse_other_source, to_classes, to_float, to_uint8, unused_data_flags)
+from latent.autoencoder import KLAutoencoder, Pixels, Reconstruction, latent_scale
+from latent.captions import Table, captions_of, check_form
+from latent.stable_diffusion import (RESOLUTION, Autoencoder, content_hash, encoded, load_part,
+                                     make_batch, packages)
+from latent.text_dit import TextDiT, Texts, WordEncoder, Words, vocabulary_of
+from loop import Meter, Training
+from losses import BASES, CMConfig, Objective, add_cm_flags, bind
+from model import make_alphas_bar
+from runtime import Parser, UserError, integer, number, refuse_unused, run
+from sample import (DEFAULTS, STEPS, add_output_flags, add_sampling_flags, check_outputs, claimed,
+                    describe, dtype_of, generate, is_done, labels_in_turn, samples_folder,
+                    sampling_settings, write_samples)
+from sets.readers import READERS
+from train import (IR, add_own_flags, add_write_flags, check_batch_size, check_keep_every, compiled,
+                   config_of, fill_in_ct_double, is_finished, preset_words, run_loop)
+
+PRETRAINED = "lambdalabs/miniSD-diffusers"      # its autoencoder and its text encoder, CLIP's
+WORDS = "words"                                 # --text-encoder: one that is trained here
+RESUMABLE = {       # settings that may change when a run goes on; the autoencoder's and the text
+                    # encoder's content must be the same
+    "steps", "save_every", "keep_every", "sample_every", "log_every", "data_dir", "pack_dir",
+    "accumulate", "compile", "autoencoder", "text_encoder"}
+WRITE_EVERY = {"save_every": 1000, "sample_every": 10_000, "log_every": 100}
+CM_ONLY = ("rank_ratio", "lam", "w_con", "w_div", "div_bound")
+BETAS = (0.9, 0.96)         # of AdamW
+SCALE_IMAGES = 256          # on which the variance of latents is measured
+
+
+# --------------------------------------------------------------------------------------------------
+# The autoencoder and the text encoder
+
+def load_autoencoder(name, device):
+    """An Autoencoder: of a checkpoint of `text_to_image.py autoencoder`, or of Stable Diffusion.
+
+    name: a file; or a folder or hub name in diffusers' layout. Raises UserError.
+    """
+    flag = "--autoencoder"
+    if Path(name).is_file():
+        ckpt = disk.load(name, ["autoencoder"], flag)
+        net = KLAutoencoder(**ckpt["network"], scale=ckpt["scale"])
+        load_parameters(net, ckpt["ema"], f"{flag} {name}")
+        return Autoencoder(net, device, flag)
+    diffusers, _ = packages()
+    return Autoencoder(pretrained(flag, name, diffusers.AutoencoderKL, "vae"), device, flag)
+
+
+def pretrained(flag, name, kind, part):
+    """A part of a Stable Diffusion, of a class of diffusers or transformers. Raises UserError."""
+    try:
+        return load_part(kind, name, part)
+    except (OSError, ValueError, RuntimeError, TypeError) as e:
+        why = " ".join(str(e).split())[:200]
+        raise UserError(f"{flag} {name}: cannot be loaded ({why}); name a folder or a hub name of "
+                        "a Stable Diffusion in diffusers' layout, or see --help for what needs "
+                        "none") from e
+
+
+class TrainedWords:
+    """A text encoder that is trained with the network, on the words of a vocabulary."""
+    sha256 = None
+
+    def __init__(self, vocabulary):
+        self.words = Words(vocabulary)
+
+    def ids(self, texts):
+        """Texts and, at the end, the empty one, as numbers: (M + 1, L) int64."""
+        return self.words([*texts, ""])
+
+    def module(self, ch):
+        """(an encoder of such numbers, the width of what it gives) for a network of width ch."""
+        return WordEncoder(len(self.words), ch), ch
+
+
+class FrozenCLIP:
+    """The text encoder of a Stable Diffusion, with its tokenizer; it stays as it is."""
+
+    def __init__(self, name):
+        _, transformers = packages()
+        flag = "--text-encoder"
+        self.clip = pretrained(flag, name, transformers.CLIPTextModel, "text_encoder")
+        self.clip = self.clip.float().eval().requires_grad_(False)
+        try:
+            self.tokenizer = transformers.CLIPTokenizer.from_pretrained(name, subfolder="tokenizer")
+        except (OSError, ValueError, TypeError) as e:
+            raise UserError(f"{flag} {name}: its tokenizer cannot be loaded ({e})") from e
+        self.sha256 = content_hash([self.clip], torch.empty(0), self.tokenizer.model_max_length)
+
+    def ids(self, texts):
+        """As TrainedWords.ids; texts are cut after what the model takes, 77 tokens."""
+        return self.tokenizer([*texts, ""], padding="max_length", truncation=True,
+                              max_length=self.tokenizer.model_max_length,
+                              return_tensors="pt").input_ids
+
+    def module(self, ch):
+        """As TrainedWords.module: the last hidden states, as Stable Diffusion takes them."""
+        return HiddenStates(self.clip), self.clip.config.hidden_size
+
+
+class HiddenStates(torch.nn.Module):
+    """CLIP's last hidden states (N, L, D) of tokens (N, L), without gradients."""
+
+    def __init__(self, clip):
+        super().__init__()
+        self.clip = clip
+
+    @torch.no_grad()
+    def forward(self, ids):
+        return self.clip(ids)[0]
+
+
+def load_text_encoder(name, vocabulary):
+    """The TrainedWords of a vocabulary, or the FrozenCLIP of a folder or hub name."""
+    return TrainedWords(vocabulary) if name == WORDS else FrozenCLIP(name)
+
+
+def refuse_other_parts(ckpt, autoencoder, text):
+    """Raise UserError where a checkpoint was trained with another autoencoder or text encoder."""
+    parts = {"autoencoder": autoencoder.encoder_sha256(), "text_encoder": text.sha256}
+    for name, sha256 in parts.items():
+        if ckpt[f"{name}_sha256"] != sha256:
+            raise UserError(f"{runtime.flag_of(name)}: not the one that the checkpoint was trained "
+                            "with (its weights are others); name that one")
+
+
+# --------------------------------------------------------------------------------------------------
+# The network
+
+def build(network, rank_ratio, text, texts):
+    """A TextDiT of a checkpoint's "network", with capacity reserved unless rank_ratio is None.
+
+    text: a TrainedWords or FrozenCLIP. texts: those that y numbers. Raises UserError.
+    """
+    encoder, text_ch = text.module(network["ch"])
+    sizes = {key: network[key] for key in ("channels", "size", "ch", "depth", "patch")}
+    try:
+        net = TextDiT(Texts(encoder, text.ids(texts)), text_ch, **sizes)
+    except ValueError as e:
+        raise UserError(str(e)) from e
+    if rank_ratio is not None:
+        reserve(net.decoder, rank_ratio)
+    return net
+
+
+def trained(net):
+    """{name: parameter} of what is trained: all but CLIP's."""
+    return {name: p for name, p in net.named_parameters() if p.requires_grad}
+
+
+@torch.no_grad()
+def load_parameters(net, values, flag):
+    """Copy {name: tensor} of a checkpoint into a network. Raises UserError where others are."""
+    found = trained(net)
+    for name in [*found, *values]:
+        ours = name in found and list(found[name].shape)
+        theirs = name in values and list(values[name].shape)
+        if ours != theirs:
+            raise UserError(f"{flag}: its weights do not fit the network that it describes "
+                            f"({name} is {theirs or 'not there'}, and should be "
+                            f"{ours or 'left out'})")
+    for name, p in found.items():
+        p.copy_(values[name])
+
+
+def load_network(ckpt, text, texts, weights="ema", branch="full", device="cpu"):
+    """The network of a checkpoint for these texts, merged, without gradients: see build."""
+    net = build(ckpt["network"], ckpt["rank_ratio"], text, texts)
+    load_parameters(net, ckpt["ema" if weights == "ema" else "model"], "--ckpt")
+    return merge(net, branch).to(device).requires_grad_(False)
+
+
+# --------------------------------------------------------------------------------------------------
+# Flags of both kinds of training
+
+def make_parser(command):
+    """The Parser of a command, as yet without its flags."""
+    parser = Parser(__doc__)
+    parser.prog = f"text_to_image.py {command}"
+    return parser
+
+
+def add_optimisation_flags(parser, steps, lr, warmup, ema):
+    """Steps, batches, AdamW and averaged weights; what differs are the defaults."""
+    g = parser.add_argument_group("optimisation")
+    g.add_argument("--steps", type=integer(1), default=steps,
+                   help=f"training steps; may be raised to train longer (default: {steps:,})")
+    g.add_argument("--batch-size", type=integer(1), default=64,
+                   help="images per step, over all processes (default: 64)")
+    g.add_argument("--accumulate", type=integer(1), default=1, metavar="K",
+                   help="passes per step, each over a K-th of the batch (default: 1)")
+    g.add_argument("--lr", type=number(above=0), default=lr,
+                   help=f"the learning rate after the warm-up (default: {lr:g})")
+    g.add_argument("--warmup", type=integer(0), default=warmup,
+                   help=f"steps in which the learning rate rises linearly (default: {warmup:,})")
+    g.add_argument("--grad-clip", type=number(above=0), default=1.0,
+                   help="largest gradient norm (default: 1)")
+    g.add_argument("--ema", type=number(0, 1), default=ema,
+                   help=f"decay of the averaged weights (default: {ema:g})")
+    runtime.add_compile_flag(g)
+    return g
+
+
+def finish_parser(parser):
+    """The flags of output, and the defaults that are this script's own."""
+    add_write_flags(parser)
+    parser.add_common("folder of the run (default: out/ and the settings)")
+    for action in parser._actions:
+        if action.dest == "ir":
+            action.help += preset_words("100", IR)
+        elif action.dest == "resolution":
+            action.help = ("pixels per side, of sets of image files (default: "
+                           f"{RESOLUTION})")
+        elif action.dest in WRITE_EVERY:
+            action.default = WRITE_EVERY[action.dest]
+            action.help += f" (default: {action.default:,})"
+    return parser
+
+
+def resolve_data(args, given):
+    """Fill in what depends on the data set; check batches and snapshots. Raises UserError."""
+    if args.ir is None:
+        args.ir = IR.get(args.dataset, 100.0)
+    files = args.dataset in READERS and READERS[args.dataset].files
+    if args.resolution is None and files:
+        args.resolution = RESOLUTION
+    refuse_unused(given, unused_data_flags(args))
+    check_batch_size(args)
+    check_keep_every(args)
+
+
+def run_name(args, *words):
+    """The folder name of a run: data, IR, words, seed."""
+    dataset = disk.path_id(args.data_dir) if args.dataset == "folder" else args.dataset
+    return "-".join([words[0], dataset, f"ir{args.ir:g}", *words[1:], f"seed{args.seed}"])
+
+
+def resume(args, kind, defaults):
+    """(the run's checkpoint or None, the Runtime); its settings must be this command's."""
+    old, rt = disk.resume(args, [kind])
+    if kind == "text":
+        fill_in_ct_double(args, old)
+    rt.agree(old["step"] if old else 0, args.out)
+    if old:
+        disk.refuse_changes(old["config"], config_of(args), args.out, defaults, RESUMABLE)
+    if old and old["step"] > args.steps:
+        raise UserError(f"--steps {args.steps}: the run in {args.out} is at step {old['step']} "
+                        "already; raise it, or choose another folder with --out")
+    rt.on_rank_0(lambda: disk.check_writable(Path(args.out) / "config.json"))
+    return old, rt
+
+
+def load_images(args, rt, old):
+    """The training images, which must be those of the run's checkpoint `old`. Raises UserError."""
+    with rt.rank_0_first():
+        images = load_long_tailed(args, old)
+    if images.images.shape[3] != 3:
+        raise UserError(f"--dataset {args.dataset}: grey images, and the autoencoder is for colour")
+    if old:
+        refuse_other_data(old["data"], images.record(), args)
+    return images
+
+
+def start_training(args, rt, net, optimizer, images, record, old, **more):
+    """The Training of a network, at the step of the checkpoint `old` or at 0.
+
+    more: {name: f}, what a checkpoint keeps besides the weights: f(their averages).
+    """
+    params = trained(net)
+    meter = Meter(images.counts, images.class_names, rt.device)
+
+    def weights():
+        return {"model": params, "ema": training.ema,
+                **{name: of(training.ema) for name, of in more.items()}}
+    training = Training(args, rt, params, optimizer, meter, record, weights)
+    training.start(old)
+    return training
+
+
+def announce(training, words):
+    """Print what is about to be trained, how and where."""
+    args, rt = training.args, training.rt
+    verb = "resuming" if training.step else "starting"
+    rt.print(f"network: {words}; {rt.device}, {args.dtype}, {rt.processes()}")
+    rt.print(f"{verb} {args.out} at step {training.step} of {args.steps}")
+
+
+# --------------------------------------------------------------------------------------------------
+# Training the autoencoder
+
+def make_autoencoder_parser():
+    """All flags of `text_to_image.py autoencoder`."""
+    parser = make_parser("autoencoder")
+    add_data_flags(parser, "cub200")
+    g = parser.add_argument_group("network")
+    g.add_argument("--factor", type=integer(2, 16), default=8,
+                   help="pixels per latent, along each side: 2, 4, 8 or 16 (default: 8)")
+    g.add_argument("--ch", type=integer(4, 4096), default=64, help="width (default: 64)")
+    add_optimisation_flags(parser, steps=20_000, lr=1e-3, warmup=500, ema=0.999)
+    parser.set_defaults(cm=False, lam=0.0)          # what loop.py's log lines look at
+    return finish_parser(parser)
+
+
+def main_autoencoder(argv):
+    """Train a KL autoencoder on the training images of a data set."""
+    parser = make_autoencoder_parser()
+    args = parser.parse_args(argv)
+    resolve_data(args, parser.given)
+    args.out = args.out or "out/" + run_name(args, "autoencoder", f"f{args.factor}")
+    old, rt = resume(args, "autoencoder", vars(parser.parse_args([])))
+    images = load_images(args, rt, old)
+    network = {"ch": args.ch, "factor": args.factor}
+    samples = partial(reconstructions, images)
+    if is_finished(old, args, rt, samples):
+        return
+    rt.print(images.summary())
+    net = make_autoencoder(args, network, images, old).to(rt.device)
+    loss = Reconstruction(net)
+    record = {"kind": "autoencoder", "command": runtime.command_line("-m latent.text_to_image"),
+              "config": config_of(args), "data": images.record(), "network": network}
+    first = to_float(torch.from_numpy(np.array(images.images[:SCALE_IMAGES]))).to(rt.device)
+    optimizer = torch.optim.Adam(net.parameters(), lr=args.lr, fused=True)
+    training = start_training(args, rt, net, optimizer, images, record, old,
+                              scale=partial(latent_scale, net, x=first))
+    batch = pixel_batches(training, images)
+    with disk.claim_run(args.out, rt, old):
+        module, warning = compiled(loss, batch, training)
+        announce(training, f"{sum(p.numel() for p in net.parameters()):,} parameters")
+        run_loop(training, rt.parallel(module), batch, old, None, warning, samples)
+
+
+def make_autoencoder(args, network, images, old):
+    """The KLAutoencoder to train, at its start or of the checkpoint `old`. Raises UserError."""
+    size = images.images.shape[1]
+    if size % args.factor:
+        raise UserError(f"--factor {args.factor}: does not divide {size} pixels; take a smaller "
+                        "one or another --resolution")
+    torch.manual_seed(runtime.seed_of(args.seed, "init"))
+    try:
+        net = KLAutoencoder(**network)
+    except ValueError as e:
+        raise UserError(f"{e}; see --factor and --ch") from e
+    if old:
+        load_parameters(net, old["model"], "--out")
+    return net
+
+
+def pixel_batches(training, images):
+    """batch(step, k) for loop.py: Pixels, a pure function of (seed, step)."""
+    args, rt = training.args, training.rt
+    batches = Batches(images, args.batch_size, args.seed, rt.device)
+    parts = rt.world * args.accumulate
+
+    def batch(step, k):
+        x, y = batches.at(step)
+        side = x.shape[-1] // args.factor
+        g = runtime.generator(rt.device, args.seed, "latent", step)
+        eps = torch.randn(len(x), 4, side, side, generator=g, device=rt.device)
+        part = rt.rank * args.accumulate + k
+        own = slice(part * len(x) // parts, (part + 1) * len(x) // parts)
+        return Pixels(x[own], eps[own], y[own])
+    return batch
+
+
+@torch.no_grad()
+def reconstructions(images, state, labels, rt):
+    """The first training images of these classes, encoded and decoded: uint8 (N, H, W, 3)."""
+    net = KLAutoencoder(**state["network"]).to(rt.device)
+    net.load_state_dict(state["ema"])
+    seen = {}
+    rows = []
+    for c in labels:
+        seen[c] = seen.get(c, -1) + 1
+        own = np.flatnonzero(images.labels == c)
+        rows.append(own[seen[c] % len(own)])
+    x = to_float(torch.from_numpy(np.array(images.images[rows]))).to(rt.device)
+    return to_uint8(net.decode(net.encode(x).latent_dist.mean).sample).cpu().numpy()
+
+
+# --------------------------------------------------------------------------------------------------
+# Training the diffusion model
+
+def make_train_parser():
+    """All flags of `text_to_image.py train`."""
+    parser = make_parser("train")
+    add_data_flags(parser, "cub200")
+    g = parser.add_argument_group("autoencoder and texts")
+    add_part_flags(g, PRETRAINED)
+    g.add_argument("--prompt", help="make texts of class names in place of the captions, {} is the "
+                   'class (default: the captions; for a set without: "a photo of a {}")')
+    g = parser.add_argument_group("method")
+    g.add_argument("--base", choices=BASES, default="ddpm",
+                   help="L_base of Eq. (4) (default: ddpm)")
+    g.add_argument("--cm", action=BooleanOptionalAction, default=True,
+                   help="reserve capacity and add L_CM (default: on)")
+    add_cm_flags(g)
+    g.add_argument("--rank-ratio", type=number(above=0, high=1), default=0.1,
+                   help="r / min(d, k) of Eq. (1) (default: 0.1)")
+    add_own_flags(g, losses.FLAGS, [*map(losses.options_of, BASES.values()), {"ct_double": None}])
+    g = parser.add_argument_group("network")
+    g.add_argument("--ch", type=integer(4, 65_536), default=192, help="width (default: 192)")
+    g.add_argument("--depth", type=integer(1), default=18, help="blocks (default: 18)")
+    g.add_argument("--patch", type=integer(1), default=1,
+                   help="latents of the side of a token (default: 1)")
+    g = add_optimisation_flags(parser, steps=100_000, lr=4.5e-4, warmup=5000, ema=0.9996)
+    g.add_argument("--weight-decay", type=number(0), default=0.045, help="default: 0.045")
+    g.add_argument("--label-drop", type=number(0, 1), default=0.1,
+                   help="probability of the empty text (default: 0.1)")
+    return finish_parser(parser)
+
+
+def add_part_flags(group, default):
+    """--autoencoder and --text-encoder; default: None for those of a checkpoint."""
+    shown = "the checkpoint's" if default is None else f"{default}'s"
+    group.add_argument("--autoencoder", default=default,
+                       help="a folder or hub name of a Stable Diffusion in diffusers' layout, or a "
+                       f"checkpoint of text_to_image.py autoencoder (default: {shown})")
+    group.add_argument("--text-encoder", default=default,
+                       help="a folder or hub name, likewise, or words: one that is trained with "
+                       f"the network (default: {shown})")
+
+
+def resolve(args, given):
+    """Fill in what depends on other flags. given: Parser.given. Raises UserError."""
+    resolve_data(args, given)
+    own = losses.options_of(BASES[args.base])
+    refuse_unused(given, {name: f"belongs to another base than {args.base}"
+                          for name in losses.FLAGS if name not in own})
+    if not args.cm:
+        refuse_unused(given, {name: "means something with --cm only" for name in CM_ONLY})
+    if args.prompt is not None:
+        check_form(args.prompt)
+    words = [args.base, "cm"] if args.cm else [args.base]
+    args.out = args.out or "out/" + run_name(args, "text", *words)
+    return args
+
+
+def main_train(argv):
+    """Resume or start; images, captions, latents; network; loop: train.py's main, on latents."""
+    parser = make_train_parser()
+    args = resolve(parser.parse_args(argv), parser.given)
+    old, rt = resume(args, "text", vars(make_train_parser().parse_args([])))
+    autoencoder = load_autoencoder(args.autoencoder, rt.device)
+    images = load_images(args, rt, old)
+    with rt.rank_0_first():
+        table = Table(captions_of(images, args, "train"), images.labels)
+    if old and old["captions_sha256"] != hash_of(table.texts):
+        raise UserError(f"--data-dir {args.data_dir}: the captions are not those that the run in "
+                        f"{args.out} was started with; choose another folder with --out")
+    text = load_text_encoder(args.text_encoder, vocabulary_of(table.texts))
+    if old:
+        refuse_other_parts(old, autoencoder, text)
+    samples = partial(grid_samples, autoencoder, text, table)
+    if is_finished(old, args, rt, samples):
+        return
+    rt.print(images.summary())
+    rt.print(f"texts: {len(table.texts):,}, such as \"{table.texts[0]}\"")
+
+    record = describe_run(args, images, table, autoencoder, text)
+    net = make_network(record, text, table, old).to(rt.device)
+    objective = Objective(
+        net=net, base=bind(args.base, vars(args)), counts=images.counts,
+        alphas_bar=make_alphas_bar(), cm=CMConfig.of(args), label_drop=args.label_drop
+    ).to(rt.device)
+    optimizer = torch.optim.AdamW(trained(net).values(), lr=args.lr, betas=BETAS,
+                                  weight_decay=args.weight_decay, fused=True)
+    training = start_training(args, rt, net, optimizer, images, record, old)
+    with disk.claim_run(args.out, rt, old):
+        moments = encoded(autoencoder, images, args, rt)
+        batch = make_batch(training, objective, images, moments, table)
+        module, warning = compiled(objective, batch, training)
+        announce(training, sizes_of(net))
+        run_loop(training, rt.parallel(module), batch, old, None, warning, samples)
+
+
+def describe_run(args, images, table, autoencoder, text):
+    """What a checkpoint holds beside the weights; raises UserError for sizes that do not fit."""
+    channels, size, _ = autoencoder.latent_shape(images.images.shape[1])
+    vocabulary = text.words.vocabulary if isinstance(text, TrainedWords) else None
+    network = {"channels": channels, "size": size, "ch": args.ch, "depth": args.depth,
+               "patch": args.patch, "vocabulary": vocabulary}
+    return {"kind": "text", "command": runtime.command_line("-m latent.text_to_image"),
+            "config": config_of(args), "data": images.record(), "network": network,
+            "rank_ratio": args.rank_ratio if args.cm else None,
+            "autoencoder_sha256": autoencoder.encoder_sha256(),
+            "text_encoder_sha256": text.sha256, "captions_sha256": hash_of(table.texts)}
+
+
+def make_network(record, text, table, old):
+    """The TextDiT to train: initial weights, or those of the checkpoint `old`."""
+    torch.manual_seed(runtime.seed_of(record["config"]["seed"], "init"))
+    net = build(record["network"], record["rank_ratio"], text, table.texts)
+    if old:
+        load_parameters(net, old["model"], "--out")
+    return net
+
+
+def hash_of(texts):
+    """The SHA-256 of a list of texts."""
+    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()
+
+
+def sizes_of(net):
+    """The numbers of parameters in words: trained, reserved and frozen ones."""
+    frozen = sum(p.numel() for p in net.parameters() if not p.requires_grad)
+    numbers = count(net)
+    words = f"{numbers['general'] - frozen:,} parameters"
+    if numbers["expert"]:
+        words += f" + {numbers['expert']:,} reserved (A, B)"
+    return words + (f" + {frozen:,} of the text encoder, frozen" if frozen else "")
+
+
+# --------------------------------------------------------------------------------------------------
+# Sampling
+
+def make_sample_parser():
+    """All flags of `text_to_image.py sample`."""
+    parser = make_parser("sample")
+    parser.add_argument("--ckpt", required=True, help="a checkpoint of text_to_image.py train")
+    add_part_flags(parser, None)
+    parser.add_argument("--data-dir", help="where the data set is (default: as in training)")
+    parser.add_argument("--num", type=integer(1, 10_000_000), default=100,
+                        help="images, over all classes (default: 100)")
+    add_sampling_flags(parser)
+    add_output_flags(parser)
+    return parser
+
+
+def reference_captions(ckpt, args):
+    """(texts, labels) of args.num images to generate, lists: captions of the reference images.
+
+    The classes come in turn, as in sample.py, and within a class its images, each with one of its
+    captions, chosen by --seed. The reference is that of evaluate.py.
+    """
+    data, config = ckpt["data"], dict(ckpt["config"])
+    config["data_dir"] = args.data_dir or config["data_dir"]
+    images, _ = load_reference(data["dataset"], config["data_dir"], None, data["resolution"],
+                               config["pack_dir"])
+    refuse_other_source(images, data, config["data_dir"])
+    split = images.provenance["split"]
+    table = Table(captions_of(images, Namespace(**config), split), images.labels)
+    y = to_classes(images.labels, images.class_names, data["class_names"], "--data-dir")
+    rows_of = {c: np.flatnonzero(y == c) for c in np.unique(y)}
+    labels = labels_in_turn(sorted(rows_of), args.num)
+    turns = np.arange(args.num) // len(rows_of)
+    rows = [rows_of[c][turn % len(rows_of[c])] for c, turn in zip(labels, turns)]
+    g = runtime.generator("cpu", args.seed, "captions")
+    u = torch.rand(args.num, generator=g, dtype=torch.float64)
+    numbers = table.of_images(torch.tensor(rows), u)
+    return [table.texts[k] for k in numbers], [int(c) for c in labels]
+
+
+def decoded(autoencoder, net, labels, ckpt, rt, batch_size, **settings):
+    """Images of a TextDiT's latents for its texts number `labels`: see sample.generate."""
+    network = ckpt["network"]
+    shape = (network["channels"], network["size"], network["size"])
+    return generate(net, labels, range(len(labels)), shape, rt, batch_size,
+                    to_image=autoencoder.decode, **settings)
+
+
+def grid_samples(autoencoder, text, table, state, labels, rt):
+    """Images of a checkpoint's EMA weights for training captions of these classes.
+
+    As `text_to_image.py sample` makes them by default: uint8 (N, H, W, 3).
+    """
+    u = torch.rand(len(labels), generator=runtime.generator("cpu", state["config"]["seed"], "grid"),
+                   dtype=torch.float64)
+    numbers = table.of_classes(torch.tensor(labels), u)
+    net = load_network(state, text, [table.texts[k] for k in numbers], device=rt.device)
+    settings = DEFAULTS[sampled_as(state)]
+    return decoded(autoencoder, net, list(range(len(labels))), state, rt, 25, title="grid",
+                   steps=STEPS[settings["sampler"]], seed=state["config"]["seed"], **settings)
+
+
+def sampled_as(ckpt):
+    """Which kind of model a checkpoint is for the samplers: "consistency" or "text"."""
+    return "consistency" if ckpt["config"]["base"] == "consistency" else "text"
+
+
+def main_sample(argv):
+    """Generate images for the captions of the reference: sample.py's main, with texts."""
+    args = make_sample_parser().parse_args(argv)
+    ckpt = disk.load(args.ckpt, ["text"])
+    config, names = ckpt["config"], ckpt["data"]["class_names"]
+    settings = sampling_settings(args, sampled_as(ckpt))
+    if args.branch == "general" and ckpt["rank_ratio"] is None:
+        raise UserError("--branch general: this checkpoint has no reserved capacity (it was "
+                        "trained with --no-cm)")
+    rt = runtime.setup(args.device, dtype_of(args, ckpt))
+    with rt.rank_0_first():
+        texts, labels = reference_captions(ckpt, args)
+    out = samples_folder(args)
+    record = {**describe(args, ckpt, settings, "latent/text_to_image.py"), "num": args.num,
+              "dtype": rt.precision(), "captions_sha256": hash_of(texts)}
+    if is_done(args, rt, out, record):
+        return rt.print(f"{out}: up to date")
+    rt.on_rank_0(lambda: check_outputs(out, args.png))
+
+    start = time.time()
+    autoencoder = load_autoencoder(args.autoencoder or config["autoencoder"], rt.device)
+    text = load_text_encoder(args.text_encoder or config["text_encoder"],
+                             ckpt["network"]["vocabulary"])
+    refuse_other_parts(ckpt, autoencoder, text)
+    net = load_network(ckpt, text, texts, args.weights, args.branch, rt.device)
+    with claimed(out, args.png, rt):
+        images = decoded(autoencoder, net, list(range(args.num)), ckpt, rt, args.batch_size,
+                         **settings)
+        seconds = time.time() - start
+        rt.on_rank_0(lambda: write_samples(out, images, labels, names, record, ckpt["data"],
+                                           seconds, args.png))
+
+
+# --------------------------------------------------------------------------------------------------
+
+COMMANDS = {
+    "autoencoder": (main_autoencoder, make_autoencoder_parser),
+    "train": (main_train, make_train_parser),
+    "sample": (main_sample, make_sample_parser)}
+
+
+def main():
+    """Train an autoencoder, train, or sample, by the first word."""
+    runtime.main_of("-m latent.text_to_image", __doc__, COMMANDS)
+
+
+if __name__ == "__main__":
+    run(main)

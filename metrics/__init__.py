@@ -1,0 +1,1 @@
+"""From images to numbers: features, distances, which images are compared."""

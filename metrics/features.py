@@ -1,0 +1,187 @@
+"""Images to features: by Inception, by a network trained on ImageNet, or by one's own classifier.
+
+    extractor = Extractor("inception", rt)              # or "torchvision:resnet50", or a FILE
+    features, logits = extractor.extract(lambda rows: images[rows], len(images), "features")
+
+Only Inception's distances are FID and KID. All features are computed in float32.
+"""
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torchvision
+from torch import nn
+
+import disk
+import runtime
+from data import to_float
+from metrics.inception import load_inception
+from recognition.resnet import features_and_logits, load_classifier
+from runtime import UserError
+
+DIGITS_CLASSIFIER = "out/classifier-digits/ckpt.pt"
+TORCHVISION = "torchvision:"
+UNFIT = ("googlenet", "inception", "squeezenet")    # other inputs, or no Linear at the end
+
+
+class Pretrained(nn.Module):
+    """Images uint8 (N, 3, H, W) -> what the last Linear of a network gets, and its logits.
+
+    net: a classification network of torchvision. transform: that of its weights, of which the size,
+    the mean and the deviation count; an image is stretched to that size, and nothing is cut off.
+    """
+
+    def __init__(self, net, transform):
+        super().__init__()
+        linear = [name for name, m in net.named_modules() if isinstance(m, nn.Linear)]
+        parent, _, child = linear[-1].rpartition(".")
+        self.last = net.get_submodule(linear[-1])
+        setattr(net.get_submodule(parent), child, nn.Identity())
+        self.net = net
+        self.size = transform.crop_size * (2 // len(transform.crop_size))
+        self.register_buffer("mean", torch.tensor(transform.mean)[:, None, None])
+        self.register_buffer("std", torch.tensor(transform.std)[:, None, None])
+
+    def forward(self, images):
+        x = nn.functional.interpolate(images.float() / 255, self.size, mode="bilinear",
+                                      antialias=True)
+        features = self.net((x - self.mean) / self.std)
+        return features, self.last(features)
+
+
+def load_pretrained(name, device):
+    """(Pretrained in eval mode, the SHA-256 of its weights): torchvision's own weights of `name`.
+
+    They come from torch.hub's cache, or are downloaded there. Raises UserError where torchvision
+    has no such network, where they cannot be had, or where they are not the published ones.
+    """
+    flag = f"--features {TORCHVISION}{name}"
+    if name not in torchvision.models.list_models(torchvision.models) or name.startswith(UNFIT):
+        raise UserError(f"{flag}: torchvision has no such network for classification that can be "
+                        "used here; torchvision:resnet50 is one")
+    weights = torchvision.models.get_model_weights(name).DEFAULT
+    path = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rpartition("/")[2]
+    prefix = path.stem.rpartition("-")[2]       # as in resnet50-11ad3fa6.pth
+    if not path.is_file():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(weights.url, str(path), hash_prefix=prefix)
+        except (OSError, RuntimeError) as e:
+            raise UserError(
+                f"{flag}: {path.name} is not there and cannot be downloaded ({e}); download it "
+                f"from {weights.url} and put it into {path.parent}") from e
+    digest = disk.sha256(path)
+    if not digest.startswith(prefix):
+        raise UserError(f"{flag}: the SHA-256 of {path} is {digest[:16]}..., and the published "
+                        f"file's begins with {prefix}; it is incomplete or another one: remove it")
+    net = torchvision.models.get_model(name)
+    net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    return Pretrained(net, weights.transforms()).to(device).eval().requires_grad_(False), digest
+
+
+class Features(NamedTuple):
+    """Features of images, and what else metrics need of the images."""
+    features: np.ndarray                # (n, D) float32
+    logits: np.ndarray                  # (n, K) float32
+    labels: np.ndarray | None = None    # (n,)
+
+    def take(self, rows):
+        """Those of some rows."""
+        return Features(*(None if x is None else x[rows] for x in self))
+
+
+class Extractor:
+    """Features and logits by a network in eval mode.
+
+    features: "inception", "torchvision:NAME", or a checkpoint of classify.py. The first two resize
+    images themselves (resizes). name, sha256: of the network's file. class_names, size: of a
+    classifier's outputs, and of its training images in pixels; else None.
+    """
+
+    def __init__(self, features, rt, batch_size=64, inception_weights=None, trust_weights=False):
+        self.rt = rt
+        self.batch_size = batch_size
+        self.inception = features == "inception"
+        self.resizes = self.inception or features.startswith(TORCHVISION)
+        self.channels = 3
+        self.class_names = None
+        self.size = None
+        if self.inception:
+            with rt.rank_0_first():         # which downloads the weights, and not every process
+                self.net, self.sha256 = load_inception(inception_weights, rt.device, trust_weights)
+            self.name = "inception-2015-12-05"
+        elif self.resizes:
+            with rt.rank_0_first():
+                self.net, self.sha256 = load_pretrained(features.removeprefix(TORCHVISION),
+                                                        rt.device)
+            self.name = features
+        else:
+            self.use_classifier(features)
+
+    def refuse_other_size(self, size):
+        """Raise UserError for images of other pixels per side than a classifier's."""
+        if self.size not in (None, size):
+            raise UserError(f"--features {self.name}: a classifier of images of {self.size} "
+                            f"pixels, and these have {size}")
+
+    def use_classifier(self, path):
+        """Take a checkpoint of classify.py."""
+        if not Path(path).is_file():
+            raise UserError(f"--features {path}: there is no such file; make one with: python "
+                            "classify.py --dataset NAME, or name inception or torchvision:resnet50")
+        self.net, ckpt = load_classifier(path, self.rt.device)
+        self.name = str(path)
+        self.sha256 = ckpt.sha256
+        self.channels = ckpt["network"]["channels"]
+        self.class_names = ckpt["data"]["class_names"]
+        outputs = ckpt["network"]["num_classes"]
+        if len(self.class_names) != outputs:
+            raise UserError(f"--features {path}: it has {len(self.class_names)} class names for "
+                            f"{outputs} outputs; train the classifier again with classify.py")
+        self.size = ckpt["data"].get("resolution")
+
+    def check(self, images):
+        """Raise UserError for images uint8 (n, H, W, 3) that the network was not made for."""
+        if self.channels == 1 and (images != images[..., :1]).any():
+            raise UserError("--features: this classifier takes grey images, "
+                            "and these are in colour")
+
+    @torch.no_grad()
+    def batch(self, images):
+        """uint8 (n, H, W, 3) -> features (n, D) and logits (n, K), float32 NumPy."""
+        self.check(images)
+        images = np.ascontiguousarray(images[..., :self.channels])
+        x = torch.from_numpy(images).to(self.rt.device)
+        with runtime.without_tf32():
+            if self.resizes:
+                features, logits = self.net(x.permute(0, 3, 1, 2))
+            else:
+                features, logits = features_and_logits(self.net, to_float(x))
+        return features.float().cpu().numpy(), logits.float().cpu().numpy()
+
+    def extract(self, at, n, title, shared=True):
+        """Features and logits of images at(rows), rows 0 ... n - 1; on rank 0, elsewhere None.
+
+        shared: every process has all images and takes a share of them. If False, each process has
+        images of its own, numbered from 0.
+        """
+        rows = np.arange(n)
+        if shared:
+            rows = np.array_split(rows, self.rt.world)[self.rt.rank]
+        batches = np.array_split(rows, max(1, -(-len(rows) // self.batch_size)))
+        features, logits = [], []
+        quiet = self.rt.rank > 0
+        with runtime.progress(total=len(rows), desc=title, unit="img", disable=quiet) as bar:
+            for batch in batches:
+                if not len(batch):
+                    continue            # more processes than images
+                of_batch = self.batch(at(batch))
+                features.append(of_batch[0])
+                logits.append(of_batch[1])
+                bar.update(len(batch))
+        return self.rt.gather(features), self.rt.gather(logits)
+
+    def of(self, images, title):
+        """Features and logits of Images: those that --save-stats kept, or extracted."""
+        return images.features or self.extract(images.at, images.n, title)

@@ -1,0 +1,439 @@
+"""Which images are compared with which: sets of images as evaluate.py's flags name them.
+
+A set is an .npz, a folder, a data set, features that --save-stats kept, or a network's samples.
+"""
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import disk
+from data import (class_groups, images_of_npz, load_reference, open_npz, read_record, to_classes,
+                  to_rgb)
+from metrics.features import DIGITS_CLASSIFIER
+from runtime import UserError
+from sample import clipped, describe, image_shape, load_network, sampling_settings
+from sets.packing import open_image
+from sets.readers import READERS, image_folder
+
+PROTOCOL = {
+    "paper": {"num": 50_000, "num_group": 20_000, "features": "inception"},
+    "digits": {"num": 2000, "num_group": 0, "features": DIGITS_CLASSIFIER},
+}
+
+
+# --------------------------------------------------------------------------------------------------
+# Sets of images: an .npz, a folder, a data set
+
+@dataclass
+class Images:
+    """A set of images; or, without `at`, only the features that --save-stats kept of one."""
+    name: str                           # as on the command line
+    n: int
+    at: Callable | None = None          # at(rows) -> uint8 (len(rows), H, W, 3)
+    labels: np.ndarray | None = None    # (n,)
+    class_names: list | None = None
+    features: tuple | None = None       # features (n, D) and logits (n, K), from --save-stats
+    about: dict = field(default_factory=dict)       # plain facts for the settings in the result
+    sha256: str | None = None           # of its content, see read_set
+    size: tuple | None = None           # (height, width) in pixels, where it is known
+
+    @property
+    def words(self):
+        """What the set is: "cifar10, full training set", or the name of its file."""
+        return self.about.get("what", self.name)
+
+
+def read_set(text, flag, args, split=None, resolution=None):
+    """The Images that --samples or --reference names: an .npz, a folder, a data set.
+
+    split, resolution: of a data set; None for its balanced reference and for its own resolution.
+    Its `sha256` is the hash of a file, of the content of a data set, or of the names and content
+    of a folder's files.
+    """
+    found = find_set(text, flag, args, split, resolution)
+    if found.n < 2:
+        raise UserError(f"{flag} {text}: fewer than two images; a distance needs many")
+    if found.labels is not None and found.labels.min() < 0:
+        raise UserError(f"{flag} {text}: the label {found.labels.min()} is none; "
+                        "labels are 0, 1, 2 ...")
+    if found.at:
+        found.size = found.at(np.arange(1)).shape[1:3]
+    return found
+
+
+def find_set(text, flag, args, split, resolution):
+    """The Images of read_set, not checked yet."""
+    dataset, _, own_split = text.partition(":")
+    if dataset in READERS:
+        if own_split not in ("", "train", "test"):
+            raise UserError(f"{flag} {text}: a data set's split is train or test, "
+                            f"as in {dataset}:test")
+        if own_split and split not in (None, own_split):
+            raise UserError(f"--reference-split {split}: {flag} {text} names another split; "
+                            "leave one of them out")
+        return read_dataset(text, args, own_split or split, resolution)
+    path = Path(text)
+    if (path / "samples.npz").is_file():        # the folder of sample.py
+        path = path / "samples.npz"
+    if split and path.exists():
+        raise UserError(f"--reference-split: {flag} {text} is no data set, and has no splits; "
+                        "leave it out")
+    if path.is_dir():
+        return read_folder(text, path, flag)
+    if not path.exists():
+        raise UserError(f"{flag} {text}: neither a file or folder nor a data set "
+                        f"({', '.join(READERS)}; for one of your own, name its file with --plugin)")
+    return read_npz(text, path, flag)
+
+
+def read_dataset(name, args, split, resolution):
+    """A data set's real images (see data.load_reference); name: "cifar10" or "cifar10:test"."""
+    dataset = name.partition(":")[0]
+    found, words = load_reference(dataset, args.data_dir, split, resolution, args.pack_dir)
+    return Images(name, len(found.labels), lambda rows: to_rgb(found.images[rows]), found.labels,
+                  found.class_names, about={"what": f"{dataset}, {words}"}, sha256=found.sha256)
+
+
+def read_npz(name, path, flag):
+    """An .npz of images, with the JSON beside it if there is one; or a file of --save-stats."""
+    content = open_npz(path, flag)
+    if "features" in content:
+        return read_stats(name, content, path, flag)
+    images, labels = images_of_npz(content, path, flag)
+    record = read_record(path, flag)
+    class_names = record.get("data", {}).get("class_names")
+    return Images(name, len(images), lambda rows: to_rgb(images[rows]), labels, class_names,
+                  about=record, sha256=disk.sha256(path))
+
+
+def read_stats(name, content, path, flag):
+    """The content of a file that save_stats wrote, as Images."""
+    if not {"about", "logits"} <= set(content):
+        raise UserError(f"{flag} {path}: features without what --save-stats keeps beside them "
+                        f"(logits, about); make it with --save-stats")
+    about = parse_about(content["about"])
+    if about is None or min(content["features"].ndim, content["logits"].ndim) < 2:
+        raise UserError(f"{flag} {path}: not what --save-stats writes (its features, logits or "
+                        "about are of another kind); make it again with --save-stats")
+    class_names = about.pop("class_names")
+    features = content["features"], content["logits"]
+    labels = content.get("labels")
+    if {len(rows) for rows in content.values() if rows.ndim} != {len(features[0])}:
+        raise UserError(f"{flag} {path}: not as many features as logits or labels; "
+                        "make it again with --save-stats")
+    return Images(name, len(features[0]), None, labels, class_names, features, about,
+                  disk.sha256(path), tuple(about["size"]) if about.get("size") else None)
+
+
+def parse_about(text):
+    """The dict that save_stats wrote as "about"; None where it is something else."""
+    try:
+        about = json.loads(str(text))
+    except ValueError:
+        return None
+    needed = {"made_by", "features_sha256", "class_names"}
+    return about if isinstance(about, dict) and needed <= set(about) else None
+
+
+def read_folder(name, root, flag):
+    """A folder of image files of one size: flat, or one sub-folder per class."""
+    paths, labels, names = image_folder(root, flag)
+    first = open_image(paths[0], flag).size
+
+    def at(rows):
+        images = [open_image(paths[row], flag) for row in rows]
+        for row, image in zip(rows, images):
+            if image.size != first:
+                raise UserError(
+                    f"{flag} {root}: {Path(paths[row]).name} has {image.size[0]} x "
+                    f"{image.size[1]} pixels and {Path(paths[0]).name} {first[0]} x {first[1]}; "
+                    f"bring them to one size first")
+        return np.stack([np.asarray(image) for image in images])
+    return Images(name, len(paths), at, labels, names, sha256=hash_of_files(paths, root, flag))
+
+
+def hash_of_files(paths, root, flag):
+    """A hash of the names and the content of a folder's files.
+
+    It costs one more read of each file. Sizes and times of change, as in disk.fingerprint, would
+    call a result up to date whose images were replaced by others of the same size and time.
+    """
+    digest = hashlib.sha256()
+    for path in paths:
+        try:
+            if not os.path.isfile(path):        # a pipe would be waited for
+                raise OSError("it is not a regular file")
+            content = disk.sha256(path)
+        except OSError as e:
+            raise UserError(f"{flag}: {path} cannot be read ({e}); fix or remove it") from e
+        digest.update(os.fsencode(f"{os.path.relpath(path, root)} {content}\n"))
+    return digest.hexdigest()
+
+
+def without_numbers(names):
+    """Names of folders without the numbers of sample.py --png, "0003-cat": those of the classes."""
+    if not names or not all(name[:4].isdigit() and name[4:5] == "-" for name in names):
+        return names
+    short = [name[5:] for name in names]
+    return short if len(set(short)) == len(short) else names
+
+
+def fit_names(ours, theirs):
+    """Both lists of class names; each without_numbers where only so one is a part of the other.
+
+    A user's own classes may have such names, "0003-cat", which are then those of both sides.
+    """
+    if not ours or not theirs:
+        return ours, theirs
+    for a, b in product((ours, without_numbers(ours)), (theirs, without_numbers(theirs))):
+        if set(a) <= set(b) or set(b) <= set(a):
+            return a, b
+    return ours, theirs
+
+
+# --------------------------------------------------------------------------------------------------
+# What is measured
+
+@dataclass
+class Subject:
+    """What is measured: the images of --samples, or a network of --ckpt that generates them."""
+    words: str              # what it is, for the line that is printed before the work
+    made: dict              # how the images were made, for the settings in the result
+    data: dict              # of the training set, or {}: class_names, class_counts, resolution ...
+    dataset: str | None     # its training set, the default of --reference
+    images: Images | None = None
+    net: torch.nn.Module | None = None
+    sampling: dict | None = None        # settings of sample.generate
+    shape: tuple | None = None          # (C, H, W) of an image that the network generates
+
+    @property
+    def class_names(self):
+        """Class names of the training set, or of --samples; None where they are not known."""
+        names = self.data.get("class_names")
+        return self.images.class_names if names is None and self.images else names
+
+
+def from_checkpoint(args, ckpt, rt):
+    """The Subject that --ckpt names."""
+    sampling = sampling_settings(args, ckpt["kind"])
+    net = load_network(ckpt, args.weights, args.branch, rt.device)
+    made = describe(args, ckpt, sampling)
+    data = ckpt["data"]
+    words = (f"{args.ckpt} (step {ckpt['step']:,}, {args.weights} weights, {args.branch} branch; "
+             f"{sampling['sampler']}, {sampling['steps']} steps, "
+             f"guidance {sampling['guidance']:g}, {clipped(sampling)}, "
+             f"{rt.dtype_name()})")
+    return Subject(words, made, data, data["dataset"], None, net, sampling, image_shape(ckpt))
+
+
+def from_samples(args, rt):
+    """The Subject that --samples names."""
+    with rt.rank_0_first():
+        images = read_set(args.samples, "--samples", args)
+    data = images.about.get("data", {})
+    made = {"samples": args.samples, **images.about.get("settings", images.about),
+            "samples_sha256": images.sha256}
+    name = args.samples.partition(":")[0]
+    dataset = data.get("dataset", name if name in READERS else None)
+    return Subject(args.samples, made, data, dataset, images)
+
+
+# --------------------------------------------------------------------------------------------------
+# Against what
+
+@dataclass
+class Comparison:
+    """What is measured against what, with one list of class names, and how many images."""
+    subject: Subject
+    reference: Images
+    class_names: list | None            # what the labels of both sides refer to
+    groups: dict                        # {"Many": classes, "Medium": ..., "Few": ...}, or {}
+    num: int                            # class-balanced images for the overall numbers
+    num_group: int                      # images per group, at least, where they are generated
+    labels: np.ndarray | None           # (n,) of all images of the subject, in class_names
+    indices: list | None = None         # their numbers (see pool_of), where they are generated
+    assumed: dict = field(default_factory=dict)     # what was taken for granted, for the settings
+
+    @property
+    def n(self):
+        """The number of images of the subject."""
+        return self.subject.images.n if self.subject.images else len(self.labels)
+
+    @property
+    def used(self):
+        """The number of reference images that the overall numbers use: of the subject's classes."""
+        if self.labels is None or self.reference.labels is None:
+            return self.reference.n
+        return int(np.isin(self.reference.labels, self.labels).sum())
+
+
+def find_reference(args, subject, rt):
+    """The Images that --reference names, by default those of the subject's training set."""
+    name = args.reference or subject.dataset
+    if name is None:
+        raise UserError("--reference: name what the samples are measured against: "
+                        "a data set, an .npz, a folder, or a file of --save-stats")
+    source = READERS.get(name.partition(":")[0])
+    resolution = subject.data.get("resolution")
+    any_size = resolution is None and source is not None and source.files
+    if any_size and subject.images and subject.images.at:
+        resolution = subject.images.size[0]         # read at the samples' size
+    with rt.rank_0_first():
+        return read_set(name, "--reference", args, args.reference_split, resolution)
+
+
+def protocol_of_dataset(dataset):
+    """The defaults of a data set."""
+    return PROTOCOL.get(dataset, PROTOCOL["paper"])
+
+
+def protocol_of(subject, reference):
+    """The defaults of the data set that is measured."""
+    return protocol_of_dataset(subject.dataset or reference.name)
+
+
+def compare(args, subject, reference, extractor):
+    """The Comparison that the flags describe. Raises UserError where the two do not fit."""
+    ours, theirs = fit_names(subject.class_names, reference.class_names)
+    class_names = ours or theirs
+    assumed = assumed_labels(subject, reference)
+    class_counts = subject.data.get("class_counts")
+    reference = renumber(replace(reference, class_names=theirs), class_names, "--reference")
+    refuse_long_tailed(reference, class_counts)
+    refuse_other_features(reference, extractor, "--reference")
+    if subject.images:
+        refuse_other_features(subject.images, extractor, "--samples")
+    refuse_other_sizes(subject, reference, extractor)
+    groups = {}
+    if class_names:
+        groups = class_groups(class_counts or np.arange(len(class_names), 0, -1))
+    protocol = protocol_of(subject, reference)
+    num_group = args.num_group
+    if num_group is None:
+        num_group = 0 if args.num else protocol["num_group"]
+    if subject.images:
+        images = renumber(replace(subject.images, class_names=ours), class_names, "--samples")
+        num = args.num or images.n
+        if num > images.n:
+            raise UserError(f"--num {num}: there are only {images.n} images in --samples "
+                            f"{images.name}; leave it out to measure all of them")
+        labels, indices = images.labels, None
+    else:
+        num = args.num or protocol["num"]
+        labels, indices = pool_of(pool_sizes(num, num_group, groups, len(class_names)))
+    comparison = Comparison(subject, reference, class_names, groups, num, num_group, labels,
+                            indices, assumed)
+    refuse_lacking(reference, labels, class_names)
+    if comparison.used < 2:
+        raise UserError(f"--reference {reference.name}: fewer than two of its images are of the "
+                        "samples' classes; a distance needs many")
+    return comparison
+
+
+def assumed_labels(subject, reference):
+    """{"labels": what was assumed} where labels of one side come without names of their classes."""
+    labelled = subject.images is None or subject.images.labels is not None
+    if not labelled or reference.labels is None:
+        return {}
+    if subject.class_names is None and reference.class_names is None:
+        return {"labels": "of both sides without names: the same number is the same class"}
+    if subject.class_names is None:
+        return {"labels": "of the samples without names: taken in the order of the reference's"}
+    if reference.class_names is None:
+        return {"labels": "of the reference without names: taken in the order of the samples'"}
+    return {}
+
+
+def refuse_other_sizes(subject, reference, extractor):
+    """Raise UserError for images that a classifier, which resizes none, was not made for."""
+    if extractor.resizes:
+        return
+    sizes = {"--reference": reference.size}
+    if subject.images:
+        sizes["--samples"] = subject.images.size
+    else:
+        sizes["--ckpt"] = subject.shape[1:]
+    sizes = {flag: tuple(size) for flag, size in sizes.items() if size}
+    for flag, (height, width) in sizes.items():
+        if extractor.size and (height, width) != (extractor.size, extractor.size):
+            raise UserError(f"--features {extractor.name}: this classifier was trained on images "
+                            f"of {extractor.size} pixels per side, and those of {flag} have "
+                            f"{width} x {height}; train one on images of this size, or measure "
+                            "images of its size")
+    if len(set(sizes.values())) > 1:
+        words = " and ".join(f"{flag} {w} x {h}" for flag, (h, w) in sizes.items())
+        raise UserError(f"--features {extractor.name}: a classifier compares images of one size, "
+                        f"and these have {words} pixels; bring them to one size first")
+
+
+def renumber(images, class_names, flag):
+    """The same Images with labels that refer to `class_names`, where both names are known."""
+    labels = to_classes(images.labels, images.class_names, class_names, flag)
+    return replace(images, labels=labels, class_names=class_names)
+
+
+def refuse_long_tailed(reference, class_counts):
+    """Raise UserError where the reference is the long-tailed training set itself.
+
+    Sec. 4.1 measures against a balanced set. class_counts: of the training set, or None.
+    """
+    if class_counts is None or reference.labels is None:
+        return
+    counts = np.bincount(reference.labels, minlength=len(class_counts)).tolist()
+    if counts == list(class_counts) and max(counts) > 1.5 * min(counts):
+        raise UserError(f"--reference {reference.name}: this is the long-tailed set that the model "
+                        f"was trained on; the distance to it rewards the imbalance. "
+                        f"Leave --reference out, or name balanced images")
+
+
+def refuse_other_features(images, extractor, flag):
+    """Raise UserError where --save-stats kept features of another network than the extractor's."""
+    if images.features and images.about["features_sha256"] != extractor.sha256:
+        raise UserError(f"{flag}: its features were made by {images.about['made_by']}, "
+                        f"not by {extractor.name}")
+
+
+def refuse_lacking(reference, labels, class_names):
+    """Raise UserError where the reference has no image of a class of the samples.
+
+    The overall distance would count these samples as wrong, whatever they look like.
+    labels: of the samples.
+    """
+    if labels is None or reference.labels is None:
+        return
+    lacking = np.setdiff1d(labels, reference.labels)
+    if len(lacking):
+        names = ", ".join(str(class_names[c] if class_names else c) for c in lacking[:6])
+        more = " ..." if len(lacking) > 6 else ""
+        raise UserError(f"--reference {reference.name}: it has no image of some of the samples' "
+                        f"classes ({names}{more}); name one with all of them, or measure samples "
+                        "without these classes")
+
+
+def pool_sizes(num, num_group, groups, C):
+    """Images per class, (C,): balanced, `num` in all and `num_group` in every group, at least.
+
+    The overall numbers are measured on the first num / C of each class. The paper's numbers on
+    CIFAR-100: 607 per class in Many and Medium (33 classes each), 589 in Few (34 classes).
+    """
+    sizes = np.full(C, -(-num // C))
+    for classes in groups.values():
+        sizes[classes] = np.maximum(sizes[classes], -(-num_group // len(classes)))
+    return sizes
+
+
+def pool_of(sizes):
+    """Labels (n,) and image numbers of a pool with `sizes` images per class.
+
+    The j-th image of class c is number j C + c, whatever the sizes of the other classes.
+    """
+    C = len(sizes)
+    members = [(c, j * C + c) for j in range(max(sizes)) for c in range(C) if j < sizes[c]]
+    return np.array([c for c, _ in members]), [i for _, i in members]

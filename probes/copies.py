@@ -1,0 +1,195 @@
+"""Does a model copy its training images? Nearest neighbours of generated images, per group.
+
+    python -m probes.copies --ckpt out/NAME/ckpt.pt --samples out/NAME/samples/samples.npz
+
+A generated image counts as a copy where its nearest training image is nearer to it than to any
+other training image: in pixels, and in the features of a network. Real images that the model has
+not seen do so by chance too; their share is printed beside those of the models. A model that has
+seen 7 images of a class and copies them has a good Frechet distance, but generates nothing new.
+
+Several --samples of one training set stand in one table. --ckpt says which training set: that of
+the long-tailed draw, not the balanced one.
+"""
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import disk
+import runtime
+from data import class_groups, load, read_samples, to_rgb, training_images
+from metrics.features import Extractor
+from metrics.image_sets import protocol_of_dataset
+from metrics.scores import radii, squared_distances
+from runtime import Parser, UserError, integer, run
+from sample import KINDS, grid_image
+
+BLOCK = 2048        # rows whose distances are in memory at once
+
+
+# --------------------------------------------------------------------------------------------------
+# Nearest neighbours
+
+def nearest(a, b):
+    """For each row of a (N, D) its nearest row of b (M, D): (index (N,), squared distance (N,))."""
+    found = [squared_distances(part, b).min(1) for part in a.split(BLOCK)]
+    return torch.cat([f.indices for f in found]), torch.cat([f.values for f in found])
+
+
+def copies(images, train):
+    """Which images are copies, (N,) bool, and each one's nearest training image, (N,).
+
+    images (N, D), train (M, D), M at least 2: float64 tensors. An image is a copy where the nearest
+    training image x has no other training image as near as this one.
+    """
+    index, distance = nearest(images, train)
+    return distance < radii(train, 1, BLOCK)[index], index
+
+
+def shares(is_copy, labels, groups):
+    """{"all": share of copies, group: its share}; groups without an image are left out."""
+    result = {"all": float(is_copy.double().mean())}
+    for name, classes in groups.items():
+        mine = torch.from_numpy(np.isin(labels, classes))
+        if mine.any():
+            result[name] = float(is_copy[mine].double().mean())
+    return result
+
+
+def pixels_of(images):
+    """uint8 (N, H, W, 3) as float64 rows (N, H W 3)."""
+    return torch.from_numpy(images.reshape(len(images), -1)).double()
+
+
+def features_of(extractor, images, title):
+    """Features of uint8 (N, H, W, 3): float64 (N, D)."""
+    features, _ = extractor.extract(lambda rows: images[rows], len(images), title)
+    return torch.from_numpy(features).double()
+
+
+# --------------------------------------------------------------------------------------------------
+
+def unseen_images(args, ckpt, images):
+    """(images uint8 (N, H, W, 3), labels) of the data set that the draw left out; None for none."""
+    config = ckpt["config"]
+    whole = load(config["dataset"], args.data_dir or config["data_dir"], "train",
+                 config["resolution"], ckpt["data"]["class_names"], config["pack_dir"])
+    seen = {image.tobytes() for image in images.images}
+    rows = [i for i, image in enumerate(whole.images) if image.tobytes() not in seen]
+    if not rows:
+        return None
+    return to_rgb(whole.images[rows]), whole.labels[rows]
+
+
+def read_all(args, ckpt):
+    """({path: (images, labels)}, {path: settings}) of --samples, of the checkpoint's training set.
+
+    settings: how sample.py made them. Raises UserError for samples of another training set.
+    """
+    found = {}
+    settings = {}
+    for path in args.samples:
+        images, labels, record = read_samples(path)
+        data = record.get("data", {})
+        if labels is None or any(data.get(key) != ckpt["data"].get(key)
+                                 for key in ("sha256", "class_counts", "class_names")):
+            raise UserError(f"--samples {path}: not of the training set of --ckpt {args.ckpt}")
+        found[path] = images, labels
+        settings[path] = record["settings"]
+    return found, settings
+
+
+def print_shares(rows, groups):
+    """A table: one line per set of images, the shares in pixels and in features."""
+    width = max(len(name) for name in rows)
+    for name, result in rows.items():
+        words = []
+        for space in ("pixels", "features"):
+            numbers = "  ".join(f"{key} {result[space][key]:6.1%}"
+                                for key in ("all", *groups) if key in result[space])
+            words.append(f"{space}: {numbers}")
+        print(f"{name:<{width}}  " + "    ".join(words))
+
+
+def pairs_picture(images, labels, index, train, data, groups):
+    """A grid of generated images of Few, each with its nearest training image at its right.
+
+    Of all classes where there are no groups, or no images of Few.
+    """
+    rows = np.flatnonzero(np.isin(labels, groups["Few"] if groups else labels))
+    if not len(rows):
+        rows = np.arange(len(labels))
+    both = np.stack([images[rows], train[index[rows]]], 1).reshape(-1, *images.shape[1:])
+    return grid_image(both, np.repeat(labels[rows], 2), data["class_names"], data["class_counts"])
+
+
+def make_parser():
+    """All flags."""
+    parser = Parser(__doc__)
+    parser.add_argument("--ckpt", required=True,
+                        help="a checkpoint of train.py: its training set is compared with")
+    parser.add_argument("--samples", nargs="+", required=True,
+                        help=".npz files of sample.py, of models of this training set")
+    parser.add_argument("--features", help='"inception", or a checkpoint of classify.py (default: '
+                        "as evaluate.py)")
+    parser.add_argument("--data-dir", help="where data sets are (default: the checkpoint's)")
+    parser.add_argument("--batch-size", type=integer(1), default=64,
+                        help="images at a time in the feature network (default: 64)")
+    parser.add_common("folder of copies.json and pairs.png (default: copies beside --ckpt)")
+    return parser
+
+
+def main():
+    """Measure every set of images and the unseen real ones; print and write."""
+    args = make_parser().parse_args()
+    runtime.refuse_processes("-m probes.copies")
+    start = time.time()
+    out = Path(args.out or Path(args.ckpt).parent / "copies")
+
+    # What is measured
+    ckpt = disk.load(args.ckpt, KINDS)
+    data = ckpt["data"]
+    sets, settings = read_all(args, ckpt)
+    disk.check_writable(out / "copies.json")
+    rt = runtime.setup(args.device, args.dtype)
+    train = training_images(ckpt, args.data_dir)
+    unseen = unseen_images(args, ckpt, train)
+    features = args.features or protocol_of_dataset(data["dataset"])["features"]
+    extractor = Extractor(features, rt, args.batch_size)
+    extractor.refuse_other_size(data["resolution"])
+    groups = class_groups(data["class_counts"])
+
+    # Measure
+    real = to_rgb(train.images)
+    in_space = {"pixels": pixels_of(real),
+                "features": features_of(extractor, real, "training images")}
+    if unseen:
+        sets = {"real, not in the training set": unseen, **sets}
+    rows, indices = {}, {}
+    for name, (images, labels) in sets.items():
+        points = {"pixels": pixels_of(images), "features": features_of(extractor, images, name)}
+        rows[name] = {"num": len(labels)}
+        for space, of_train in in_space.items():
+            is_copy, index = copies(points[space], of_train)
+            rows[name][space] = shares(is_copy, labels, groups)
+            indices[name] = index.numpy()
+
+    # Print and write
+    print(f"share of images that are nearer to a training image than any other training image is "
+          f"({len(real):,} training images; features of {extractor.name})")
+    print_shares(rows, groups)
+    disk.write_json(out / "copies.json", {
+        "rows": rows, "ckpt": args.ckpt, "data": data, "features": extractor.name,
+        "features_sha256": extractor.sha256,
+        "samples_sha256": {path: disk.sha256(path) for path in args.samples},
+        "samples_settings": settings,
+        "seconds": round(time.time() - start, 1)})
+    first = args.samples[0]
+    picture = pairs_picture(*sets[first], indices[first], real, data, groups)
+    disk.write_png(out / "pairs.png", picture)
+    print(f"wrote {out}: copies.json; pairs.png, images of {first} with their nearest ones")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,716 @@
+"""Classification with ResNet-18: long-tailed recognition with and without CM (Sec. G.11), generated
+images as training data (Sec. G.5), and feature networks to use in place of Inception.
+
+    python -m recognition.classify --dataset cifar100 --ir 100 --loss ldam [--cm]   # Table G.13
+    python -m recognition.classify --dataset cifar100 --extra SAMPLES.npz           # Table G.8
+    python -m recognition.classify --dataset digits     # the demo's feature network, half a minute
+
+It trains on the long-tailed training set (--ir; 1: every image) and reports top-1 accuracy, macro
+precision and macro recall on the balanced test set. The folder of a run holds ckpt.pt (a plain
+ResNet-18, CM merged: what `evaluate.py --features` takes), result.json, confusion.png and
+TensorBoard events. The same command resumes a stopped run.
+"""
+import hashlib
+import math
+import sys
+import time
+from argparse import BooleanOptionalAction
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.tensorboard import SummaryWriter
+
+import disk
+import runtime
+from cm_layers import merge
+from data import (Batches, ImageSet, add_data_flags, by_size, class_groups, class_order_of,
+                  images_of_npz, load, load_long_tailed, open_npz, read_record, refuse_other_data,
+                  to_classes, to_float, unused_data_flags)
+from losses import CMConfig, add_cm_flags
+from recognition.resnet import (DISTANCES, LOSSES, STAGES, ClassifierLoss, make_reserved,
+                                refuse_narrow)
+from runtime import Parser, UserError, integer, number, run
+from sets.readers import NoSuchSplit
+
+PRESETS = {     # the field's recipe, and what is different for the small digits
+    "paper": {"epochs": 200, "weight_decay": 2e-4, "schedule": "steps", "nesterov": False,
+              "width": 64},
+    "digits": {"epochs": 30, "weight_decay": 5e-4, "schedule": "onecycle", "nesterov": True,
+               "width": 16},
+}
+RESUMABLE = {"device", "out", "data_dir", "pack_dir", "compile", "if_needed", "save_every"}
+
+
+# --------------------------------------------------------------------------------------------------
+# Settings
+
+def per_class_argument(text):
+    """--extra-per-class: "all", "balance", or a whole number."""
+    return text if text in ("all", "balance") else str(integer(1)(text))
+
+
+def preset_of(dataset):
+    """The defaults that depend on the data set."""
+    return {**PRESETS["paper"], **PRESETS.get(dataset, {})}
+
+
+def make_parser():
+    """All flags; those in PRESETS have their default filled in by `resolve`."""
+    parser = Parser(__doc__)
+    add_extra_flags(add_data_flags(parser, dataset="digits", ir=1))
+    add_method_flags(parser.add_argument_group("method"))
+    add_training_flags(parser.add_argument_group("training"))
+    add_output_flags(parser)
+    parser.add_common("folder of the run (default: out/classifier-DATASET, and a name made of the "
+                      "settings unless they are the defaults)")
+    return parser
+
+
+def add_extra_flags(group):
+    """Generated images as training data."""
+    group.add_argument("--extra", metavar="FILE",
+                       help="an .npz of generated images, added to the training set")
+    group.add_argument("--extra-per-class", type=per_class_argument, default="all", metavar="N",
+                       help="how many of each class: all, a number, or balance, which fills every "
+                            "class up to the largest (default: all)")
+
+
+def add_method_flags(group):
+    """The loss, and CM."""
+    group.add_argument("--loss", choices=LOSSES, default="ce",
+                       help="cross-entropy, LDAM or logit adjustment (default: ce)")
+    group.add_argument("--tau", type=number(0), default=1.0, help="of --loss la (default: 1)")
+    group.add_argument("--drw", action="store_true",
+                       help="weigh classes by effective number over the last fifth of the training")
+    group.add_argument("--cm", action="store_true", help="reserve capacity and add L_CM")
+    group.add_argument("--reserve", nargs="+", choices=STAGES,
+                       help='where; conv1 is the stem (default: all, "the convolutional layers" '
+                            "of Sec. G.11)")
+    group.add_argument("--rank-ratio", type=number(above=0, high=1), default=0.1,
+                       help="r / min(d, k) of Eq. (1) (default: 0.1)")
+    add_cm_flags(group, div_bound=0.0)
+    group.add_argument("--distance", choices=DISTANCES, default="probs",
+                       help="D between theta and theta^g (default: probs)")
+
+
+def add_training_flags(group):
+    """The optimisation; three numbers, the schedule and the momentum depend on the data set."""
+    def add(flag, kind, words):
+        key = flag.removeprefix("--").replace("-", "_")
+        paper, digits = PRESETS["paper"][key], PRESETS["digits"][key]
+        group.add_argument(flag, type=kind, help=f"{words} (default: {paper}; digits: {digits})")
+    add("--epochs", integer(1), "passes over the training set")
+    add("--weight-decay", number(0), "SGD's weight decay")
+    add("--width", integer(1, 4096), "channels of the first stage; 64 is ResNet-18")
+    group.add_argument("--schedule", choices=("steps", "onecycle"),
+                       help="of the learning rate (default: steps; digits: onecycle)")
+    group.add_argument("--nesterov", action=BooleanOptionalAction, default=None,
+                       help="Nesterov momentum (default: off; digits: on)")
+    group.add_argument("--batch-size", type=integer(1), default=128,
+                       help="images per step, over all processes (default: 128)")
+    group.add_argument("--lr", type=number(above=0), default=0.1,
+                       help="largest learning rate (default: 0.1)")
+    runtime.add_compile_flag(group)
+    group.add_argument("--save-every", type=integer(1), default=10,
+                       help="epochs between checkpoints (default: 10)")
+
+
+def add_output_flags(parser):
+    """What is reported, and when."""
+    parser.add_argument("--group-rule", "--split-rule", choices=("counts", "thirds"),
+                        default="counts",
+                        help="Many / Medium / Few by training images, over 100, 20 to 100, under "
+                             "20, as Table G.13 must have it; or thirds of the classes (default: "
+                             "counts)")
+    parser.add_argument("--if-needed", action="store_true",
+                        help="do nothing where --out was made with these settings already")
+
+
+def resolve(args, given=()):
+    """Fill in the data set's defaults and the run's folder. Raises UserError for an unused flag.
+
+    given: Parser.given.
+    """
+    for key, value in preset_of(args.dataset).items():
+        if getattr(args, key) is None:
+            setattr(args, key, value)
+    if args.out is None:
+        args.out = default_folder(args)
+    if args.reserve is None:
+        # Without --cm it means nothing: what older runs have there, so that they are still resumed
+        args.reserve = list(STAGES) if args.cm else ["layer3", "layer4"]
+    runtime.refuse_unused(given, {**unused_data_flags(args), **unused_flags(args)})
+    return args
+
+
+def default_folder(args):
+    """out/classifier-DATASET, and a word for each setting that is not the default."""
+    defaults = {**vars(make_parser().parse_args([])), **preset_of(args.dataset)}
+    dataset = disk.path_id(args.data_dir) if args.dataset == "folder" else args.dataset
+    words = ["classifier", dataset]
+    if args.ir != 1:
+        words.append(f"ir{args.ir:g}")
+    if args.loss != "ce":
+        words.append(args.loss)
+    if args.drw:
+        words.append("drw")
+    if args.cm:
+        words.append("cm")
+    if args.extra:
+        content = disk.sha256(args.extra)[:8] if Path(args.extra).is_file() else ""
+        words.append("extra" + content)
+    if args.seed != 0:
+        words.append(f"seed{args.seed}")
+    named = RESUMABLE | {"dataset", "ir", "loss", "drw", "cm", "extra", "seed", "plugin"}
+    for key, value in sorted(vars(args).items()):
+        if key not in named and value != defaults[key]:
+            text = "_".join(value) if isinstance(value, list) else str(value)
+            words.append(key + text)
+    return "out/" + disk.short_name("-".join(words))
+
+
+def unused_flags(args):
+    """{flag: why it does nothing}, of those that mean something only together with another one."""
+    unused = {}
+    if args.loss != "la":
+        unused["tau"] = "belongs to --loss la, which adds the prior"
+    if not args.extra:
+        unused["extra_per_class"] = "belongs to --extra"
+    if not args.cm:
+        keys = ("reserve", "lam", "w_con", "w_div", "div_bound", "distance", "rank_ratio")
+        unused.update({key: "belongs to --cm" for key in keys})
+    elif not args.lam:
+        unused.update({key: "--lam 0 has no L_CM" for key in
+                       ("w_con", "w_div", "div_bound", "distance")})
+    return unused
+
+
+def settings_of(args):
+    """What a run's result depends on: {name: value}, with a hash of the extra images' file."""
+    settings = {key: value for key, value in vars(args).items()
+                if key not in RESUMABLE | {"plugin"}}
+    return {**settings, **runtime.Plugins.record(),
+            "extra_sha256": args.extra and disk.sha256(args.extra)}
+
+
+# --------------------------------------------------------------------------------------------------
+# Data
+
+class Sets(NamedTuple):
+    """The images of a run."""
+    real: ImageSet              # for training, without generated images
+    train: ImageSet             # for training, all of them
+    test: ImageSet | None       # None where the data set has no test images
+
+
+def load_sets(args, rt, old=None):
+    """The Sets that these flags describe. Raises UserError for a class without images.
+
+    old: the checkpoint that the run goes on from, or None.
+    """
+    with rt.rank_0_first():
+        real = load_long_tailed(args, old)
+        try:
+            test = load(args.dataset, args.data_dir, "test", args.resolution,
+                        class_order_of(args, old), args.pack_dir)
+        except NoSuchSplit:
+            test = None
+    train = real
+    if args.extra:
+        train = with_extra(real, args.extra, args.extra_per_class, args.seed)
+    refuse_empty_class(train, "training", args)
+    if test is not None:
+        refuse_empty_class(test, "test", args)
+    return Sets(real, train, test)
+
+
+def refuse_empty_class(images, kind, args):
+    """Raise UserError for the first class without an image; kind: "training" or "test"."""
+    if not images.counts.all():
+        name = images.class_names[int(np.argmin(images.counts))]
+        raise UserError(f"--dataset {args.dataset}: class {name} has no {kind} image")
+
+
+def with_extra(images, path, per_class, seed):
+    """The ImageSet `images` and, after them, generated ones of an .npz, chosen at random per class.
+
+    per_class: "all", a number at most, or "balance": as many as fill the class up to the largest.
+    Raises UserError.
+    """
+    extra, labels = read_extra(path, images)
+    C = len(images.class_names)
+    if per_class == "balance":
+        wanted = images.counts.max() - images.counts
+    else:
+        wanted = np.full(C, len(labels) if per_class == "all" else int(per_class))
+    rng = np.random.RandomState(seed)
+    rows = [rng.permutation(np.flatnonzero(labels == c))[:wanted[c]] for c in range(C)]
+    rows = np.concatenate(rows).astype(int)
+    return replace(images, images=np.concatenate([images.images, extra[rows]]),
+                   labels=np.concatenate([images.labels, labels[rows]]))
+
+
+def read_extra(path, images):
+    """Images and labels of an .npz (arr_0, arr_1), with the shape and the classes of `images`.
+
+    Where sample.py left its .json beside the file, the classes are matched by their names. Raises
+    UserError.
+    """
+    extra, labels = images_of_npz(open_npz(path, "--extra"), path, "--extra")
+    H, W, channels = images.images.shape[1:]
+    fits = extra.shape[1:3] == (H, W) and extra.shape[3] in (channels, 3)
+    if not len(extra) or not fits:
+        raise UserError(f"--extra {path}: arr_0 is of shape {list(extra.shape)}; it must be "
+                        f"N x {H} x {W} x 3")
+    if labels is None:
+        raise UserError(f"--extra {path}: it has no arr_1, the labels of its images")
+    names = read_record(path, "--extra").get("data", {}).get("class_names")
+    labels = to_classes(labels, names, images.class_names, f"--extra {path}")
+    if channels == 1 and (extra != extra[..., :1]).any():
+        raise UserError(f"--extra {path}: images in colour, and {images.name} is grey")
+    return extra[..., :channels], labels.astype(np.int64)
+
+
+def random_shift(x, pad, g):
+    """Shift each image by up to `pad` pixels in all directions; x (N, C, H, W), g the generator.
+
+    What enters at the border is the background, -1.
+    """
+    N, _, H, W = x.shape
+    padded = F.pad(x, (pad,) * 4, value=-1.0)
+    dy, dx = torch.randint(2 * pad + 1, (2, N, 1, 1), generator=g, device=x.device)
+    image = torch.arange(N, device=x.device)[:, None, None]
+    row = torch.arange(H, device=x.device)[:, None] + dy
+    column = torch.arange(W, device=x.device) + dx
+    return padded[image, :, row, column].permute(0, 3, 1, 2)
+
+
+def augmented(x, flip, seed, step):
+    """The images x (B, C, H, W) of a step, shifted at random, and mirrored where `flip`.
+
+    A pure function of the global batch and (seed, step).
+    """
+    g = runtime.generator(x.device, seed, "augment", step)
+    x = random_shift(x, max(1, x.shape[-1] // 8), g)
+    if flip:
+        mirrored = torch.rand(len(x), 1, 1, 1, generator=g, device=x.device) < 0.5
+        x = torch.where(mirrored, x.flip(3), x)
+    return x
+
+
+# --------------------------------------------------------------------------------------------------
+# Set-up
+
+@dataclass
+class Training:
+    """What a run's loop works on, and the step that it has reached."""
+    net: nn.Module
+    optimizer: torch.optim.SGD
+    batches: Batches
+    flip: bool                  # whether images are mirrored at random
+    steps_per_epoch: int
+    total: int                  # steps of the whole run
+    record: dict                # what every checkpoint of the run holds
+    step: int = 0
+    loss: nn.Module | None = None           # ClassifierLoss, perhaps compiled or parallel
+    board: SummaryWriter | None = None      # TensorBoard, on rank 0 only
+
+    def state(self):
+        """What a checkpoint keeps so that the run can be resumed."""
+        return {"model": self.net.state_dict(), "optimizer": self.optimizer.state_dict(),
+                "step": self.step}
+
+    def restore(self, state):
+        """Take over what `state` returned."""
+        self.net.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step = state["step"]
+
+
+def reserved_stages(args):
+    """The stages that CM reserves: none without --cm."""
+    return args.reserve if args.cm else []
+
+
+def set_up(sets, settings, old, args, rt):
+    """The Training of a run: a new one, or the one of the checkpoint `old`, where it stopped."""
+    if old:
+        defaults = {**vars(make_parser().parse_args([])), **preset_of(args.dataset)}
+        disk.refuse_changes(old["config"], settings, args.out, defaults, RESUMABLE)
+        refuse_other_data(old["data"], sets.real.record(), args)
+    training = start(sets, settings, args, rt)
+    if old and old["training"]:
+        training.restore(old["training"])
+    if rt.rank == 0:
+        with disk.writing(args.out):
+            training.board = SummaryWriter(args.out, purge_step=training.step + 1)
+    training.loss = make_loss(training, sets.train.counts, args, rt)
+    announce(training, sets.train, args, rt)
+    return training
+
+
+def start(sets, settings, args, rt):
+    """The network, optimizer and batches of a new run, as a Training without its loss."""
+    channels = sets.train.images.shape[3]
+    network = {"channels": channels, "num_classes": len(sets.train.class_names),
+               "width": args.width, "normed": args.loss == "ldam"}
+    torch.manual_seed(runtime.seed_of(args.seed, "init"))
+    net = make_reserved(network, reserved_stages(args), args.rank_ratio)
+    net.to(rt.device, memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(net.parameters(), lr=args.lr, momentum=0.9,
+                                weight_decay=args.weight_decay, nesterov=args.nesterov)
+    N = len(sets.train.labels)
+    return Training(
+        net, optimizer, Batches(sets.train, args.batch_size, args.seed, rt.device),
+        flip=sets.train.flip,
+        steps_per_epoch=max(1, N // args.batch_size),
+        total=max(1, args.epochs * N // args.batch_size),
+        record={"kind": "classifier", "network": network, "config": settings,
+                "data": sets.real.record()})
+
+
+def make_loss(training, counts, args, rt):
+    """The ClassifierLoss of a run, compiled where --compile says so, for all processes."""
+    loss = ClassifierLoss(net=training.net, loss=args.loss, counts=counts,
+                          reserved=reserved_stages(args), cm=CMConfig.of(args), tau=args.tau,
+                          distance=args.distance).to(rt.device)
+    if runtime.wants_compile(args, rt):
+        trial = next_batch(training, args, rt)
+        loss, warning = runtime.compile_or_not(loss, lambda module: module(*trial)[0], rt)
+        if warning and training.board:
+            training.board.add_text("warning", warning, training.step)
+    # All processes go on from rank 0's running statistics, which are those of the checkpoint
+    return rt.parallel(loss, broadcast_buffers=True)
+
+
+def announce(training, images, args, rt):
+    """One line: the images, the method, and where the run starts."""
+    method = args.loss
+    if args.cm:
+        method += f" + CM on {' '.join(args.reserve)}"
+    if args.drw:
+        method += ", DRW"
+    verb = "resuming" if training.step else "starting"
+    rt.print(f"{images.summary()}; {method}; {verb} at step {training.step} of {training.total}")
+
+
+# --------------------------------------------------------------------------------------------------
+# The loop
+
+def next_batch(training, args, rt):
+    """This process's part of the next global batch: x (B, C, H, W) in [-1, 1], y (B,) int64."""
+    x, y = training.batches.at(training.step)
+    x = augmented(x, training.flip, args.seed, training.step)
+    B = args.batch_size // rt.world
+    own = slice(rt.rank * B, (rt.rank + 1) * B)
+    return x[own].contiguous(memory_format=torch.channels_last), y[own]
+
+
+def learning_rate(step, total, steps_per_epoch, args):
+    """The learning rate of a step.
+
+    "steps": five epochs of linear warm-up, then x 0.01 from 80 % and x 0.0001 from 90 % of the
+    training on (epochs 160 and 180 of 200, as in LDAM's code). "onecycle": torch's OneCycleLR
+    without its momentum.
+    """
+    if args.schedule == "steps":
+        warmup = min(5 * steps_per_epoch, total // 4)
+        factor = 1.0
+        if step >= 0.8 * total:
+            factor = 1e-2
+        if step >= 0.9 * total:
+            factor = 1e-4
+        return args.lr * factor * min(1.0, (step + 1) / max(1, warmup))
+
+    def cosine(start, end, share):
+        return end + (start - end) / 2 * (1 + math.cos(math.pi * share))
+    rise = 0.3 * (total + 1) - 1
+    if step <= rise:
+        return cosine(args.lr / 25, args.lr, step / rise)
+    return cosine(args.lr, args.lr / 25e4, (step - rise) / (total - rise))
+
+
+def update(training, args, rt):
+    """One step of SGD; returns what the loss returned, (total, terms)."""
+    step = training.step
+    rate = learning_rate(step, training.total, training.steps_per_epoch, args)
+    for group in training.optimizer.param_groups:
+        group["lr"] = rate
+    x, y = next_batch(training, args, rt)
+    reweigh = args.drw and step >= 0.8 * training.total
+    with rt.autocast():
+        total, terms = training.loss(x, y, reweigh)
+    total.backward()
+    training.optimizer.step()
+    training.optimizer.zero_grad(set_to_none=True)
+    training.step += 1
+    return total, terms
+
+
+def log(training, total, terms, rt):
+    """Write the terms and the learning rate to TensorBoard; return the loss as a float.
+
+    Raises UserError, on all ranks, where the loss of one of them is not finite.
+    """
+    value = total.item()
+    if rt.maximum(int(not math.isfinite(value))):
+        raise UserError(f"stopped at step {training.step}: the loss is not finite; lower --lr")
+    if training.board:
+        rate = training.optimizer.param_groups[0]["lr"]
+        numbers = {**{name: term.item() for name, term in terms.items()}, "lr": rate}
+        write_board(training.board, numbers, training.step)
+    return value
+
+
+def write_board(board, numbers, step):
+    """Write {name: number} to TensorBoard's files."""
+    with disk.writing(board.log_dir):
+        for name, value in numbers.items():
+            board.add_scalar(name, value, step)
+        board.flush()
+
+
+def loop(training, args, rt):
+    """Train to the last step; or, after a signal, save and leave the process with 128 + signal."""
+    stop = runtime.StopSignal()
+    training.net.train()
+    with runtime.progress(total=training.total, initial=training.step, unit="step",
+                          desc="training the classifier", disable=rt.rank > 0) as bar:
+        while training.step < training.total:
+            total, terms = update(training, args, rt)
+            bar.update()
+            finished = training.step == training.total
+            saves = training.step % (args.save_every * training.steps_per_epoch) == 0
+            if training.step % 20 == 0 or saves or finished:
+                value = log(training, total, terms, rt)
+                bar.set_postfix(loss=f"{value:.3f}", refresh=False)
+            signal = rt.maximum(stop.number)
+            if signal or saves or finished:
+                refuse_non_finite(training)
+            if rt.rank == 0 and (signal or saves and not finished):
+                save(training, training.state(), args)
+            if signal:
+                rt.print(f"stopped by signal {signal} at step {training.step}; the same command "
+                         f"goes on from there")
+                sys.exit(128 + signal)
+
+
+def refuse_non_finite(training):
+    """Raise UserError where weights or running statistics are not finite, before they are saved."""
+    if not all(value.isfinite().all() for value in training.net.state_dict().values()):
+        raise UserError(f"stopped at step {training.step}: the weights are not finite; lower --lr")
+
+
+def weights_hash(state):
+    """A hash of the weights of a checkpoint, {name: tensor}: a result says which it belongs to."""
+    digest = hashlib.sha256()
+    for name, value in sorted(state.items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def save(training, state, args):
+    """Write ckpt.pt; return the merged network, which is what readers of the file get.
+
+    state: what the run can be resumed from; None where it is finished.
+    """
+    stages = reserved_stages(args)
+    merged = make_reserved(training.record["network"], stages, args.rank_ratio)
+    merged.load_state_dict(training.net.state_dict())
+    merge(merged)
+    content = {**training.record, "model": merged.state_dict(), "training": state}
+    disk.save(Path(args.out) / "ckpt.pt", content)
+    return merged
+
+
+# --------------------------------------------------------------------------------------------------
+# The report
+
+@torch.no_grad()
+def predict(net, images, rt, batch_size=500):
+    """The classes that the network (in eval mode) predicts for an ImageSet: (N,).
+
+    Raises UserError for logits that are not finite, whose largest means nothing.
+    """
+    N = len(images.labels)
+    predicted = []
+    for rows in np.array_split(np.arange(N), max(1, N // batch_size)):
+        x = torch.from_numpy(np.array(images.images[rows])).to(rt.device)
+        logits = net(to_float(x))
+        if not logits.isfinite().all():
+            raise UserError("--lr: the network's outputs are not finite, the run has diverged; "
+                            "lower it, and choose another folder with --out")
+        predicted.append(logits.argmax(1).cpu().numpy())
+    return np.concatenate(predicted)
+
+
+def recognition_groups(counts, rule):
+    """{"Many", "Medium", "Few"}: lists of classes, by their training images `counts` (C,).
+
+    rule "counts": over 100, 20 to 100, under 20 images; empty groups are left out. The paper does
+    not name Table G.13's rule, but its numbers do: "Overall" is the mean of the groups, weighted 30
+    / 31 / 39 at IR 200 and 35 / 35 / 30 at IR 100, which are this rule's numbers of classes.
+    "thirds": thirds of the classes (Sec. 4.1).
+    """
+    if rule == "thirds":
+        return class_groups(counts)
+    counts = np.asarray(counts)
+    masks = {"Many": counts > 100, "Medium": (counts >= 20) & (counts <= 100), "Few": counts < 20}
+    return {name: np.flatnonzero(mask).tolist() for name, mask in masks.items() if mask.any()}
+
+
+def scores(predicted, labels, groups, C):
+    """({name: score in per cent}, the confusion matrix (C, C) with rows true, columns predicted).
+
+    {"accuracy", "precision", "recall" (both macro), "groups": {name: {"accuracy"}}}. A class that
+    is never predicted has precision 0. On a balanced test set accuracy equals recall.
+    """
+    matrix = np.bincount(labels * C + predicted, minlength=C * C).reshape(C, C)
+    correct = matrix.diagonal()
+    images = matrix.sum(1)
+    predictions = matrix.sum(0)
+    present = images > 0
+    result = {"accuracy": float(100 * correct.sum() / images.sum()),
+              "precision": 100 * float(np.mean(correct / np.maximum(predictions, 1))),
+              "recall": 100 * float(np.mean(correct[present] / images[present])),
+              "groups": {}}
+    for name, classes in groups.items():
+        if images[classes].sum():
+            accuracy = 100 * float(correct[classes].sum() / images[classes].sum())
+            result["groups"][name] = {"accuracy": accuracy}
+    return result, matrix
+
+
+def confusion_picture(matrix, counts, names, path):
+    """confusion.png: rows the true class, columns the predicted one, both by falling `counts`.
+
+    Each row is divided by its sum.
+    """
+    plt = disk.pyplot()
+    order = np.argsort(-np.asarray(counts), kind="stable")
+    share = (matrix / np.maximum(1, matrix.sum(1, keepdims=True)))[order][:, order]
+    fig, ax = plt.subplots(figsize=(5.4, 4.8), constrained_layout=True)
+    image = ax.imshow(share, cmap="magma", vmin=0, vmax=1, interpolation="nearest")
+    fig.colorbar(image, label="share of the class")
+    every = max(1, len(names) // 20)
+    ticks = range(0, len(names), every)
+    shown = [disk.in_figure(name) for name in names]
+    ax.set_yticks(ticks, [f"{shown[c]} ({counts[c]})" for c in order[::every]], fontsize=7)
+    ax.set_xticks(ticks, [shown[c] for c in order[::every]], fontsize=7, rotation=90)
+    ax.set(xlabel="predicted", ylabel="true class (training images)")
+    disk.save_figure(fig, path)
+
+
+def report_test(net, sets, args, rt):
+    """Scores on the test set; writes confusion.png and prints one line."""
+    counts = sets.real.counts
+    names = sets.real.class_names
+    groups = recognition_groups(counts, args.group_rule)
+    predicted = predict(net, sets.test, rt)
+    result, matrix = scores(predicted, sets.test.labels, groups, len(names))
+    confusion_picture(matrix, counts, names, Path(args.out) / "confusion.png")
+    words = [f"{name} {group['accuracy']:.2f}" for name, group in result["groups"].items()]
+    words += [f"overall {result['accuracy']:.2f}", f"macro precision {result['precision']:.2f}",
+              f"recall {result['recall']:.2f}"]
+    rules = {"counts": "over 100 / 20 to 100 / under 20 training images",
+             "thirds": "thirds of the classes"}
+    print(f"test accuracy {'  '.join(words)}  (%; {rules[args.group_rule]})")
+    return result
+
+
+def report(training, sets, args, rt):
+    """Save and measure the final network; returns what result.json says of the run."""
+    net = save(training, training.state(), args)
+    weights = weights_hash(net.state_dict())
+    net = net.to(rt.device).eval()
+    num = len(sets.train.labels)
+    train_accuracy = float((predict(net, sets.train, rt) == sets.train.labels).mean())
+    result = {"train_accuracy": 100 * train_accuracy, "weights_sha256": weights,
+              "settings": result_settings(training.record["config"], sets),
+              "class_order": by_size(sets.real.record()),
+              "num": num, "num_real": 0, "classes": {}, "groups": {}}
+    words = f"accuracy {train_accuracy:.1%} on {num:,} training images"
+    if sets.test is None:
+        words += "; the set has no test images"
+    else:
+        result.update(report_test(net, sets, args, rt), num_real=len(sets.test.labels))
+        words += f", {result['accuracy'] / 100:.1%} on {result['num_real']:,} test images"
+        numbers = {f"test/{name}": group["accuracy"] for name, group in result["groups"].items()}
+        numbers["test/accuracy"] = result["accuracy"]
+        write_board(training.board, numbers, training.total)
+    training.board.close()
+    print(words)
+    return result
+
+
+def result_settings(config, sets):
+    """What a result depends on: the settings, and the content of the data."""
+    test = sets.test.sha256 if sets.test else None
+    return {**config, "data_sha256": sets.real.sha256, "test_sha256": test}
+
+
+def is_done(out, old, config, sets):
+    """Whether result.json is that of these settings and data, and of the checkpoint `old`."""
+    result = disk.read_result(out / "result.json")
+    if not disk.up_to_date(out / "result.json", result_settings(config, sets)):
+        return False
+    return result.get("weights_sha256") == weights_hash(old["model"])
+
+
+def check_outputs(out):
+    """Raise UserError where a file of the run cannot be written."""
+    for name in ("ckpt.pt", "result.json", "confusion.png"):
+        disk.check_writable(out / name)
+
+
+def train_and_report(sets, config, old, args, rt):
+    """Train to the end, from where the checkpoint `old` stopped; measure; write result.json.
+
+    The checkpoint can be resumed until the result is written.
+    """
+    begin = time.time()
+    out = Path(args.out)
+    training = set_up(sets, config, old, args, rt)
+    if rt.rank == 0:
+        (out / "result.json").unlink(missing_ok=True)
+    loop(training, args, rt)
+    if rt.rank > 0:
+        return
+    result = report(training, sets, args, rt)
+    result.update(command=runtime.command_line("-m recognition.classify"),
+                  seconds=round(time.time() - begin, 1))
+    disk.write_json(out / "result.json", result)
+    save(training, None, args)
+    print(f"wrote {out}: ckpt.pt, result.json")
+
+
+def main():
+    """Train, resuming where a run was stopped; then measure the merged network on the test set."""
+    parser = make_parser()
+    args = resolve(parser.parse_args(), parser.given)
+    out = Path(args.out)
+    old, rt = disk.resume(args, ["classifier"])
+    if rt.dtype == torch.float16:
+        raise UserError("--dtype float16: only train.py and stable_diffusion.py scale the loss for "
+                        "it; take float32")
+    if args.batch_size % rt.world:
+        raise UserError(f"--batch-size {args.batch_size}: not divisible by {rt.world} processes; "
+                        f"it counts the images of all of them")
+    refuse_narrow(args.width, rt.device)
+    sets = load_sets(args, rt, old)
+    config = settings_of(args)
+    if old and (args.if_needed or not old["training"]) and is_done(out, old, config, sets):
+        return rt.print(f"{out}: {'up to date' if args.if_needed else 'finished'}")
+    with disk.claim_run(out, rt, old):
+        rt.on_rank_0(lambda: check_outputs(out))
+        train_and_report(sets, config, old, args, rt)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,1 @@
+"""How each released data set lies on disk, and image files packed to one array."""

@@ -1,0 +1,225 @@
+"""networks.py and dit.py: CM trains on networks other than the U-Net."""
+import numpy as np
+import pytest
+import torch
+from conftest import TINY_FLAGS, call, randomize, read_log, refuses
+from torch.testing import assert_close
+
+import disk
+import networks
+import prune_probe
+import sample
+import train
+from cm_layers import count, general_only, merge, reserve, reserved
+from model import UNet, UNetConfig
+from probes import capacity
+from variants.dit import Block, DiT, positions
+
+SMALL = {"channels": 1, "num_classes": 10, "size": 8, "ch": 16, "depth": 3, "patch": 2}
+FLAGS = [*TINY_FLAGS, "--network", "dit", "--depth", 2]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, data_dir):
+    """A DiT trained with CM for a few steps: the run's folder."""
+    out = tmp_path_factory.mktemp("dit") / "run"
+    call(train.main, *FLAGS, "--base", "ddpm", "--steps", 60, "--log-every", 20, "--lr", 0.003,
+         "--warmup", 0, "--data-dir", data_dir, "--out", out)
+    return out
+
+
+def inputs(n=4):
+    """x_t, t, y of n images of SMALL; the last label is Null."""
+    g = torch.Generator().manual_seed(0)
+    x_t = torch.randn(n, 1, 8, 8, generator=g)
+    return x_t, torch.arange(n) * 200, torch.tensor([*range(n - 1), -1])
+
+
+def test_the_table_builds_what_it_says():
+    settings = networks.settings_of("dit", {**SMALL, "lr": 1, "dropout": 0.2, "augment_dim": 0})
+    assert settings == {"network": "dit", **SMALL, "dropout": 0.2, "augment_dim": 0}
+    assert isinstance(networks.build(settings), DiT)
+    plain = UNetConfig(ch=16, ch_mult=[1, 2]).to_dict()
+    assert networks.settings_of("unet", plain) == plain            # as older checkpoints have it
+    assert isinstance(networks.build(plain), UNet)
+
+
+def test_the_halves_and_what_they_depend_on():
+    net = randomize(DiT(**SMALL), scale=0.2)
+    x_t, t, y = inputs()
+    eps = net(x_t, t, y)
+    assert eps.shape == x_t.shape
+    assert torch.equal(net.decode(*net.encode(x_t, t, y)), eps)
+    for other in ((x_t + 1, t, y), (x_t, t + 1, y), (x_t, t, y.roll(1))):
+        assert ((net(*other) - eps).abs().flatten(1).amax(1) > 1e-4).all()
+    # Patches are where they were: with the blocks off, a pixel moves its own patch only
+    for block in (*net.encoder.blocks, *net.decoder.blocks):
+        torch.nn.init.zeros_(block.condition.weight)
+        torch.nn.init.zeros_(block.condition.bias)
+    moved = x_t.clone()
+    moved[:, :, 2, 7] += 1
+    where = (net(moved, t, y) - net(x_t, t, y)).abs()[0, 0] > 1e-6
+    assert where.nonzero().amin(0).tolist() == [2, 6] and where.nonzero().amax(0).tolist() == [3, 7]
+
+
+def literal_block(block, x, emb, mask):
+    """adaLN-Zero as Peebles and Xie's Fig. 3 has it, of torch's own layers; mask: dropout."""
+    ch = x.shape[2]
+    shift1, scale1, gate1, shift2, scale2, gate2 = block.condition(
+        torch.nn.functional.silu(emb))[:, None].chunk(6, 2)
+    attention = torch.nn.MultiheadAttention(ch, ch // 64, batch_first=True)
+    attention.in_proj_weight, attention.in_proj_bias = block.qkv.weight, block.qkv.bias
+    attention.out_proj = block.proj
+    norm = torch.nn.LayerNorm(ch, eps=1e-6, elementwise_affine=False)
+    h = norm(x) * (1 + scale1) + shift1
+    x = x + gate1 * attention(h, h, h, need_weights=False)[0]
+    h = norm(x) * (1 + scale2) + shift2
+    h = block.mlp2(torch.nn.GELU("tanh")(block.mlp1(h)))
+    return x + gate2 * h * mask
+
+
+def test_a_block_is_adaln_zero():
+    g = torch.Generator().manual_seed(0)
+    block = randomize(Block(128, 2, 20, dropout=0.75), scale=0.1)
+    x = torch.randn(3, 9, 128, generator=g) / 100               # so that the norm's constant counts
+    emb, mask = torch.randn(3, 20, generator=g), torch.rand(3, 9, 128, generator=g) < 0.25
+    assert_close(block(x, emb, mask), literal_block(block, x, emb, 4 * mask), atol=2e-5, rtol=1e-5)
+    assert_close(block(x, emb), literal_block(block, x, emb, 1), atol=2e-5, rtol=1e-5)
+
+
+def test_an_untrained_network_predicts_zero_and_its_blocks_do_nothing():
+    net = DiT(**SMALL)
+    x_t, t, y = inputs()
+    assert (net(x_t, t, y) == 0).all()
+    tokens, emb = net.encode(x_t, t, y)
+    assert torch.equal(net.decoder.blocks[0](tokens, emb), tokens)
+    assert (len(net.encoder.blocks), len(net.decoder.blocks)) == (1, 2)     # of 3
+    assert [block.heads for block in DiT(**{**SMALL, "ch": 128}).encoder.blocks] == [2]
+    assert not any("positions" in key for key in net.state_dict())
+
+
+@pytest.mark.parametrize("ch", [6, 96, 100])
+def test_widths_that_a_block_does_not_have(ch):
+    with pytest.raises(ValueError, match=f"--ch {ch} has no heads of 64"):
+        DiT(**{**SMALL, "ch": ch})
+
+
+def test_the_vector_of_augmentation_reaches_the_network():
+    net = randomize(DiT(**SMALL, augment_dim=4), scale=0.2)
+    x_t, t, y = inputs()
+    plain, _ = net.encode(x_t, t, y)
+    assert (net.encode(x_t, t, y, (), torch.ones(4, 4))[0] - plain).abs().max() > 1e-4
+
+
+def test_each_half_has_masks_of_its_own_blocks():
+    encode, decode = DiT(**SMALL, dropout=0.5).draw_masks(4, 8, torch.Generator())
+    assert (len(encode), len(decode)) == (1, 2)
+
+
+def test_positions_differ():
+    p = positions(4, 16)
+    assert p.shape == (16, 16) and len(torch.unique(p, dim=0)) == 16
+    assert torch.equal(p[5, :8], p[6, :8]) and torch.equal(p[5, 8:], p[9, 8:])
+
+
+def test_dropout_masks_are_an_argument():
+    net = randomize(DiT(**SMALL, dropout=0.5), scale=0.2)
+    x_t, t, y = inputs()
+    encode, decode = net.draw_masks(4, 8, torch.Generator().manual_seed(1))
+    assert [m.shape for m in (*encode, *decode)] == [(4, 16, 16)] * 3
+    assert {m.dtype for m in (*encode, *decode)} == {torch.bool}
+    dropped = net.decode(*net.encode(x_t, t, y, encode), decode)
+    assert not torch.equal(dropped, net(x_t, t, y))
+    assert torch.equal(dropped, net.decode(*net.encode(x_t, t, y, encode), decode))
+    assert DiT(**SMALL, dropout=0).draw_masks(4, 8, None) == ([], [])
+
+
+def test_capacity_is_reserved_in_the_second_half_and_merges():
+    net = DiT(**SMALL)
+    reserve(net.decoder, 0.2)
+    randomize(net, scale=0.2)
+    assert {type(owner).__name__ for owner, _, _ in reserved(net)} == {"ParametrizedLinear"}
+    assert count(net)["expert"] == count(net.decoder)["expert"] > 0
+    x_t, t, y = inputs()
+    full = net(x_t, t, y)
+    with general_only(net.decoder):
+        assert not torch.allclose(net(x_t, t, y), full, atol=1e-3)
+    merge(net.decoder)
+    assert torch.allclose(net(x_t, t, y), full, atol=1e-5)
+    assert net.state_dict().keys() == DiT(**SMALL).state_dict().keys()
+
+
+@pytest.mark.parametrize("more", ["--base oc", "--base cbdm --ada 0.12", "--base consistency",
+                                  "--base ddpm --lora --init-from RUN"])
+def test_cm_trains_on_it(more, run, tmp_path, data_dir):
+    flags = more.replace("RUN", str(run / "ckpt.pt")).split()
+    call(train.main, *FLAGS, *flags, "--steps", 2, "--data-dir", data_dir, "--out", tmp_path)
+    assert read_log(tmp_path)[-1]["step"] == 2
+
+
+def test_it_learns_and_allocates(run):
+    log = read_log(run)
+    assert log[-1]["base"] < 0.5 < log[0]["base"]
+    assert log[-1]["D_Few"] > 1e-4              # it was 0 before the first step
+    ckpt = disk.load(run / "ckpt.pt", ["diffusion"])
+    assert ckpt["network"]["network"] == "dit" and ckpt["network"]["depth"] == 2
+
+
+def test_every_other_script_takes_it(run, tmp_path, data_dir):
+    common = ["--ckpt", run / "ckpt.pt", "--device", "cpu"]
+    call(sample.main, *common, "--num", 10, "--steps", 3, "--out", tmp_path / "full")
+    call(sample.main, *common, "--export", tmp_path / "merged.pt")
+    call(sample.main, "--ckpt", tmp_path / "merged.pt", "--device", "cpu", "--num", 10, "--steps",
+         3, "--out", tmp_path / "merged")
+    pictures = [np.load(tmp_path / name / "samples.npz")["arr_0"] for name in ("full", "merged")]
+    assert np.array_equal(*pictures)
+    probe = [*common, "--data-dir", data_dir, "--out", tmp_path / "probe"]
+    call(capacity.main, "allocation", *probe)
+    call(prune_probe.main, *probe, "--repeats", 1)
+
+
+@pytest.mark.parametrize("flags, says", [
+    (["--network", "dit", "--attn", 1], "--attn: --network dit has none"),
+    (["--depth", 4], "--depth: --network unet has none"),
+    (["--network", "dit", "--patch", 3], "8 pixels have no patches of 3"),
+    (["--network", "dit", "--ch", 100], "--ch 100 has no heads"),
+    (["--network", "dit", "--depth", 1], "cannot be cut in two"),
+    (["--network", "dit", "--no-cm", "--experts", "group"], "--experts"),
+    (["--network", "unit"], "--network")])
+def test_mistakes(flags, says, tmp_path, data_dir, capsys):
+    refuses(capsys, train.main, *TINY_FLAGS, "--data-dir", data_dir, "--out", tmp_path / "run",
+            *flags, says=[says])
+
+
+def test_a_checkpoint_of_an_unknown_network(run, tmp_path, capsys):
+    ckpt = disk.load(run / "ckpt.pt", ["diffusion"])
+    disk.save(tmp_path / "x.pt", {**ckpt, "network": {**ckpt["network"], "network": "mine"}})
+    refuses(capsys, sample.main, "--ckpt", tmp_path / "x.pt", "--device", "cpu",
+            says=["'mine'", "unet, dit", "--plugin"])
+
+
+def test_a_network_without_augmentation_resumes(tmp_path, data_dir, monkeypatch):
+    """One's own need not know of --ada: 1 step and then another one are 2 steps."""
+    class Mine(torch.nn.Module):
+        def __init__(self, channels, num_classes, ch=8):
+            super().__init__()
+            self.encoder = torch.nn.Conv2d(channels, ch, 3, padding=1)
+            self.decoder = torch.nn.Conv2d(ch, channels, 3, padding=1)
+
+        def encode(self, x_t, t, y, masks=(), a=None):
+            return self.encoder(x_t),
+
+        def decode(self, h, masks=()):
+            return self.decoder(h)
+
+        def draw_masks(self, *_):
+            return [], []
+    monkeypatch.setitem(networks.NETWORKS, "mine", Mine)
+    flags = ["--dataset", "digits", "--network", "mine", "--batch-size", 8, "--sample-every", 0,
+             "--device", "cpu", "--dtype", "float32", "--data-dir", data_dir, "--out"]
+    call(train.main, *flags, tmp_path / "straight", "--steps", 2)
+    for steps in (1, 2):
+        call(train.main, *flags, tmp_path / "resumed", "--steps", steps)
+    weights = [disk.load(tmp_path / f"{name}/ckpt.pt", ["diffusion"])["ema"]
+               for name in ("straight", "resumed")]
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())

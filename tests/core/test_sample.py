@@ -1,0 +1,1032 @@
+"""sample.py: the samplers against closed forms, per-image seeds, output files, export."""
+import math
+import os
+import shutil
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, call, randomize, refuses, tiny_net
+from PIL import Image, ImageDraw
+from torch.testing import assert_close
+
+import disk
+import runtime
+import sample
+from cm_layers import general_only, merge, reserved
+from model import UNet, UNetConfig, make_alphas_bar
+from runtime import UserError
+
+AB = make_alphas_bar()
+SHAPE = (1, 8, 8)           # of a digit
+
+
+# --------------------------------------------------------------------------------------------------
+# Samplers against closed forms
+
+def gaussian_eps(x, t, mean=0.3, std=0.5):
+    """The exact eps of data N(mean, std^2).
+
+    sqrt(1 - ab) (x - sqrt(ab) mean) / (ab std^2 + 1 - ab).
+    """
+    a = float(AB[t])
+    return math.sqrt(1 - a) * (x - math.sqrt(a) * mean) / (a * std ** 2 + 1 - a)
+
+
+@pytest.mark.parametrize("name, steps, options, tolerance", [
+    ("ddim", 50, {}, 0.06), ("ddim", 1000, {"eta": 1.0}, 0.02), ("ddpm", 1000, {}, 0.02),
+    ("ddpm", 250, {}, 0.03)])
+def test_samplers_generate_a_gaussian(name, steps, options, tolerance):
+    g = torch.Generator().manual_seed(0)
+
+    def noise():
+        return torch.randn(20000, generator=g, dtype=torch.float64)
+    timesteps = sample.make_timesteps(AB, steps)
+    x = sample.SAMPLERS[name](gaussian_eps, noise(), AB, timesteps, noise, **options)
+    assert abs(x.mean() - 0.3) < tolerance and abs(x.std() - 0.5) < tolerance
+
+
+def test_timesteps():
+    t = sample.make_timesteps(AB, 50)
+    assert t[:2] == [980, 960] and t[-1] == 0 and len(t) == 50
+    quad = sample.make_timesteps(AB, 50, "quad")
+    assert quad[-1] == 0 and quad[0] in (799, 800) and sorted(quad, reverse=True) == quad
+    assert all(abs(t - (i / 49) ** 2 * 800) <= 1 for i, t in enumerate(quad[::-1]))
+    with pytest.raises(UserError, match="--steps"):
+        sample.make_timesteps(AB, 1001)
+    with pytest.raises(UserError, match="--steps"):
+        sample.make_timesteps(AB, 1001, "logsnr")
+
+
+def test_the_logsnr_grid():
+    """Equal parts of log(alpha / sigma), as near as whole timesteps come to them."""
+    t = sample.make_timesteps(AB, 15, "logsnr")
+    log_snr = (AB[t] / (1 - AB[t])).log() / 2
+    assert (t[0], t[-1]) == (999, 0)
+    widths = log_snr.diff()
+    assert (widths[:-2] / widths.mean() - 1).abs().max() < 0.02     # at 8, 2 and 0 it is coarser
+    assert (widths / widths.mean() - 1).abs().max() < 0.15
+    many = sample.make_timesteps(AB, 200, "logsnr")                 # many fall on one timestep
+    assert many == sorted(set(many), reverse=True) and len(many) == 200
+    assert many[0] == 999 and many[-50:] == list(range(49, -1, -1))
+
+
+def test_settings_of_the_default_command():
+    parser = sample.make_parser()
+    args = parser.parse_args(["--ckpt", "ckpt.pt"])
+    settings = {"seed": 0, "sampler": "ddim", "grid": "uniform", "eta": 0.0, "guidance": 1.5,
+                "steps": 50, "clip": True}
+    assert sample.sampling_settings(args, "diffusion") == settings
+    assert (args.branch, args.weights, args.num) == ("full", "ema", 100)
+    args = parser.parse_args(["--ckpt", "ckpt.pt", "--sampler", "dpm", "--no-clip"])
+    changed = {"sampler": "dpm", "steps": 15, "clip": False, "order": 3}
+    assert sample.sampling_settings(args, "diffusion") == {**settings, **changed}
+    assert sample.DEFAULTS["latent"] == {"sampler": "ddim", "guidance": 1.5, "clip": False}
+    assert sample.DEFAULTS["consistency"] == {"sampler": "consistency", "guidance": 0.0,
+                                              "clip": False}
+    assert sample.STEPS == {"ddim": 50, "ddpm": 1000, "dpm": 15, "dpm++": 15, "consistency": 2}
+
+
+@pytest.mark.parametrize("kind, flags, says", [
+    ("latent", ["--clip"], "--clip: not for a latent model"),
+    ("consistency", ["--clip"], "--clip: not for a consistency model"),
+    ("diffusion", ["--sampler", "dpm", "--steps", "1000"], "--steps 1000"),
+    ("consistency", ["--steps", "40"], "--steps 40")])
+def test_settings_that_no_sampler_has_are_refused_before_the_work(kind, flags, says):
+    args = sample.make_parser().parse_args(["--ckpt", "ckpt.pt", *flags])
+    with pytest.raises(UserError, match=says):
+        sample.sampling_settings(args, kind)
+
+
+def test_the_noise_of_eta_is_equation_16s():
+    """Song et al.: sigma^2 = eta^2 (1 - ab_next) / (1 - ab) (1 - ab / ab_next), on a wide step."""
+    x = torch.ones(1, dtype=torch.float64)
+    ab, ab_0 = float(AB[600]), float(AB[200])
+    sigma = 0.5 * math.sqrt((1 - ab_0) / (1 - ab) * (1 - ab / ab_0))
+    x_200 = math.sqrt(ab_0 / ab) + 2 * sigma
+    got = sample.ddim(lambda x, t: 0 * x, x, AB, [600, 200], lambda: 2 * x, eta=0.5)
+    assert_close(got, x * x_200 / math.sqrt(ab_0))
+
+
+def test_ten_classes_are_evenly_spread():
+    assert sample.ten_classes(100) == [0, 11, 22, 33, 44, 55, 66, 77, 88, 99]
+    assert sample.ten_classes(12) == [0, 1, 2, 4, 5, 6, 7, 9, 10, 11]
+    assert sample.ten_classes(3) == [0, 1, 2]
+
+
+def test_rows_of_equal_classes_stand_in_their_groups_order():
+    """Of six equal classes 0 and 1 are Many, 4 and 5 Few, in whichever order they are asked for."""
+    drawn, labels = [], [5, 0, 4, 2]
+    images = np.repeat(np.array([5, 0, 4, 2], np.uint8), 64).reshape(4, 8, 8, 1)
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(sample, "draw_bracket", lambda pen, *bracket: drawn.append(bracket[:3]))
+        picture = sample.grid_image(images, labels, list("abcdef"), [9] * 6, labels, columns=1)
+    assert drawn == [("Many", 0, 56), ("Medium", 60, 116), ("Few", 120, 236)]
+    assert [picture.getpixel((picture.width - 20, 60 * r + 9))[0] for r in range(4)] == [0, 2, 4, 5]
+
+
+def test_the_picture_of_samples():
+    """Rows from the most frequent class down, its first images, each pixel a square, its name."""
+    images = np.arange(10, 18, dtype=np.uint8).repeat(64).reshape(8, 8, 8, 1)
+    images[:, :, 4:] += 100                                             # the right half
+    labels, texts = [0, 2, 1, 0, 2, 2, 0, 2], []
+    with pytest.MonkeyPatch.context() as m:
+        draw = ImageDraw.ImageDraw.text
+        m.setattr(ImageDraw.ImageDraw, "text", lambda pen, where, text, **options:
+                  (texts.append(text), draw(pen, where, text, **options)))
+        picture = sample.grid_image(images, labels, ["a", "b" * 70, "c"], [5, 9, 7], columns=2)
+    assert texts == ["Many", "Medium", "Few", f"{'b' * 60} (9)", "c (7)", "a (5)"]
+    cells = np.asarray(picture)[:, -2 * 60:, 0].reshape(3, 60, 2, 60).transpose(0, 2, 1, 3)
+    numbers = [[2, None], [1, 4], [0, 3]]
+    for row, of_row in zip(cells, numbers):
+        for cell, number in zip(row, of_row):
+            assert (cell[56:] == 255).all() and (cell[:, 56:] == 255).all()     # the gap
+            assert np.unique(cell[:56, :28]).tolist() == [255 if number is None else 10 + number]
+            assert np.unique(cell[:56, 28:56]).tolist() == [255 if number is None else 110 + number]
+
+
+@pytest.mark.parametrize("classes, rows", [([7, 2, 5], [7, 2, 5]), (range(12), None)])
+def test_the_picture_has_the_classes_that_were_asked_for(classes, rows, tmp_path, monkeypatch):
+    """In their order, with their counts; of more than ten, ten are left to grid_image."""
+    asked, names = [], [str(c) for c in range(12)]
+    monkeypatch.setattr(sample, "grid_image",
+                        lambda *args: asked.append(args) or Image.new("L", (1, 1)))
+    images = np.zeros((12, 8, 8, 1), np.uint8)
+    labels = [classes[i % len(classes)] for i in range(12)]
+    data, record = {"class_counts": list(range(12))}, {"dtype": "torch.float32"}
+    sample.write_samples(tmp_path, images, labels, names, record, data, 1.0)
+    assert asked[0][1:] == (labels, names, data["class_counts"], rows, 12 // len(classes))
+
+
+def test_at_most_ten_classes_are_shown_and_images_grow_by_a_whole_factor():
+    labels = np.arange(40)
+    images = np.arange(40, dtype=np.uint8).repeat(24 * 24).reshape(40, 24, 24, 1)
+    picture = sample.grid_image(images, labels, [str(c) for c in labels], None, columns=1)
+    assert picture.height == 10 * (2 * 24 + 4)
+    left = [picture.getpixel((picture.width - 20, 52 * r + 9))[0] for r in range(10)]
+    assert left == [0, 4, 8, 13, 17, 21, 26, 30, 34, 39]
+
+
+def test_timesteps_of_dpm_end_before_0():
+    assert sample.timesteps_of("dpm", AB, 4, "uniform") == [800, 600, 400, 200]
+    assert sample.timesteps_of("dpm++", AB, 4, "uniform") == [750, 500, 250, 0]
+    assert sample.timesteps_of("dpm", AB, 999, "uniform") == list(range(999, 0, -1))
+    with pytest.raises(UserError, match="--steps 1000: dpm takes 999 at most"):
+        sample.timesteps_of("dpm", AB, 1000, "uniform")
+
+
+def test_ddpm_is_algorithm_c1():
+    x = torch.tensor([0.7], dtype=torch.float64)
+    z = iter([torch.tensor([0.5], dtype=torch.float64)])
+
+    def predict(x, t):
+        return 0.1 * x + t
+    got = sample.ddpm(predict, x, AB[:2], [1, 0], lambda: next(z))
+
+    ab_0 = float(AB[0])
+    ab_1 = float(AB[1])
+    alpha_0 = ab_0
+    alpha_1 = float(AB[1] / AB[0])
+    beta_0 = 1 - alpha_0
+    beta_1 = 1 - alpha_1
+    mean_1 = (x - beta_1 / math.sqrt(1 - ab_1) * predict(x, 1)) / math.sqrt(alpha_1)
+    x_1 = mean_1 + math.sqrt(beta_1) * 0.5
+    x_0 = (x_1 - beta_0 / math.sqrt(1 - ab_0) * predict(x_1, 0)) / math.sqrt(alpha_0)
+    assert torch.allclose(got, x_0)
+
+
+# --------------------------------------------------------------------------------------------------
+# Images of a trained network
+
+def checkpoint(cm_run):
+    """The checkpoint of a run."""
+    return disk.load(cm_run / "ckpt.pt", ["diffusion"])
+
+
+def network(cm_run, **options):
+    """The merged network of a run."""
+    return sample.load_network(checkpoint(cm_run), **options)
+
+
+@pytest.mark.parametrize("sampler, eta", [("ddim", 0.0), ("ddim", 0.5), ("ddpm", 0.0),
+                                          ("dpm", 0.0)])
+def test_batch_size_changes_nothing(cm_run, cpu, sampler, eta):
+    net = network(cm_run)
+    y = torch.arange(16) % 10
+    settings = {"sampler": sampler, "steps": 10}
+    if sampler == "ddim":
+        settings["eta"] = eta
+
+    def images(rows, **more):
+        rows = list(rows)
+        return sample.sample_batch(net, y[rows], rows, SHAPE, cpu, **settings, **more)
+    whole = images(range(16))
+    single = torch.cat([images([i]) for i in range(16)])
+    assert (whole - single).abs().max() < 1e-4
+    difference = sample.to_uint8(whole).int() - sample.to_uint8(single).int()
+    assert difference.abs().max() <= 1
+    assert torch.equal(whole, images(range(16)))
+    assert not torch.equal(whole, images(range(16), seed=1))
+
+
+@pytest.mark.parametrize("changed", [
+    {}, {"guidance": 0.0}, {"guidance": 3.0}, {"clip": True}, {"eta": 0.7}, {"grid": "quad"},
+    {"seed": 4}, {"sampler": "ddpm", "steps": 5}, {"sampler": "dpm++", "grid": "logsnr"},
+    {"sampler": "dpm", "order": 2, "clip": True}, {"alphas_bar": AB[:500]}], ids=",".join)
+def test_a_batch_is_what_its_settings_say(changed, cpu):
+    """The sampler called by hand, with noise from (seed, number of the image)."""
+    settings = {"seed": 0, "sampler": "ddim", "steps": 4, "grid": "uniform", "guidance": 1.5,
+                "clip": False, "alphas_bar": AB, **changed}
+    net = tiny_net(None)
+    y, numbers = torch.tensor([3, 3, 7]), [5, 8, 2]
+    got = sample.sample_batch(net, y, numbers, SHAPE, cpu, **{"steps": 4, **changed})
+    generators = [runtime.generator("cpu", settings["seed"], "image", i) for i in numbers]
+
+    def noise():
+        return torch.stack([torch.randn(SHAPE, generator=g) for g in generators])
+    x_T, ab = noise(), settings["alphas_bar"]
+    timesteps = sample.timesteps_of(settings["sampler"], ab, settings["steps"], settings["grid"])
+    own = {name: changed[name] for name in ("eta", "order") if name in changed}
+    with torch.no_grad():
+        expected = sample.SAMPLERS[settings["sampler"]](
+            sample.guided(net, y, settings["guidance"], cpu), x_T, ab, timesteps, noise,
+            limit_of(settings["clip"]), **own)
+    assert_close(got, expected, atol=1e-4, rtol=1e-4)
+    if changed:
+        plain = sample.sample_batch(net, y, numbers, SHAPE, cpu, steps=4)
+        assert not torch.allclose(got, plain, atol=0.01, rtol=0)
+
+
+def test_generated_images_are_those_of_their_numbers(cpu):
+    """Two of a larger set, as evaluate.py asks for them; to_image makes images of latents."""
+    net = tiny_net(None)
+    make = partial(sample.generate, net, [3, 7], [5, 8], SHAPE, cpu, 1, title=None, steps=2)
+    x = sample.sample_batch(net, torch.tensor([3, 7]), [5, 8], SHAPE, cpu, steps=2)
+    expected = sample.to_uint8(x).numpy().astype(int)
+    assert np.abs(make() - expected).max() <= 1
+    doubled = make(to_image=lambda x: x.repeat(1, 3, 2, 2) * 0 + 1)
+    assert doubled.shape == (2, 16, 16, 3) and (doubled == 255).all()
+
+
+def test_a_process_without_an_image_has_an_empty_share():
+    """Of three processes the last has none of two images; it keeps their shape."""
+    rt = SimpleNamespace(world=3, rank=2, device=torch.device("cpu"), patient=None,
+                         maximum=lambda value, group: value)
+    share = sample.generate(None, [1, 2], [0, 1], (3, 8, 8), rt, 4, gather=False)
+    assert share.shape == (0, 8, 8, 3) and share.dtype == np.uint8
+
+
+def test_images_of_one_class_differ_and_eta_adds_noise(cm_run, cpu):
+    net = network(cm_run)
+    y = torch.tensor([3, 3])
+
+    def images(**options):
+        return sample.sample_batch(net, y, [5, 8], SHAPE, cpu, steps=4, **options)
+    plain = images()
+    assert (plain[0] - plain[1]).abs().max() > 0.1
+    assert (images(eta=1.0) - plain).abs().max() > 0.1
+    assert torch.equal(images(sampler="dpm"), images(sampler="dpm", order=3))
+
+
+def test_guidance(cm_run, cpu):
+    net = network(cm_run)
+    y = torch.tensor([3, 4])
+    x = torch.randn(2, *SHAPE)
+    t = torch.tensor([100, 100])
+    cond = net(x, t, y)
+    null = net(x, t, torch.tensor([-1, -1]))
+    guided = sample.guided(net, y, 1.5, cpu)(x, 100)
+    assert torch.allclose(guided, cond + 1.5 * (cond - null))
+    labels = []
+
+    def watched(x, t, y):
+        labels.append(y.tolist())
+        return net(x, t, y)
+    assert torch.equal(sample.guided(watched, y, 0, cpu)(x, 100), cond)
+    assert labels == [[3, 4]]           # half the time: no pass for Null
+
+
+def inputs():
+    """x_t, t, y for the networks below."""
+    x = torch.randn(4, *SHAPE, generator=torch.Generator().manual_seed(0))
+    return x, torch.tensor([5, 300, 600, 990]), torch.tensor([0, 3, 9, -1])
+
+
+@pytest.mark.parametrize("weights, key", [("ema", "ema"), ("raw", "model")])
+def test_load_unmerged_keeps_the_branches_apart(cm_run, weights, key):
+    """The tensors of the checkpoint itself: W^g, A and B, which is not zero after training."""
+    ckpt = checkpoint(cm_run)
+    net = sample.load_unmerged(ckpt, weights)
+    state = net.state_dict()
+    assert state.keys() == ckpt[key].keys()
+    assert all(torch.equal(state[name], value) for name, value in ckpt[key].items())
+    parts = list(reserved(net.decoder))
+    assert parts and all(part.B.abs().max() > 0 for _, _, part in parts)
+    kernel = net.decoder.up[0].conv1.parametrizations.weight.original
+    assert kernel.is_contiguous(memory_format=torch.channels_last) and not kernel.is_contiguous()
+
+
+def test_load_network_is_load_unmerged_merged(cm_run):
+    ckpt = checkpoint(cm_run)
+    for weights, branch in (("ema", "full"), ("ema", "general"), ("raw", "full")):
+        merged = merge(sample.load_unmerged(ckpt, weights), branch).state_dict()
+        loaded = sample.load_network(ckpt, weights, branch)
+        assert loaded.state_dict().keys() == merged.keys()
+        assert all(torch.equal(p, merged[name]) for name, p in loaded.state_dict().items())
+        assert not list(reserved(loaded))
+        assert not any(p.requires_grad for p in loaded.parameters())
+        kernel = loaded.decoder.up[0].conv1.weight
+        assert kernel.is_contiguous(memory_format=torch.channels_last)
+    ckpt["network"] = {**ckpt["network"], "ch": 32}
+    with pytest.raises(UserError, match="--mine: its weights do not fit"):
+        sample.load_network(ckpt, flag="--mine")
+
+
+def test_unmerged_and_merged_networks_predict_the_same(cm_run):
+    ckpt = checkpoint(cm_run)
+    net = sample.load_unmerged(ckpt)
+    with torch.no_grad():
+        theta = net(*inputs())
+        with general_only(net.decoder):
+            theta_g = net(*inputs())
+    assert_close(sample.load_network(ckpt)(*inputs()), theta, atol=1e-5, rtol=1e-5)
+    general = sample.load_network(ckpt, branch="general")
+    assert_close(general(*inputs()), theta_g, atol=1e-5, rtol=1e-5)
+    assert (theta - theta_g).abs().max() > 1e-3
+
+
+# --------------------------------------------------------------------------------------------------
+# Files
+
+def test_files_and_branches(cm_run, tmp_path):
+    common = ("--ckpt", cm_run / "ckpt.pt", "--num", 12, "--classes", "6-9", "--steps", 3,
+              "--device", "cpu")
+    full = tmp_path / "full"
+    call(sample.main, *common, "--png", "--out", full)
+    call(sample.main, *common, "--branch", "general", "--out", tmp_path / "general")
+    with np.load(full / "samples.npz") as f:
+        images = f["arr_0"]
+        labels = f["arr_1"]
+    assert images.shape == (12, 8, 8, 3) and images.dtype == np.uint8
+    assert labels.tolist() == [6, 7, 8, 9] * 3
+    pngs = sorted((full / "png").rglob("*.png"))
+    assert len(pngs) == 12
+    assert {p.parent.name for p in pngs} == {"0006-6", "0007-7", "0008-8", "0009-9"}
+    png = np.array(Image.open(full / "png/0008-8/000002.png"))
+    assert np.array_equal(png, images[2, ..., 0])
+    # four classes of three images, and no empty columns beside them
+    picture = np.array(Image.open(full / "grid.png"))
+    assert picture.shape[0] == 4 * 60 and (picture[:, -60:-4] < 255).any()
+    with np.load(tmp_path / "general/samples.npz") as f:
+        assert f["arr_0"].shape == images.shape and not np.array_equal(f["arr_0"], images)
+
+
+def test_if_needed(cm_run, tmp_path):
+    """The same settings: nothing is done. Others: the samples are generated again."""
+    common = ("--ckpt", cm_run / "ckpt.pt", "--num", 12, "--classes", "6-9", "--steps", 3,
+              "--device", "cpu", "--out", tmp_path)
+    npz = tmp_path / "samples.npz"
+    call(sample.main, *common, "--png")
+    before = npz.stat().st_mtime_ns
+    call(sample.main, *common, "--png", "--if-needed")
+    assert npz.stat().st_mtime_ns == before
+    call(sample.main, *common, "--seed", 1, "--if-needed")
+    assert npz.stat().st_mtime_ns != before
+
+
+def test_whatever_moves_an_image_is_in_the_record(cm_run, tmp_path, monkeypatch):
+    """--if-needed looks at the record alone: each flag that changes an image changes it."""
+    ckpt, records = cm_run / "ckpt.pt", []
+    monkeypatch.setattr(sample, "load_network", lambda *_: None)
+    monkeypatch.setattr(sample, "is_done", lambda args, rt, out, made: records.append(made) or 1)
+
+    def record(*flags, ckpt=ckpt):
+        call(sample.main, "--ckpt", ckpt, "--device", "cpu", *flags)
+        return records[-1]
+    first = record()
+    assert first == record("--batch-size", 3, "--out", tmp_path)
+    for flags in ("--num 12", "--classes 6-9", "--seed 1", "--steps 9", "--guidance 0", "--eta 0.5",
+                  "--no-clip", "--grid quad", "--branch general", "--weights raw",
+                  "--dtype bfloat16"):
+        assert record(*flags.split()) != first, flags
+    dpm = record("--sampler", "dpm")
+    assert dpm != first and dpm != record("--sampler", "dpm", "--order", 2)
+    disk.save(tmp_path / "ckpt.pt", {**checkpoint(cm_run), "note": "more"})
+    assert record(ckpt=tmp_path / "ckpt.pt")["ckpt_sha256"] != first["ckpt_sha256"]
+
+
+def test_dpm_by_its_flags(cm_run, tmp_path, capsys):
+    common = ("--ckpt", cm_run / "ckpt.pt", "--num", 4, "--steps", 7, "--device", "cpu")
+    images = []
+    for order in (None, 3, 2):
+        out = tmp_path / str(order)
+        flags = ["--order", order] if order else []
+        call(sample.main, *common, "--sampler", "dpm", *flags, "--out", out)
+        assert disk.read_json(out / "samples.json")["settings"]["order"] == (order or 3)
+        images.append(np.load(out / "samples.npz")["arr_0"].astype(int))
+    assert (images[0] == images[1]).all() and (images[0] != images[2]).any()
+    refuses(capsys, sample.main, *common, "--order", 2, says=["--order 2", "--sampler dpm"])
+    for sampler in ("ddpm", "dpm", "dpm++"):
+        refuses(capsys, sample.main, *common, "--sampler", sampler, "--grid", "quad",
+                says=["--grid quad", "ddim", sampler])
+
+
+SHORT = ("--num", 6, "--classes", "6-8", "--steps", 2, "--device", "cpu")
+
+
+def is_made_again(ckpt, out, *more):
+    """Whether --if-needed makes the samples in `out` once more."""
+    npz = out / "samples.npz"
+    before = npz.stat().st_mtime_ns if npz.exists() else None
+    call(sample.main, "--ckpt", ckpt, *SHORT, "--out", out, "--if-needed", *more)
+    return npz.stat().st_mtime_ns != before
+
+
+def test_if_needed_looks_at_the_files(cm_run, tmp_path):
+    """A record beside images that were replaced, cut or removed proves nothing."""
+    ckpt = cm_run / "ckpt.pt"
+    call(sample.main, "--ckpt", ckpt, *SHORT, "--out", tmp_path)
+    assert not is_made_again(ckpt, tmp_path)
+    os.truncate(tmp_path / "samples.npz", 300)
+    assert is_made_again(ckpt, tmp_path)
+    np.savez(tmp_path / "samples.npz", arr_0=np.zeros((6, 8, 8, 3), np.uint8), arr_1=np.zeros(6))
+    assert is_made_again(ckpt, tmp_path)
+    record = disk.read_json(tmp_path / "samples.json")
+    del record["npz_sha256"]                    # as an older version wrote it
+    disk.write_json(tmp_path / "samples.json", record)
+    assert is_made_again(ckpt, tmp_path)
+    assert is_made_again(ckpt, tmp_path, "--png") and not is_made_again(ckpt, tmp_path, "--png")
+    next((tmp_path / "png").rglob("*.png")).unlink()
+    assert is_made_again(ckpt, tmp_path, "--png")
+    (tmp_path / "grid.png").unlink()
+    assert is_made_again(ckpt, tmp_path)
+
+
+def test_a_killed_call_leaves_nothing_to_measure(cm_run, tmp_path, monkeypatch):
+    """Killed while it writes PNGs: neither a record nor PNGs of two calls remain."""
+    ckpt = cm_run / "ckpt.pt"
+    call(sample.main, "--ckpt", ckpt, *SHORT, "--png", "--out", tmp_path)
+    write, written = disk.write_png, []
+
+    def killed(path, picture):
+        if len(written) == 4:
+            raise KeyboardInterrupt
+        written.append(path)
+        write(path, picture)
+    with monkeypatch.context() as m:
+        m.setattr(disk, "write_png", killed)
+        with pytest.raises(KeyboardInterrupt):
+            call(sample.main, "--ckpt", ckpt, *SHORT, "--num", 9, "--png", "--out", tmp_path)
+    assert not (tmp_path / "samples.json").exists()
+    assert not (tmp_path / "png").exists()
+    call(sample.main, "--ckpt", ckpt, *SHORT, "--num", 3, "--png", "--out", tmp_path)
+    assert len(list(tmp_path.rglob("*.png"))) == 3 + 1          # and grid.png
+    call(sample.main, "--ckpt", ckpt, *SHORT, "--out", tmp_path)
+    assert not (tmp_path / "png").exists()
+
+
+def test_killed_while_an_earlier_calls_pngs_are_removed(cm_run, tmp_path, monkeypatch):
+    """png/ goes all at once: a part of an earlier call's images is never found."""
+    flags = ("--ckpt", cm_run / "ckpt.pt", *SHORT, "--png", "--out", tmp_path)
+    call(sample.main, *flags)
+    unlink, removed = Path.unlink, []
+
+    def killed(path, *args, **kwargs):
+        if path.suffix == ".png":
+            removed.append(path)
+        if len(removed) == 3:
+            raise KeyboardInterrupt
+        unlink(path, *args, **kwargs)
+    with monkeypatch.context() as m:
+        m.setattr(Path, "unlink", killed)
+        with pytest.raises(KeyboardInterrupt):
+            call(sample.main, *flags)
+    assert not (tmp_path / "png").exists()
+    call(sample.main, *flags)                           # and the next call works
+    assert not list(tmp_path.glob(".*.tmp"))
+    assert len(sample.own_pngs(tmp_path / "png")) == 6
+
+
+def test_pngs_without_a_record_are_not_ours(cm_run, tmp_path, capsys):
+    """Files that are named as write_pngs names them, but no samples.json says so: they stay."""
+    path = tmp_path / "png/0001-cat/000001.png"
+    disk.write_png(path, Image.new("L", (8, 8)))
+    flags = ["--ckpt", cm_run / "ckpt.pt", *SHORT, "--out", tmp_path]
+    refuses(capsys, sample.main, *flags, "--png", says=["--png", "000001.png"])
+    call(sample.main, *flags)
+    assert path.exists()
+
+
+def test_killed_between_the_pngs_and_the_record(cm_run, tmp_path, capsys, monkeypatch):
+    """The same command goes through; PNGs of the user in their place are still refused."""
+    flags = ["--ckpt", cm_run / "ckpt.pt", *SHORT, "--out", tmp_path]
+    write = disk.write_json
+
+    def full(path, value):
+        if path.name == "samples.json":
+            raise UserError("the disk is full")
+        write(path, value)
+
+    def killed():
+        with monkeypatch.context() as m:
+            m.setattr(disk, "write_json", full)
+            with pytest.raises(UserError, match="full"):
+                call(sample.main, *flags, "--png")
+        assert (tmp_path / "png").exists() and not (tmp_path / "samples.json").exists()
+    killed()
+    call(sample.main, *flags, "--png")
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        ".lock", "grid.png", "png", "samples.json", "samples.npz"]
+    killed()
+    call(sample.main, *flags)
+    assert not (tmp_path / "png").exists()
+    killed()
+    mine = tmp_path / "png/0001-cat/000001.png"
+    disk.write_png(mine, Image.new("L", (8, 8)))
+    refuses(capsys, sample.main, *flags, "--png", says=["--png", "samples.json"])
+    assert mine.exists()
+
+
+def test_nothing_is_removed_through_a_link(cm_run, tmp_path, capsys):
+    """png/, or a folder in it, was moved to where there is room, and a link stands in its place."""
+    out, big = tmp_path / "s", tmp_path / "big"
+    flags = ["--ckpt", cm_run / "ckpt.pt", *SHORT, "--out", out]
+    call(sample.main, *flags, "--png")
+    (out / "png").rename(big)
+    (out / "png").symlink_to(big)
+    for more in ([], ["--png"]):
+        refuses(capsys, sample.main, *flags, *more, says=["--out", "png is a link"])
+    assert len(list(big.rglob("*.png"))) == 6
+    (out / "png").unlink()
+    moved = next(big.iterdir())
+    moved.rename(tmp_path / "moved")
+    moved.symlink_to(tmp_path / "moved")
+    big.rename(out / "png")
+    refuses(capsys, sample.main, *flags, "--png", says=["--png", moved.name])
+    call(sample.main, *flags)
+    assert len(list((tmp_path / "moved").iterdir())) == 2
+
+
+def test_samples_of_a_snapshot_have_a_folder_of_their_own(tmp_path):
+    def folder(*flags):
+        args = sample.make_parser().parse_args(["--ckpt", *flags])
+        return str(sample.samples_folder(args))
+    assert folder("run/ckpt.pt") == "run/samples"
+    assert folder("run/ckpt-0000010.pt") == "run/samples-ckpt-0000010"
+    assert folder("a.pt", "--branch", "general") == "samples-general-a"
+    assert folder("a.pt", "--out", "b") == "b"
+
+
+@pytest.mark.parametrize("name", ["0001-a/1000000.png", "12345-a/000000.png"])
+def test_large_numbers_are_ours_too(name, tmp_path):
+    """The millionth image, and class number 10,000."""
+    disk.write_png(tmp_path / name, Image.new("L", (8, 8)))
+    assert not sample.other_files(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["samples.npz", "samples.json", "grid.png"])
+def test_a_folder_in_the_way_is_refused_before_the_work(cm_run, tmp_path, capsys, monkeypatch,
+                                                        name):
+    (tmp_path / name).mkdir()
+    monkeypatch.setattr(sample, "generate", None)
+    refuses(capsys, sample.main, "--ckpt", cm_run / "ckpt.pt", *SHORT, "--out", tmp_path,
+            says=["--out", name, "a folder"])
+
+
+def test_an_export_has_no_raw_weights(cm_run, tmp_path, capsys):
+    """Its one network is that of the averaged weights, or was raw already."""
+    path = tmp_path / "merged.pt"
+    call(sample.main, "--ckpt", cm_run / "ckpt.pt", "--export", path, "--device", "cpu")
+    refuses(capsys, sample.main, "--ckpt", path, *SHORT, "--weights", "raw", "--out",
+            tmp_path / "s", says=["--weights raw", "export"])
+
+
+def test_every_process_hears_of_numbers_that_are_not_finite(cpu, monkeypatch):
+    """This process's images are good and another's are not: it stops as well."""
+    monkeypatch.setattr(type(cpu), "maximum", lambda rt, value, group=None: 1)
+    with pytest.raises(UserError, match="not finite"):
+        sample.generate(lambda x, t, y: x, [0], [0], SHAPE, cpu, 1, steps=2)
+
+
+def test_a_folder_of_png_with_files_of_others(cm_run, tmp_path, capsys):
+    (tmp_path / "png").mkdir()
+    (tmp_path / "png/mine.txt").write_text("mine")
+    flags = ["--ckpt", cm_run / "ckpt.pt", *SHORT, "--out", tmp_path]
+    refuses(capsys, sample.main, *flags, "--png", says=["--png", "mine.txt"])
+    assert not (tmp_path / "samples.npz").exists()
+    call(sample.main, *flags)
+    assert (tmp_path / "png/mine.txt").exists()
+
+
+def test_class_names_do_not_lead_out_of_the_folder(tmp_path):
+    names = ["../../up", "a/b", "..", "nul\0", "x" * 300]
+    out = tmp_path / "deep/er/png"
+    sample.write_pngs(np.zeros((5, 8, 8, 1), np.uint8), range(5), names, out)
+    written = [p for p in tmp_path.rglob("*.png")]
+    assert len(written) == 5 and all(p.parent.parent == out for p in written)
+    assert len({p.parent for p in written}) == 5
+
+
+def test_a_network_that_gives_nan_is_refused(cm_run, tmp_path, capsys):
+    state = disk.load(cm_run / "ckpt.pt", ["diffusion"])
+    ema = {name: torch.full_like(value, math.nan) for name, value in state["ema"].items()}
+    disk.save(tmp_path / "nan.pt", {**state, "ema": ema})
+    refuses(capsys, sample.main, "--ckpt", tmp_path / "nan.pt", *SHORT, "--out", tmp_path / "s",
+            says=["--ckpt", "not finite"])
+    assert not (tmp_path / "s/samples.npz").exists()
+
+
+def test_export_destroys_nothing(cm_run, tmp_path, capsys):
+    """A training checkpoint, or a file of another kind, is not replaced; an export is."""
+    ckpt = cm_run / "ckpt.pt"
+    shutil.copy(ckpt, tmp_path / "other.pt")
+    (tmp_path / "notes.txt").write_text("mine")
+    for name in ("other.pt", "notes.txt"):
+        before = (tmp_path / name).read_bytes()
+        refuses(capsys, sample.main, "--ckpt", ckpt, "--export", tmp_path / name, "--device", "cpu",
+                says=["--export", "not an export"])
+        assert (tmp_path / name).read_bytes() == before
+    for _ in range(2):
+        call(sample.main, "--ckpt", ckpt, "--export", tmp_path / "new.pt", "--device", "cpu")
+
+
+@pytest.mark.parametrize("flags", [["--num", 5], ["--png"], ["--guidance", 0], ["--seed", 0],
+                                   ["--dtype", "float32"]], ids=str)
+def test_flags_that_do_nothing_with_export(flags, cm_run, tmp_path, capsys):
+    refuses(capsys, sample.main, "--ckpt", cm_run / "ckpt.pt", "--export", tmp_path / "x.pt",
+            *flags, says=[flags[0] + ":"])
+
+
+def test_remove_pngs_removes_its_own_files_only(tmp_path):
+    images = np.zeros((3, 8, 8, 1), np.uint8)
+    sample.write_pngs(images, [0, 1, 1], ["cat", "sea lion"], tmp_path)
+    own = ["0000-cat/000000.png", "0001-sea lion/000001.png", "0001-sea lion/000002.png"]
+    others = [
+        "me.png", "000000.png", "holiday/1.png", "holiday/000001.png", "cat/000001.png",
+        "0000-cat/holiday.png", "0000-cat/00001.png", "0000-cat/0000001.png", "0000-cat/000001.jpg",
+        "0000-cat/deeper/000001.png", "00000-cat/000001.png", "0000/000001.png"]
+    for name in others:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"mine")
+
+    def files():
+        return sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file())
+    assert files() == sorted(own + others)
+    sample.remove_pngs(tmp_path)
+    assert files() == sorted(others)
+    sample.remove_pngs(tmp_path / "missing")            # no folder, no error
+
+
+def test_export_is_a_plain_network_that_generates_the_same_images(cm_run, cpu, tmp_path):
+    path = tmp_path / "merged.pt"
+    call(sample.main, "--ckpt", cm_run / "ckpt.pt", "--export", path, "--device", "cpu")
+    exported = disk.load(path, ["diffusion"])
+    plain = UNet(UNetConfig(**exported["network"]))
+    plain.load_state_dict(exported["model"], strict=True)
+    assert all(w.is_contiguous() for w in exported["model"].values())
+    assert exported["command"] == checkpoint(cm_run)["command"]
+
+    def images(net):
+        return sample.sample_batch(net, torch.arange(8), range(8), SHAPE, cpu, steps=5)
+    original = images(network(cm_run))
+    assert (images(plain) - original).abs().max() < 1e-4
+    assert torch.equal(original, images(sample.load_network(exported)))
+    with pytest.raises(UserError, match="--branch general"):
+        sample.load_network(exported, branch="general")
+    for flags, options in ((["--branch", "general"], {"branch": "general"}),
+                           (["--weights", "raw"], {"weights": "raw"})):
+        call(sample.main, "--ckpt", cm_run / "ckpt.pt", "--export", path, "--device", "cpu", *flags)
+        expected = network(cm_run, **options).state_dict()
+        exported = disk.load(path, ["diffusion"])
+        for part in ("model", "ema"):
+            assert all(torch.equal(w, exported[part][name]) for name, w in expected.items())
+
+
+# --------------------------------------------------------------------------------------------------
+# Against diffusers' schedulers, on one fixed function as the network
+
+def bumpy(x, t):
+    """A smooth, non-linear function in place of a network."""
+    return torch.tanh(0.8 * x + math.sin(t / 150)) + 0.1 * x.flip(-1)
+
+
+def by_diffusers(scheduler, timesteps, x, **options):
+    """The result of a scheduler of diffusers."""
+    for t in timesteps:
+        x = scheduler.step(bumpy(x, int(t)), int(t), x, **options).prev_sample
+    return x
+
+
+def start():
+    """x_T, the same at each call."""
+    g = torch.Generator().manual_seed(0)
+    return torch.randn(2, 3, 8, 8, dtype=torch.float64, generator=g)
+
+
+CLIP = pytest.mark.parametrize("clip", [False, True])
+
+
+def limit_of(clip):
+    """The samplers' limit on x_0."""
+    return sample.to_range if clip else None
+
+
+@CLIP
+def test_ddim_is_diffusers(clip):
+    from diffusers import DDIMScheduler
+    # Its defaults: the linear schedule
+    theirs = DDIMScheduler(clip_sample=clip, set_alpha_to_one=True)
+    theirs.set_timesteps(50)
+    timesteps = sample.make_timesteps(AB, 50)
+    assert theirs.timesteps.tolist() == timesteps
+    got = sample.ddim(bumpy, start(), AB, timesteps, None, limit_of(clip))
+    expected = by_diffusers(theirs, timesteps, start(), use_clipped_model_output=clip)
+    assert_close(got, expected, atol=1e-3, rtol=1e-3)
+
+
+@CLIP
+def test_ddpm_is_diffusers(clip):
+    from diffusers import DDPMScheduler
+    theirs = DDPMScheduler(clip_sample=clip, variance_type="fixed_large")
+    theirs.set_timesteps(1000)
+    g_ours = torch.Generator().manual_seed(1)
+    g_theirs = torch.Generator().manual_seed(1)
+
+    def noise():
+        return torch.randn(2, 3, 8, 8, dtype=torch.float64, generator=g_ours)
+    got = sample.ddpm(bumpy, start(), AB, sample.make_timesteps(AB, 1000), noise, limit_of(clip))
+    expected = by_diffusers(theirs, theirs.timesteps, start(), generator=g_theirs)
+    assert_close(got, expected, atol=1e-3, rtol=1e-3)
+
+
+@CLIP
+@pytest.mark.parametrize("steps", [10, 15, 20])
+def test_dpmpp_is_diffusers(steps, clip):
+    from diffusers import DPMSolverMultistepScheduler
+    # With sample_max_value 1, its default, thresholding is clipping
+    theirs = DPMSolverMultistepScheduler(
+        algorithm_type="dpmsolver++", solver_order=2, final_sigmas_type="zero",
+        timestep_spacing="leading", thresholding=clip, sample_max_value=1.0)
+    theirs.set_timesteps(steps)
+    ours = [int(t) for t in theirs.timesteps]
+    got = sample.dpmpp(bumpy, start(), AB, ours, None, limit_of(clip))
+    expected = by_diffusers(theirs, theirs.timesteps, start())
+    assert_close(got, expected, atol=1e-3, rtol=1e-3)
+
+
+@CLIP
+@pytest.mark.parametrize("order", [1, 2, 3])
+@pytest.mark.parametrize("steps", [13, 15, 18])
+@pytest.mark.filterwarnings("ignore:.*algorithm_type.*dpmsolver:FutureWarning")
+def test_dpm_is_diffusers(steps, order, clip):
+    """Each call of the network is at the same point; ours ends without the noise of t = 0.
+
+    Theirs cannot clip (0.42 stops with an error): it gets the eps of a clipped x_0.
+    """
+    from diffusers import DPMSolverSinglestepScheduler
+    theirs = DPMSolverSinglestepScheduler(
+        algorithm_type="dpmsolver", solver_order=order, final_sigmas_type="sigma_min",
+        lower_order_final=True)
+
+    def eps_of(x, t):
+        if not clip:
+            return bumpy(x, t)
+        signal, sigma = AB[t].sqrt(), (1 - AB[t]).sqrt()
+        return (x - signal * ((x - sigma * bumpy(x, t)) / signal).clamp(-1, 1)) / sigma
+    ours = sample.timesteps_of("dpm", AB, steps, "logsnr")
+    theirs.set_timesteps(timesteps=ours)
+    assert len(theirs.order_list) == steps
+    expected = [start()]
+    for k, t in enumerate(ours):
+        # Within a step of order 3 the paper goes to the second point by what diffusers calls heun
+        inside = theirs.order_list[k:k + 2] == [2, 3]
+        theirs.register_to_config(solver_type="heun" if inside else "midpoint")
+        eps = eps_of(expected[-1], t)
+        expected.append(theirs.step(eps, t, expected[-1]).prev_sample)
+    points = []
+
+    def predict(x, t):
+        points.append(x)
+        return bumpy(x, t)
+    x_0 = sample.dpm(predict, start(), AB, ours, None, limit_of(clip), order=order)
+    assert_close(torch.stack(points), torch.stack(expected[:-1]), atol=1e-3, rtol=1e-3)
+    last = sample.ddim(bumpy, expected[-2], AB, ours[-1:], None, limit_of(clip))
+    assert_close(x_0, last, atol=1e-3, rtol=1e-3)
+
+
+def test_the_step_of_dpmpp_to_t_0_is_of_first_order():
+    """Also after other steps; those between have the second order."""
+    points = {}
+
+    def watch(x, t):
+        points[t] = x
+        return bumpy(x, t)
+    timesteps = sample.make_timesteps(AB, 5)
+    x_0 = sample.dpmpp(watch, start(), AB, timesteps, None)
+
+    def by_ddim(t, t_next):
+        """DDIM's step from the same point."""
+        seen = []
+        sample.ddim(lambda x, t: seen.append(x) or bumpy(x, t), points[t], AB, [t, t_next], None)
+        return seen[1]
+    assert_close(points[600], by_ddim(800, 600))
+    assert not torch.allclose(points[400], by_ddim(600, 400), atol=1e-3)
+    assert_close(points[0], by_ddim(200, 0))
+    assert_close(x_0, sample.ddim(bumpy, points[0], AB, [0], None))
+
+
+def test_dpm_of_order_1_is_ddim():
+    timesteps = sample.make_timesteps(AB, 20)
+    assert torch.equal(sample.dpm(bumpy, start(), AB, timesteps, None),
+                       sample.dpm(bumpy, start(), AB, timesteps, None, order=3))
+    assert_close(sample.dpm(bumpy, start(), AB, timesteps, None, order=1),
+                 sample.ddim(bumpy, start(), AB, timesteps, None))
+
+
+@pytest.mark.parametrize("steps, order, orders", [
+    (15, 3, [3, 3, 3, 3, 2, 1]), (16, 3, [3] * 5 + [1]), (17, 3, [3] * 5 + [1, 1]),
+    (15, 2, [2] * 7 + [1]), (16, 2, [2] * 7 + [1, 1]), (3, 1, [1, 1, 1]), (1, 3, [1])])
+def test_the_orders_of_dpm_add_up_to_the_calls(steps, order, orders):
+    assert sample.dpm_orders(steps, order) == orders
+    assert sum(orders) == steps
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpm", "dpm++"])
+def test_a_limit_is_applied_at_every_step(sampler):
+    """Data far outside the range: the x_0 of each step is what is limited, not the image alone."""
+    seen = []
+
+    def limit(x_0):
+        seen.append(x_0)
+        return sample.to_range(x_0)
+    timesteps = sample.make_timesteps(AB, 10)
+
+    def images(limit):
+        g = torch.Generator().manual_seed(1)
+
+        def noise():
+            return torch.randn(2, 3, 8, 8, dtype=torch.float64, generator=g)
+        return sample.SAMPLERS[sampler](bumpy, start(), AB, timesteps, noise, limit)
+    limited = images(limit)
+    assert len(seen) == 10 and seen[0].abs().max() > 1
+    plain = images(None)
+    assert not torch.allclose(limited, sample.to_range(plain), atol=0.1)
+    torch.testing.assert_close(images(lambda x_0: x_0), plain)      # a limit that limits nothing
+
+
+# --------------------------------------------------------------------------------------------------
+# The order of DPM-Solver++
+
+@pytest.mark.parametrize("std", [0.05, 0.3])
+@pytest.mark.parametrize("seed", range(4))
+def test_solvers_beat_ddim_on_the_default_grid(seed, std):
+    """15 steps on mixtures of eight modes, whose exact score is known.
+
+    The reference is DDIM with 1000 steps.
+    """
+    g = torch.Generator().manual_seed(seed)
+    modes = torch.randn(8, 2, generator=g, dtype=torch.float64)
+    x_T = torch.randn(500, 2, generator=g, dtype=torch.float64)
+
+    def predict(x, t):
+        variance = AB[t] * std ** 2 + 1 - AB[t]
+        gap = x[:, None] - AB[t].sqrt() * modes
+        share = (-gap.square().sum(2) / (2 * variance)).softmax(1)
+        return (1 - AB[t]).sqrt() * (share[:, :, None] * gap).sum(1) / variance
+    exact = sample.ddim(predict, x_T, AB, sample.make_timesteps(AB, 1000), None)
+
+    def error(name):
+        timesteps = sample.timesteps_of(name, AB, 15, "uniform")
+        got = sample.SAMPLERS[name](predict, x_T, AB, timesteps, None)
+        return (got - exact).square().mean().sqrt()
+    errors = {name: error(name) for name in ("ddim", "dpm", "dpm++")}
+    assert errors["dpm++"] < 0.8 * errors["ddim"], errors
+    assert errors["dpm"] < 0.8 * errors["ddim"], errors
+
+
+@pytest.mark.parametrize("sampler, order", [
+    (sample.ddim, 1), (sample.dpmpp, 2), (partial(sample.dpm, order=1), 1),
+    (partial(sample.dpm, order=2), 2), (partial(sample.dpm, order=3), 3)])
+def test_orders(sampler, order):
+    """On a Gaussian, along whose flow (x_t - sqrt(ab) mean) / spread(t) is constant.
+
+    With twice the steps, a solver of order n has a 2^n-th of the error.
+    """
+    mean = 0.3
+    std = 0.5
+    N = 1536
+    # Uniform in log(alpha / sigma)
+    ab = torch.sigmoid(2 * torch.linspace(3, -3, N + 1, dtype=torch.float64))
+    x_T = torch.tensor([1.3, -0.4], dtype=torch.float64)
+
+    def spread(t):
+        return torch.sqrt(ab[t] * std ** 2 + 1 - ab[t])
+
+    def predict(x, t):
+        return torch.sqrt(1 - ab[t]) * (x - torch.sqrt(ab[t]) * mean) / spread(t) ** 2
+
+    def exact(t):
+        start = (x_T - torch.sqrt(ab[N]) * mean) / spread(N)
+        return torch.sqrt(ab[t]) * mean + spread(t) * start
+
+    def error(steps):
+        seen = {}
+
+        def watch(x, t):
+            seen[t] = x
+            return predict(x, t)
+        sampler(watch, x_T, ab, [N * i // steps for i in range(steps, -1, -1)], None)
+        return (seen[0] - exact(0)).abs().max().item()
+
+    errors = [error(steps) for steps in (24, 48, 96, 192)]
+    assert all(abs(math.log2(a / b) - order) < 0.35 for a, b in zip(errors, errors[1:])), errors
+    assert errors[-1] < [1e-2, 1e-3, 1e-4][order - 1]
+
+
+# --------------------------------------------------------------------------------------------------
+# Checkpoints that were edited
+
+def without(part, key):
+    """A change of a checkpoint: `key` is missing from one of its parts, or from itself."""
+    def change(ckpt):
+        del (ckpt[part] if part else ckpt)[key]
+    return change
+
+
+def put(part, key, value):
+    """A change of a checkpoint: another value."""
+    def change(ckpt):
+        (ckpt[part] if part else ckpt)[key] = value
+    return change
+
+
+@pytest.mark.parametrize("change", [
+    without("config", "dtype"), without("data", "class_names"), put("", "config", [1]),
+    put("", "ema", None), put("", "step", "9"), put("network", "unknown", 1),
+    put("network", "ch", "wide"), put("network", "ch", 6), put("data", "class_names", ["a"] * 11),
+    without("network", "num_classes")])
+def test_an_edited_checkpoint(change, cm_run, tmp_path, capsys):
+    ckpt = dict(checkpoint(cm_run))
+    for part in ("config", "data", "network"):
+        ckpt[part] = dict(ckpt[part])
+    change(ckpt)
+    disk.save(tmp_path / "ckpt.pt", ckpt)
+    refuses(capsys, sample.main, "--ckpt", tmp_path / "ckpt.pt", "--num", 2, "--steps", 2,
+            "--device", "cpu", says=["--ckpt"])
+
+
+# --------------------------------------------------------------------------------------------------
+# What makes it fast
+
+def test_batches_on_a_gpu_have_one_size():
+    rows = np.arange(7)
+    free = sample.batches_of(rows, 3, fixed=False)
+    assert [(part.tolist(), n) for part, n in free] == [([0, 1, 2], 3), ([3, 4], 2), ([5, 6], 2)]
+    fixed = sample.batches_of(rows, 3, fixed=True)
+    assert [n for _, n in fixed] == [3, 3, 1]
+    assert {len(part) for part, _ in fixed} == {3}
+    assert np.concatenate([part[:n] for part, n in fixed]).tolist() == rows.tolist()
+    assert [(part.tolist(), n) for part, n in sample.batches_of(rows[:2], 3, True)] == [([0, 1], 2)]
+    assert sample.batches_of(rows[:0], 3, True) == sample.batches_of(rows[:0], 3, False) == []
+
+
+def test_a_padded_batch_gives_the_same_images(cpu, monkeypatch):
+    """Seven images in fixed batches of three: no more, and the same ones."""
+    net = tiny_net(None)
+    make = partial(sample.generate, net, [1] * 7, range(7), SHAPE, cpu, 3, title=None, steps=2)
+    images = make()
+    monkeypatch.setattr(sample, "batches_of", lambda rows, size, fixed, of=sample.batches_of:
+                        of(rows, size, True))
+    again = make()
+    assert again.shape == images.shape == (7, 8, 8, 1)
+    assert np.abs(again.astype(int) - images).max() <= 1
+
+
+def test_reserved_weights_are_not_cast():
+    """W^g and BA are added in float32, and autocast rounds their sum."""
+    rt = runtime.Runtime(torch.device("cpu"), torch.bfloat16)
+    net = tiny_net(0.3)
+    sample.prepare(net, rt, SHAPE, 10, 10)
+    for owner, _, part in reserved(net):
+        assert owner.parametrizations.weight.original.dtype == part.B.dtype == torch.float32
+    assert net.encoder.head.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("experts", [None, [90, 50, 40, 30, 20, 10, 9, 8, 7, 6]])
+def test_weights_cast_once_predict_the_same(experts):
+    """In bfloat16 autocast casts the same weights to the same numbers, in every call."""
+    rt = runtime.Runtime(torch.device("cpu"), torch.bfloat16)
+    net = randomize(sample.build_network(TINY, 0.3 if experts else None, experts))
+    net.requires_grad_(False)
+    x, y = torch.randn(2, 1, 8, 8), torch.tensor([1, 9])
+    with torch.no_grad():
+        before = sample.guided(net, y, 1.5, rt)(x, 500)
+        prepared = sample.prepare(net, rt, SHAPE, 10 ** 6, 100)
+        after = sample.guided(prepared, y, 1.5, rt)(x, 500)
+    assert torch.equal(before, after) and before.abs().sum() > 0
+    assert net.encoder.head.weight.dtype == torch.bfloat16
+    assert net.encoder.middle[0].norm1.weight.dtype == torch.float32

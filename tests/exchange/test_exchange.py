@@ -1,0 +1,393 @@
+"""diffusers_unet.py: what diffusers computes from an export is what we compute, and it comes back
+whole; what one of both cannot compute is refused with the reason."""
+import copy
+import os
+import re
+import shutil
+import sys
+
+import diffusers
+import pytest
+import torch
+from conftest import call, refuses
+from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
+
+import disk
+import sample
+from exchange import diffusers_unet, peers
+from model import UNet, UNetConfig
+from networks import build
+from runtime import UserError
+
+NETWORK = {"channels": 1, "num_classes": 10, "ch": 128, "ch_mult": [1, 2], "attn": [1],
+           "num_res_blocks": 1, "dropout": 0.1, "augment_dim": 0}
+THEIRS = {"sample_size": 8, "in_channels": 1, "out_channels": 1, "block_out_channels": (128, 256),
+          "layers_per_block": 1, "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+          "up_block_types": ("AttnUpBlock2D", "UpBlock2D"), "attention_head_dim": 256,
+          "num_class_embeds": 11}
+Y = torch.tensor([0, 3, 9, -1])
+
+
+def fill(net, seed=0):
+    """Random values in every parameter, at which all parts of the network matter."""
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in net.named_parameters():
+            noise = torch.randn(p.shape, generator=g)
+            if "label" in name or "class_embedding" in name:
+                p.copy_(noise)
+            elif p.dim() > 1:
+                p.copy_(noise / p[0].numel() ** 0.5)
+            else:
+                p.copy_(0.1 * noise + ("norm" in name and "weight" in name))
+    return net
+
+
+def two_inputs():
+    """x_t and t, of four images."""
+    g = torch.Generator().manual_seed(1)
+    return torch.randn(4, 1, 8, 8, generator=g), torch.tensor([0, 7, 500, 999])
+
+
+def checkpoint(path, data, rank_ratio=0.1, **network):
+    """A checkpoint of a run, with random weights."""
+    network = {**NETWORK, **network}
+    state = [fill(sample.build_network(network, rank_ratio), seed).state_dict() for seed in (0, 1)]
+    disk.save(path, {
+        "kind": "diffusion", "step": 7, "command": "python train.py", "data": data,
+        "config": {"dataset": "digits", "dtype": "float32", "ir": 20.0}, "network": network,
+        "rank_ratio": rank_ratio, "experts": None, "model": state[0], "ema": state[1],
+        "optimizer": {}})
+    return path
+
+
+@pytest.fixture(scope="module")
+def ckpt(tmp_path_factory, digits):
+    """The path of a checkpoint of a CM run."""
+    return checkpoint(tmp_path_factory.mktemp("run") / "ckpt.pt", digits.record())
+
+
+def export(ckpt, path, *flags):
+    """sample.py --export."""
+    call(sample.main, "--ckpt", ckpt, "--export", path, "--device", "cpu", *flags)
+    return path
+
+
+def to_diffusers(ckpt, path, *flags):
+    """sample.py --export --format diffusers."""
+    return export(ckpt, path, "--format", "diffusers", *flags)
+
+
+@pytest.fixture(scope="module")
+def exported(ckpt):
+    """The folder that sample.py wrote of it for diffusers."""
+    return to_diffusers(ckpt, ckpt.with_name("exported"))
+
+
+def same(got, expected):
+    """Whether two predictions are equal to 1e-4."""
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
+
+
+# --------------------------------------------------------------------------------------------------
+# What diffusers computes
+
+@torch.no_grad()
+def predictions(net, unet):
+    """(ours, theirs) of labels and Null at several timesteps."""
+    x, t = two_inputs()
+    return net(x, t, Y), unet(x, t, Y % 11).sample
+
+
+@pytest.mark.parametrize("flags", [[], ["--branch", "general"], ["--weights", "raw"]])
+def test_it_predicts_what_ours_does(ckpt, tmp_path, flags):
+    unet = DDIMPipeline.from_pretrained(to_diffusers(ckpt, tmp_path / "d", *flags)).unet
+    whole = disk.load(ckpt, ["diffusion"])
+    net = sample.load_network(whole, "raw" if "raw" in flags else "ema",
+                              "general" if "general" in flags else "full")
+    got, expected = predictions(net, unet)
+    same(expected, got)
+    assert got.std() > 0.1
+    other = net(*two_inputs(), torch.full((4,), 5))
+    assert ((other - got).flatten(1).abs().amax(1) > 0.01).all()        # the labels matter
+
+
+def test_the_lines_of_the_docstring_generate_our_images(ckpt, exported, cpu):
+    """Guided, clipped DDIM in five steps."""
+    lines = re.search(r"    pipe = .*?\n\n", diffusers_unet.__doc__, re.S)[0]
+    lines = "\n".join(line[4:] for line in lines.splitlines())
+    assert len(lines.splitlines()) == 5
+    settings = {"seed": 3, "steps": 5, "guidance": 1.5, "clip": True}
+    net = sample.load_network(disk.load(ckpt, ["diffusion"]))
+    y = torch.tensor([0, 4, 9])
+    expected = sample.sample_batch(net, y, range(3), (1, 8, 8), cpu, **settings)
+    noise = [torch.randn(1, 8, 8, generator=sample.runtime.generator("cpu", 3, "image", i))
+             for i in range(3)]
+    names = {"DDIMPipeline": DDIMPipeline, "x": torch.stack(noise), "y": y,
+             "null": torch.full_like(y, 10)}
+    with torch.no_grad():
+        exec(lines.replace('"DIR"', repr(str(exported))).replace("(50)", "(5)"), names)
+    same(names["x"], expected)
+    unclipped = sample.sample_batch(net, y, range(3), (1, 8, 8), cpu, **{**settings, "clip": False})
+    assert (unclipped - expected).abs().max() > 0.1
+
+
+def test_the_timesteps_are_ours_where_the_steps_divide_1000(exported):
+    schedule = DDIMPipeline.from_pretrained(exported).scheduler
+    for steps in (1, 5, 10, 50, 100, 250, 1000):
+        schedule.set_timesteps(steps)
+        assert schedule.timesteps.tolist() == sample.make_timesteps(torch.ones(1000), steps)
+
+
+def test_weights_of_augmentation_are_left_out(digits, tmp_path):
+    path = checkpoint(tmp_path / "ckpt.pt", digits.record(), None, augment_dim=9)
+    unet = DDIMPipeline.from_pretrained(to_diffusers(path, tmp_path / "d")).unet
+    same(*predictions(sample.load_network(disk.load(path, ["diffusion"])), unet))
+
+
+def test_other_shapes(tmp_path):
+    """Three levels, attention at two, three channels, two blocks."""
+    net = fill(UNet(UNetConfig(3, 4, 128, (1, 1, 3), (0, 2), 2, 0.0)))
+    unet = diffusers_unet.their_network(net, 8).eval()
+    x, t = torch.randn(2, 3, 8, 8), torch.tensor([3, 800])
+    with torch.no_grad():
+        same(unet(x, t, torch.tensor([2, 4])).sample, net(x, t, torch.tensor([2, -1])))
+    network, state = diffusers_unet.translate(unet, "")
+    assert network == net.cfg.to_dict()
+    assert all(torch.equal(value, state[name]) for name, value in net.state_dict().items())
+
+
+# --------------------------------------------------------------------------------------------------
+# And back
+
+def test_it_comes_back_bit_for_bit(ckpt, exported, tmp_path):
+    """As the plain export of the same checkpoint."""
+    call(peers.main, "--from-diffusers", exported, "--to", tmp_path / "back.pt")
+    back = disk.load(tmp_path / "back.pt", ["diffusion"])
+    plain = disk.load(export(ckpt, tmp_path / "plain.pt"), ["diffusion"])
+    for weights in ("model", "ema"):
+        a, b = back.pop(weights), plain.pop(weights)
+        assert list(a) == list(b) and all(torch.equal(a[name], b[name]) for name in a)
+    assert back == plain
+
+
+def other_folder(path, seed=0, pipeline=DDPMPipeline, schedule=None, **changes):
+    """A pipeline that others saved, with random weights: (the path, its U-Net)."""
+    unet = fill(UNet2DModel(**{**THEIRS, **changes}), seed).eval()
+    pipeline(unet, schedule or DDPMScheduler()).save_pretrained(path)
+    return path, unet
+
+
+@pytest.mark.parametrize("cosines_first", [True, False])
+def test_a_folder_of_others(tmp_path, data_dir, cosines_first):
+    """Their Null is no zero, their sinusoid may have the cosines first."""
+    path, unet = other_folder(tmp_path / "d", flip_sin_to_cos=cosines_first)
+    assert unet.class_embedding.weight[-1].abs().max() > 1
+    call(peers.main, "--from-diffusers", path, "--to", tmp_path / "ours.pt", "--dataset", "digits",
+         "--ir", 20, "--data-dir", data_dir)
+    found = disk.load(tmp_path / "ours.pt", ["diffusion"])
+    same(*predictions(sample.load_network(found), unet))
+    assert sum(found["data"]["class_counts"]) == 502 and found["step"] == 0
+    assert found["config"]["imported_from"] == diffusers_unet.content(path)
+    assert found["network"] == {**NETWORK, "dropout": 0.0}
+
+
+# --------------------------------------------------------------------------------------------------
+# Files
+
+def test_an_export_replaces_its_like_only(ckpt, exported, tmp_path, capsys):
+    def check(path):
+        refuses(capsys, sample.main, "--ckpt", ckpt, "--export", path, "--format", "diffusers",
+                says=["--export", str(path), "choose another name"])
+    path = tmp_path / "d"
+    shutil.copytree(exported, path)
+    before = diffusers_unet.record_of(path)
+    to_diffusers(ckpt, path, "--branch", "general")
+    after = diffusers_unet.record_of(path)
+    assert before and after and before["files"] != after["files"]
+    assert [p.name for p in tmp_path.iterdir()] == ["d"]
+    (path / "note.txt").write_text("mine")              # another file, then a changed one
+    check(path)
+    (path / "note.txt").unlink()
+    config = path / "unet/config.json"
+    config.write_text(config.read_text() + "\n")
+    check(path)
+    refuses(capsys, peers.main, "--from-diffusers", path, "--to", tmp_path / "back.pt",
+            says=["--from-diffusers", "not those that were exported", diffusers_unet.RECORD])
+    (tmp_path / "link").symlink_to(exported)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("mine")
+    for name in ("link", "empty", "file"):
+        check(tmp_path / name)
+    assert not (tmp_path / "back.pt").exists()
+
+
+class Killed(BaseException):
+    """The process ends here."""
+
+
+@pytest.mark.parametrize("owner, name, call_number", [
+    (DDIMScheduler, "save_pretrained", 0), (disk, "write_json", 0),
+    (diffusers_unet.os, "replace", 1), (diffusers_unet.os, "replace", 2)])
+def test_a_killed_export_leaves_no_half_folder(ckpt, exported, tmp_path, monkeypatch, owner, name,
+                                               call_number):
+    """Nothing is tidied up; what was there is whole or gone, and the next export tidies up."""
+    path = tmp_path / "d"
+    shutil.copytree(exported, path)
+    before = diffusers_unet.content(path)
+    function, calls = getattr(owner, name), []
+
+    def killed(*args, **kwargs):
+        calls.append(args)
+        if len(calls) > call_number:
+            raise Killed
+        return function(*args, **kwargs)
+    with monkeypatch.context() as m:
+        m.setattr(owner, name, killed)
+        m.setattr(diffusers_unet.shutil, "rmtree", lambda *args, **kwargs: None)
+        with pytest.raises(Killed):
+            to_diffusers(ckpt, path)
+    assert len(list(tmp_path.iterdir())) > 1 or not path.exists()
+    assert not path.exists() or diffusers_unet.content(path) == before
+    for left in tmp_path.glob(".d.*"):          # as if of a process that is no more
+        left.rename(left.with_name(left.name.replace(f".{os.getpid()}.", ".9999999.")))
+    to_diffusers(ckpt, path, "--branch", "general")
+    assert diffusers_unet.record_of(path) and [p.name for p in tmp_path.iterdir()] == ["d"]
+
+
+def test_files_that_come_while_it_is_written(ckpt, exported, tmp_path, capsys, monkeypatch):
+    path = tmp_path / "d"
+    shutil.copytree(exported, path)
+    schedule = diffusers_unet.their_schedule
+
+    def their_schedule():
+        (path / "note.txt").write_text("mine")
+        return schedule()
+    monkeypatch.setattr(diffusers_unet, "their_schedule", their_schedule)
+    refuses(capsys, sample.main, "--ckpt", ckpt, "--export", path, "--format", "diffusers",
+            says=["--export", "choose another name"])
+    assert (path / "note.txt").read_text() == "mine"
+    assert [p.name for p in tmp_path.iterdir()] == ["d"]
+
+
+def test_an_export_that_cannot_be_written(ckpt, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    refuses(capsys, sample.main, "--ckpt", ckpt, "--export", tmp_path / "file/d", "--format",
+            "diffusers", says=["--export", "cannot write"])
+
+
+# --------------------------------------------------------------------------------------------------
+# What is refused
+
+def test_flags_that_do_not_belong_together(ckpt, exported, tmp_path, capsys):
+    refuses(capsys, sample.main, "--ckpt", ckpt, "--format", "diffusers",
+            says=["--format", "--export"])
+    refuses(capsys, sample.main, "--ckpt", ckpt, "--export", tmp_path / "d", "--num", 3,
+            "--format", "diffusers", says=["--num", "--export"])
+    new = ("--to", tmp_path / "back.pt")
+    refuses(capsys, peers.main, "--from-diffusers", exported, *new, "--dataset", "digits",
+            says=["--dataset", "says it itself"])
+    refuses(capsys, peers.main, "--from-diffusers", exported, "--ckpt", ckpt, *new,
+            says=["--ckpt", "not allowed with"])
+    refuses(capsys, peers.main, *new, says=["--ckpt", "--from-diffusers", "required"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_diffusers(ckpt, exported, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    refuses(capsys, sample.main, "--ckpt", ckpt, "--export", tmp_path / "d", "--format",
+            "diffusers", says=["pip install diffusers"])
+    refuses(capsys, peers.main, "--from-diffusers", exported, "--to", tmp_path / "o.pt",
+            says=["pip install diffusers"])
+
+
+@pytest.mark.parametrize("network, kind, says", [
+    (NETWORK, "consistency", "consistency model"),
+    ({"network": "dit", "channels": 1, "num_classes": 10, "size": 8}, "diffusion", "not the U-Net"),
+    ({**NETWORK, "ch_mult": [2, 2]}, "diffusion", "--ch-mult begins with 2"),
+    ({**NETWORK, "ch": 32}, "diffusion", "8 to 32 groups"),
+    ({**NETWORK, "ch": 64, "ch_mult": [1, 1]}, "diffusion", "16 to 32 groups"),
+])
+def test_networks_that_theirs_is_not(network, kind, says):
+    with pytest.raises(UserError, match=f"--format diffusers.*{says}"):
+        diffusers_unet.refuse_network({"kind": kind}, build(network))
+
+
+def test_checkpoints_that_are_refused(cm_run, tmp_path, capsys):
+    """Before anything is written: a narrow network, group experts."""
+    whole = disk.load(cm_run / "ckpt.pt", ["diffusion"])
+    disk.save(tmp_path / "experts.pt", {**whole, "experts": whole["data"]["class_counts"]})
+    for path, says in ((cm_run / "ckpt.pt", "4 to"), (tmp_path / "experts.pt", "group experts")):
+        refuses(capsys, sample.main, "--ckpt", path, "--export", tmp_path / "d", "--format",
+                "diffusers", "--device", "cpu", says=[says])
+    assert [p.name for p in tmp_path.iterdir()] == ["experts.pt"]
+
+
+def test_a_version_that_predicts_otherwise(ckpt, tmp_path, capsys, monkeypatch):
+    def changed(**config):
+        return UNet2DModel(**{**config, "flip_sin_to_cos": True})
+    monkeypatch.setattr(diffusers, "UNet2DModel", changed)
+    refuses(capsys, sample.main, "--ckpt", ckpt, "--export", tmp_path / "d", "--format",
+            "diffusers", says=["do not predict the same", diffusers.__version__])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("changes, says", [
+    ({"num_class_embeds": None}, "takes no labels"),
+    ({"num_class_embeds": 1}, "takes no labels"),
+    ({"num_class_embeds": None, "class_embed_type": "timestep"}, "class_embed_type"),
+    ({"out_channels": 2}, "learned variance"),
+    ({"attention_head_dim": 8}, "32 heads"),
+    ({"norm_num_groups": 16}, "norm_num_groups 16"),
+    ({"norm_eps": 1e-6}, "norm_eps"),
+    ({"freq_shift": 1}, "freq_shift 1"),
+    ({"resnet_time_scale_shift": "scale_shift"}, "resnet_time_scale_shift"),
+    ({"add_attention": False}, "add_attention"),
+    ({"downsample_type": "resnet"}, "downsample_type"),
+    ({"down_block_types": ("DownBlock2D", "SkipDownBlock2D")}, "SkipDownBlock2D"),
+    ({"up_block_types": ("UpBlock2D", "UpBlock2D")}, "its blocks are"),
+    ({"block_out_channels": (128, 192), "attention_head_dim": None}, "not multiples"),
+    ({"block_out_channels": (64, 256)}, "64 channels"),
+], ids=str)
+def test_networks_that_ours_is_not(changes, says):
+    with pytest.raises(UserError, match=f"^here: .*{says}"):
+        diffusers_unet.refuse_theirs(UNet2DModel(**{**THEIRS, **changes}), "here")
+
+
+@pytest.mark.parametrize("changes, says", [
+    ({"prediction_type": "v_prediction"}, "predicts v_prediction"),
+    ({"beta_schedule": "squaredcos_cap_v2"}, "noise schedule"),
+    ({"beta_end": 0.012}, "noise schedule"),
+    ({"num_train_timesteps": 500}, "noise schedule"),
+], ids=str)
+def test_schedules_that_ours_is_not(changes, says):
+    with pytest.raises(UserError, match=f"^here: .*{says}"):
+        diffusers_unet.refuse_schedule(DDIMScheduler(**changes), "here")
+    diffusers_unet.refuse_schedule(DDIMScheduler(), "here")
+
+
+def test_folders_that_are_not_theirs(tmp_path, data_dir, capsys):
+    """A missing one, one without weights, a damaged file, a weight too few, other images."""
+    def check(path, *flags, says):
+        refuses(capsys, peers.main, "--from-diffusers", path, "--to", tmp_path / "o.pt", "--ir",
+                20, "--data-dir", data_dir, *flags, says=["--", *says])
+    check(tmp_path / "none", says=["--from-diffusers", "not a pipeline's folder"])
+    path, _ = other_folder(tmp_path / "d", sample_size=16)
+    check(path, "--dataset", "digits", says=["--dataset digits", "8 pixels", "16"])
+    path, _ = other_folder(tmp_path / "d", num_class_embeds=8)
+    check(path, "--dataset", "digits", says=["--dataset digits", "10 classes", "7"])
+    weights = path / "unet/diffusion_pytorch_model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:len(whole) // 2])
+    check(path, says=["--from-diffusers", "cannot be loaded"])
+    weights.unlink()
+    check(path, says=["--from-diffusers", "cannot be loaded"])
+    path, unet = other_folder(tmp_path / "e")
+    state = copy.copy(unet.state_dict())
+    del state["mid_block.resnets.1.conv1.bias"]
+    from safetensors.torch import save_file
+    save_file(state, path / "unet/diffusion_pytorch_model.safetensors", {"format": "pt"})
+    check(path, says=["--from-diffusers", "mid_block.resnets.1.conv1.bias"])
+    (path / "unet/config.json").write_text('{"_class_name": "UNet2DConditionModel"}')
+    check(path, says=["--from-diffusers", "UNet2DConditionModel"])
+    assert not (tmp_path / "o.pt").exists()

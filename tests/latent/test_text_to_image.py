@@ -1,0 +1,553 @@
+"""text_to_image.py: captions, the text-conditioned transformer, training and sampling offline."""
+import json
+import shutil
+from argparse import Namespace
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, assert_same_losses, call, pixels, randomize, torchrun
+from PIL import Image
+from test_latent import write_text_encoder
+from test_releases import cub200, flowers102
+from torch.testing import assert_close
+
+import disk
+from cm_layers import general_only, is_reserved, merge, reserve
+from data import load, load_reference
+from latent import text_to_image
+from latent.autoencoder import KLAutoencoder, Pixels, Reconstruction, latent_scale
+from latent.captions import Table, captions_of
+from latent.text_dit import LENGTH, PAD, UNKNOWN, TextDiT, Texts, WordEncoder, Words, vocabulary_of
+from losses import Objective, bind, draw_batch
+from model import make_alphas_bar
+from runtime import UserError
+from variants.dit import CrossAttention
+
+NAMES = ["blue_jay", "red_fox", "white_cat"]
+COUNTS = [8, 4, 2]
+DATA = "--dataset folder --ir 1 --resolution 16 --device cpu --dtype float32 --log-every 1".split()
+SMALL = [*DATA, "--batch-size", 4, "--warmup", 0]
+NET = ["--ch", 16, "--depth", 2, "--patch", 2, "--text-encoder", "words"]
+SAMPLE = ["--num", 6, "--steps", 3, "--device", "cpu", "--batch-size", 4]
+
+
+@contextmanager
+def refused(*words):
+    """Within, something is refused in one line that holds these words."""
+    with pytest.raises(UserError) as e:
+        yield
+    text = str(e.value)
+    assert "\n" not in text and not [word for word in words if word not in text], text
+
+
+# --------------------------------------------------------------------------------------------------
+# Captions
+
+def write_captions(folder, images):
+    """Reed et al.'s layout: FOLDER/text_c10/CLASS/NAME.txt, ten lines for each image."""
+    for path in images:
+        lines = [f"caption {k} of {path.stem}" for k in range(10)]
+        disk.write_text(folder / "text_c10" / path.parent.name / f"{path.stem}.txt",
+                        "\n".join(lines) + "\n\n")
+
+
+def data_args(name, folder, **changes):
+    return Namespace(**{"dataset": name, "data_dir": str(folder), "pack_dir": None,
+                        "prompt": None, **changes})
+
+
+@pytest.mark.parametrize("name, build, where", [
+    ("cub200", cub200, "CUB_200_2011/images"), ("flowers102", flowers102, "jpg")])
+def test_released_captions_follow_their_images(tmp_path, name, build, where):
+    build(tmp_path)
+    write_captions(tmp_path / "cvpr2016", sorted((tmp_path / where).rglob("*.jpg")))
+    images = load(name, tmp_path, resolution=8)
+    args = data_args(name, tmp_path)
+    captions = captions_of(images, args, "train")
+    assert all(len(texts) == 10 for texts in captions) and len(captions) == len(images.labels)
+    if name == "cub200":            # an image's name ends in its class, from 0
+        stems = [texts[3].split()[-1] for texts in captions]
+        assert [int(stem.rsplit("_", 1)[1]) for stem in stems] == images.labels.tolist()
+        assert [stem.split("_")[-2] for stem in stems] == ["0000", "0001", "0002"] * 3
+    else:                           # 4, 5 and 6 are held out
+        held_out = captions_of(load(name, tmp_path, "test", 8), args, "test")
+        assert [texts[0][-5:] for texts in held_out] == ["00004", "00005", "00006"]
+        assert captions[3][9] == "caption 9 of image_00007"
+    rows = np.array([1, 4])
+    assert captions_of(images.take(rows), args, "train") == [captions[1], captions[4]]
+
+
+def test_a_pack_keeps_its_captions(tmp_path, capsys):
+    """On another machine without files; where a caption has changed, the new one is read."""
+    cub200(tmp_path)
+    folder = tmp_path / "CUB_200_2011/images"
+    write_captions(tmp_path, sorted(folder.rglob("*.jpg")))
+    args = data_args("cub200", tmp_path)
+    before = captions_of(load("cub200", tmp_path, resolution=8), args, "train")
+    changed = next((tmp_path / "text_c10").rglob("Black_footed_Albatross_0000_0.txt"))
+    changed.write_text("another text\n")
+    after = captions_of(load("cub200", tmp_path, resolution=8), args, "train")
+    assert after[0] == ["another text"] and after[1:] == before[1:]
+    shutil.rmtree(tmp_path / "text_c10")
+    shutil.rmtree(tmp_path / "CUB_200_2011")
+    assert captions_of(load("cub200", tmp_path, resolution=8), args, "train") == after
+    assert "kept captions" in capsys.readouterr().out
+
+
+def test_missing_captions_are_named(tmp_path):
+    cub200(tmp_path)
+    images = load("cub200", tmp_path, resolution=8)
+    args = data_args("cub200", tmp_path)
+    with refused("--data-dir", "text_c10 is not there", "--prompt"):
+        captions_of(images, args, "train")
+    some = sorted((tmp_path / "CUB_200_2011/images").rglob("*.jpg"))
+    write_captions(tmp_path, some[1:])
+    with refused("1 of 9 images", "Black_footed_Albatross_0000_0.jpg"):
+        captions_of(images, args, "train")
+    write_captions(tmp_path, some[:1])
+    next((tmp_path / "text_c10").rglob("*_0000_0.txt")).write_text(" \n")
+    with refused("not as it is released", "no line"):
+        captions_of(images, args, "train")
+    texts = captions_of(images, data_args("cub200", tmp_path, prompt="the {}!"), "train")
+    assert texts[0] == ["the 001.Black footed Albatross!"] and len(texts) == 9
+
+
+def test_captions_beside_images(pictures, tmp_path):
+    folder = shutil.copytree(pictures, tmp_path / "p")
+    images = load("folder", folder, resolution=16, pack_dir=tmp_path)
+    args = data_args("folder", folder, pack_dir=tmp_path)
+    texts = captions_of(images, args, "train")
+    assert texts[0] == ["a photo of a blue jay"] and texts[-1] == ["a photo of a white cat"]
+    for path in folder.rglob("*.png"):
+        path.with_suffix(".txt").write_text(f"{path.stem} one\n{path.stem} two\n")
+    assert captions_of(images, args, "train")[1] == ["1 one", "1 two"]
+    path.with_suffix(".txt").unlink()
+    with refused("1 of 14 images", "--prompt"):
+        captions_of(images, args, "train")
+
+
+def test_the_table_draws_captions_of_images_and_classes():
+    captions = [["a0", "a1"], ["b0"], ["a2", "a3", "a4"], ["c0"]]
+    table = Table(captions, [0, 1, 0, 2])
+    rows = torch.tensor([2] * 600 + [0] * 400 + [3])
+    drawn = [table.texts[k] for k in table.of_images(rows, torch.rand(1001, dtype=torch.float64))]
+    assert set(drawn[:600]) == {"a2", "a3", "a4"} and set(drawn[600:1000]) == {"a0", "a1"}
+    assert abs(drawn[:600].count("a3") - 200) < 60 and drawn[1000] == "c0"
+    u = torch.rand(1000, dtype=torch.float64)
+    of_class = [table.texts[k] for k in table.of_classes(torch.zeros(1000, dtype=int), u)]
+    assert set(of_class) == {"a0", "a1", "a2", "a3", "a4"}
+    numbers = table.condition(np.array([1, 3, 2]), seed=0, step=5)
+    own, other = numbers(torch.tensor([0, 1, 2]))
+    assert [table.texts[k][0] for k in own] == ["b", "c", "a"]
+    assert [table.texts[k][0] for k in other] == ["a", "b", "c"]
+    again = table.condition(np.array([1, 3, 2]), seed=0, step=5)(torch.tensor([0, 1, 2]))
+    assert_close(torch.stack(again), torch.stack([own, other]))
+
+
+# --------------------------------------------------------------------------------------------------
+# The network
+
+TEXTS = ["a red bird", "a blue bird with a long beak", "a red fox"]
+
+
+def text_net(rank_ratio=0.1, seed=0, depth=4):
+    words = Words(vocabulary_of(TEXTS))
+    torch.manual_seed(seed)
+    texts = Texts(WordEncoder(len(words), 16), words([*TEXTS, ""]))
+    net = TextDiT(texts, 16, size=4, ch=16, depth=depth)
+    if rank_ratio:
+        reserve(net.decoder, rank_ratio)
+    return randomize(net, seed, scale=0.1)
+
+
+def test_words():
+    words = Words(vocabulary_of(["A red_bird, flying.", "a RED fox"]))
+    assert words.vocabulary == ["a", "bird", "flying", "fox", "red"] and len(words) == 7
+    ids = words(["Red bird!", "a green fox", "", "a " * 99])
+    assert ids.shape == (4, LENGTH)
+    assert ids[0, :3].tolist() == [6, 3, PAD] and ids[1, :4].tolist() == [2, UNKNOWN, 5, PAD]
+    assert (ids[2] == PAD).all() and (ids[3] == 2).all()
+
+
+def test_cross_attention_is_softmax_of_the_text():
+    layer = randomize(CrossAttention(128, 2, 24), scale=0.2)
+    x, text = torch.randn(2, 5, 128), torch.randn(2, 7, 24)
+    q = layer.q(torch.nn.functional.layer_norm(x, (128,), eps=1e-6))
+    k, v = layer.kv(text).chunk(2, dim=2)
+    heads = []
+    for h in range(2):
+        part = slice(64 * h, 64 * (h + 1))
+        weights = (q[..., part] @ k[..., part].transpose(1, 2) / 8).softmax(2)
+        heads.append(weights @ v[..., part])
+    assert_close(layer(x, text), layer.proj(torch.cat(heads, 2)))
+
+
+def test_the_text_and_nothing_else_of_y_reaches_the_prediction():
+    net = text_net()
+    x, t = torch.randn(1, 4, 4, 4).expand(4, -1, -1, -1), torch.full((4,), 500)
+    eps = net(x, t, torch.tensor([0, 1, 2, -1]))
+    assert (eps[:3] - eps[3:]).abs().flatten(1).amax(1).min() > 1e-3
+    net.encoder.texts.ids = net.encoder.texts.ids[[2, 2, 0, 3]]
+    moved = net(x, t, torch.tensor([2, 2, 0, -1]))
+    assert_close(moved, eps[[0, 0, 2, 3]])
+
+
+def test_both_halves_attend_to_the_text():
+    """With the other half's cross-attention off the text still matters."""
+    for half in ("encoder", "decoder"):
+        net = text_net(rank_ratio=None)
+        for block in getattr(net, half).blocks:
+            block.cross.proj.weight.data.zero_()
+        x, t = torch.randn(1, 4, 4, 4).expand(2, -1, -1, -1), torch.full((2,), 500)
+        a, b = net(x, t, torch.tensor([0, 1]))
+        assert (a - b).abs().max() > 1e-4, half
+
+
+def test_it_starts_as_zero_and_reserving_changes_nothing():
+    words = Words(vocabulary_of(TEXTS))
+    net = TextDiT(Texts(WordEncoder(len(words), 16), words([*TEXTS, ""])), 16, size=4, ch=16,
+                  depth=4)
+    x, t, y = torch.randn(3, 4, 4, 4), torch.tensor([0, 5, 999]), torch.tensor([0, 2, -1])
+    assert net(x, t, y).abs().max() == 0
+    randomize(net)
+    before = net(x, t, y)
+    reserve(net.decoder, 0.1)
+    assert_close(net(x, t, y), before)
+    assert is_reserved(net.decoder) and not is_reserved(net.encoder)
+    names = [name for name, _ in net.decoder.named_parameters() if name.endswith(".A")]
+    assert sum("cross.kv" in name for name in names) == 2
+
+
+def test_theta_g_is_the_network_without_its_reserved_part():
+    net = text_net()
+    x, t, y = torch.randn(3, 4, 4, 4), torch.tensor([0, 5, 999]), torch.tensor([0, 2, -1])
+    full = net(x, t, y)
+    with general_only(net.decoder):
+        general = net(x, t, y)
+    assert (full - general).abs().max() > 1e-4
+    assert_close(merge(text_net(), "general")(x, t, y), general)
+    assert_close(merge(text_net())(x, t, y), full)
+
+
+def test_the_default_is_about_as_large_as_vq_diffusion_s():
+    """34 M there; CLIP's states have width 768."""
+    with torch.device("meta"):
+        net = TextDiT(None, 768)
+    assert sum(p.numel() for p in net.parameters()) == 31_624_900
+    assert [len(half.blocks) for half in (net.encoder, net.decoder)] == [9, 9]
+
+
+@pytest.mark.parametrize("base", ["ddpm", "cbdm", "oc", "focal", "rop", "consistency"])
+def test_every_base_loss_takes_texts(base):
+    """What the network gets are numbers of texts; Eq. (3) and y' != y look at classes."""
+    net = text_net()
+    obj = Objective(net=net, base=bind(base), counts=[9, 1], alphas_bar=make_alphas_bar(),
+                    label_drop=0.5)
+    table = Table([["a red bird"], ["a blue bird with a long beak"], ["a red fox"]], [0, 0, 1])
+    rows = np.array([2, 0, 1, 2, 2, 1, 0, 0])
+    y = torch.tensor([0, 0, 1])[rows]
+    x_0 = torch.randn(8, 4, 4, 4)
+    batch = draw_batch(x_0, y, obj, seed=0, step=1, condition=table.condition(rows, 0, 1))
+    plain = draw_batch(x_0, y, obj, seed=0, step=1)
+    kept = batch.y_in >= 0
+    assert 0 < kept.sum() < 8 and batch.y_in[kept].tolist() == rows[kept].tolist()
+    assert_close(batch.y, plain.y)
+    assert_close(batch.y_prime, plain.y_prime)
+    assert torch.equal(batch.y_prime_in == 2, batch.y_prime == 1)
+    halves = [draw_batch(x_0, y, obj, seed=0, step=1, part=k, parts=2,
+                         condition=table.condition(rows, 0, 1)) for k in range(2)]
+    for name in ("y_in", "y_prime_in"):
+        assert_close(torch.cat([getattr(h, name) for h in halves]), getattr(batch, name))
+    total, terms, D = obj(batch)
+    total.backward()
+    assert total.isfinite() and D.min() > 0 and {"base", "con", "div"} <= set(terms)
+    assert all(p.grad is not None for p in net.parameters())
+
+
+# --------------------------------------------------------------------------------------------------
+# The autoencoder
+
+def test_autoencoder_shapes_and_moments():
+    net = randomize(KLAutoencoder(ch=16, factor=4), scale=0.1)
+    x = torch.randn(3, 3, 16, 16)
+    latent = net.encode(x).latent_dist
+    assert latent.mean.shape == latent.std.shape == (3, 4, 4, 4) and latent.std.min() > 0
+    assert net.decode(latent.mean).sample.shape == x.shape
+    eps = torch.randn(3, 4, 4, 4)
+    y, mean, std = net(x, eps)
+    assert_close(y, net.decode(mean + std * eps).sample)
+    with pytest.raises(ValueError, match="--factor 6"):
+        KLAutoencoder(factor=6)
+
+
+def test_reconstruction_is_the_error_and_the_divergence():
+    net = randomize(KLAutoencoder(ch=16, factor=2), scale=0.1)
+    x, eps = torch.randn(2, 3, 8, 8), torch.randn(2, 4, 4, 4)
+    total, terms, D = Reconstruction(net)(Pixels(x, eps, torch.zeros(2, dtype=int)))
+    y, mean, std = net(x, eps)
+    normal = torch.distributions.Normal
+    kl = torch.distributions.kl_divergence(normal(mean, std), normal(0.0, 1.0)).mean()
+    assert_close(terms["kl"], kl)
+    assert_close(terms["base"], (x - y).square().mean())
+    assert_close(total, terms["base"] + 1e-4 * kl)
+    assert D.tolist() == [0, 0]
+
+
+def test_the_scale_gives_latents_of_variance_1():
+    net = randomize(KLAutoencoder(ch=16, factor=2), scale=0.1)
+    x = torch.randn(64, 3, 8, 8)
+    scale = latent_scale(net, dict(net.named_parameters()), x)
+    latent = net.encode(x).latent_dist
+    z = scale * (latent.mean + latent.std * torch.randn_like(latent.std))
+    assert abs(z.var().item() - 1) < 0.05
+
+
+# --------------------------------------------------------------------------------------------------
+# The commands
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Three classes of 8, 4 and 2 small images, each class in one colour."""
+    folder = tmp_path_factory.mktemp("pictures")
+    rng = np.random.RandomState(0)
+    for name, n, colour in zip(NAMES, COUNTS, np.eye(3) * 180):
+        (folder / name).mkdir()
+        for i in range(n):
+            pixels = np.clip(rng.randint(0, 60, (16, 16, 3)) + colour, 0, 255)
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / name / f"{i}.png")
+    return folder
+
+
+def main(*words):
+    call(text_to_image.main, *words)
+
+
+@pytest.fixture(scope="module")
+def autoencoder(pictures, tmp_path_factory):
+    """A checkpoint of a trained autoencoder, factor 2, and the folder of packs."""
+    folder = tmp_path_factory.mktemp("ae")
+    main("autoencoder", *SMALL, "--data-dir", pictures, "--pack-dir", folder / "packs", "--ch", 8,
+         "--factor", 2, "--lr", 3e-3, "--steps", 60, "--ema", 0.9, "--sample-every", 60,
+         "--out", folder / "run")
+    return folder / "run/ckpt.pt", folder / "packs"
+
+
+def train_flags(pictures, autoencoder, out, steps, *more):
+    return ["train", *SMALL, *NET, "--data-dir", pictures, "--pack-dir", autoencoder[1],
+            "--autoencoder", autoencoder[0], "--steps", steps, "--lr", 3e-3, "--out", out, *more]
+
+
+@pytest.fixture(scope="module")
+def run(pictures, autoencoder, tmp_path_factory):
+    """A run of 40 steps with CM."""
+    out = tmp_path_factory.mktemp("run") / "cm"
+    main(*train_flags(pictures, autoencoder, out, 40, "--sample-every", 40, "--ema", 0.9))
+    return out
+
+
+def log_of(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def test_the_autoencoder_learns(autoencoder):
+    log = log_of(autoencoder[0].parent)
+    assert log[-1]["base"] < 0.3 * log[0]["base"]
+    assert (autoencoder[0].parent / "grid-0000060.png").exists()
+    ckpt = disk.load(autoencoder[0], ["autoencoder"])
+    assert ckpt["scale"] > 0 and ckpt["network"] == {"ch": 8, "factor": 2}
+
+
+def test_training_lowers_the_loss_with_cm(run):
+    log = log_of(run)
+    first, last = ([r["base"] for r in log][k] for k in (slice(10), slice(-10, None)))
+    assert np.mean(last) < 0.8 * np.mean(first)
+    assert log[-1]["D_Many"] > 0 and "con" in log[-1]
+    assert (run / "grid-0000040.png").exists()
+    ckpt = disk.load(run / "ckpt.pt", ["text"])
+    assert ckpt["network"]["vocabulary"][:3] == ["a", "blue", "cat"] and ckpt["rank_ratio"] == 0.1
+
+
+def weights_of(out):
+    ckpt = disk.load(out / "ckpt.pt", ["text", "autoencoder"])
+    return {**ckpt["model"], **{f"ema {k}": v for k, v in ckpt["ema"].items()}}
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(pictures, autoencoder, tmp_path):
+    quiet = ("--sample-every", 0)
+    main(*train_flags(pictures, autoencoder, tmp_path / "whole", 4, *quiet))
+    for steps in (2, 4):
+        main(*train_flags(pictures, autoencoder, tmp_path / "parts", steps, *quiet))
+    assert_close(weights_of(tmp_path / "parts"), weights_of(tmp_path / "whole"), rtol=0, atol=0)
+    with refused("--ch 32", "started with 16"):
+        main(*train_flags(pictures, autoencoder, tmp_path / "parts", 6, *quiet, "--ch", 32))
+    with refused("--prompt", "started with None"):
+        main(*train_flags(pictures, autoencoder, tmp_path / "parts", 6, *quiet, "--prompt", "{}"))
+
+
+def test_accumulated_passes_are_the_same_step(pictures, autoencoder, tmp_path):
+    for k in (1, 2):
+        main(*train_flags(pictures, autoencoder, tmp_path / str(k), 2, "--sample-every", 0,
+                          "--accumulate", k))
+    assert_close(weights_of(tmp_path / "2"), weights_of(tmp_path / "1"), rtol=1e-3, atol=1e-4)
+
+
+def test_a_resumed_autoencoder_is_the_uninterrupted_one(pictures, autoencoder, tmp_path):
+    def train(out, steps, *more):
+        main("autoencoder", *SMALL, "--data-dir", pictures, "--pack-dir", autoencoder[1], "--ch",
+             8, "--factor", 2, "--steps", steps, "--sample-every", 0, "--out", tmp_path / out,
+             *more)
+    train("whole", 4)
+    train("parts", 2)
+    train("parts", 4, "--accumulate", 1)
+    train("passes", 4, "--accumulate", 2)
+    whole = weights_of(tmp_path / "whole")
+    assert_close(weights_of(tmp_path / "parts"), whole, rtol=0, atol=0)
+    assert_close(weights_of(tmp_path / "passes"), whole, rtol=1e-3, atol=1e-4)
+
+
+def test_two_processes_train_the_same_run(pictures, autoencoder, tmp_path):
+    """The autoencoder, and the network with it, which sampled give the same images."""
+    ae = ["autoencoder", *SMALL, "--data-dir", pictures, "--pack-dir", autoencoder[1], "--ch", 8,
+          "--factor", 2, "--steps", 2, "--sample-every", 0, "--out"]
+    text = train_flags(pictures, autoencoder, tmp_path / "text two", 2, "--sample-every", 0)
+    both = [torchrun("text_to_image.py", *ae, tmp_path / "ae two"),
+            torchrun("text_to_image.py", *text)]
+    outputs = [process.communicate()[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], outputs
+    main(*ae, tmp_path / "ae one")
+    main(*[tmp_path / "text one" if word == tmp_path / "text two" else word for word in text])
+    assert_same_losses(tmp_path / "ae two", tmp_path / "ae one")
+    assert_same_losses(tmp_path / "text two", tmp_path / "text one")
+    ckpt = tmp_path / "text one/ckpt.pt"
+    process = torchrun("--", "text_to_image.py", "sample", "--ckpt", ckpt, *SAMPLE, "--out",
+                       tmp_path / "samples two")
+    output = process.communicate()[0]
+    assert process.returncode == 0, output
+    main("sample", "--ckpt", ckpt, *SAMPLE, "--out", tmp_path / "samples one")
+    gap = pixels(tmp_path / "samples two") - pixels(tmp_path / "samples one")
+    assert np.abs(gap).max() <= 1
+
+
+def test_samples(run, pictures, tmp_path):
+    """Of both branches, class after class; images are those of the captions, at any batch size."""
+    main("sample", "--ckpt", run / "ckpt.pt", *SAMPLE, "--out", tmp_path / "full")
+    main("sample", "--ckpt", run / "ckpt.pt", *SAMPLE, "--branch", "general", "--out",
+         tmp_path / "general")
+    with np.load(tmp_path / "full/samples.npz") as f:
+        images, labels = f["arr_0"], f["arr_1"]
+    assert images.shape == (6, 16, 16, 3) and labels.tolist() == [0, 1, 2] * 2
+    with np.load(tmp_path / "general/samples.npz") as f:
+        assert (f["arr_0"] != images).any()
+    record = json.loads((tmp_path / "full/samples.json").read_text())
+    assert record["data"]["class_names"] == NAMES and record["settings"]["captions_sha256"]
+    before = (tmp_path / "full/samples.npz").stat().st_mtime_ns
+    main("sample", "--ckpt", run / "ckpt.pt", *SAMPLE, "--if-needed", "--out", tmp_path / "full")
+    assert (tmp_path / "full/samples.npz").stat().st_mtime_ns == before
+    others = [6 if word == 4 else word for word in SAMPLE]
+    main("sample", "--ckpt", run / "ckpt.pt", *others, "--out", tmp_path / "again")
+    with np.load(tmp_path / "again/samples.npz") as f:
+        assert np.abs(f["arr_0"].astype(int) - images).max() <= 1
+
+
+def test_sampled_captions_are_those_of_the_reference(run, pictures, tmp_path):
+    """Class after class; within a class image after image, each with one of its own captions."""
+    folder = shutil.copytree(pictures, tmp_path / "p")
+    for path in folder.rglob("*.png"):
+        name = f"{path.parent.name} {path.stem}"
+        path.with_suffix(".txt").write_text(f"{name} one\n{name} two\n")
+    load("folder", folder, resolution=16, pack_dir=tmp_path)
+    ckpt = disk.load(run / "ckpt.pt", ["text"])
+    ckpt["config"]["pack_dir"] = tmp_path
+    ckpt["data"]["sha256"] = None
+    args = Namespace(data_dir=folder, num=60, seed=0)
+    texts, labels = text_to_image.reference_captions(ckpt, args)
+    assert labels == [0, 1, 2] * 20
+    names, numbers, which = zip(*(text.split() for text in texts))
+    assert list(names) == [NAMES[c] for c in labels]
+    images, _ = load_reference("folder", folder, None, 16, tmp_path)
+    assert images.counts.tolist() == [2, 2, 2]
+    for c in range(3):          # two images of each class take turns
+        own = numbers[c::3]
+        assert len(set(own[:2])) == 2 and list(own) == list(own[:2]) * 10
+    assert 15 < which.count("one") < 45
+
+
+def test_a_frozen_clip_is_what_the_network_sees(pictures, autoencoder, tmp_path):
+    """Its hidden states, which are not trained and not kept; another one is refused."""
+    torch.manual_seed(0)
+    write_text_encoder(tmp_path / "sd")
+    flags = train_flags(pictures, autoencoder, tmp_path / "run", 2, "--sample-every", 0,
+                        "--text-encoder", tmp_path / "sd")
+    main(*flags)
+    ckpt = disk.load(tmp_path / "run/ckpt.pt", ["text"])
+    assert not any("clip" in name for name in ckpt["model"]) and ckpt["text_encoder_sha256"]
+    text = text_to_image.FrozenCLIP(str(tmp_path / "sd"))
+    net = text_to_image.load_network(ckpt, text, ["a red fox"])
+    ids = text.tokenizer(["a red fox", ""], padding="max_length", max_length=20,
+                         return_tensors="pt").input_ids
+    with torch.no_grad():
+        states = text.clip(ids).last_hidden_state
+    assert_close(net.encoder.texts(torch.tensor([0, -1])), states)
+    main("sample", "--ckpt", tmp_path / "run/ckpt.pt", *SAMPLE, "--out", tmp_path / "samples")
+    write_text_encoder(tmp_path / "other")
+    with refused("--text-encoder", "not the one"):
+        main("sample", "--ckpt", tmp_path / "run/ckpt.pt", *SAMPLE, "--out", tmp_path / "x",
+             "--text-encoder", tmp_path / "other")
+
+
+MISTAKES = {
+    "no such model": (["--autoencoder", "no-folder-here"], ("--autoencoder", "cannot be loaded")),
+    "no braces": (["--prompt", "a bird"], ("--prompt", "{}")),
+    "CM's flag without CM": (["--no-cm", "--rank-ratio", "0.2"], ("--rank-ratio", "--cm only")),
+    "another base's flag": (["--focal-gamma", "1"], ("--focal-gamma", "another base")),
+    "patches": (["--patch", "3"], ("--patch", "8 pixels")),
+    "one block": (["--depth", "1"], ("--depth 1",)),
+    "heads": (["--ch", "100"], ("--ch 100", "multiple of 64")),
+    "grey": (["--dataset", "digits"], ("--dataset digits", "colour")),
+    "a resolution": (["--resolution", "17"], ("--resolution 17", "multiple of 2")),
+}
+
+
+@pytest.mark.parametrize("more, words", MISTAKES.values(), ids=MISTAKES)
+def test_mistakes_are_named(pictures, autoencoder, tmp_path, monkeypatch, more, words):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    flags = train_flags(pictures, autoencoder, tmp_path / "run", 2, *more)
+    if "digits" in more:            # these have a size of their own
+        at = flags.index("--resolution")
+        flags = flags[:at] + flags[at + 2:]
+    with refused(*words):
+        main(*flags)
+    assert not (tmp_path / "run/ckpt.pt").exists()
+
+
+def test_general_needs_reserved_capacity(pictures, autoencoder, tmp_path):
+    main(*train_flags(pictures, autoencoder, tmp_path / "run", 1, "--no-cm", "--sample-every", 0))
+    with refused("--branch general", "--no-cm"):
+        main("sample", "--ckpt", tmp_path / "run/ckpt.pt", "--branch", "general")
+
+
+def test_a_consistency_model_of_texts(pictures, autoencoder, tmp_path):
+    main(*train_flags(pictures, autoencoder, tmp_path / "run", 2, "--base", "consistency",
+                      "--sample-every", 2))
+    main("sample", "--ckpt", tmp_path / "run/ckpt.pt", "--num", 3, "--device", "cpu")
+    record = json.loads((tmp_path / "run/samples/samples.json").read_text())
+    assert record["settings"]["sampler"] == "consistency"
+
+
+def test_what_is_said_of_the_defaults():
+    """docs/DIFFERENCES.md, Table G.11."""
+    args = text_to_image.make_train_parser().parse_args([])
+    args = text_to_image.resolve(args, set())
+    text = (ROOT / "docs/DIFFERENCES.md").read_text()
+    rows = text.split("## Text to image")[1].split("\n## ")[0]
+    assert (args.depth, args.ch, args.patch, args.resolution) == (18, 192, 1, 256)
+    assert "18 blocks of width 192 on 32 x 32" in rows and "31.6 M" in rows
+    assert (args.lr, args.warmup, args.weight_decay) == (4.5e-4, 5000, 0.045)
+    assert text_to_image.BETAS == (0.9, 0.96) and args.base == "ddpm" and args.cm
+    assert "4.5e-4 after 5,000 steps, weight decay 0.045" in rows
+    assert f"decay {args.ema} " in rows and abs(args.ema ** 25 - 0.99) < 1e-3
+    assert f"{args.steps:,} steps of {args.batch_size} images" in rows
+    assert args.ir == 10 and args.rank_ratio == 0.1 and args.label_drop == 0.1
+    assert text_to_image.DEFAULTS["text"] == {"sampler": "ddim", "guidance": 1.5, "clip": False}

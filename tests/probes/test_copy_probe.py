@@ -1,0 +1,119 @@
+"""copies.py: what counts as a copy, on points whose neighbours are known; the whole command."""
+import numpy as np
+import pytest
+import torch
+from conftest import TINY_FLAGS, call, refuses
+
+import disk
+import sample
+import train
+from probes import copies
+
+
+def test_copies_on_a_line():
+    """Training points 0, 1 and 10: their nearest others are 1, 1 and 9 away."""
+    train_points = torch.tensor([[0.0], [1.0], [10.0]]).double()
+    points = torch.tensor([[-0.9], [-1.0], [1.5], [5.6], [18.9], [19.1]]).double()
+    is_copy, index = copies.copies(points, train_points)
+    assert index.tolist() == [0, 0, 1, 2, 2, 2]
+    assert is_copy.tolist() == [True, False, True, True, True, False]
+
+
+def test_copies_in_blocks(monkeypatch):
+    """A literal version, and blocks that do not divide the rows."""
+    g = torch.Generator().manual_seed(0)
+    images, train_images = (torch.randn(n, 3, generator=g).double() for n in (50, 33))
+    between = torch.cdist(train_images, train_images).fill_diagonal_(torch.inf).min(1).values
+    expected = torch.cdist(images, train_images).min(1)
+    monkeypatch.setattr(copies, "BLOCK", 7)
+    is_copy, index = copies.copies(images, train_images)
+    assert torch.equal(index, expected.indices)
+    assert torch.equal(is_copy, expected.values < between[expected.indices])
+
+
+def test_shares():
+    found = copies.shares(torch.tensor([True, False, True, True]), np.array([0, 0, 1, 2]),
+                              {"Many": [0], "Few": [1, 2], "none": [3]})
+    assert found == {"all": 0.75, "Many": 0.5, "Few": 1.0}
+
+
+def test_the_picture_shows_few_where_there_are_some():
+    """Pixels say which image it is: 10 + the row of a generated one, 100 + that of a real one."""
+    images, real = (np.arange(n, dtype=np.uint8)[:, None, None, None].repeat(8, 1).repeat(8, 2)
+                    .repeat(3, 3) for n in (5, 50))
+    data = {"class_names": list("abc"), "class_counts": [9, 8, 7]}
+    groups = {"Many": [0], "Medium": [1], "Few": [2]}
+    index = np.array([30, 31, 32, 33, 34])
+
+    def shown(labels, groups):
+        picture = copies.pairs_picture(images + 10, np.array(labels), index, real + 100, data,
+                                           groups)
+        left = picture.width - 10 * 60
+        cells = [[picture.getpixel((left + 60 * k + 9, 60 * r + 9))[0] for k in range(10)]
+                 for r in range(picture.height // 60)]
+        return [[value for value in row if value < 255] for row in cells]
+    assert shown([2, 0, 1, 2, 0], groups) == [[10, 130, 13, 133]]
+    everything = [[11, 131, 14, 134], [10, 130, 12, 132, 13, 133]]
+    assert shown([1, 0, 1, 1, 0], groups) == everything             # --classes without Few
+    assert shown([1, 0, 1, 1, 0], {}) == everything
+
+
+@pytest.fixture(scope="module")
+def samples(cm_run, tmp_path_factory):
+    out = tmp_path_factory.mktemp("samples")
+    call(sample.main, "--ckpt", cm_run / "ckpt.pt", "--num", 20, "--steps", 2, "--device", "cpu",
+         "--out", out)
+    return out / "samples.npz"
+
+
+def test_training_images_are_copies_and_noise_is_none(cm_run, classifier, data_dir, samples,
+                                                      digits, tmp_path, capsys):
+    """Training images as samples: all are copies; the unseen digits are not of the draw."""
+    record = disk.read_json(samples.with_suffix(".json"))
+    perfect = tmp_path / "perfect/samples.npz"
+    disk.write_npz(perfect, arr_0=digits.images, arr_1=digits.labels)
+    record["npz_sha256"] = disk.sha256(perfect)
+    disk.write_json(perfect.with_suffix(".json"), record)
+    call(copies.main, "--ckpt", cm_run / "ckpt.pt", "--samples", samples, perfect,
+         "--features", classifier, "--data-dir", data_dir, "--device", "cpu", "--out", tmp_path)
+    found = disk.read_json(tmp_path / "copies.json")
+    assert found["samples_settings"][str(samples)]["clip"] is True
+    rows = found["rows"]
+    unseen, generated, copied = rows.values()
+    assert unseen["num"] == 1497 - 502
+    for space in ("pixels", "features"):
+        assert set(copied[space].values()) == {1.0}
+        assert 0.2 < unseen[space]["all"] < 0.8
+    assert generated["pixels"]["all"] < 0.2                 # two steps: noise
+    assert (tmp_path / "pairs.png").is_file()
+    assert "real, not in the training set" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("key, value", [
+    ("sha256", "0" * 64), ("class_counts", [9] * 10), ("class_names", list("abcdefghij"))])
+def test_samples_of_a_set_that_differs_in_one_thing(key, value, cm_run, samples, tmp_path, capsys):
+    path = tmp_path / "samples.npz"
+    path.write_bytes(samples.read_bytes())
+    record = disk.read_json(samples.with_suffix(".json"))
+    disk.write_json(tmp_path / "samples.json", {**record, "data": {**record["data"], key: value}})
+    refuses(capsys, copies.main, "--ckpt", cm_run / "ckpt.pt", "--samples", path,
+            says=["--samples", "not of the training set"])
+
+
+def test_samples_of_another_training_set(cm_run, samples, data_dir, tmp_path, capsys):
+    call(train.main, *TINY_FLAGS, "--ir", 5, "--no-cm", "--base", "ddpm", "--steps", 1,
+         "--data-dir", data_dir, "--out", tmp_path)
+    refuses(capsys, copies.main, "--ckpt", tmp_path / "ckpt.pt", "--samples", samples,
+            "--data-dir", data_dir, says=["--samples", "not of the training set"])
+
+
+def test_a_classifier_of_other_pixels_is_refused(cm_run, classifier, data_dir, tmp_path, capsys):
+    """It resizes nothing, and would say something of images that it was not made for."""
+    call(sample.main, "--ckpt", cm_run / "ckpt.pt", "--num", 10, "--steps", 1, "--device", "cpu",
+         "--out", tmp_path / "s")
+    other = torch.load(classifier, weights_only=True)
+    other["data"]["resolution"] = 16
+    disk.save(tmp_path / "other.pt", other)
+    refuses(capsys, copies.main, "--ckpt", cm_run / "ckpt.pt", "--samples",
+            tmp_path / "s/samples.npz", "--features", tmp_path / "other.pt", "--data-dir", data_dir,
+            "--device", "cpu", "--out", tmp_path / "o", says=["--features", "16 pixels"])

@@ -1,0 +1,638 @@
+"""prune_probe.py and capacity.py: each number against a literal version, a planted effect,
+and what must not change.
+"""
+import copy
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY_FLAGS, call, refuses, tiny_net
+from scipy.stats import spearmanr
+from torch.testing import assert_close
+
+import disk
+import prune_probe as pp
+import runtime
+import train
+from cm_layers import merge, reserved
+from data import load, to_float
+from losses import Objective, bind, draw_batch
+from model import make_alphas_bar, stratified_timesteps
+from probes import capacity as cp
+from runtime import UserError
+
+
+# --------------------------------------------------------------------------------------------------
+# Pruning
+
+def cut_of(tensors, fraction):
+    """The smallest |w| that is kept where this fraction of all entries is set to zero."""
+    magnitudes = np.sort(np.concatenate([w.abs().flatten().numpy() for w in tensors]))
+    return magnitudes[int(fraction * len(magnitudes))]
+
+
+@pytest.mark.parametrize("scope", ["global", "layer"])
+def test_prune_zeroes_the_smallest(scope):
+    net = tiny_net(None)
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    pp.prune(net, 0.3, scope)
+    after = net.state_dict()
+    weights = {k for k, v in before.items()
+               if k.endswith("weight") and v.dim() > 1 and "label" not in k}
+    assert set(pp.prunable(net)) == weights
+    if scope == "global":
+        total = sum(before[k].numel() for k in weights)
+        assert sum(int((after[k] == 0).sum()) for k in weights) == int(0.3 * total)
+    for k, v in after.items():
+        if k not in weights:
+            assert torch.equal(v, before[k])
+            continue
+        together = [before[name] for name in weights] if scope == "global" else [before[k]]
+        cut = cut_of(together, 0.3)
+        assert torch.equal(v, torch.where(before[k].abs() < cut, 0, before[k]))
+
+
+def noisy(image, t, eps):
+    """(x_t, t) of one image (H, W, C) uint8, each as a batch of one, literally."""
+    x_0 = torch.from_numpy(image.astype(np.float32)).permute(2, 0, 1) / 127.5 - 1
+    ab = make_alphas_bar()[t]
+    x_t = math.sqrt(ab) * x_0 + math.sqrt(1 - ab) * eps
+    return x_t[None].float(), torch.tensor([t])
+
+
+def test_losses_are_the_diffusion_loss_and_the_batch_size_changes_nothing(digits, cpu):
+    net = tiny_net(None)
+    images = digits.images[:300]
+    labels = digits.labels[:300]
+    got = pp.per_image_losses(net, images, labels, 4, cpu, batch_size=300)
+    in_sevens = pp.per_image_losses(net, images, labels, 4, cpu, batch_size=7)
+    assert np.abs(got - in_sevens).max() < 1e-5
+    times = stratified_timesteps(300, 4)
+    for r in range(4):
+        assert ((times[:, r] >= 250 * r) & (times[:, r] < 250 * (r + 1))).all()
+    assert len(times[:, 0].unique()) > 100
+    for i in (3, 290):                  # literally: chunks of 256, noise by (seed, chunk, repeat)
+        first = (i // 256) * 256
+        n = min(256, 300 - first)
+        error = 0.0
+        for r in range(4):
+            g = runtime.generator("cpu", 0, "probe", first, r)
+            eps = torch.randn(n, 1, 8, 8, generator=g)[i - first]
+            x_t, t = noisy(images[i], int(times[i, r]), eps)
+            with torch.no_grad():
+                predicted = net(x_t, t, torch.tensor([labels[i]]))[0]
+            error += float((predicted - eps).square().mean()) / 4
+        assert got[i] == pytest.approx(error, rel=1e-4)
+
+
+def test_all_parameters_and_their_share():
+    """--tensors all: 10 % of every parameter that there is, biases and label embeddings too."""
+    net = tiny_net(None)
+    everything = dict(net.named_parameters())
+    before = [p.detach().clone() for p in everything.values()]
+    assert set(pp.prunable(net, "all")) == set(everything)
+    pp.prune(net, 0.1, tensors="all")
+    total = sum(p.numel() for p in before)
+    assert sum(int((p == 0).sum()) for p in everything.values()) == int(0.1 * total)
+    cut = cut_of(before, 0.1)
+    for old, new in zip(before, everything.values()):
+        assert torch.equal(new, torch.where(old.abs() < cut, 0, old))
+
+
+def test_changes_and_intervals():
+    """A planted effect: class k's loss rises by k percent. Spearman's correlation with the sizes
+    is -1, and intervals contain the truth.
+    """
+    rng = np.random.RandomState(0)
+    labels = np.repeat(np.arange(6), 200)
+    counts = np.array([60, 50, 40, 30, 20, 10])
+    raw = rng.gamma(5, 0.02, 1200)
+    pruned = raw * (1 + 0.01 * labels) + rng.randn(1200) * 1e-4
+    result = pp.changes(raw, pruned, labels, list("abcdef"), counts)
+    relative = [result["classes"][c]["relative"] for c in "abcdef"]
+    for k, (value, low, high) in enumerate(relative):
+        assert high - low < 2e-3
+        assert low < value < high
+        assert low - 1e-4 < 0.01 * k < high + 1e-4
+        assert value == pytest.approx(pruned[labels == k].sum() / raw[labels == k].sum() - 1)
+    rho = spearmanr([r[0] for r in relative], counts)[0]
+    assert result["spearman"]["relative"]["rho"] == pytest.approx(rho) == -1
+    few = np.mean([relative[4][0], relative[5][0]])
+    assert result["groups"]["Few"]["relative"] == pytest.approx(few)
+    value, low, high = result["classes"]["c"]["absolute"]
+    assert value == pytest.approx(pruned[labels == 2].mean() - raw[labels == 2].mean())
+    assert low < value < high
+
+
+def test_intervals_are_of_95_per_cent_and_each_class_has_its_own():
+    """Of 500 images they reach about 1.96 standard errors to either side."""
+    rng = np.random.RandomState(0)
+    raw = rng.gamma(5, 0.02, 500)
+    change = rng.randn(500)
+    (value, low, high), _ = pp.bootstrap(raw, raw + change, resamples=4000)
+    error = change.std() / 500 ** 0.5
+    assert [(value - low) / error, (high - value) / error] == pytest.approx([1.96, 1.96], rel=0.06)
+    twice, labels = np.tile(raw, 2), np.repeat([0, 1], 500)
+    classes = pp.changes(twice, twice + np.tile(change, 2), labels, list("ab"), np.array([2, 1]))
+    a, b = (classes["classes"][name]["absolute"] for name in "ab")
+    assert a[0] == b[0] and a[1] != b[1]
+
+
+def test_each_share_is_pruned_from_the_whole_network(digits, cpu):
+    """Whatever the order of the shares; --scope, --tensors and --seed say how."""
+    net = tiny_net(None)
+    before = {name: w.clone() for name, w in net.state_dict().items()}
+    images, labels = digits.images[:20], digits.labels[:20]
+    args = SimpleNamespace(repeats=2, seed=5, batch_size=8, scope="layer", tensors="all")
+    raw, pruned = pp.measure(net, images, labels, [0.5, 0.1], args, cpu, "a")
+    assert all(torch.equal(w, before[name]) for name, w in net.state_dict().items())
+
+    def losses(net):
+        return pp.per_image_losses(net, images, labels, 2, cpu, seed=5)
+    assert np.allclose(raw, losses(net), rtol=1e-5)
+    for fraction in (0.5, 0.1):
+        cut = copy.deepcopy(net)
+        pp.prune(cut, fraction, "layer", "all")
+        assert np.allclose(pruned[fraction], losses(cut), rtol=1e-5)
+
+
+def test_the_commands_flags_reach_the_measurement(cm_run, data_dir, tmp_path, monkeypatch):
+    seen = {}
+
+    def measured(net, images, labels, fractions, args, rt, name):
+        seen.update(net=net.state_dict(), fractions=fractions)
+        return np.ones(len(labels)), {f: np.arange(len(labels)) / 100 + f for f in fractions}
+    monkeypatch.setattr(pp, "measure", measured)
+    monkeypatch.setattr(pp, "write_figures", lambda results, fractions, shown, out, earlier:
+                        seen.update(shown=shown) or [])
+    flags = ("--ckpt", cm_run / "ckpt.pt", "--data-dir", data_dir, "--device", "cpu", "--out",
+             tmp_path, "--weights", "raw", "--fractions", "0.3,0.1")
+    call(pp.main, *flags)
+    raw = pp.load_network(disk.load(cm_run / "ckpt.pt", ["diffusion"]), "raw").state_dict()
+    assert all(torch.equal(w, seen["net"][name]) for name, w in raw.items())
+    assert seen["fractions"] == [0.3, 0.1] and seen["shown"] == 0.1     # --fraction is among them
+    call(pp.main, *flags[:-1], "0.3,0.2")
+    assert seen["shown"] == 0.3
+
+
+def test_bars_are_sorted_by_size_and_have_their_errors(monkeypatch):
+    figures = drawn(monkeypatch)
+    result = {"classes": {
+        name: {"train_images": size, "raw": size, "absolute": [size, size - 1.0, size + 3.0]}
+        for name, size in (("a", 5), ("b", 9), ("c", 7))},
+        "spearman": {"absolute": {"rho": 1.0, "p": 0.5}}}
+    heights, errors = pp.bars_of(result, "absolute", ["b", "a"])
+    assert heights.tolist() == [9, 5] and errors.tolist() == [[1, 1], [3, 3]]
+    pp.bar_figure("absolute", {"net": result}, 0.1, None)
+    assert [bar.get_height() for bar in figures[0].axes[0].patches] == [9, 7, 5]
+
+
+def test_one_image_gives_no_interval(tmp_path):
+    """A bootstrap of one image would say that its change is exact."""
+    counts = np.array([3, 2, 1])
+    labels = np.repeat(np.arange(3), counts)
+    raw = np.arange(1.0, 7.0)
+    result = pp.changes(raw, raw + 0.5, labels, list("abc"), counts)
+    assert result["classes"]["c"]["absolute"] == [0.5, None, None]
+    assert result["classes"]["c"]["relative"] == [pytest.approx(0.5 / 6), None, None]
+    assert None not in result["classes"]["b"]["relative"]
+    pp.write_figures({"net": {"0.1": result}}, [0.1], 0.1, tmp_path)
+
+
+def test_the_images_are_those_of_the_training(cm_run, data_dir, digits, tmp_path):
+    """By default the loss is that of the long-tailed training images; the paper's "original
+    training loss" (Sec. G.2).
+    """
+    def measured(*flags):
+        call(pp.main, "--ckpt", cm_run / "ckpt.pt", "--data-dir", data_dir, "--repeats", 1,
+             "--device", "cpu", "--out", tmp_path, *flags)
+        return disk.read_json(tmp_path / "probe.json")
+
+    probe = measured()
+    classes = probe["results"]["cm"]["0.1"]["classes"].values()
+    assert [c["images"] for c in classes] == [c["train_images"] for c in classes]
+    assert probe["settings"]["num"] == len(digits.labels) == 502
+    assert "training images" in probe["settings"]["images"]
+    net = pp.load_network(disk.load(cm_run / "ckpt.pt", ["diffusion"]), "ema", "full")
+    cpu = runtime.Runtime(torch.device("cpu"), torch.float32)
+    losses = pp.per_image_losses(net, digits.images, digits.labels, 1, cpu)
+    raw = probe["results"]["cm"]["0.1"]["classes"]["9"]["raw"]
+    assert raw == pytest.approx(losses[digits.labels == 9].mean(), rel=1e-4)
+    balanced = measured("--images", "balanced")
+    assert balanced["settings"]["num"] == 1497
+    assert balanced["settings"]["images"] == "digits, full training set"
+
+
+def test_prune_probe_end_to_end(cm_run, data_dir, tmp_path, capsys):
+    ckpt = cm_run / "ckpt.pt"
+    before = ckpt.read_bytes()
+    flags = ("--data-dir", data_dir, "--repeats", 2, "--device", "cpu", "--out", tmp_path,
+             "--images", "test")
+    call(pp.main, "--ckpt", ckpt, ckpt, "--names", "a", "b", "--fractions", "0.1,0.4", *flags)
+    assert ckpt.read_bytes() == before              # pruned weights never reach the file
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "probe.json", "relative.png", "absolute.png", "raw.png", "curve.png"}
+    assert "Spearman with class size" in capsys.readouterr().out
+    probe = disk.read_json(tmp_path / "probe.json")
+    assert probe["results"]["a"] == probe["results"]["b"]
+    assert set(probe["results"]["a"]) == {"0.1", "0.4"}
+    # The checkpoint's dtype, whatever this machine is fast in
+    assert probe["settings"]["dtype"] == "torch.float32"
+    little, much = (probe["results"]["a"][fraction]["classes"] for fraction in ("0.1", "0.4"))
+    assert all(little[c]["raw"] == much[c]["raw"] for c in "0123456789")
+    total = [sum(abs(c["absolute"][0]) for c in classes.values()) for classes in (little, much)]
+    assert total[1] > total[0]
+
+
+def test_fractions_are_shown_exactly_and_a_later_run_leaves_no_old_curve(
+        cm_run, data_dir, tmp_path, capsys):
+    flags = ("--ckpt", cm_run / "ckpt.pt", "--data-dir", data_dir, "--repeats", 1,
+             "--images", "test", "--device", "cpu", "--out", tmp_path)
+    call(pp.main, "--fractions", "0.125,0.004", *flags)
+    printed = capsys.readouterr().out
+    assert "12.5% pruned" in printed and " 0.4% pruned" in printed
+    assert (tmp_path / "curve.png").exists()
+    call(pp.main, "--fraction", 0.1, *flags)
+    assert not (tmp_path / "curve.png").exists() and (tmp_path / "raw.png").exists()
+    (tmp_path / "curve.png").write_text("of someone else")
+    call(pp.main, "--fraction", 0.1, *flags)
+    assert (tmp_path / "curve.png").read_text() == "of someone else"
+
+
+def test_a_fraction_twice_is_refused(cm_run, capsys):
+    for words in ("0.1,0.1000000001", "0.3,0.1,0.3"):
+        refuses(capsys, pp.main, "--ckpt", cm_run / "ckpt.pt", "--fractions", words,
+                says=["--fractions", "is there twice"])
+
+
+@pytest.mark.parametrize("counts, rises", [([9, 9, 9], [0, 1, 2]), ([9, 8, 7], [0, 0, 0])])
+def test_an_undefined_correlation(counts, rises, tmp_path, capsys):
+    labels = np.repeat(np.arange(3), 4)
+    raw = np.ones(12)
+    result = pp.changes(raw, raw + np.array(rises)[labels], labels, list("abc"), np.array(counts))
+    assert result["spearman"]["absolute"] == {"rho": None, "p": None}
+    pp.write_figures({"net": {"0.1": result}}, [0.1], 0.1, tmp_path)
+    pp.print_results({"net": {"0.1": result}})
+    assert "Spearman with class size undefined" in capsys.readouterr().out
+
+
+ODD_NAMES = [r"$\foo$", "_hidden", "$", "not utf-8: \udcff"]
+
+
+def drawn(monkeypatch):
+    """The figures that `disk.save_figure` would write, in a list that grows."""
+    figures = []
+    monkeypatch.setattr(disk, "save_figure", lambda fig, *_: figures.append(fig))
+    return figures
+
+
+def legends(figure):
+    """The entries of all legends of a figure, as they are drawn."""
+    figure.canvas.draw()
+    return [text.get_text() for ax in figure.axes if ax.get_legend()
+            for text in ax.get_legend().get_texts()]
+
+
+def test_odd_names_in_the_probes_figures(tmp_path, monkeypatch):
+    figures = drawn(monkeypatch)
+    labels = np.repeat(np.arange(4), 4)
+    raw = 1 + np.arange(16) / 16
+    result = pp.changes(raw, raw * 1.1, labels, ODD_NAMES, np.array([9, 8, 7, 6]))
+    result["groups"] = {}
+    results = {name: {"0.1": result, "0.2": result} for name in ODD_NAMES[:2]}
+    pp.write_figures(results, [0.1, 0.2], 0.1, tmp_path)
+    relative, _, raw_bars, curve = figures
+    assert len(legends(relative)) == len(legends(raw_bars)) == 2
+    # In per cent, and said what the lines are
+    heights = {round(bar.get_height(), 6) for bar in relative.axes[0].patches}
+    assert heights == {10.0} and "%" in relative.axes[0].get_ylabel()
+    assert "95 % intervals" in relative.axes[0].get_title()
+    assert len(legends(curve)) == 2 * len(ODD_NAMES)
+    distances = {name: [1.0, 2.0] for name in ODD_NAMES}
+    layers = [{"layer": "decoder.up.0.conv1", "ratio": 0.5}]
+    cp.allocation_figure({"layers": layers, "timesteps": [0, 999], "distance": distances}, tmp_path,
+                         0.01)
+    # One entry for the value before training, and one for the bound
+    assert len(legends(figures[-1])) == len(ODD_NAMES) + 2
+    assert [t.get_text() for t in figures[-1].axes[0].get_yticklabels()] == ["up.0.conv1"]
+
+
+def test_prune_probe_refuses(cm_run, data_dir, tmp_path):
+    ckpt = cm_run / "ckpt.pt"
+    other = disk.load(ckpt, ["diffusion"])
+    other["data"] = {**other["data"], "class_names": other["data"]["class_names"][::-1]}
+    disk.save(tmp_path / "other.pt", other)
+    flags = ("--data-dir", data_dir, "--device", "cpu", "--out", tmp_path)
+    with pytest.raises(UserError, match="trained on other data"):
+        call(pp.main, "--ckpt", ckpt, tmp_path / "other.pt", "--names", "a", "b", *flags)
+    other["data"]["class_names"].reverse()
+    other["config"] = {**other["config"], "tail_seed": 5}           # another draw of equal size
+    disk.save(tmp_path / "other.pt", other)
+    with pytest.raises(UserError, match="trained on other data"):
+        call(pp.main, "--ckpt", ckpt, tmp_path / "other.pt", "--names", "a", "b", *flags)
+    other["config"] = {**other["config"], "tail_seed": 0}
+    other["data"] = {**other["data"], "sha256": "0" * 64}           # other pixels, alike otherwise
+    disk.save(tmp_path / "other.pt", other)
+    with pytest.raises(UserError, match="trained on other data"):
+        call(pp.main, "--ckpt", ckpt, tmp_path / "other.pt", "--names", "a", "b", *flags)
+    for names in (["a"], ["a", "a"], ["a", "a", "b"]):
+        with pytest.raises(UserError, match="--names: give 2 different ones"):
+            call(pp.main, "--ckpt", ckpt, ckpt, "--names", *names, *flags)
+
+
+@pytest.mark.parametrize("main, first", [
+    (pp.main, []), (cp.main, ["allocation"]), (cp.main, ["dominance"])])
+def test_other_images_are_refused(main, first, cm_run, data_dir, tmp_path, capsys):
+    ckpt = disk.load(cm_run / "ckpt.pt", ["diffusion"])
+    ckpt["data"] = {**ckpt["data"], "sha256": "of other images of the same names"}
+    disk.save(tmp_path / "ckpt.pt", ckpt)
+    refuses(capsys, main, *first, "--ckpt", tmp_path / "ckpt.pt", "--data-dir", data_dir,
+            "--device", "cpu", says=["--data-dir", "not the images"])
+
+
+@pytest.mark.parametrize("main, first, says", [
+    (pp.main, ["--images", "test", "--repeats", 1], "losses"),
+    (cp.main, ["allocation"], "predictions"), (cp.main, ["dominance"], "gradients")])
+@pytest.mark.parametrize("part", ["encoder", ".B"])
+def test_weights_that_are_not_finite(main, first, says, part, cm_run, data_dir, tmp_path, capsys):
+    ckpt = disk.load(cm_run / "ckpt.pt", ["diffusion"])
+    name = next(name for name, w in ckpt["ema"].items() if part in name and w.dim() > 1)
+    ckpt["ema"][name].flatten()[0] = math.nan
+    disk.save(tmp_path / "ckpt.pt", ckpt)
+    refuses(capsys, main, *first, "--ckpt", tmp_path / "ckpt.pt", "--data-dir", data_dir,
+            "--device", "cpu", "--out", tmp_path / "out", says=["--ckpt", says, "not finite"])
+    assert not list(tmp_path.glob("out/*"))
+
+
+# --------------------------------------------------------------------------------------------------
+# Dominance
+
+def test_group_gradients_are_sums_over_images(digits):
+    """Against one backward pass per image, on the same noise; each image comes as often as it
+    should, in each range of t. Nothing is dropped out.
+    """
+    net = tiny_net(0.2, dropout=0.3)
+    objective = Objective(net=net, base=bind("ddpm"), counts=digits.counts,
+                          alphas_bar=make_alphas_bar(), label_drop=0.0)
+    params = [p for p in net.parameters() if p.dim() > 1]
+    rows = np.arange(40, 52)
+    got = cp.group_gradients(objective, digits, rows, 2, params, 0, 5)
+    assert got.batches == 5
+    assert got.n == 24
+    assert len(got.sums) == len(params)
+    literal = [torch.zeros_like(p) for p in params]
+    spread = np.zeros(len(params))
+    times = stratified_timesteps(len(digits.labels), 2)
+    examples = np.random.RandomState(0).permutation(24)
+    for first in range(0, 24, 5):
+        mine = examples[first:first + 5]
+        part = rows[mine // 2]
+        x_0 = to_float(torch.from_numpy(digits.images[part]))
+        y = torch.from_numpy(digits.labels[part])
+        t = times[part, mine % 2]
+        b = draw_batch(x_0, y, objective, seed=0, step=40 * 100_003 + first)
+        batch = [torch.zeros_like(p) for p in params]
+        for i in range(len(part)):
+            one = slice(i, i + 1)
+            single = b._replace(x_0=x_0[one], y=y[one], y_in=y[one], t=t[one], eps=b.eps[one],
+                                masks_encode=[], masks_decode=[], masks_general=[])
+            loss, _, _ = objective(single)
+            gradients = torch.autograd.grad(loss, params, allow_unused=True)
+            batch = [a + (0 if g is None else g) for a, g in zip(batch, gradients)]
+        literal = [a + g for a, g in zip(literal, batch)]
+        spread += [float(g.square().sum()) / len(part) for g in batch]
+    for a, b in zip(got.sums, literal):
+        assert_close(a, b, atol=1e-5, rtol=1e-3)
+    assert np.allclose(got.squares, spread, rtol=1e-3)
+    assert got.squares.max() > 0
+    assert sorted(rows[examples // 2]) == sorted([*rows, *rows])
+
+
+def test_gradients_of_a_run_with_cm_fraction_are_of_whole_batches(cm_run, digits):
+    """Else draw_batch gives the images in another order than their labels."""
+    ckpt = disk.load(cm_run / "ckpt.pt", ["diffusion"])
+    net = tiny_net(0.2, dropout=0.0)
+    params = [p for p in net.parameters() if p.dim() > 1]
+
+    def sums(fraction):
+        config = {**ckpt["config"], "cm_fraction": fraction}
+        objective = cp.objective_of({**ckpt, "config": config}, net, digits.counts)
+        assert objective.cm.div_bound == ckpt["config"]["div_bound"] and objective.label_drop == 0
+        rows = np.array([0, 200, 300, 400, 480, 500])
+        return cp.group_gradients(objective, digits, rows, 1, params, 0, 3).sums
+    for a, b in zip(sums(0.5), sums(1.0)):
+        assert torch.equal(a, b)
+
+
+def test_noise_is_estimated_without_bias():
+    """Gaussian gradients of known mean and variance: sigma^2, summed over the entries, is found."""
+    g = torch.Generator().manual_seed(0)
+    d = 400
+    sigma = 0.7
+    sizes = [5] * 30 + [3] * 20
+    mean = torch.randn(d, generator=g)
+    total = torch.zeros(d)
+    squares = torch.zeros(1, dtype=torch.float64)
+    for b in sizes:
+        G = b * mean + math.sqrt(b) * sigma * torch.randn(d, generator=g)
+        total += G
+        squares += float(G.double().square().sum()) / b
+    got = cp.noise_of(cp.Gradients([total], sum(sizes), squares, len(sizes)))
+    assert float(got) == pytest.approx(d * sigma ** 2, rel=0.05)
+
+
+def test_compare_is_the_theorems_question():
+    one = torch.tensor([[300.0, 0.0]])          # of 100 images: the mean is (3, 0)
+    last = torch.tensor([[0.0, 30.0]])          # of 10 images: (0, 3)
+    points, cosine, theory = cp.compare(one, last, one + last, 100, 10, 50.0, 1)
+    mu2 = (9 + 9 - 50 / 100 - 50 / 10) / 2
+    argument = (2 * 100 / 110 - 1) * math.sqrt(mu2) * math.sqrt(2 * 110) / (2 * math.sqrt(50 / 2))
+    assert points
+    assert cosine == pytest.approx(0)
+    assert theory == pytest.approx(cp.norm.cdf(argument))
+    points, _, _ = cp.compare(one, last, torch.tensor([[1.0, 5.0]]), 100, 10, 50.0, 1)
+    assert not points
+    # The angle as well: two means that differ by little but noise, where s2 / n_1 + s2 / n_K = 5.5
+    # of |m_1 - m_K|^2 = 6.5
+    near = torch.tensor([[30.0, 10 * 6.5 ** 0.5]])
+    _, cosine, theory = cp.compare(one, near, one, 100, 10, 50.0, 1)
+    mu2 = (9 + 9 + 6.5 - 5.5) / 2
+    argument = (2 * 100 / 110 - 1) * math.sqrt(110 * 1.0) / (2 * 5)
+    assert cosine == pytest.approx(1 - 1 / (2 * mu2), abs=1e-6)
+    assert theory == pytest.approx(cp.norm.cdf(argument), abs=1e-6)
+    assert cp.compare(one, 0 * last, one, 100, 10, 50.0, 1) is None
+
+
+def test_the_groups_of_dominance_follow_the_sizes():
+    members = cp.members_of(np.array([5, 30, 1, 20, 10, 7]))
+    assert {name: list(classes) for name, classes in members.items()} == {
+        "class 1": [1], "class K": [2], "rest of Many": [3], "Medium": [4, 5], "rest of Few": [0]}
+
+
+def test_dominance_compares_the_groups_that_it_names(cm_run, data_dir, digits, cpu, monkeypatch):
+    """Each group's gradient is a number of its own: which of them make up which sum."""
+    asked, compared = [], []
+
+    def gradients(objective, images, rows, repeats, params, seed, batch_size):
+        asked.append((sorted(set(images.labels[rows])), len(params), seed))
+        sums = [torch.full((1,), 10.0 ** len(asked)) for _ in params]
+        return cp.Gradients(sums, len(rows), 1e20 * 2.0 ** len(asked) + torch.zeros(len(params)), 2)
+    monkeypatch.setattr(cp, "group_gradients", gradients)
+    monkeypatch.setattr(cp, "compare_kinds", lambda names, *rest: compared.append((names, *rest)))
+    args = SimpleNamespace(data_dir=data_dir, repeats=1, seed=4, batch_size=8)
+    ckpt = disk.load(cm_run / "ckpt.pt", ["diffusion"])
+    cp.dominance(args, cpu, ckpt, cp.load_unmerged(ckpt))
+    assert [labels for labels, _, _ in asked] == [[0], [9], [1, 2], [3, 4, 5], [6, 7, 8]]
+    for names, _, _, aggregate, sigma2, repeats in compared:
+        assert {(n, seed) for _, n, seed in asked} == {(len(names), 4)} and repeats == 1
+        assert not any("label" in name for name in names) and any(".A" in name for name in names)
+        assert aggregate[0] == 111110 and float(sigma2[0]) == pytest.approx(2e20)
+    (one, last), (many, few) = [[row[k] for k in (1, 2)] for row in compared]
+    counts = digits.counts
+    assert (one[0][0], one[1]) == (10, counts[0]) and (last[0][0], last[1]) == (100, counts[9])
+    assert (many[0][0], many[1]) == (1010, counts[:3].sum())
+    assert (few[0][0], few[1]) == (100100, counts[6:].sum())
+
+
+def test_allocations_distances_are_means_of_each_group(cm_run, data_dir, cpu, monkeypatch):
+    monkeypatch.setattr(cp, "distances", lambda net, images, labels, grid, rt, seed, batch_size:
+                        labels[:, None] + np.arange(len(grid)) * 100.0 + 0 * seed)
+    ckpt = disk.load(cm_run / "ckpt.pt", ["diffusion"])
+    args = SimpleNamespace(data_dir=data_dir, seed=0, batch_size=8, ckpt="x")
+    result = cp.allocation(args, cpu, ckpt, cp.load_unmerged(ckpt))
+    labels = load("digits", data_dir).labels
+    for name, classes in (("Many", [0, 1, 2]), ("Medium", [3, 4, 5]), ("Few", [6, 7, 8, 9])):
+        mean = labels[np.isin(labels, classes)].mean()
+        assert result["distance"][name] == pytest.approx(mean + np.arange(11) * 100)
+
+
+@pytest.mark.parametrize("weights, part", [("ema", "ema"), ("raw", "model")])
+def test_the_probe_takes_the_weights_that_it_is_told(weights, part, cm_run, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(cp, "dominance", lambda args, rt, ckpt, net: seen.append((ckpt, net)) or {
+        "pairs": {}})
+    call(cp.main, "dominance", "--ckpt", cm_run / "ckpt.pt", "--weights", weights, "--device",
+         "cpu", "--out", tmp_path)
+    ckpt, net = seen[0]
+    assert all(torch.equal(w, ckpt[part][name]) for name, w in net.state_dict().items())
+
+
+def test_dominance_end_to_end(cm_run, data_dir, tmp_path):
+    call(cp.main, "dominance", "--ckpt", cm_run / "ckpt.pt", "--data-dir", data_dir,
+         "--repeats", 1, "--device", "cpu", "--out", tmp_path)
+    result = disk.read_json(tmp_path / "dominance.json")
+    assert set(result["pairs"]) == {"class 1 against class K", "Many against Few"}
+    assert set(result["pairs"]["Many against Few"]) == {"W", "W^g", "A", "B"}
+    assert result["images"] == 502
+    for kinds in result["pairs"].values():
+        assert all(0 <= r["share"] <= 1 for r in kinds.values())
+
+
+# --------------------------------------------------------------------------------------------------
+# Allocation
+
+def test_layers_have_known_size_and_rank():
+    net = tiny_net(0.5)
+    owner, _, part = next(reserved(net.decoder))
+    with torch.no_grad():
+        part.A.zero_()
+        part.B.zero_()
+        part.A[0, 0] = part.A[1, 1] = 3.0       # two equal singular values
+        part.B[0, 0] = part.B[1, 1] = 1.0
+    row = cp.layers_of(net)[0]
+    assert row["effective_rank"] == pytest.approx(2, rel=1e-6)
+    assert row["rank"] == part.rank
+    low = (part.B @ part.A).detach()
+    original = owner.parametrizations.weight.original.detach()
+    whole = original + low.view(original.shape)
+    assert row["ratio"] == pytest.approx(float(low.norm() / whole.norm()), rel=1e-5)
+
+
+def test_distances_are_eq_2s(digits, cpu):
+    net = tiny_net(0.3, dropout=0.0)
+    D = cp.distances(net, digits.images[:6], digits.labels[:6], [10, 900], cpu, 0, 4)
+    general = copy.deepcopy(net)
+    merge(net)
+    merge(general, "general")
+    for i, first in ((2, 0), (5, 4)):
+        n = min(4, 6 - first)
+        y = torch.tensor([digits.labels[i]])
+        for k, step in enumerate((10, 900)):
+            g = runtime.generator("cpu", 0, "allocation", first, k)
+            eps = torch.randn(n, 1, 8, 8, generator=g)[i - first]
+            x_t, t = noisy(digits.images[i], step, eps)
+            with torch.no_grad():
+                difference = net(x_t, t, y) - general(x_t, t, y)
+            assert D[i, k] == pytest.approx(float(difference.square().mean()), rel=1e-3)
+
+
+@pytest.mark.parametrize("key", ["groups", "splits"])       # "splits" in older files
+def test_allocation_end_to_end(key, cm_run, data_dir, tmp_path, capsys):
+    for branch, fd in (("full", 4.0), ("general", 10.0)):
+        groups = {"Many": {"fd": 2.0}, "Few": {"fd": fd}}
+        settings = {"branch": branch}
+        disk.write_json(tmp_path / f"{branch}.json", {key: groups, "settings": settings})
+    call(cp.main, "allocation", "--ckpt", cm_run / "ckpt.pt", "--data-dir", data_dir,
+         "--device", "cpu", "--out", tmp_path,
+         "--quality", tmp_path / "full.json", tmp_path / "general.json")
+    result = disk.read_json(tmp_path / "allocation.json")
+    assert set(result["distance"]) == {"Many", "Medium", "Few"}
+    assert len(result["layers"]) == len(list(reserved(tiny_net(0.1).decoder)))
+    assert "Few 10.00 / 4.00 = 2.50" in capsys.readouterr().out
+    assert (tmp_path / "allocation.png").exists()
+
+
+def test_quality_is_checked_before_the_work(cm_run, tmp_path, capsys, monkeypatch):
+    def no_work(*_):
+        raise AssertionError("the work has begun")
+    monkeypatch.setattr(cp, "allocation", no_work)
+    parts = {"full": ("full", "fd"), "general": ("general", "fd"), "fid": ("general", "fid")}
+    for name, (branch, key) in parts.items():
+        disk.write_json(tmp_path / f"{name}.json", {"groups": {"Few": {key: 2.0}}, key: 2.0,
+                                                    "settings": {"branch": branch}})
+    for pair, says in ((("full", "fid"), "same features"), (("general", "full"), "full first"),
+                       (("full", "nothing"), "--branch general")):
+        refuses(capsys, cp.main, "allocation", "--ckpt", cm_run / "ckpt.pt", "--device", "cpu",
+                "--quality", *(tmp_path / f"{name}.json" for name in pair),
+                says=["--quality", says])
+
+
+@pytest.mark.parametrize("other", [{"guidance": 0.0}, {"features_sha256": "b"}, {"num": 30}])
+def test_quality_measured_otherwise_is_refused(other, cm_run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(cp, "load_unmerged", None)
+    settings = {"guidance": 1.5, "features_sha256": "a", "num": 60,
+                "ckpt_sha256": disk.sha256(cm_run / "ckpt.pt")}
+    for branch, changed in (("full", {}), ("general", other)):
+        disk.write_json(tmp_path / f"{branch}.json", {
+            "groups": {"Few": {"fd": 2.0}}, "settings": {**settings, "branch": branch, **changed}})
+    refuses(capsys, cp.main, "allocation", "--ckpt", cm_run / "ckpt.pt", "--device", "cpu",
+            "--quality", tmp_path / "full.json", tmp_path / "general.json",
+            says=["--quality", f"its {next(iter(other))} is", "measured alike"])
+
+
+@pytest.mark.parametrize("other", ["full", "general"])
+def test_quality_of_another_checkpoint_is_refused(other, cm_run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(cp, "load_unmerged", None)          # refused before the network is built
+    for branch in ("full", "general"):
+        digest = "of another" if branch == other else disk.sha256(cm_run / "ckpt.pt")
+        disk.write_json(tmp_path / f"{branch}.json", {
+            "groups": {"Few": {"fd": 2.0}},
+            "settings": {"branch": branch, "ckpt_sha256": digest}})
+    refuses(capsys, cp.main, "allocation", "--ckpt", cm_run / "ckpt.pt", "--device", "cpu",
+            "--quality", tmp_path / "full.json", tmp_path / "general.json",
+            says=[f"{other}.json", "--quality", "another checkpoint"])
+
+
+def test_flags_that_do_nothing(cm_run, capsys):
+    ckpt = ["--ckpt", cm_run / "ckpt.pt"]
+    refuses(capsys, cp.main, "dominance", *ckpt, "--quality", "a", "b", says=["--quality"])
+    refuses(capsys, cp.main, "allocation", *ckpt, "--repeats", 3, says=["--repeats"])
+
+
+def test_allocation_refuses_a_plain_checkpoint(tmp_path, data_dir, capsys):
+    call(train.main, *TINY_FLAGS, "--no-cm", "--base", "ddpm", "--steps", 1,
+         "--data-dir", data_dir, "--out", tmp_path)
+    refuses(capsys, cp.main, "allocation", "--ckpt", tmp_path / "ckpt.pt", "--device", "cpu",
+            says=["--ckpt", "no reserved capacity"])

@@ -1,0 +1,201 @@
+"""+ADA (augment.py) against torchvision, its rates and strengths; +RS, re-sampling by class."""
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_net
+from scipy.stats import kstest
+from test_losses import AB
+from torch.testing import assert_close
+from torchvision.transforms import functional as tv
+
+from data import Batches, to_float
+from losses import Objective, bind, draw_batch
+from variants import augment
+
+
+# --------------------------------------------------------------------------------------------------
+# Re-sampling
+
+@pytest.mark.parametrize("q", [0.0, 0.5, 1.0])
+def test_resampling_frequencies(digits, q):
+    batches = Batches(digits, 64, 0, "cpu", resample=q)
+    labels = np.concatenate([digits.labels[batches.rows(step)] for step in range(800)])
+    seen = np.bincount(labels, minlength=10)
+    proportions = digits.counts.astype(float) ** q
+    expected = seen.sum() * proportions / proportions.sum()
+    assert (np.abs(seen - expected) < 5 * np.sqrt(expected) + 1).all()
+    again = Batches(digits, 64, 0, "cpu", resample=q)
+    assert np.array_equal(again.rows(17), batches.rows(17))
+
+
+# --------------------------------------------------------------------------------------------------
+# Augmentation: rates and limits
+
+def parameters(n=1, **values):
+    """The parameters of n images: those of the identity but for `values`."""
+    names = augment.draw_parameters(1, 0.0, torch.Generator()).keys()
+    return {name: torch.full((n,), float(values.get(name, 0))) for name in names}
+
+
+def smooth(n=2, size=32, channels=3, seed=0):
+    """Random smooth images in [0.05, 0.95]."""
+    g = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(n, channels, 5, 5, generator=g)
+    fine = torch.nn.functional.interpolate(coarse, (size, size), mode="bicubic")
+    return fine.clamp(0.05, 0.95)
+
+
+def augmented(x, p):
+    """augment.augment with seed 0."""
+    return augment.augment(x, p, torch.Generator().manual_seed(0))
+
+
+def test_p_0_is_the_identity_and_p_1_is_not():
+    x = smooth(8) * 2 - 1
+    same, a = augmented(x, 0.0)
+    assert torch.equal(same, x)
+    assert (a == 0).all()
+    assert a.shape == (8, augment.DIM)
+    other, a = augmented(x, 1.0)
+    assert ((other - x).abs().flatten(1).max(1).values > 0.1).all()
+    assert (a != 0).any(0).all()
+    assert other.abs().max() < 1.1
+    for size in (1, 2, 3, 8):
+        grey, _ = augmented(x[:, :1, :size, :size], 1.0)
+        assert grey.shape == (8, 1, size, size)
+        assert grey.isfinite().all()
+
+
+def test_rates_and_strengths_are_edms():
+    """Mirrored left to right by half; the others by p each, 44 % of the images by one at least."""
+    params = augment.draw_parameters(20000, 0.12, torch.Generator().manual_seed(0))
+    a = augment.vector(params)
+    rates = (a != 0).float().mean(0)
+    expected = torch.full((augment.DIM,), 0.12)
+    expected[0] = 0.5
+    expected[1] = 0.12 / 2              # half of the mirrors are none
+    expected[6] = 0.12 / 2              # half of the stretches are along x
+    assert (rates - expected).abs().max() < 0.012
+    assert (a[:, 1:] != 0).any(1).float().mean() == pytest.approx(1 - 0.94 * 0.88 ** 4, abs=0.012)
+    for name in ("scale", "stretch", "shift_x", "shift_y"):
+        values = params[name][params[name] != 0]
+        assert kstest(values, "norm").pvalue > 1e-3, name
+    for name in ("turn", "axis"):
+        values = params[name][params[name] != 0]
+        assert kstest(values / math.pi, "uniform", (-1, 2)).pvalue > 1e-3, name
+    assert torch.equal(params["shift_x"] != 0, params["shift_y"] != 0)      # both or none
+    assert (augment.SCALE_STD, augment.STRETCH_STD, augment.SHIFT_STD) == (0.2, 0.2, 0.125)
+
+
+# --------------------------------------------------------------------------------------------------
+# Augmentation: the operations
+
+def middle(x, margin=8):
+    """Images without their border, where torchvision pads otherwise."""
+    return x[..., margin:-margin, margin:-margin]
+
+
+@pytest.mark.parametrize("mine, theirs, tolerance", [
+    pytest.param({}, lambda x: x, 0, id="nothing"),
+    pytest.param({"mirror_x": 1}, tv.hflip, 0, id="mirror_x"),
+    pytest.param({"mirror_y": 1}, tv.vflip, 0, id="mirror_y"),
+    pytest.param({"turn": math.pi / 2}, lambda x: torch.rot90(x, 1, (2, 3)), 0.015, id="turn"),
+])
+def test_exact_geometry(mine, theirs, tolerance):
+    x = smooth()
+    got = augment.geometry(x, parameters(2, **mine))
+    assert_close(got, theirs(x), atol=tolerance, rtol=0)
+
+
+@pytest.mark.parametrize("mine, angle, shift, scale", [
+    ({"turn": math.radians(20)}, -20, [0, 0], 1),
+    ({"shift_x": 1, "shift_y": -0.5}, 0, [4, -2], 1),
+    ({"scale": 1.5}, 0, [0, 0], 2 ** 0.3),
+    ({"turn": math.radians(-10), "scale": 1}, 10, [0, 0], 2 ** 0.2),
+])
+def test_geometry_is_torchvisions(mine, angle, shift, scale):
+    x = smooth()
+    theirs = tv.affine(x, angle, shift, scale, [0.0, 0.0],
+                       interpolation=tv.InterpolationMode.BILINEAR)
+    got = augment.geometry(x, parameters(2, **mine))
+    assert_close(middle(got), middle(theirs), atol=0.02, rtol=0)
+    assert (middle(theirs) - middle(x)).abs().max() > 0.05
+
+
+def stretched(x, factor):
+    """x of 32 pixels, stretched along x and shrunk along y."""
+    line = (torch.arange(32) - 15.5) / 16
+    grid = torch.stack(torch.meshgrid(line / factor, line * factor, indexing="xy"), 2)
+    return torch.nn.functional.grid_sample(x, grid.expand(len(x), 32, 32, 2), mode="bicubic",
+                                           align_corners=False)
+
+
+def test_stretching_has_an_axis():
+    x = smooth()
+
+    def mine(**values):
+        return middle(augment.geometry(x, parameters(2, **values)))
+    assert_close(mine(stretch=1), middle(stretched(x, 2 ** 0.2)), atol=0.02, rtol=0)
+    assert_close(mine(stretch=1, axis=math.pi / 2), middle(stretched(x, 2 ** -0.2)), atol=0.02,
+                 rtol=0)
+    diagonal = mine(stretch=1, axis=math.pi / 4)
+    assert_close(diagonal, mine(stretch=-1, axis=-math.pi / 4))
+    turned = torch.rot90(augment.geometry(torch.rot90(x, 1, (2, 3)), parameters(
+        2, stretch=1, axis=-math.pi / 4)), -1, (2, 3))
+    assert_close(diagonal, middle(turned), atol=0.02, rtol=0)
+
+
+def test_the_operations_come_in_their_order():
+    """Scaled, turned, stretched, shifted: one at a time gives what all of them at once give."""
+    x = smooth(size=48)
+    values = {"scale": 0.7, "turn": 0.4, "stretch": 1.2, "axis": 0.9, "shift_x": 0.3}
+    together = augment.geometry(x, parameters(2, **values))
+    one_by_one = x
+    for names in (["scale"], ["turn"], ["stretch", "axis"], ["shift_x"]):
+        some = {name: values[name] for name in names}
+        one_by_one = augment.geometry(one_by_one, parameters(2, **some))
+    assert_close(middle(together, 16), middle(one_by_one, 16), atol=0.02, rtol=0)
+
+
+def test_resampling_is_sharper_than_bilinear():
+    """White noise moved by half a pixel: the energy of its upper frequencies."""
+    x = torch.randn(16, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    upper = torch.fft.fftfreq(24).abs() > 0.25
+    upper = upper[:, None] | upper
+
+    def energy(x):
+        return (torch.fft.fft2(middle(x, 4)).abs() ** 2 * upper).sum()
+    half = parameters(16, shift_x=0.5 / (32 * 0.125))
+    shares = [energy(y) / energy(x) for y in (augment.geometry(x, half), (x + x.roll(1, 3)) / 2)]
+    assert shares[0] > 1.5 * shares[1]
+    identity = torch.eye(2).expand(16, 2, 2)
+    same = augment.resample(x, identity, torch.zeros(16, 2))
+    assert_close(middle(same, 4), middle(x, 4), atol=1e-4, rtol=0)
+
+
+# --------------------------------------------------------------------------------------------------
+# Augmentation: in training
+
+def test_the_network_gets_the_vector_and_samples_are_plain():
+    net = tiny_net(None, augment_dim=augment.DIM)
+    inputs = torch.randn(3, 1, 8, 8), torch.tensor([5, 500, 900]), torch.tensor([1, -1, 3])
+    a = torch.randn(3, augment.DIM)
+    plain = net(*inputs)
+    assert torch.equal(plain, net.decode(*net.encode(*inputs, (), torch.zeros_like(a))))
+    difference = net.decode(*net.encode(*inputs, (), a)) - plain
+    assert (difference.abs().flatten(1).max(1).values > 1e-4).all()
+
+
+def test_augmentation_is_the_same_for_parts_of_a_batch(digits):
+    objective = Objective(net=tiny_net(None, augment_dim=augment.DIM, dropout=0.0), base=bind("oc"),
+                          counts=digits.counts, alphas_bar=AB, ada=0.5)
+    x_0 = to_float(torch.from_numpy(digits.images[:12]))
+    y = torch.from_numpy(digits.labels[:12])
+    whole = draw_batch(x_0, y, objective, seed=0, step=3)
+    halves = [draw_batch(x_0, y, objective, seed=0, step=3, part=k, parts=2) for k in range(2)]
+    assert torch.equal(whole.x_0, torch.cat([half.x_0 for half in halves]))
+    assert torch.equal(whole.a, torch.cat([half.a for half in halves]))
+    assert torch.equal(whole.pool_x_0, halves[1].pool_x_0)
+    assert not torch.equal(whole.x_0, x_0)

@@ -1,0 +1,307 @@
+"""consistency.py against literal versions and the exact solution of a Gaussian; runs, refusals."""
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY_FLAGS, call, refuses
+from scipy.stats import chisquare, norm
+from test_losses import AB, setup
+from torch import nn
+
+import disk
+import evaluate
+import prune_probe
+import sample
+import train
+from losses import Predictions, draw_batch
+from model import q_sample
+from probes import capacity
+from variants import consistency
+
+SIGMA = [math.sqrt((1 - a) / a) for a in AB.tolist()]
+
+
+# --------------------------------------------------------------------------------------------------
+# The loss
+
+def literal_f(F, x_ve, sigma):
+    """f as Song et al., 2023, App. C, print it: variance-exploding, x_ve = x_0 + sigma eps."""
+    skip = 0.25 / ((sigma - SIGMA[0]) ** 2 + 0.25)
+    out = 0.5 * (sigma - SIGMA[0]) / math.sqrt(sigma ** 2 + 0.25)
+    return skip * x_ve + out * F
+
+
+def literal_grid(N, kind):
+    """The timesteps of N intervals: in equal parts of t, or of sigma^(1/7), without twins."""
+    if kind == "uniform":
+        return [j * 999 // N for j in range(N + 1)]
+    roots = np.array(SIGMA) ** (1 / 7)
+    return np.unique([np.abs(roots - r).argmin()
+                      for r in np.linspace(roots[0], roots[-1], N + 1)]).tolist()
+
+
+def intervals_of(N, kind="uniform"):
+    """The grid of N intervals, the probability of each, and its weight.
+
+    The weight is iCT's over the mean effect of such weights on F.
+    """
+    grid = literal_grid(N, kind)
+    pairs = list(zip(grid, grid[1:]))
+    cdf = norm.cdf([(math.log(SIGMA[t]) + 1.1) / 2 for t in grid])
+    probability = np.diff(cdf) / np.diff(cdf).sum()
+    weights = np.array([1 / (SIGMA[above] - SIGMA[below]) for below, above in pairs])
+    c_out = [literal_f(1, 0, SIGMA[above]) for _, above in pairs]
+    return grid, probability, weights / (probability * weights * c_out).sum()
+
+
+def literal_huber(difference):
+    """||.|| as iCT prints it, sqrt(||d||^2 + c^2) - c with c = 0.00054 sqrt(D), over sqrt(D)."""
+    D = difference.numel()
+    c = 0.00054 * math.sqrt(D)
+    return (math.sqrt(difference.square().sum() + c ** 2) - c) / math.sqrt(D)
+
+
+def test_loss(digits):
+    objective, batch = setup(digits, "consistency", rank_ratio=None, ct_double=1)
+    grid, _, weights = intervals_of(80)                         # at step 3
+    pairs = list(zip(batch.t.tolist(), batch.t_below.tolist()))
+    expected = []
+    for x_0, eps, y, pair in zip(batch.x_0.double(), batch.eps.double(), batch.y_in, pairs):
+        f = []
+        for t in pair:
+            x_ve = x_0 + SIGMA[t] * eps
+            x_t = (x_ve * math.sqrt(AB[t]))[None].float()
+            with torch.no_grad():
+                F = objective.net(x_t, torch.tensor([t]), y[None])[0].double()
+            f.append(literal_f(F, x_ve, SIGMA[t]))
+        t, t_below = pair
+        assert grid[grid.index(t) - 1] == t_below
+        expected.append(literal_huber(f[0] - f[1]) * weights[grid.index(t_below)])
+    total, terms, _ = objective(batch)
+    assert total.item() == pytest.approx(np.mean(expected), rel=1e-3)
+    assert set(terms) == {"base"}
+
+
+def gradient(module):
+    """All gradients of a module's parameters in one vector."""
+    return torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None])
+
+
+def test_only_the_noisier_prediction_is_trained(digits):
+    """The gradient is that of the loss with the target as a constant."""
+    objective, batch = setup(digits, "consistency", rank_ratio=None)
+    objective(batch)[0].backward()
+    got = gradient(objective.net)
+    objective.zero_grad()
+
+    def f(t):
+        x_t = q_sample(batch.x_0, t, batch.eps, AB)
+        return consistency.to_x_0(objective.net(x_t, t, batch.y_in), x_t, t, AB)
+    error = (f(batch.t) - f(batch.t_below).detach()).square().flatten(1).mean(1)
+    (batch.weight * ((error + 0.00054 ** 2).sqrt() - 0.00054)).mean().backward()
+    torch.testing.assert_close(got, gradient(objective.net), rtol=1e-3, atol=1e-5)
+
+
+def test_both_points_have_the_same_masks_and_the_same_augmentation(digits):
+    """Where t' is t, the two predictions are one: nothing is left of the loss."""
+    objective, batch = setup(digits, "consistency", dropout=0.3)
+    net = objective.net
+    net.encoder.embedding.augment = nn.Linear(4, 4 * net.cfg.ch, bias=False)
+    batch = batch._replace(a=torch.randn(12, 4), t_below=batch.t)
+    assert objective(batch)[1]["base"].item() == 0
+    for other in ({"masks_encode": []}, {"masks_decode": []}, {"a": None}):
+        x_t = q_sample(batch.x_0, batch.t, batch.eps, AB)
+        pred = Predictions(net, batch._replace(**other), x_t)
+        assert consistency.loss(pred, batch, objective)[0] > 0
+
+
+def test_boundary():
+    """At t = 0 the function is the identity, whatever the network says."""
+    x = torch.randn(3, 1, 4, 4)
+    t = torch.zeros(3, dtype=torch.int64)
+    f = consistency.to_x_0(torch.randn_like(x) * 100, x, t, AB)
+    torch.testing.assert_close(f, x / math.sqrt(AB[0]))
+
+
+# --------------------------------------------------------------------------------------------------
+# The curriculum
+
+def test_the_number_of_intervals_doubles():
+    expected = {0: 10, 499: 10, 500: 20, 1000: 40, 2999: 320, 3000: 640, 10 ** 6: 640}
+    assert {step: consistency.intervals(step, 500) for step in expected} == expected
+
+
+def test_karras_grid_spreads_the_pairs():
+    """Of 10 intervals the likeliest has a quarter of the pairs; in equal parts of t, a half."""
+    assert len(literal_grid(10, "karras")) == 11
+    assert intervals_of(10, "karras")[1].max() == pytest.approx(0.26, abs=0.01)
+    assert intervals_of(10)[1].max() == pytest.approx(0.48, abs=0.01)
+
+
+@pytest.mark.parametrize("kind", ["uniform", "karras"])
+@pytest.mark.parametrize("step, N", [(0, 10), (250, 40), (900, 640)])
+def test_pairs_are_drawn_by_noise_level(step, N, kind):
+    grid, probability, weights = intervals_of(N, kind)
+    g = torch.Generator().manual_seed(step)
+    t, below, weight = consistency.draw_pairs(AB, 20_000, step, g, ct_double=100, ct_grid=kind)
+    assert weight.dtype == torch.float32
+    assert set(zip(t.tolist(), below.tolist())) <= set(zip(grid[1:], grid[:-1]))
+    intervals = np.searchsorted(grid, below.numpy())
+    np.testing.assert_allclose(weight.numpy(), weights[intervals], rtol=1e-5)
+    expected = 20_000 * probability
+    kept = expected > 5
+    seen = np.bincount(intervals, minlength=len(probability))[kept]
+    expected = expected[kept] * seen.sum() / expected[kept].sum()
+    assert chisquare(seen, expected).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["uniform", "karras"])
+def test_the_gradient_in_F_does_not_grow_with_the_curriculum(digits, kind):
+    """So that L_CM and the clipping keep their share.
+
+    Per image the mean of |d base / d F| is the same at 10 and at 640 intervals.
+    """
+    norms = []
+    for step in (0, 6):
+        objective, _ = setup(digits, "consistency", rank_ratio=None, ct_double=1, ct_grid=kind)
+        x_0 = torch.randn(512, 1, 8, 8) / 2
+        batch = draw_batch(x_0, torch.arange(512) % 10, objective, seed=0, step=step)
+        pred = Predictions(objective.net, batch, q_sample(batch.x_0, batch.t, batch.eps, AB))
+        base, _ = consistency.loss(pred, batch, objective)
+        grad = torch.autograd.grad(base * 512, pred.eps)[0]
+        norms.append(grad.flatten(1).norm(dim=1).mean().item() * 8)
+    # The rms Huber's is a unit vector over sqrt(64), times c_out w
+    assert norms == pytest.approx([1, 1], rel=0.25)
+
+
+# --------------------------------------------------------------------------------------------------
+# The sampler
+
+def gaussian_F(x, t, mean=0.3, std=0.5):
+    """The output F whose f is exact for data N(mean, std^2).
+
+    f solves the probability-flow ODE down to sigma_0.
+    """
+    sigma = SIGMA[t]
+    x_ve = x / math.sqrt(AB[t])
+    ratio = math.sqrt((std ** 2 + SIGMA[0] ** 2) / (std ** 2 + sigma ** 2))
+    f = mean + ratio * (x_ve - mean)
+    return (f - literal_f(0, x_ve, sigma)) / literal_f(1, 0, sigma)
+
+
+def noise_source():
+    """A function that gives fresh standard normal noise of 20,000 images of one pixel."""
+    g = torch.Generator().manual_seed(0)
+
+    def noise():
+        return torch.randn(20_000, 1, 1, 1, generator=g, dtype=torch.float64)
+    return noise
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5, 31])
+def test_samples_of_a_gaussian_are_gaussian(steps):
+    noise = noise_source()
+    timesteps = consistency.make_timesteps(1000, steps)
+    assert timesteps[0] == 999
+    assert len(timesteps) == steps
+    assert timesteps == sorted(set(timesteps), reverse=True)
+    calls = []
+
+    def predict(x, t):
+        calls.append(t)
+        return gaussian_F(x, t)
+    x = consistency.sample(predict, noise(), AB, timesteps, noise)
+    assert calls == timesteps
+    assert abs(x.mean() - 0.3) < 0.015
+    assert abs(x.std() - 0.5) < 0.015
+
+
+@pytest.mark.parametrize("steps", [1, 2, 31])
+def test_resampling_leaves_the_last_noise_alone(steps):
+    """Of one constant image, however many steps: what is left is sigma_0, not more."""
+    noise = noise_source()
+
+    def predict(x, t):
+        return gaussian_F(x, t, std=1e-9)
+    timesteps = consistency.make_timesteps(1000, steps)
+    x = consistency.sample(predict, noise(), AB, timesteps, noise)
+    assert x.std() == pytest.approx(SIGMA[0], rel=0.03)
+
+
+# --------------------------------------------------------------------------------------------------
+# Runs
+
+def train_here(data_dir, out, *flags):
+    """A run of a small consistency model."""
+    call(train.main, *TINY_FLAGS, "--base", "consistency", "--data-dir", data_dir, "--out", out,
+         *flags)
+
+
+def load(out):
+    """The checkpoint of a run."""
+    return disk.load(out / "ckpt.pt", ["consistency"])
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, data_dir):
+    """The folders of a short consistency run with and without CM."""
+    out = tmp_path_factory.mktemp("consistency")
+    for name, flag in (("plain", "--no-cm"), ("cm", "--cm")):
+        train_here(data_dir, out / name, flag, "--steps", 12, "--ct-double", 4,
+                   "--sample-every", 12)
+    return out
+
+
+def test_a_run_resumes_bit_for_bit(runs, tmp_path, data_dir):
+    for steps in (5, 12):
+        train_here(data_dir, tmp_path, "--cm", "--steps", steps, "--ct-double", 4)
+    a, b = load(runs / "cm"), load(tmp_path)
+    assert all(torch.equal(a["ema"][name], b["ema"][name]) for name in a["ema"])
+    assert a["step"] == b["step"] == 12
+
+
+def test_the_curriculum_is_that_of_the_steps_at_the_start(tmp_path, data_dir):
+    for steps in (8, 12):                   # trained longer, it stays what it was
+        train_here(data_dir, tmp_path, "--no-cm", "--steps", steps)
+        assert load(tmp_path)["config"]["ct_double"] == 2
+
+
+def test_samples_and_metrics(runs, tmp_path, data_dir, classifier, capsys):
+    assert (runs / "cm/grid-0000012.png").exists()
+    for name, branch in (("plain", "full"), ("cm", "full"), ("cm", "general")):
+        call(sample.main, "--ckpt", runs / name / "ckpt.pt", "--branch", branch, "--num", 20,
+             "--out", tmp_path / name, "--device", "cpu")
+        settings = disk.read_json(tmp_path / name / "samples.json")["settings"]
+        assert settings["sampler"] == "consistency"
+        assert settings["steps"] == 2
+        assert settings["guidance"] == 0
+    call(evaluate.main, "--ckpt", runs / "cm/ckpt.pt", "--num", 40, "--steps", 1,
+         "--data-dir", data_dir, "--features", classifier, "--device", "cpu",
+         "--out-json", tmp_path / "e.json")
+    assert disk.read_json(tmp_path / "e.json")["settings"]["steps"] == 1
+
+
+def test_mistakes_in_sampling(runs, cm_run, capsys):
+    consistent = ("--ckpt", runs / "plain/ckpt.pt")
+    diffusion = ("--ckpt", cm_run / "ckpt.pt")
+    refuses(capsys, sample.main, *consistent, "--sampler", "ddim",
+            says=["--sampler ddim", "consistency"])
+    refuses(capsys, sample.main, *diffusion, "--sampler", "consistency",
+            says=["--sampler consistency", "diffusion"])
+    refuses(capsys, sample.main, *consistent, "--guidance", 1.5, says=["--guidance"])
+    refuses(capsys, sample.main, *consistent, "--steps", 32, says=["--steps 32"])
+    refuses(capsys, sample.main, *consistent, "--grid", "quad", says=["--grid"])
+    refuses(capsys, sample.main, *consistent, "--eta", 0.5, says=["--eta", "ddim"])
+
+
+def test_diffusion_only_refuses_a_consistency_model(runs, tmp_path, data_dir, capsys):
+    ckpt = runs / "plain/ckpt.pt"
+    refuses(capsys, prune_probe.main, "--ckpt", ckpt, says=["--ckpt", "not a diffusion"])
+    refuses(capsys, capacity.main, "dominance", "--ckpt", ckpt,
+            says=["--ckpt", "not a diffusion"])
+    common = (*TINY_FLAGS, "--base", "ddpm", "--data-dir", data_dir)
+    refuses(capsys, train.main, *common, "--no-cm", "--steps", 15, "--out", runs / "plain",
+            says=["--base ddpm", "consistency"])
+    refuses(capsys, train.main, *common, "--lora", "--init-from", ckpt, "--out", tmp_path / "x",
+            says=["--init-from", "not a diffusion"])

@@ -1,0 +1,125 @@
+"""experts.py: group experts against plain networks, LoRA's frozen weights; resuming, refusals."""
+import copy
+
+import torch
+from conftest import TINY, TINY_FLAGS, call, randomize, read_log, refuses
+from test_losses import COUNTS
+from torch.testing import assert_close
+
+import disk
+import model
+import sample
+import train
+from variants import experts
+
+
+def expert_net(counts):
+    """A small random UNet with three group experts in its decoder."""
+    return randomize(sample.build_network({**TINY, "dropout": 0.0}, 0.3, counts))
+
+
+def plain_network_of(state, group):
+    """The plain UNet with W^g + B_k A_k of a group k, or with W^g where the group is None."""
+    plain = {}
+    for name, value in state.items():
+        if name.endswith(".layer.weight"):
+            layer = name.removesuffix(".layer.weight")
+            plain[layer + ".weight"] = value
+            if group is not None:
+                A = state[layer + ".A"].chunk(3)[group].flatten(1)
+                B = state[layer + ".B"][group]
+                plain[layer + ".weight"] = value + (B @ A).view(value.shape)
+        elif not name.endswith((".A", ".B")):
+            plain[name.replace(".layer.bias", ".bias")] = value
+    net = sample.build_network({**TINY, "dropout": 0.0}, None)
+    net.load_state_dict(plain)
+    return net
+
+
+def test_group_experts_route_by_label():
+    """An image is computed with the plain network of its own group's W^g + BA; Null with W^g."""
+    net = expert_net(COUNTS)
+    x = torch.randn(5, 1, 8, 8)
+    t = torch.tensor([10, 300, 500, 700, 900])
+    y = torch.tensor([0, 4, 9, -1, 2])
+    mixed = net(x, t, y)
+    for i, group in enumerate([0, 1, 2, None, 0]):
+        own = slice(i, i + 1)
+        alone = plain_network_of(net.state_dict(), group)
+        assert_close(mixed[own], alone(x[own], t[own], y[own]), atol=1e-5, rtol=1e-4)
+    layers = [m for m in net.modules() if isinstance(m, experts.GroupExperts)]
+    assert all(len(layer.B) == 3 for layer in layers)
+    assert max(layer.B.shape[2] for layer in layers) == int(0.3 * 32) // 3
+
+
+def test_experts_compute_the_same_where_compiled_for_cuda(monkeypatch):
+    """They have no single weight, so that their biases are not joined with those of others."""
+    net = expert_net(COUNTS)
+    inputs = torch.randn(3, 1, 8, 8), torch.tensor([5, 300, 900]), torch.tensor([0, 4, 9])
+    expected = net(*inputs)
+    monkeypatch.setattr(model, "compiled_for_cuda", lambda x: True)
+    assert_close(net(*inputs), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_copy_of_group_experts_routes_by_its_own_labels():
+    net = expert_net([9, 8, 7, 6, 5, 5, 4, 3, 2, 1])
+    twin = copy.deepcopy(net)
+    x = torch.randn(3, 1, 8, 8)
+    t = torch.tensor([5, 6, 7])
+    y = torch.tensor([0, 4, 9])
+    net(x, t, torch.tensor([9, 9, 9]))
+    assert_close(twin(x, t, y), net(x, t, y))
+    assert twin(x[:1], t[:1], y[:1]).shape == (1, 1, 8, 8)
+
+
+def test_experts_resume_sample_and_do_not_merge(tmp_path, data_dir, capsys):
+    flags = (*TINY_FLAGS, "--base", "ddpm", "--experts", "group", "--data-dir", data_dir,
+             "--out", tmp_path / "run")
+    call(train.main, *flags, "--steps", 3)
+    call(train.main, *flags, "--steps", 5)
+    path = tmp_path / "run/ckpt.pt"
+    ckpt = disk.load(path, ["diffusion"])
+    assert ckpt["step"] == 5
+    assert ckpt["experts"][:2] == [148, 106]
+    common = ("--ckpt", path, "--device", "cpu")
+    call(sample.main, *common, "--num", 10, "--steps", 2)
+    refuses(capsys, sample.main, *common, "--export", tmp_path / "m.pt", says=["--export"])
+    refuses(capsys, sample.main, *common, "--branch", "general", says=["--branch general"])
+
+
+def test_lora_trains_low_rank_parts_only(tmp_path, data_dir, capsys):
+    common = (*TINY_FLAGS, "--data-dir", data_dir)
+    full, lora = tmp_path / "full", tmp_path / "lora"
+    call(train.main, *common, "--base", "cbdm", "--no-cm", "--steps", 20, "--out", full)
+    flags = (*common, "--base", "cbdm", "--lora", "--init-from", full / "ckpt.pt", "--out", lora)
+    call(train.main, *flags, "--steps", 5)
+    assert "frozen" in capsys.readouterr().out
+    call(train.main, *flags, "--steps", 8)                              # and resumes
+    # Finished is not said where that file is another one now
+    source = disk.load(full / "ckpt.pt", ["diffusion"])
+    disk.save(full / "ckpt.pt", {**source, "step": 21})
+    refuses(capsys, train.main, *flags, "--steps", 8, says=["--init-from"])
+    (full / "ckpt.pt").rename(full / "moved.pt")                        # not needed any more
+    call(train.main, *flags, "--steps", 8)
+    before = source["ema"]
+    after = disk.load(lora / "ckpt.pt", ["diffusion"])["model"]
+    plain = {k.replace("parametrizations.weight.original", "weight"): v for k, v in after.items()}
+    # What it started from is what it was, and every B has moved
+    assert all(torch.equal(plain[k], v) for k, v in before.items())
+    low_rank = [v for k, v in after.items() if k.endswith(".B")]
+    assert len(low_rank) > 0
+    assert all(B.abs().max() > 0 for B in low_rank)
+    assert "con" not in read_log(lora)[-1]
+    call(sample.main, "--ckpt", lora / "ckpt.pt", "--num", 10, "--steps", 2, "--device", "cpu")
+
+
+def test_lora_refuses(tmp_path, data_dir, capsys):
+    common = (*TINY_FLAGS, "--data-dir", data_dir, "--out", tmp_path / "x")
+    source = tmp_path / "source"
+    call(train.main, *TINY_FLAGS, "--data-dir", data_dir, "--base", "ddpm", "--no-cm",
+         "--steps", 1, "--out", source)
+    refuses(capsys, train.main, *common, "--lora", says=["--lora", "--init-from"])
+    refuses(capsys, train.main, *common, "--init-from", tmp_path / "none.pt",
+            says=["--init-from", "no such file"])
+    refuses(capsys, train.main, *common, "--ch", 32, "--init-from", source / "ckpt.pt",
+            says=["--init-from", "another one", "--ch"])

@@ -1,0 +1,1 @@
+"""What plugs into training: augmentation, consistency models, experts, another network."""
