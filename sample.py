@@ -14,6 +14,7 @@ import math
 import os
 import re
 import shutil
+import textwrap
 import time
 from argparse import BooleanOptionalAction
 from contextlib import contextmanager, suppress
@@ -447,41 +448,67 @@ def ten_classes(C):
     return sorted({round(i * (C - 1) / 9) for i in range(10)})
 
 
-def grid_image(images, labels, class_names, counts, classes=None, columns=10, tile=56, gap=4):
+def grid_image(columns, class_names, counts, classes=None, across=10, down=1, tile=56, caption=""):
     """A picture with one row per class, the most frequent one first: its name, its first images.
 
-    images: uint8 (N, H, W, C). labels: (N,). counts: training images per class, shown beside the
-    name, with a bracket for each of Many, Medium and Few; None where they are not known. classes:
-    the rows; by default at most ten evenly spread ones of all labels. Images are enlarged by a
-    whole factor, to about `tile` pixels.
+    columns: {title: (images, labels)}, side by side: uint8 (N, H, W, C) of one size, and (N,).
+    counts: training images per class, shown beside the name, with a bracket for each of Many,
+    Medium and Few; None where they are not known. classes: the rows; by default at most ten evenly
+    spread ones of which every column has images. across, down: at most so many images of a class
+    beside and below each other. Images are enlarged by a whole factor, to about `tile` pixels.
+    caption: a line below.
     """
-    labels = np.asarray(labels)
+    columns = {title: (images, np.asarray(labels)) for title, (images, labels) in columns.items()}
     if classes is None:
-        present = np.unique(labels)
-        classes = present[np.unique(np.linspace(0, len(present) - 1, 10).astype(int))]
+        common = sorted(set.intersection(*(set(labels.tolist()) for _, labels in columns.values())))
+        classes = [common[i] for i in ten_classes(len(common))]
     if counts is not None:
         classes = sorted(classes, key=lambda c: (-counts[c], c))     # as class_groups
-    size = images.shape[1] * max(1, round(tile / images.shape[1]))
-    font = ImageFont.load_default(16)
-    titles = [printable(class_names[c])[:60] for c in classes]
+    most = max(int((labels == c).sum()) for _, labels in columns.values() for c in classes)
+    across = min(across, most)
+    down = min(down, -(-most // across))
+
+    # Where everything is, in pixels
+    font, small = ImageFont.load_default(16), ImageFont.load_default(13)
+    names = [printable(class_names[c])[:60] for c in classes]
     if counts is not None:
-        titles = [f"{title} ({counts[c]})" for title, c in zip(titles, classes)]
+        names = [f"{name} ({counts[c]})" for name, c in zip(names, classes)]
     groups = class_groups(counts) if counts is not None else {}
     margin = 100 if groups else 8
-    left = 12 + margin + max(round(font.getlength(title)) for title in titles)
-    cell = size + gap
-    picture = Image.new("RGB", (left + columns * cell, len(classes) * cell), "white")
+    left = 12 + margin + max(round(font.getlength(name)) for name in names)
+    pixels = next(iter(columns.values()))[0].shape[1]
+    size = pixels * max(1, round(tile / pixels))
+    cell = size + 4
+    height = down * cell                                    # of a class
+    top = 30 if any(columns) else 0                         # titles
+    bottom = top + len(classes) * height
+    widths = [max(across * cell, round(font.getlength(title))) for title in columns]
+    right = left + sum(widths) + 24 * (len(widths) - 1)
+    lines = textwrap.wrap(caption, max(60, (right - left) // 7))
+    right = max([right, *(left + round(small.getlength(line)) + 8 for line in lines)])
+
+    picture = Image.new("RGB", (right, bottom + (18 * len(lines) + 6 if lines else 0)), "white")
     pen = ImageDraw.Draw(picture)
     for name, members in groups.items():
         rows = [r for r, c in enumerate(classes) if c in members]
         if rows:
-            draw_bracket(pen, name, rows[0] * cell, rows[-1] * cell + size, font)
-    for r, c in enumerate(classes):
-        where = (margin, r * cell + size // 2)
-        pen.text(where, titles[r], fill="black", anchor="lm", font=font)
-        for k, image in enumerate(to_rgb(images[np.flatnonzero(labels == c)[:columns]])):
-            enlarged = Image.fromarray(image).resize((size, size), Image.NEAREST)
-            picture.paste(enlarged, (left + k * cell, r * cell))
+            draw_bracket(pen, name, top + rows[0] * height, top + (rows[-1] + 1) * height - 4, font)
+    for r, name in enumerate(names):
+        where = (margin, top + r * height + (height - 4) // 2)
+        pen.text(where, name, fill="black", anchor="lm", font=font)
+    x = left
+    for width, (title, (images, labels)) in zip(widths, columns.items()):
+        if title:
+            pen.text((x, top // 2), title, fill="black", anchor="lm", font=font)
+        for r, c in enumerate(classes):
+            chosen = np.flatnonzero(labels == c)[:across * down]
+            for k, image in enumerate(to_rgb(images[chosen])):
+                enlarged = Image.fromarray(image).resize((size, size), Image.NEAREST)
+                y = top + r * height + k // across * cell
+                picture.paste(enlarged, (x + k % across * cell, y))
+        x += width + 24
+    for k, line in enumerate(lines):
+        pen.text((left, bottom + 18 * k + 4), line, fill="black", font=small)
     return picture
 
 
@@ -616,9 +643,8 @@ def write_samples(out, images, labels, names, record, data, seconds, png=False):
     (out / "samples.json").unlink(missing_ok=True)
     disk.write_npz(out / "samples.npz", arr_0=to_rgb(images), arr_1=np.array(labels))
     classes = list(dict.fromkeys(labels))
-    across = min(10, np.unique(labels, return_counts=True)[1].max())    # no empty columns
-    picture = grid_image(images, labels, names, data.get("class_counts"),
-                         None if len(classes) > 10 else classes, across)
+    picture = grid_image({"": (images, labels)}, names, data.get("class_counts"),
+                         None if len(classes) > 10 else classes)
     disk.write_png(out / "grid.png", picture)
     made = {"npz_sha256": disk.sha256(out / "samples.npz")}
     files = ["samples.npz", "grid.png"]

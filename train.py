@@ -522,7 +522,7 @@ def save_grid(state, path, rt, log=None, samples=None):
     labels = classes * 10
     alone = runtime.Runtime(rt.device, rt.dtype)        # rank 0 generates all of it
     images = (samples or ema_samples)(state, labels, alone)
-    picture = grid_image(images, labels, names, state["data"]["class_counts"], classes)
+    picture = grid_image({"": (images, labels)}, names, state["data"]["class_counts"], classes)
     disk.write_png(path, picture)
     if log:
         log.picture(picture, state["step"])

@@ -121,7 +121,8 @@ def pairs_picture(images, labels, index, train, data, groups):
     if not len(rows):
         rows = np.arange(len(labels))
     both = np.stack([images[rows], train[index[rows]]], 1).reshape(-1, *images.shape[1:])
-    return grid_image(both, np.repeat(labels[rows], 2), data["class_names"], data["class_counts"])
+    return grid_image({"": (both, np.repeat(labels[rows], 2))}, data["class_names"],
+                      data["class_counts"])
 
 
 def make_parser():

@@ -123,7 +123,7 @@ def test_rows_of_equal_classes_stand_in_their_groups_order():
     images = np.repeat(np.array([5, 0, 4, 2], np.uint8), 64).reshape(4, 8, 8, 1)
     with pytest.MonkeyPatch.context() as m:
         m.setattr(sample, "draw_bracket", lambda pen, *bracket: drawn.append(bracket[:3]))
-        picture = sample.grid_image(images, labels, list("abcdef"), [9] * 6, labels, columns=1)
+        picture = sample.grid_image({"": (images, labels)}, "abcdef", [9] * 6, labels, 1)
     assert drawn == [("Many", 0, 56), ("Medium", 60, 116), ("Few", 120, 236)]
     assert [picture.getpixel((picture.width - 20, 60 * r + 9))[0] for r in range(4)] == [0, 2, 4, 5]
 
@@ -137,7 +137,8 @@ def test_the_picture_of_samples():
         draw = ImageDraw.ImageDraw.text
         m.setattr(ImageDraw.ImageDraw, "text", lambda pen, where, text, **options:
                   (texts.append(text), draw(pen, where, text, **options)))
-        picture = sample.grid_image(images, labels, ["a", "b" * 70, "c"], [5, 9, 7], columns=2)
+        picture = sample.grid_image({"": (images, labels)}, ["a", "b" * 70, "c"], [5, 9, 7],
+                                    across=2)
     assert texts == ["Many", "Medium", "Few", f"{'b' * 60} (9)", "c (7)", "a (5)"]
     cells = np.asarray(picture)[:, -2 * 60:, 0].reshape(3, 60, 2, 60).transpose(0, 2, 1, 3)
     numbers = [[2, None], [1, 4], [0, 3]]
@@ -158,16 +159,16 @@ def test_the_picture_has_the_classes_that_were_asked_for(classes, rows, tmp_path
     labels = [classes[i % len(classes)] for i in range(12)]
     data, record = {"class_counts": list(range(12))}, {"dtype": "torch.float32"}
     sample.write_samples(tmp_path, images, labels, names, record, data, 1.0)
-    assert asked[0][1:] == (labels, names, data["class_counts"], rows, 12 // len(classes))
+    assert asked[0][1:] == (names, data["class_counts"], rows)
 
 
 def test_at_most_ten_classes_are_shown_and_images_grow_by_a_whole_factor():
     labels = np.arange(40)
     images = np.arange(40, dtype=np.uint8).repeat(24 * 24).reshape(40, 24, 24, 1)
-    picture = sample.grid_image(images, labels, [str(c) for c in labels], None, columns=1)
+    picture = sample.grid_image({"": (images, labels)}, [str(c) for c in labels], None, across=1)
     assert picture.height == 10 * (2 * 24 + 4)
     left = [picture.getpixel((picture.width - 20, 52 * r + 9))[0] for r in range(10)]
-    assert left == [0, 4, 8, 13, 17, 21, 26, 30, 34, 39]
+    assert left == sample.ten_classes(40)
 
 
 def test_timesteps_of_dpm_end_before_0():
