@@ -15,7 +15,7 @@ distance are then named FD and KD, never FID and KID.
 """
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 from typing import NamedTuple
@@ -34,7 +34,8 @@ from metrics.scores import (FLOOR_IMAGES, IS_SPLITS, KID_SIZE, KID_SUBSETS, METR
                             distance_of, floor_of, inception_score, kernel_distance, placed,
                             precision_recall)
 from runtime import Parser, UserError, integer, run
-from sample import KINDS, add_sampling_flags, dtype_of, generate, prepare, sample_batch
+from networks import KINDS
+from sample import add_sampling_flags, dtype_of, generate, prepare, sample_batch
 
 FEW = 2048          # with fewer images a Frechet distance depends mostly on their number
 
@@ -79,7 +80,7 @@ def extract_both(args, comparison, extractor, rt):
         fake = extractor.of(subject.images, title)
     else:
         images = generate(subject.net, comparison.labels, comparison.indices, subject.shape, rt,
-                          args.batch_size, gather=False, **subject.sampling)
+                          subject.sampling, args.batch_size, gather=False)
         sampled = time.time()
         fake = extractor.extract(lambda rows: to_rgb(images[rows]), len(images), title,
                                  shared=False)
@@ -243,11 +244,11 @@ def estimate(args, comparison, extractor, rt):
     seconds = 0.0
     if subject.net is not None:
         n = min(args.batch_size, 8) if on_cpu else args.batch_size
-        one_step = {**subject.sampling, "steps": 1, "grid": "uniform"}
+        one_step = replace(subject.sampling, steps=1, grid="uniform")
         y = torch.zeros(n, dtype=torch.int64, device=rt.device)
         per_step = time_of(lambda: sample_batch(subject.net, y, range(n), subject.shape, rt,
-                                                **one_step).sum().item())
-        seconds += per_step * subject.sampling["steps"] * comparison.n / n
+                                                one_step).sum().item())
+        seconds += per_step * subject.sampling.steps * comparison.n / n
     m = min(args.features_batch_size, 8) if on_cpu else args.features_batch_size
     size = subject.shape[1] if subject.shape else extractor.size or 32
     images = np.zeros((m, size, size, 3), np.uint8)

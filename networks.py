@@ -1,4 +1,4 @@
-"""The table of networks that train.py can train, and how one is built from plain settings.
+"""The table of networks that train.py can train; building one from settings or a checkpoint.
 
 A network is a torch module with these, of which losses.py and sample.py know nothing else:
 
@@ -14,9 +14,16 @@ which the data give, augment_dim (what --ada adds), and flags of train.py by the
 """
 import inspect
 
+import torch
+
+from cm_layers import merge, reserve
+from data import class_groups
 from model import UNet, UNetConfig
-from runtime import UserError, integer
+from runtime import Plugins, UserError, integer
 from variants.dit import DiT
+from variants.experts import add_group_experts
+
+KINDS = ("diffusion", "consistency")        # of the checkpoints whose networks are these
 
 
 def unet(**settings):
@@ -45,14 +52,71 @@ def settings_of(name, values):
     return settings if name == "unet" else {"network": name, **settings}
 
 
-def build(network):
-    """An untrained network from a dict of `settings_of`; without a name it is a U-Net.
+def build(network, rank_ratio=None, experts=None):
+    """An untrained network from a dict of `settings_of`, with add_low_rank's parts if any.
 
-    Raises UserError for a network that is not in the table, and what the network itself raises.
+    Without a name it is a U-Net. Raises UserError for a network that is not in the table, and what
+    the network itself raises.
     """
     settings = dict(network)
     name = settings.pop("network", "unet")
     if name not in NETWORKS:
         raise UserError(f"--ckpt: its network is {name!r}, and known are {', '.join(NETWORKS)}; "
                         "name the file that has it with --plugin")
-    return NETWORKS[name](**settings)
+    return add_low_rank(NETWORKS[name](**settings), rank_ratio, experts)
+
+
+def add_low_rank(net, rank_ratio=None, experts=None):
+    """Reserve capacity in a plain network's decoder, or give a UNet group experts; return it.
+
+    rank_ratio: None for neither. experts: the training set's class counts where the decoder has one
+    low-rank expert for each of Many, Medium and Few in place of CM's one; else None.
+    """
+    if experts is not None:
+        add_group_experts(net, list(class_groups(experts).values()), rank_ratio)
+    elif rank_ratio is not None:
+        reserve(net.decoder, rank_ratio)
+    return net
+
+
+# --------------------------------------------------------------------------------------------------
+# From a checkpoint, the dict that disk.load returns
+
+def load_unmerged(ckpt, weights="ema", device="cpu", flag="--ckpt"):
+    """The network of a checkpoint as it was trained, W^g and BA apart, on `device`.
+
+    weights: "ema" or "raw". Raises UserError, which names `flag`, where the weights do not fit.
+    """
+    if weights == "raw" and is_one_network(ckpt):
+        raise UserError("--weights raw: this file is an export and holds one network only; leave "
+                        "it out, or name the run's checkpoint")
+    before = dict(line.rsplit(" ", 1) for line in ckpt["config"].get("plugin") or [])
+    for name, digest in (line.rsplit(" ", 1) for line in Plugins.found):
+        if before.get(name, digest) != digest:
+            print(f"warning: --plugin {name}: it has changed since the checkpoint was trained; its "
+                  "network may be another one")
+    try:
+        net = build(ckpt["network"], ckpt["rank_ratio"], ckpt["experts"])
+        net.load_state_dict(ckpt["ema" if weights == "ema" else "model"])
+    except (RuntimeError, TypeError, ValueError, AssertionError, IndexError) as e:
+        why = (str(e).strip() or type(e).__name__).splitlines()[-1].strip()
+        raise UserError(f"{flag}: its weights do not fit the network that it describes "
+                        f"({why})") from e
+    return net.to(device, memory_format=torch.channels_last)
+
+
+def load_network(ckpt, weights="ema", branch="full", device="cpu", flag="--ckpt"):
+    """The network of a checkpoint merged into a plain one, without gradients, on `device`.
+
+    branch: "full" (theta) or "general" (theta^g). The rest as load_unmerged. Raises UserError.
+    """
+    if branch == "general" and (ckpt["rank_ratio"] is None or ckpt["experts"]):
+        raise UserError("--branch general: this checkpoint has no reserved capacity (it was "
+                        "trained with --no-cm, or merged)")
+    net = merge(load_unmerged(ckpt, weights, flag=flag), branch)
+    return net.to(device, memory_format=torch.channels_last).requires_grad_(False)
+
+
+def is_one_network(ckpt):
+    """Whether a checkpoint is what `sample.py --export` writes, and not that of a training run."""
+    return "optimizer" not in ckpt

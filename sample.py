@@ -18,6 +18,7 @@ import textwrap
 import time
 from argparse import BooleanOptionalAction
 from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -28,14 +29,11 @@ from torch.nn.utils.parametrize import is_parametrized
 
 import disk
 import runtime
-from cm_layers import merge, reserve
 from data import by_size, class_groups, resolve_classes, to_rgb, to_uint8
-from exchange import diffusers_unet
 from model import make_alphas_bar
-from networks import build
-from runtime import Parser, UserError, integer, number, refuse_unused, run
+from networks import KINDS, is_one_network, load_network
+from runtime import Parser, UserError, flag_of, integer, number, refuse_unused, run
 from variants import consistency
-from variants.experts import add_group_experts
 
 
 # --------------------------------------------------------------------------------------------------
@@ -208,13 +206,72 @@ UNUSED = (          # flags that mean nothing with --export
     "classes", "num", "sampler", "steps", "grid", "order", "eta", "guidance", "clip", "batch_size",
     "png", "if_needed", "seed", "dtype", "out")
 COMPILED_FROM = 2000        # images per process: fewer take less time than compiling does
-KINDS = ("diffusion", "consistency")        # of the checkpoints that can be sampled here
 DEFAULTS = {        # per kind of model; latents have no range
     "diffusion": {"sampler": "ddim", "guidance": 1.5, "clip": True},
     "consistency": {"sampler": "consistency", "guidance": 0.0, "clip": False},
     "latent": {"sampler": "ddim", "guidance": 1.5, "clip": False},
     "text": {"sampler": "ddim", "guidance": 1.5, "clip": False},
 }
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How images are generated: everything but the network, the labels and the images' numbers."""
+    sampler: str = "ddim"
+    steps: int = 50             # calls of the network, or pairs of them with guidance
+    grid: str = "uniform"       # of the timesteps, see make_timesteps
+    order: int = 3              # of dpm
+    eta: float = 0.0            # of ddim
+    guidance: float = 1.5       # omega in eps + omega (eps - eps_null); 0: no second call
+    clip: bool = False          # the predicted x_0 of every step to [-1, 1]
+    seed: int = 0
+
+    @classmethod
+    def of(cls, kind, **given):
+        """The defaults for a kind of model (a key of DEFAULTS), but for what is given.
+
+        None counts as not given. Raises UserError for settings that this kind of model, or the
+        sampler, has no use for, and where there are not as many timesteps.
+        """
+        given = {name: value for name, value in given.items() if value is not None}
+        values = {**DEFAULTS[kind], **given}
+        sampling = cls(**{"steps": STEPS[values["sampler"]], **values})
+        sampler, of_consistency = sampling.sampler, sampling.sampler == "consistency"
+        unfit = {"sampler": of_consistency != (kind == "consistency"),
+                 "guidance": of_consistency and sampling.guidance,
+                 "clip": sampling.clip and kind != "diffusion",
+                 "grid": sampling.grid != "uniform" and of_consistency
+                         or sampling.grid == "quad" and sampler != "ddim",
+                 "order": "order" in given and sampler != "dpm",
+                 "eta": sampling.eta and sampler != "ddim"}
+        for name, wrong in unfit.items():
+            if wrong:
+                value = getattr(sampling, name)
+                raise UserError(f"{flag_of(name)} {value}: not for a {kind} model sampled by "
+                                f"{sampler}; leave it out")
+        sampling.timesteps(make_alphas_bar())
+        return sampling
+
+    def timesteps(self, alphas_bar):
+        """The descending timesteps in [0, T), for alphas_bar (T,). Raises UserError.
+
+        DPM-Solver's do not reach 0, where its authors' code ends and calls the network no more.
+        """
+        T = len(alphas_bar)
+        if self.sampler == "consistency":
+            return consistency.make_timesteps(T, self.steps)
+        if self.sampler == "dpm":
+            if self.steps >= T:
+                raise UserError(f"--steps {self.steps}: dpm takes {T - 1} at most; take fewer")
+            return make_timesteps(alphas_bar, self.steps + 1, self.grid)[:-1]
+        return make_timesteps(alphas_bar, self.steps, self.grid)
+
+    def record(self):
+        """What results keep of it: a dict, with the order where the sampler has one."""
+        settings = asdict(self)
+        if self.sampler != "dpm":
+            del settings["order"]
+        return settings
 
 
 def guided(net, y, omega, rt):
@@ -235,71 +292,7 @@ def guided(net, y, omega, rt):
 
 
 # --------------------------------------------------------------------------------------------------
-# Networks from checkpoints
-
-def add_low_rank(net, rank_ratio, experts=None):
-    """Reserve capacity in a plain network's decoder, or give a UNet group experts; return it.
-
-    rank_ratio: None for neither. experts: the training set's class counts where the decoder has one
-    low-rank expert for each of Many, Medium and Few in place of CM's one; else None.
-    """
-    if experts is not None:
-        add_group_experts(net, list(class_groups(experts).values()), rank_ratio)
-    elif rank_ratio is not None:
-        reserve(net.decoder, rank_ratio)
-    return net
-
-
-def build_network(network, rank_ratio=None, experts=None):
-    """An untrained network from the plain dict of networks.build, with add_low_rank's parts."""
-    return add_low_rank(build(network), rank_ratio, experts)
-
-
-def say_changed_plugins(ckpt):
-    """Print which files of --plugin are not those that a checkpoint was trained with."""
-    before = dict(line.rsplit(" ", 1) for line in ckpt["config"].get("plugin") or [])
-    for name, digest in (line.rsplit(" ", 1) for line in runtime.Plugins.found):
-        if before.get(name, digest) != digest:
-            print(f"warning: --plugin {name}: it, or what it imports, has changed since the "
-                  "checkpoint was trained; its network may be another one")
-
-
-def load_unmerged(ckpt, weights="ema", device="cpu", flag="--ckpt"):
-    """The network of a checkpoint as it was trained, W^g and BA apart, on `device`.
-
-    ckpt: the dict that disk.load returns. weights: "ema" or "raw". Raises UserError, which names
-    `flag`, where the weights do not fit.
-    """
-    if weights == "raw" and is_one_network(ckpt):
-        raise UserError("--weights raw: this file is an export and holds one network only; leave "
-                        "it out, or name the run's checkpoint")
-    names, outputs = ckpt["data"]["class_names"], ckpt["network"].get("num_classes")
-    if len(names) != outputs:
-        raise UserError(f"{flag}: it has {len(names)} class names for a network of {outputs} "
-                        "classes; it is not whole")
-    say_changed_plugins(ckpt)
-    try:
-        net = build_network(ckpt["network"], ckpt["rank_ratio"], ckpt["experts"])
-        net.load_state_dict(ckpt["ema" if weights == "ema" else "model"])
-    except (RuntimeError, TypeError, ValueError, AssertionError, IndexError) as e:
-        why = next(iter(str(e).splitlines()[-1:]), type(e).__name__).strip()
-        raise UserError(f"{flag}: its weights do not fit the network that it describes "
-                        f"({why})") from e
-    return net.to(device, memory_format=torch.channels_last)
-
-
-def load_network(ckpt, weights="ema", branch="full", device="cpu", flag="--ckpt"):
-    """The network of a checkpoint merged into a plain one, without gradients, on `device`.
-
-    branch: "full" (theta) or "general" (theta^g). The rest as load_unmerged. Raises UserError.
-    """
-    has_general = ckpt["rank_ratio"] is not None and not ckpt["experts"]
-    if branch == "general" and not has_general:
-        raise UserError("--branch general: this checkpoint has no reserved capacity (it was "
-                        "trained with --no-cm, or merged)")
-    net = merge(load_unmerged(ckpt, weights, flag=flag), branch)
-    return net.to(device, memory_format=torch.channels_last).requires_grad_(False)
-
+# From a network to images
 
 def prepare(net, rt, shape, num, batch_size):
     """A network without gradients made fast for `generate`, in place; the one to be called.
@@ -318,11 +311,6 @@ def prepare(net, rt, shape, num, batch_size):
     zeros = torch.zeros(size, dtype=torch.int64, device=rt.device)
     with torch.no_grad():
         return runtime.compile_or_not(net, lambda m: m(x, zeros, zeros).sum(), rt, flag=None)[0]
-
-
-def is_one_network(ckpt):
-    """Whether a checkpoint is what `export` writes, and not that of a training run."""
-    return "optimizer" not in ckpt
 
 
 def is_export(path):
@@ -348,45 +336,28 @@ def export(ckpt, net, path):
 # Images
 
 @torch.no_grad()
-def sample_batch(net, y, indices, shape, rt, seed=0, sampler="ddim", steps=50, grid="uniform",
-                 guidance=1.5, eta=0.0, order=3, clip=False, alphas_bar=None):
+def sample_batch(net, y, indices, shape, rt, sampling, alphas_bar=None):
     """One batch of images: float (N, C, H, W), about [-1, 1].
 
     y: (N,) int64 labels on rt.device. indices: N image numbers. shape: (C, H, W). Image i's noise
     comes from (seed, i), drawn on the CPU, so that every device generates the same image.
-    clip: whether the predicted x_0 of every step is clipped to [-1, 1]. alphas_bar: the
-    schedule that the network was trained with, None for make_alphas_bar's.
+    alphas_bar: the schedule that the network was trained with, None for make_alphas_bar's.
     """
-    generators = [runtime.generator("cpu", seed, "image", int(i)) for i in indices]
+    generators = [runtime.generator("cpu", sampling.seed, "image", int(i)) for i in indices]
 
     def noise():
         parts = [torch.randn(shape, generator=g) for g in generators]
         return torch.stack(parts).to(rt.device)
     if alphas_bar is None:
         alphas_bar = make_alphas_bar()
-    timesteps = timesteps_of(sampler, alphas_bar, steps, grid)
     x_T = noise().contiguous(memory_format=torch.channels_last)
-    predict = guided(net, y, guidance, rt)
-    own = {} if sampler == "consistency" else {"limit": to_range if clip else None}
-    if sampler == "ddim":
-        own["eta"] = eta
-    if sampler == "dpm":
-        own["order"] = order
-    return SAMPLERS[sampler](predict, x_T, alphas_bar, timesteps, noise, **own)
-
-
-def timesteps_of(sampler, alphas_bar, steps, grid):
-    """The descending timesteps of a sampler. Raises UserError where it has no such grid.
-
-    DPM-Solver's do not reach 0, where its authors' code ends and calls the network no more.
-    """
-    if sampler == "consistency":
-        return consistency.make_timesteps(len(alphas_bar), steps)
-    if sampler == "dpm":
-        if steps >= len(alphas_bar):
-            raise UserError(f"--steps {steps}: dpm takes {len(alphas_bar) - 1} at most; take fewer")
-        return make_timesteps(alphas_bar, steps + 1, grid)[:-1]
-    return make_timesteps(alphas_bar, steps, grid)
+    predict = guided(net, y, sampling.guidance, rt)
+    own = {"consistency": {}, "ddim": {"eta": sampling.eta}, "dpm": {"order": sampling.order}}
+    options = own.get(sampling.sampler, {})
+    if sampling.sampler != "consistency":
+        options["limit"] = to_range if sampling.clip else None
+    return SAMPLERS[sampling.sampler](predict, x_T, alphas_bar, sampling.timesteps(alphas_bar),
+                                      noise, **options)
 
 
 def batches_of(rows, batch_size, fixed):
@@ -403,14 +374,14 @@ def batches_of(rows, batch_size, fixed):
     return [(np.resize(part, size), len(part)) for part in parts]
 
 
-def generate(net, labels, indices, shape, rt, batch_size, title="sampling", gather=True,
-             to_image=None, **settings):
+def generate(net, labels, indices, shape, rt, sampling, batch_size=250, title="sampling",
+             gather=True, to_image=None, alphas_bar=None):
     """Images number `indices` with these labels (lists of N ints): uint8 (N, H, W, C).
 
     On rank 0; None elsewhere. Each process generates a contiguous share in batches, and returns
-    that share if gather is False. settings: those of `sample_batch`. title: of the progress bar,
-    None for no bar. to_image: what makes images of the network's x_0, where that is a latent.
-    Raises UserError, in every process, where an image of one of them is not finite.
+    that share if gather is False. sampling: a Sampling. title: of the progress bar, None for no
+    bar. to_image: what makes images of the network's x_0, where that is a latent. alphas_bar: see
+    sample_batch. Raises UserError, in every process, where an image of one of them is not finite.
     """
     share = np.array_split(np.arange(len(labels)), rt.world)[rt.rank]
     batches = batches_of(share, batch_size, fixed=rt.device.type == "cuda")
@@ -421,7 +392,8 @@ def generate(net, labels, indices, shape, rt, batch_size, title="sampling", gath
         for rows, n in batches:
             y = torch.tensor([labels[r] for r in rows], device=rt.device, dtype=torch.int64)
             with runtime.without_guards(net, len(parts) > 0):
-                x = sample_batch(net, y, [indices[r] for r in rows], shape, rt, **settings)[:n]
+                x = sample_batch(net, y, [indices[r] for r in rows], shape, rt, sampling,
+                                 alphas_bar)[:n]
             image = x if to_image is None else to_image(x)
             finite = bool(image.isfinite().all())
             if not finite:
@@ -684,11 +656,11 @@ def add_sampling_flags(parser):
                    help="default: ddim; for a consistency model: consistency")
     g.add_argument("--steps", type=integer(1, 1000),
                    help=f"network calls per image (default: {steps})")
-    g.add_argument("--grid", choices=("uniform", "quad", "logsnr"), default="uniform",
+    g.add_argument("--grid", choices=("uniform", "quad", "logsnr"),
                    help="timesteps: equal parts of t, of its root (ddim only), or of the log of "
                    "the signal-to-noise ratio (default: uniform)")
     g.add_argument("--order", type=int, choices=(1, 2, 3), help="of --sampler dpm (default: 3)")
-    g.add_argument("--eta", type=number(0, 1), default=0.0,
+    g.add_argument("--eta", type=number(0, 1),
                    help="noise of DDIM (default: 0, deterministic)")
     g.add_argument("--guidance", type=number(0), metavar="OMEGA",
                    help="eps + omega (eps - eps_null); 0: none, and half the time (default: 1.5, "
@@ -709,37 +681,9 @@ def add_weights_flags(group):
     group.add_argument("--weights", choices=("ema", "raw"), default="ema", help="default: ema")
 
 
-def sampling_settings(args, kind):
-    """The settings of `sample_batch` that these flags mean for a checkpoint of this kind: a dict.
-
-    Raises UserError for flags that do not belong together, before any work.
-    """
-    default = DEFAULTS[kind]
-    sampler = args.sampler or default["sampler"]
-    guidance = default["guidance"] if args.guidance is None else args.guidance
-    steps = args.steps or STEPS[sampler]
-    if (sampler == "consistency") != (kind == "consistency"):
-        raise UserError(f"--sampler {sampler}: this checkpoint is a {kind} model; leave it out for "
-                        f"{default['sampler']}")
-    if sampler == "consistency" and guidance:
-        raise UserError("--guidance: a consistency model has none; leave it out")
-    if sampler == "consistency" and args.grid != "uniform":
-        raise UserError("--grid: a consistency model has none; leave it out")
-    clip = default["clip"] if args.clip is None else args.clip
-    if clip and kind != "diffusion":
-        raise UserError(f"--clip: not for a {kind} model; leave it out")
-    if args.grid == "quad" and sampler != "ddim":
-        raise UserError(f"--grid quad: begins at t = 800, which is for ddim, not for {sampler}; "
-                        "leave it out")
-    timesteps_of(sampler, make_alphas_bar(), steps, args.grid)
-    if args.order and sampler != "dpm":
-        raise UserError(f"--order {args.order}: belongs to --sampler dpm; leave it out")
-    if args.eta and sampler != "ddim":
-        raise UserError(f"--eta {args.eta:g}: belongs to --sampler ddim, and {sampler} has none; "
-                        "leave it out")
-    own = {"order": args.order or 3} if sampler == "dpm" else {}
-    return {"seed": args.seed, "sampler": sampler, "grid": args.grid, "eta": args.eta,
-            "guidance": guidance, "steps": steps, "clip": clip, **own}
+def sampling_of(args, kind):
+    """The Sampling of add_sampling_flags's flags and --seed, for this kind of model."""
+    return Sampling.of(kind, **{f.name: getattr(args, f.name) for f in fields(Sampling)})
 
 
 def clipped(settings):
@@ -747,7 +691,7 @@ def clipped(settings):
     return "x_0 clipped" if settings.get("clip") else "x_0 not clipped"
 
 
-def how(settings):
+def sampling_in_words(settings):
     """Sampling in words: "step 300,000, ddim, 50 steps, guidance 1.5, x_0 clipped"."""
     sampler = settings.get("sampler")
     words = [f"step {settings['step']:,}"] if "step" in settings else []
@@ -779,15 +723,12 @@ def dtype_of(args, ckpt):
     return ckpt["config"]["dtype"] if args.dtype == "auto" else args.dtype
 
 
-def describe(args, ckpt, settings, script="sample.py"):
-    """What made these images: everything that moves a number measured on them, for the JSON.
-
-    script: the one that makes them, whose code is a part of it.
-    """
+def describe(args, ckpt, sampling):
+    """What made these images: everything that moves a number measured on them, for the JSON."""
     return {"ckpt": str(args.ckpt), "ckpt_sha256": ckpt.sha256,
             "step": ckpt["step"], "command": ckpt["command"],
             "dataset": ckpt["config"]["dataset"], "weights": args.weights, "branch": args.branch,
-            "code_sha256": disk.code_hash(script), **settings, **runtime.Plugins.record()}
+            **sampling.record(), **runtime.Plugins.record()}
 
 
 def make_parser():
@@ -845,6 +786,7 @@ def add_output_flags(parser):
 
 def export_network(args, given):
     """What --export asks for: write the merged network and nothing else."""
+    from exchange import diffusers_unet     # for this format only
     refuse_unused(given, {name: "--export generates no images" for name in UNUSED})
     for_diffusers = args.format == "diffusers"
     if for_diffusers:
@@ -873,11 +815,11 @@ def main():
     ckpt = disk.load(args.ckpt, KINDS)
     names = ckpt["data"]["class_names"]
     classes = chosen_classes(args, ckpt["data"])
-    settings = sampling_settings(args, ckpt["kind"])
+    sampling = sampling_of(args, ckpt["kind"])
     out = samples_folder(args)
     rt = runtime.setup(args.device, dtype_of(args, ckpt))
     net = load_network(ckpt, args.weights, args.branch, rt.device)
-    record = {**describe(args, ckpt, settings), "classes": classes, "num": args.num,
+    record = {**describe(args, ckpt, sampling), "classes": classes, "num": args.num,
               "dtype": rt.precision()}
     if is_done(args, rt, out, record):
         return rt.print(f"{out}: up to date")
@@ -886,8 +828,8 @@ def main():
     with claimed(out, args.png, rt):
         start = time.time()
         net = prepare(net, rt, image_shape(ckpt), args.num, args.batch_size)
-        images = generate(net, labels, range(args.num), image_shape(ckpt), rt, args.batch_size,
-                          **settings)
+        images = generate(net, labels, range(args.num), image_shape(ckpt), rt, sampling,
+                          args.batch_size)
         seconds = time.time() - start
         rt.on_rank_0(lambda: write_samples(out, images, labels, names, record, ckpt["data"],
                                            seconds, args.png))

@@ -31,8 +31,9 @@ from metrics.scores import distance_of, placed
 from model import make_alphas_bar
 from networks import NETWORKS
 from runtime import Parser, UserError, integer, number, refuse_unused, run
-from sample import (DEFAULTS, KINDS, STEPS, add_low_rank, generate, grid_image, how, image_shape,
-                    is_one_network, load_network, prepare, ten_classes)
+from networks import KINDS, add_low_rank, is_one_network, load_network
+from sample import (Sampling, generate, grid_image, image_shape, prepare, sampling_in_words,
+                    ten_classes)
 from sets.readers import READERS
 from variants import augment
 from variants.experts import freeze_all_but_low_rank
@@ -501,14 +502,9 @@ def ema_samples(state, labels, rt, gather=True):
     """
     net = load_network(state, device=rt.device)
     net = prepare(net, rt, image_shape(state), len(labels), batch_size=250)
-    return generate(net, labels, range(len(labels)), image_shape(state), rt, batch_size=250,
-                    title=None, gather=gather,
-                    **usual_settings(state["kind"], state["config"]["seed"]))
-
-
-def usual_settings(kind, seed):
-    """The settings of sample_batch that sample.py takes for a checkpoint by default: a dict."""
-    return {**DEFAULTS[kind], "steps": STEPS[DEFAULTS[kind]["sampler"]], "seed": seed}
+    return generate(net, labels, range(len(labels)), image_shape(state), rt,
+                    Sampling.of(state["kind"], seed=state["config"]["seed"]), title=None,
+                    gather=gather)
 
 
 def save_grid(state, path, rt, log=None, samples=None):
@@ -725,8 +721,8 @@ class Evaluation:
                                            args.pack_dir)
         self.real_labels = to_classes(images.labels, images.class_names, names, "--data-dir")
         rt.print(f"every {args.eval_every:,} steps {self.name} of {args.eval_num:,} samples "
-                 f"({how(usual_settings(kind, args.seed))}) against {args.dataset}, {words}, "
-                 f"{len(images.labels):,} images, in features of {self.extractor.name}")
+                 f"({sampling_in_words(Sampling.of(kind).record())}) against {args.dataset}, "
+                 f"{words}, {len(images.labels):,} images, in features of {self.extractor.name}")
         self.real, _ = self.extractor.extract(lambda rows: to_rgb(images.images[rows]),
                                               len(images.labels), "features of the reference")
 

@@ -52,12 +52,12 @@ from latent import latent_cache, latent_export
 from loop import Meter, Training
 from losses import CMConfig, Objective, add_cm_flags, bind, draw_batch
 from runtime import Parser, UserError, integer, number, refuse_unused, run
-from sample import (add_image_flags, add_output_flags, add_sampling_flags, add_weights_flags,
-                    check_outputs, chosen_classes, claimed, describe, dtype_of, generate, is_done,
-                    labels_in_turn, samples_folder, sampling_settings, write_samples)
+from sample import (Sampling, add_image_flags, add_output_flags, add_sampling_flags,
+                    add_weights_flags, check_outputs, chosen_classes, claimed, describe, dtype_of,
+                    generate, is_done, labels_in_turn, samples_folder, sampling_of, write_samples)
 from sets.readers import READERS
 from train import (IR, add_write_flags, check_batch_size, check_keep_every, compiled, config_of,
-                   is_finished, preset_words, run_loop, usual_settings)
+                   is_finished, preset_words, run_loop)
 
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")      # the layers of attention, in diffusers
 RESOLUTION = 256        # of image files, where no flag says it: that of the paper's model
@@ -714,8 +714,9 @@ def grid_samples(model, net, state, labels, rt):
     before = {name: p.detach().clone() for name, p in adapters(net).items()}
     load_adapters(net, state["ema"])
     try:
-        return decoded(model, net, labels, state["data"]["resolution"], rt, GRID_BATCH,
-                       title="grid", **usual_settings(state["kind"], state["config"]["seed"]))
+        return decoded(model, net, labels, state["data"]["resolution"], rt,
+                       Sampling.of(state["kind"], seed=state["config"]["seed"]), GRID_BATCH,
+                       title="grid")
     finally:
         load_adapters(net, before)
 
@@ -761,11 +762,12 @@ def refuse_general(args, ckpt):
                         "trained with --no-cm)")
 
 
-def decoded(model, net, labels, resolution, rt, batch_size, **settings):
+def decoded(model, net, labels, resolution, rt, sampling, batch_size, title="sampling"):
     """Images of a LatentUNet's latents, number 0 to N - 1, with these labels: see generate."""
     with parametrize.cached():
         return generate(net, labels, range(len(labels)), model.latent_shape(resolution), rt,
-                        batch_size, to_image=model.decode, alphas_bar=model.alphas_bar, **settings)
+                        sampling, batch_size, title, to_image=model.decode,
+                        alphas_bar=model.alphas_bar)
 
 
 def main_sample(argv):
@@ -775,10 +777,10 @@ def main_sample(argv):
     names = ckpt["data"]["class_names"]
     classes = chosen_classes(args, ckpt["data"])
     rt = runtime.setup(args.device, dtype_of(args, ckpt))
-    settings = sampling_settings(args, "latent")
+    sampling = sampling_of(args, "latent")
     out = samples_folder(args)
     name, revision = model_of(args, ckpt)
-    record = {**describe(args, ckpt, settings, "latent/stable_diffusion.py"),
+    record = {**describe(args, ckpt, sampling),
               "model": name, "revision": revision, "model_sha256": ckpt.get("model_sha256"),
               "num": args.num, "dtype": rt.precision()}
     if args.classes is not None:        # older records have no such entry, and are of all classes
@@ -795,8 +797,8 @@ def main_sample(argv):
     labels = labels_in_turn(classes, args.num)
     branch = general_only(net) if args.branch == "general" else nullcontext()
     with claimed(out, args.png, rt), branch:
-        images = decoded(model, net, labels, ckpt["data"]["resolution"], rt, args.batch_size,
-                         **settings)
+        images = decoded(model, net, labels, ckpt["data"]["resolution"], rt, sampling,
+                         args.batch_size)
         seconds = time.time() - start
         rt.on_rank_0(lambda: write_samples(out, images, labels, names, record, ckpt["data"],
                                            seconds, args.png))

@@ -48,9 +48,9 @@ from loop import Meter, Training
 from losses import BASES, CMConfig, Objective, add_cm_flags, bind
 from model import make_alphas_bar
 from runtime import Parser, UserError, integer, number, refuse_unused, run
-from sample import (DEFAULTS, STEPS, add_output_flags, add_sampling_flags, check_outputs, claimed,
+from sample import (Sampling, add_output_flags, add_sampling_flags, check_outputs, claimed,
                     describe, dtype_of, generate, is_done, labels_in_turn, samples_folder,
-                    sampling_settings, write_samples)
+                    sampling_of, write_samples)
 from sets.readers import READERS
 from train import (IR, add_own_flags, add_write_flags, check_batch_size, check_keep_every, compiled,
                    config_of, fill_in_ct_double, is_finished, preset_words, run_loop)
@@ -589,12 +589,12 @@ def reference_captions(ckpt, args):
     return [table.texts[k] for k in numbers], [int(c) for c in labels]
 
 
-def decoded(autoencoder, net, labels, ckpt, rt, batch_size, **settings):
+def decoded(autoencoder, net, labels, ckpt, rt, sampling, batch_size, title="sampling"):
     """Images of a TextDiT's latents for its texts number `labels`: see sample.generate."""
     network = ckpt["network"]
     shape = (network["channels"], network["size"], network["size"])
-    return generate(net, labels, range(len(labels)), shape, rt, batch_size,
-                    to_image=autoencoder.decode, **settings)
+    return generate(net, labels, range(len(labels)), shape, rt, sampling, batch_size,
+                    title, to_image=autoencoder.decode)
 
 
 def grid_samples(autoencoder, text, table, state, labels, rt):
@@ -606,9 +606,8 @@ def grid_samples(autoencoder, text, table, state, labels, rt):
                    dtype=torch.float64)
     numbers = table.of_classes(torch.tensor(labels), u)
     net = load_network(state, text, [table.texts[k] for k in numbers], device=rt.device)
-    settings = DEFAULTS[sampled_as(state)]
-    return decoded(autoencoder, net, list(range(len(labels))), state, rt, 25, title="grid",
-                   steps=STEPS[settings["sampler"]], seed=state["config"]["seed"], **settings)
+    sampling = Sampling.of(sampled_as(state), seed=state["config"]["seed"])
+    return decoded(autoencoder, net, list(range(len(labels))), state, rt, sampling, 25, "grid")
 
 
 def sampled_as(ckpt):
@@ -621,7 +620,7 @@ def main_sample(argv):
     args = make_sample_parser().parse_args(argv)
     ckpt = disk.load(args.ckpt, ["text"])
     config, names = ckpt["config"], ckpt["data"]["class_names"]
-    settings = sampling_settings(args, sampled_as(ckpt))
+    sampling = sampling_of(args, sampled_as(ckpt))
     if args.branch == "general" and ckpt["rank_ratio"] is None:
         raise UserError("--branch general: this checkpoint has no reserved capacity (it was "
                         "trained with --no-cm)")
@@ -629,7 +628,7 @@ def main_sample(argv):
     with rt.rank_0_first():
         texts, labels = reference_captions(ckpt, args)
     out = samples_folder(args)
-    record = {**describe(args, ckpt, settings, "latent/text_to_image.py"), "num": args.num,
+    record = {**describe(args, ckpt, sampling), "num": args.num,
               "dtype": rt.precision(), "captions_sha256": hash_of(texts)}
     if is_done(args, rt, out, record):
         return rt.print(f"{out}: up to date")
@@ -642,8 +641,8 @@ def main_sample(argv):
     refuse_other_parts(ckpt, autoencoder, text)
     net = load_network(ckpt, text, texts, args.weights, args.branch, rt.device)
     with claimed(out, args.png, rt):
-        images = decoded(autoencoder, net, list(range(args.num)), ckpt, rt, args.batch_size,
-                         **settings)
+        images = decoded(autoencoder, net, list(range(args.num)), ckpt, rt, sampling,
+                         args.batch_size)
         seconds = time.time() - start
         rt.on_rank_0(lambda: write_samples(out, images, labels, names, record, ckpt["data"],
                                            seconds, args.png))

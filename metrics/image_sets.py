@@ -18,7 +18,8 @@ from data import (class_groups, images_of_npz, load_reference, open_npz, read_re
                   to_rgb)
 from metrics.features import DIGITS_CLASSIFIER
 from runtime import UserError
-from sample import clipped, describe, image_shape, load_network, sampling_settings
+from networks import load_network
+from sample import Sampling, describe, image_shape, sampling_in_words, sampling_of
 from sets.packing import open_image
 from sets.readers import READERS, image_folder
 
@@ -210,7 +211,7 @@ class Subject:
     dataset: str | None     # its training set, the default of --reference
     images: Images | None = None
     net: torch.nn.Module | None = None
-    sampling: dict | None = None        # settings of sample.generate
+    sampling: Sampling | None = None
     shape: tuple | None = None          # (C, H, W) of an image that the network generates
 
     @property
@@ -222,14 +223,12 @@ class Subject:
 
 def from_checkpoint(args, ckpt, rt):
     """The Subject that --ckpt names."""
-    sampling = sampling_settings(args, ckpt["kind"])
+    sampling = sampling_of(args, ckpt["kind"])
     net = load_network(ckpt, args.weights, args.branch, rt.device)
     made = describe(args, ckpt, sampling)
     data = ckpt["data"]
     words = (f"{args.ckpt} (step {ckpt['step']:,}, {args.weights} weights, {args.branch} branch; "
-             f"{sampling['sampler']}, {sampling['steps']} steps, "
-             f"guidance {sampling['guidance']:g}, {clipped(sampling)}, "
-             f"{rt.dtype_name()})")
+             f"{sampling_in_words(sampling.record())}, {rt.dtype_name()})")
     return Subject(words, made, data, data["dataset"], None, net, sampling, image_shape(ckpt))
 
 

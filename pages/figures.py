@@ -23,7 +23,8 @@ import disk
 import runtime
 from data import class_groups, read_samples, to_rgb, training_images
 from runtime import Parser, UserError, integer, run
-from sample import KINDS, chosen_classes, how, printable, ten_classes
+from networks import KINDS
+from sample import chosen_classes, printable, sampling_in_words, ten_classes
 
 DPI = 100
 TILE = 56           # pixels of an image in a picture, about
@@ -84,8 +85,8 @@ def caption_of(columns, classes, n):
     sampled = [c for c in columns if c.settings is not None]
     if not sampled:
         return ""
-    ways = list(dict.fromkeys(how(c.settings) for c in sampled))
-    text = ways[0] if len(ways) == 1 else "; ".join(f"{c.title}: {how(c.settings)}"
+    ways = list(dict.fromkeys(sampling_in_words(c.settings) for c in sampled))
+    text = ways[0] if len(ways) == 1 else "; ".join(f"{c.title}: {sampling_in_words(c.settings)}"
                                                     for c in sampled)
     if len(sampled) > 1:
         text += {True: "; the same noise in each column", False: "; the columns' noise differs",

@@ -53,8 +53,9 @@ from data import Batches, ImageSet, long_tail_counts
 from losses import CMConfig, Objective, bind, draw_batch
 from metrics import scores
 from model import UNetConfig, make_alphas_bar
+from networks import build
 from runtime import Parser, UserError, dtype_name, integer, number, refuse_unused, run
-from sample import build_network, guided, prepare
+from sample import guided, prepare
 
 RUN = 300_000 * 64      # images of one of the paper's runs
 METHODS = {             # name: (base loss, --cm-fraction, or None without CM)
@@ -153,7 +154,7 @@ def noise_images():
 def make_network(method, network=NETWORK):
     """An untrained network for a method, with capacity reserved where it is CM's."""
     torch.manual_seed(0)
-    return build_network(network, METHODS[method][1] and 0.1)
+    return build(network, METHODS[method][1] and 0.1)
 
 
 def make_objective(method, net, images):
@@ -247,7 +248,7 @@ def sampling_costs(batch_size, rounds, rt, compiled):
     calls = {}
     memory = {}
     for name, rank_ratio in SAMPLED.items():
-        net = merge(build_network(NETWORK, rank_ratio))
+        net = merge(build(NETWORK, rank_ratio))
         net.to(rt.device, memory_format=torch.channels_last).requires_grad_(False)
         fast = prepare(net, rt, x.shape[1:], RUN if compiled else 0, batch_size)
         with TensorMemory() as tensors:

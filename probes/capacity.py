@@ -28,7 +28,8 @@ from data import by_size, class_groups, reference_images, to_float, training_ima
 from losses import CMConfig, Objective, bind, draw_batch
 from model import distance, make_alphas_bar, q_sample, stratified_timesteps
 from runtime import Parser, UserError, double, integer, run
-from sample import dtype_of, load_unmerged
+from networks import load_unmerged
+from sample import dtype_of
 
 KINDS = ("W", "W^g", "B", "A")      # of parameter matrices, in the order of the output
 NOT_FINITE = ("--ckpt: its network's {} are not finite; its run may have diverged, take another "

@@ -23,7 +23,8 @@ from metrics.features import Extractor
 from metrics.image_sets import protocol_of_dataset
 from metrics.scores import radii, squared_distances
 from runtime import Parser, UserError, integer, run
-from sample import KINDS, grid_image
+from networks import KINDS
+from sample import grid_image
 
 BLOCK = 2048        # rows whose distances are in memory at once
 

@@ -24,7 +24,7 @@ import runtime
 import train
 from data import load, long_tail
 from recognition import classify
-from sample import build_network
+from networks import build
 
 TINY = {"channels": 1, "num_classes": 10, "ch": 16, "ch_mult": [1, 2], "attn": [1],
         "num_res_blocks": 1, "dropout": 0.1}
@@ -53,7 +53,7 @@ def randomize(net, seed=0, scale=0.05):
 
 def tiny_net(rank_ratio=0.1, **changes):
     """A small random UNet for digits; rank_ratio None leaves it plain."""
-    return randomize(build_network({**TINY, **changes}, rank_ratio))
+    return randomize(build({**TINY, **changes}, rank_ratio))
 
 
 def refuses(capsys, main, *flags, says):

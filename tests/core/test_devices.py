@@ -79,7 +79,8 @@ def test_sampling_needs_no_float64_of_the_device(meta):
     rt = runtime.Runtime(meta, torch.float32)
     y = torch.zeros(2, dtype=torch.int64, device=meta)
     for name in sample.SAMPLERS:
-        x = sample.sample_batch(net, y, [0, 1], (1, 8, 8), rt, sampler=name, steps=2, guidance=1.0)
+        sampling = sample.Sampling(name, steps=2, guidance=1.0)
+        x = sample.sample_batch(net, y, [0, 1], (1, 8, 8), rt, sampling)
         assert x.is_meta and x.dtype == torch.float32
 
 

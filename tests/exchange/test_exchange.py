@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import sys
+from dataclasses import replace
 
 import diffusers
 import pytest
@@ -52,7 +53,7 @@ def two_inputs():
 def checkpoint(path, data, rank_ratio=0.1, **network):
     """A checkpoint of a run, with random weights."""
     network = {**NETWORK, **network}
-    state = [fill(sample.build_network(network, rank_ratio), seed).state_dict() for seed in (0, 1)]
+    state = [fill(build(network, rank_ratio), seed).state_dict() for seed in (0, 1)]
     disk.save(path, {
         "kind": "diffusion", "step": 7, "command": "python train.py", "data": data,
         "config": {"dataset": "digits", "dtype": "float32", "ir": 20.0}, "network": network,
@@ -117,10 +118,10 @@ def test_the_lines_of_the_docstring_generate_our_images(ckpt, exported, cpu):
     lines = re.search(r"    pipe = .*?\n\n", diffusers_unet.__doc__, re.S)[0]
     lines = "\n".join(line[4:] for line in lines.splitlines())
     assert len(lines.splitlines()) == 5
-    settings = {"seed": 3, "steps": 5, "guidance": 1.5, "clip": True}
+    settings = sample.Sampling(seed=3, steps=5, guidance=1.5, clip=True)
     net = sample.load_network(disk.load(ckpt, ["diffusion"]))
     y = torch.tensor([0, 4, 9])
-    expected = sample.sample_batch(net, y, range(3), (1, 8, 8), cpu, **settings)
+    expected = sample.sample_batch(net, y, range(3), (1, 8, 8), cpu, settings)
     noise = [torch.randn(1, 8, 8, generator=sample.runtime.generator("cpu", 3, "image", i))
              for i in range(3)]
     names = {"DDIMPipeline": DDIMPipeline, "x": torch.stack(noise), "y": y,
@@ -128,7 +129,7 @@ def test_the_lines_of_the_docstring_generate_our_images(ckpt, exported, cpu):
     with torch.no_grad():
         exec(lines.replace('"DIR"', repr(str(exported))).replace("(50)", "(5)"), names)
     same(names["x"], expected)
-    unclipped = sample.sample_batch(net, y, range(3), (1, 8, 8), cpu, **{**settings, "clip": False})
+    unclipped = sample.sample_batch(net, y, range(3), (1, 8, 8), cpu, replace(settings, clip=False))
     assert (unclipped - expected).abs().max() > 0.1
 
 

@@ -8,6 +8,7 @@ from torch.testing import assert_close
 
 import disk
 import model
+import networks
 import sample
 import train
 from variants import experts
@@ -15,7 +16,7 @@ from variants import experts
 
 def expert_net(counts):
     """A small random UNet with three group experts in its decoder."""
-    return randomize(sample.build_network({**TINY, "dropout": 0.0}, 0.3, counts))
+    return randomize(networks.build({**TINY, "dropout": 0.0}, 0.3, counts))
 
 
 def plain_network_of(state, group):
@@ -31,7 +32,7 @@ def plain_network_of(state, group):
                 plain[layer + ".weight"] = value + (B @ A).view(value.shape)
         elif not name.endswith((".A", ".B")):
             plain[name.replace(".layer.bias", ".bias")] = value
-    net = sample.build_network({**TINY, "dropout": 0.0}, None)
+    net = networks.build({**TINY, "dropout": 0.0}, None)
     net.load_state_dict(plain)
     return net
 
