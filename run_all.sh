@@ -2,11 +2,14 @@
 # Every experiment as plain commands. What is finished is skipped and what was stopped is resumed,
 # so it is safe to start this script again.
 #
-#   bash run_all.sh          the demo: DDPM, OC and CM on long-tailed digits,
-#                            9 to 19 minutes on two CPU cores
+#   bash run_all.sh          the demo: DDPM, OC and CM on long-tailed digits;
+#                            about 20 minutes on two CPU cores
 #   bash run_all.sh smoke    the commands of the demo with a few steps of everything: a minute
+#   bash run_all.sh tests    the lint and the tests
 #   bash run_all.sh table2   one of the paper's tables; out/table2/SETTING/report.md shows its
 #                            numbers with the paper's beside them
+#
+# It needs Python 3.10 or later. Where the packages are missing, it installs them into .venv first.
 #
 # Targets:
 #   tables     table1 table2 table3 table4 table5 table6 table7
@@ -21,23 +24,21 @@
 #   DATASET       cifar100    the data set (in table4 celebahq, in table5 imagenet-lt, in table6
 #                             artbench10, in tableG11 cub200 and then flowers102)
 #   IR            100         the imbalance ratio (cub200, flowers102: 10; folder: 1)
-#   SEEDS         0,1,2       one run per seed; different whole numbers
+#   SEEDS         0,1,2       one run per seed
 #   NGPU          1           how many GPUs; more than one: torchrun
 #   DATA_DIR      data        where the data set is
 #   PRESET        paper       small or tiny: smaller networks, fewer steps (see train.py)
-#   RESOLUTION                the images' size in pixels (imagenet-lt, inat2018: 64; tableG11: 256)
+#   RESOLUTION                the images' size in pixels (if not given: the set's own)
 #   CLASS_ORDER               all classes, the most frequent one first (if not given: as train.py)
 #   SCALE         paper       demo: everything on digits, in minutes, with defaults of its own;
 #                             tableG11 on a folder of images, DATA_DIR, one sub-folder per class
 #
 # For a budget of your own, with runs and pages in a folder of their own:
 #
-#   ROOT          out/paper   the runs' folder; if it is given, the pages are in it as well
-#                             (no "=" and no comma, which report.py's --row reads in its own way)
+#   ROOT          out/paper   the runs' folder, without "=" or comma; if given, pages are in it, too
 #   STEPS                     training steps
 #   FLAGS                     more flags of train.py (in tableG11 of text_to_image.py train), for
-#                             example "--ch 64 --lr 5e-4"; none that a variable above or the
-#                             target sets
+#                             example "--ch 64 --lr 5e-4"; none that the target or a variable sets
 #   CM_FLAGS                  more flags of train.py for the runs with --cm: "--w-div 0.2"
 #   NUM                       how many images are evaluated, for example 10000
 #   FEATURES                  a checkpoint of classify.py to measure with (default: Inception)
@@ -53,15 +54,57 @@ cd "$(dirname "$0")"
 export PYTHONUNBUFFERED=1
 TARGET=${1:-demo}
 
-# fail MESSAGE: end with one line on stderr and exit code 2, as the Python scripts do
-fail() {
-  echo "error: $1" >&2
-  exit 2
+# --------------------------------------------------------------------------------------------------
+# Set-up: the packages, in .venv where this Python lacks them
+
+# has PYTHON MODULES: whether this Python is new enough and has these modules
+has() {
+  command "$1" -c "import sys; from importlib.util import find_spec
+sys.exit(sys.version_info < (3, 10) or not all(map(find_spec, sys.argv[1:])))" "${@:2}" 2>/dev/null
 }
 
-if (( $# > 1 )); then
-  fail "run_all.sh takes one target, and '$2' follows '$1'; start it once per target"
+# set_up FILE MODULES: go on with a Python that has these modules, of the packages that FILE lists
+set_up() {
+  local file=$1
+  shift
+  if has python "$@"; then
+    return
+  fi
+  if ! has .venv/bin/python "$@"; then
+    echo "Python packages are missing: installing those of $file into $PWD/.venv."
+    echo "That takes two minutes on a fast line, and 6 GB of disk. To use another environment, stop"
+    echo "this (Ctrl-C), activate it, and run: pip install -r $file"
+    if [[ $(uname) == Linux ]] && ! command -v nvidia-smi >/dev/null; then
+      echo "No GPU was found (nvidia-smi). PyTorch for CPUs only is about 4 GB smaller; to have it,"
+      echo "stop this, run the following, and start again:"
+      echo "  python3 -m venv .venv && .venv/bin/pip install torch torchvision \\"
+      echo "    --index-url https://download.pytorch.org/whl/cpu"
+    fi
+    if command -v uv >/dev/null; then
+      [[ -e .venv/bin/python ]] || uv venv --python ">=3.10" .venv
+      uv pip install --python .venv/bin/python -r "$file"
+    elif ! has python3; then
+      echo "error: Python 3.10 or later is needed, as python3; or install uv" >&2
+      exit 2
+    elif ! has python3 ensurepip; then
+      echo "error: python3 cannot make .venv; run: apt install python3-venv (or install uv)" >&2
+      exit 2
+    else
+      python3 -m venv .venv
+      .venv/bin/python -m pip install --disable-pip-version-check -r "$file"
+    fi
+  fi
+  echo "Using the packages in $PWD/.venv"
+  export PATH=$PWD/.venv/bin:$PATH
+}
+
+if [[ $TARGET == tests ]]; then
+  set_up requirements-dev.txt torch sklearn tensorboard pytest xdist ruff diffusers torch_fidelity
+  ruff check
+  pytest -n 2
+  exit
 fi
+set_up requirements.txt torch torchvision scipy PIL tensorboard tqdm matplotlib sklearn
 
 # --------------------------------------------------------------------------------------------------
 # The demo and the smoke run
@@ -117,163 +160,70 @@ demo() {
   python theory_sim.py --trials $TRIALS --out $OUT/theory
 }
 
-if [[ $TARGET == demo ]]; then
-  OUT=out/demo
-  EPOCHS=30
-  STEPS=2000
-  GRIDS=500
-  NUM=2000
-  DDIM=50
-  REPEATS=10
-  TRIALS=20000
-  demo
-  exit
-fi
+case $TARGET in
+  demo)
+    OUT=out/demo EPOCHS=30 STEPS=2000 GRIDS=500 NUM=2000 DDIM=50 REPEATS=10 TRIALS=20000
+    demo
+    exit ;;
+  smoke)
+    OUT=out/smoke EPOCHS=1 STEPS=8 GRIDS=0 NUM=100 DDIM=3 REPEATS=1 TRIALS=500
+    rm -rf $OUT
+    demo
+    exit ;;
+esac
 
-if [[ $TARGET == smoke ]]; then
-  OUT=out/smoke
-  EPOCHS=1
-  STEPS=8
-  GRIDS=0
-  NUM=100
-  DDIM=3
-  REPEATS=1
-  TRIALS=500
-  rm -rf $OUT
-  demo
-  exit
-fi
-
+# The end of the demo and the smoke run
 # --------------------------------------------------------------------------------------------------
 # The paper's tables: settings
 
 SCALE=${SCALE:-paper}
+if [[ $TARGET == tableG11 && $SCALE == paper && -z ${DATASET:-} ]]; then
+  DATASET=cub200 bash run_all.sh tableG11
+  DATASET=flowers102 bash run_all.sh tableG11
+  exit
+fi
 NGPU=${NGPU:-1}
 FLAGS=${FLAGS:-}
 CM_FLAGS=${CM_FLAGS:-}
 PAGES=${ROOT:-out}
-
-# check_settings: end where a variable cannot be what was meant, before any work
-check_settings() {
-  local seed before=, word
-  # A pattern of two lines would be found where one of them is
-  if [[ ! $TARGET =~ ^[a-zA-Z0-9]+$ ]] || ! grep -qxF "  $TARGET)" run_all.sh; then
-    fail "unknown target '${TARGET//$'\n'/ }'; see the head of run_all.sh"
-  fi
-  # Of two such flags in a command the last one counts, and nothing would say so
-  for word in $FLAGS $CM_FLAGS; do
-    case ${word%%=*} in
-      --seed | --out | --base | --cm | --no-cm | --dataset | --ir | --data-dir | --steps | \
-        --resolution | --class-order)
-        fail "FLAGS, CM_FLAGS: ${word%%=*} is set by the target or by a variable (see the head of \
-run_all.sh); leave it out" ;;
-    esac
-  done
-  if [[ $SCALE != paper && $SCALE != demo ]]; then
-    fail "SCALE='$SCALE': must be paper or demo"
-  fi
-  if [[ $SCALE == demo && $TARGET == table6 ]]; then
-    fail "SCALE=demo: table6 fine-tunes Stable Diffusion; there is no demo of it"
-  fi
-  if [[ $SCALE == demo && $TARGET == tableG11 ]]; then
-    if [[ -z ${DATA_DIR:-} || ${DATASET:-folder} != folder ]]; then
-      fail "SCALE=demo: tableG11 is on a folder of images; name it with DATA_DIR, without DATASET"
-    fi
-  elif [[ $SCALE == demo && ${DATASET:-digits} != digits ]]; then
-    fail "SCALE=demo is on digits; for DATASET=$DATASET name a budget with STEPS and NUM"
-  fi
-  if [[ ! $NGPU =~ ^[1-9][0-9]{0,3}$ ]]; then
-    fail "NGPU='$NGPU': must be a whole number of GPUs, at least 1"
-  fi
-  if [[ ! ${SEEDS-0} =~ ^(0|[1-9][0-9]*)(,(0|[1-9][0-9]*))*$ ]]; then
-    fail "SEEDS='$SEEDS': must be whole numbers with commas between, for example 0,1,2"
-  fi
-  if [[ ! ${STEPS:-1} =~ ^[1-9][0-9]*$ ]]; then
-    fail "STEPS='$STEPS': must be a whole number of training steps"
-  fi
-  for seed in ${SEEDS+${SEEDS//,/ }}; do
-    if [[ $before == *,$seed,* ]]; then
-      fail "SEEDS='$SEEDS': $seed is there twice; name each seed once"
-    fi
-    before+=$seed,
-  done
-  # report.py's --row takes NAME=FILE,FILE, and @SEED stands for a seed
-  if [[ ${ROOT:-} == *[=,$'\n']* || ${ROOT:-} == *@SEED* ]]; then
-    fail "ROOT='${ROOT//$'\n'/ }': '=', ',', '@SEED' and line ends cannot be in it; take another"
-  fi
-}
-
-check_settings
-if [[ $TARGET == tableG11 && $SCALE == paper && -z ${DATASET:-} ]]; then
-  for DATASET in cub200 flowers102; do
-    DATASET=$DATASET bash run_all.sh tableG11
-  done
-  exit
-fi
-DATA_DIR=${DATA_DIR:-data}
 PARTS=()                        # the autoencoder and the text encoder of tableG11
+
 if [[ $SCALE == demo ]]; then
-  DATASET=digits
-  PRESET=digits
   if [[ $TARGET == tableG11 ]]; then
-    DATASET=folder
-    PRESET=paper
-    IR=${IR:-10}
-    RESOLUTION=${RESOLUTION:-32}
-    STEPS=${STEPS:-800}
+    : "${DATA_DIR:?SCALE=demo: tableG11 is on a folder of images, one sub-folder per class}"
+    DATASET=folder IR=${IR:-10} PRESET=paper RESOLUTION=${RESOLUTION:-32} STEPS=${STEPS:-800}
+  else
+    DATASET=digits IR=${IR:-20} PRESET=digits STEPS=${STEPS:-300}
   fi
-  IR=${IR:-20}
-  SEEDS=${SEEDS-0}
-  ROOT=${ROOT:-out/paper-demo}
-  STEPS=${STEPS:-300}
-  NUM=${NUM:-500}
-  EPOCHS=${EPOCHS:-60}
-  EXTRA=${EXTRA:-500}
-  FLAGS="--sample-every 0 $FLAGS"
-  if [[ $TARGET != tableG11 ]]; then
+  SEEDS=${SEEDS:-0} NUM=${NUM:-500} EPOCHS=${EPOCHS:-60} EXTRA=${EXTRA:-500}
+  ROOT=${ROOT:-out/paper-demo} FLAGS="--sample-every 0 $FLAGS"
+  if [[ $DATASET == digits ]]; then
     FEATURES=$ROOT/classifier/ckpt.pt
     python -m recognition.classify --dataset digits --epochs 10 --out "$ROOT/classifier" --if-needed
   fi
 else
-  PRESET=${PRESET:-paper}       # also on a CPU, where train.py takes tiny for folder
   case $TARGET in
     table4) DATASET=${DATASET:-celebahq} ;;
     table5) DATASET=${DATASET:-imagenet-lt} ;;
     table6) DATASET=${DATASET:-artbench10} ;;
     *) DATASET=${DATASET:-cifar100} ;;
   esac
-  case $DATASET in            # as train.py's defaults
+  case $DATASET in              # as train.py's defaults
+    imagenet-lt | inat2018) IR=1 RESOLUTION=${RESOLUTION:-64} ;;    # long-tailed as they are
     folder) IR=${IR:-1} ;;
     cub200 | flowers102) IR=${IR:-10} ;;
     *) IR=${IR:-100} ;;
   esac
-  SEEDS=${SEEDS-0,1,2}
-  ROOT=${ROOT:-out/paper}
+  PRESET=${PRESET:-paper} SEEDS=${SEEDS:-0,1,2} ROOT=${ROOT:-out/paper}
 fi
+DATA_DIR=${DATA_DIR:-data}
 
-# SETTING: the data set and its ratio, in folders and for report.py; the resolution as well where
-# it is not the set's own (see READERS in readers.py); small and tiny have one of theirs
+# SETTING: the data set and its ratio, in names of folders and for report.py
+SETTING=$DATASET-ir$IR${RESOLUTION:+-$RESOLUTION}
 case $DATASET in
-  digits) OWN_RESOLUTION=8 ;;
-  cifar10 | cifar100) OWN_RESOLUTION=32 ;;
-  artbench10) OWN_RESOLUTION=256 ;;
-  *) OWN_RESOLUTION=64 ;;
+  imagenet-lt | inat2018) SETTING=$DATASET-$RESOLUTION ;;
 esac
-if [[ $TARGET == tableG11 ]]; then
-  OWN_RESOLUTION=256            # text_to_image.py's default
-fi
-if [[ ${RESOLUTION:-} == "$OWN_RESOLUTION" && $PRESET != small && $PRESET != tiny ]]; then
-  RESOLUTION=
-fi
-if [[ $DATASET == imagenet-lt || $DATASET == inat2018 ]]; then
-  # These two are long-tailed as they are
-  IR=1
-  RESOLUTION=${RESOLUTION:-64}
-  SETTING=$DATASET-$RESOLUTION
-else
-  SETTING=$DATASET-ir$IR${RESOLUTION:+-$RESOLUTION}
-fi
-case $PRESET in               # as train.py's presets
+case $PRESET in                 # as train.py's presets
   small) STEPS=${STEPS:-20000} SETTING+=-small ;;
   tiny) STEPS=${STEPS:-4000} SETTING+=-tiny ;;
 esac
@@ -285,13 +235,8 @@ case $TARGET in
   fig1b | dominance | allocation | pictures | figures) SEEDS=$FIRST_SEED ;;
 esac
 
-DATA=(
-  --dataset "$DATASET"
-  --ir "$IR"
-  --data-dir "$DATA_DIR"
-  ${RESOLUTION:+--resolution "$RESOLUTION"}
-  ${CLASS_ORDER:+--class-order "$CLASS_ORDER"}
-)
+DATA=(--dataset "$DATASET" --ir "$IR" --data-dir "$DATA_DIR"
+  ${RESOLUTION:+--resolution "$RESOLUTION"} ${CLASS_ORDER:+--class-order "$CLASS_ORDER"})
 
 # --------------------------------------------------------------------------------------------------
 # The paper's tables: how runs become rows, and rows become a page
@@ -301,57 +246,46 @@ SHOWN=()                        # of a picture: figures.py's flags
 
 # launch SCRIPT [flags], launch -m MODULE [flags]: start a script on one GPU, or on several
 launch() {
-  local module=()
-  if (( NGPU > 1 )); then
-    if [[ $1 == -m ]]; then
-      module=(-m)
-      shift
-    fi
-    # -- since torchrun would read the --num of a script as its own
-    torchrun --nproc_per_node=$NGPU ${module[@]+"${module[@]}"} -- "$@"
-  else
+  if (( NGPU == 1 )); then
     python "$@"
+  elif [[ $1 == -m ]]; then     # "--" since torchrun would read a script's --num as its own
+    torchrun --nproc_per_node=$NGPU -m -- "${@:2}"
+  else
+    torchrun --nproc_per_node=$NGPU -- "$@"
   fi
 }
 
 # train RUN SEED [flags of train.py]: train a run with a seed; @SEED in a flag stands for the seed
 train() {
-  local run=$1 seed=$2 cm_flags= word
+  local run=$1 seed=$2 cm_flags=
   shift 2
-  for word in "$@"; do
-    if [[ $word == --cm ]]; then
-      cm_flags=$CM_FLAGS
-    fi
-  done
+  if [[ " $* " == *" --cm "* ]]; then
+    cm_flags=$CM_FLAGS
+  fi
   launch train.py "${DATA[@]}" --preset "$PRESET" ${STEPS:+--steps "$STEPS"} $FLAGS \
     "${@//@SEED/$seed}" $cm_flags --seed $seed --out "$RUNS/$run-seed$seed"
 }
 
 # add_row NAME START END: add a row to the page, of the JSON files START<seed>END of all seeds
 add_row() {
-  local name=$1 start end=$3 files= seed
-  # report.py takes *, ? and [ for wildcards, but not in brackets
-  start=$(printf %s "$2" | sed 's/[[*?]/[&]/g')
+  local files= seed
   for seed in ${SEEDS//,/ }; do
-    files+="$start$seed$end,"
+    files+="$2$seed$3,"
   done
-  ROWS+=(--row "$name=$files")
+  ROWS+=(--row "$1=$files")
 }
 
 # row NAME RUN [flags of train.py] [-- flags of evaluate.py]:
 # train and evaluate a run with each seed, which is also that of the noise that is sampled,
 # and add a row to the page
 row() {
-  local name=$1 run=$2 train_flags=() evaluate_flags=() json seed folder
+  local name=$1 run=$2 train_flags=() evaluate_flags json seed folder
   shift 2
   while (( $# )) && [[ $1 != -- ]]; do
     train_flags+=("$1")
     shift
   done
-  if (( $# )); then
-    shift
-    evaluate_flags=("$@")
-  fi
+  evaluate_flags=("${@:2}")
 
   # One file per way of evaluating: eval-plain.json, eval-__guidance_0.json, ...
   json=eval-$(echo "${evaluate_flags[*]:-plain}" | tr -c 'a-z0-9.\n' _).json
@@ -373,6 +307,13 @@ ddpm() { row DDPM ddpm --base ddpm --no-cm "$@"; }
 cbdm() { row CBDM cbdm --base cbdm --no-cm "$@"; }
 oc() { row OC oc --base oc --no-cm "$@"; }
 cm() { row CM cm --base oc --cm "$@"; }
+four() { ddpm "$@"; cbdm "$@"; oc "$@"; cm "$@"; }
+
+# with_and_without NAME RUN [flags of train.py]: a row without CM, and one with it
+with_and_without() {
+  row "$1" $2 --no-cm "${@:3}"
+  row "CM on $1" cm-$2 --cm "${@:3}"
+}
 
 # classes NAME RUN [flags of classify.py]: train a classifier with each seed, and add a row
 classes() {
@@ -385,85 +326,69 @@ classes() {
   add_row "$name" "$RUNS/classify-$run-seed" /result.json
 }
 
-# extra_images RUN SEED [flags of train.py]: train a run, and generate images for a classifier
+# extra_images RUN [flags of train.py]: train a run with each seed; images for a classifier from it
 extra_images() {
-  local run=$1 seed=$2
-  local folder=$RUNS/$run-seed$seed
-  train "$@"
-  launch sample.py --ckpt "$folder/ckpt.pt" --num "${EXTRA:-50000}" --seed $seed \
-    --out "$folder/extra" --if-needed
-}
-
-# sampled MODULE FOLDER SEED: sample a run of stable_diffusion.py or text_to_image.py, and evaluate it
-sampled() {
-  launch -m "$1" sample --ckpt "$2/ckpt.pt" --num "${NUM:-50000}" --seed $3 --out "$2/samples" \
-    --if-needed
-  launch evaluate.py --samples "$2/samples/samples.npz" --data-dir "$DATA_DIR" \
-    ${NUM:+--num "$NUM"} ${FEATURES:+--features "$FEATURES"} --if-needed
-}
-
-# latent NAME RUN [flags of stable_diffusion.py train]:
-# fine-tune Stable Diffusion with each seed, sample, evaluate, and add a row
-latent() {
-  local name=$1 run=$2 seed folder
-  shift 2
+  local seed folder
   for seed in ${SEEDS//,/ }; do
-    folder=$RUNS/latent-$run-seed$seed
-    launch -m latent.stable_diffusion train "${DATA[@]}" \
-      ${MODEL:+--model "$MODEL"} ${EPOCHS:+--epochs "$EPOCHS"} "$@" --seed $seed --out "$folder"
-    sampled latent.stable_diffusion "$folder" $seed
+    folder=$RUNS/$1-seed$seed
+    train $1 $seed "${@:2}"
+    launch sample.py --ckpt "$folder/ckpt.pt" --num "${EXTRA:-50000}" --seed $seed \
+      --out "$folder/extra" --if-needed
   done
-  add_row "$name" "$RUNS/latent-$run-seed" /samples/eval.json
+}
+
+# latent MODULE NAME RUN [flags of its train]: train stable_diffusion.py or text_to_image.py with
+# each seed, sample, evaluate, and add a row
+latent() {
+  local module=latent.$1 name=$2 run=$1-$3 seed folder
+  shift 3
+  for seed in ${SEEDS//,/ }; do
+    folder=$RUNS/$run-seed$seed
+    launch -m $module train "${DATA[@]}" "$@" --seed $seed --out "$folder"
+    launch -m $module sample --ckpt "$folder/ckpt.pt" --num "${NUM:-50000}" --seed $seed \
+      --out "$folder/samples" --if-needed
+    launch evaluate.py --samples "$folder/samples/samples.npz" --data-dir "$DATA_DIR" \
+      ${NUM:+--num "$NUM"} ${FEATURES:+--features "$FEATURES"} --if-needed
+  done
+  add_row "$name" "$RUNS/$run-seed" /samples/eval.json
+}
+
+sd() {
+  latent stable_diffusion "$@" ${MODEL:+--model "$MODEL"} ${EPOCHS:+--epochs "$EPOCHS"}
+}
+
+text() {
+  latent text_to_image "$@" ${PARTS[@]+"${PARTS[@]}"} ${STEPS:+--steps "$STEPS"} $FLAGS
 }
 
 # small_parts: the demo's autoencoder, and a classifier to measure with, on the images of DATA_DIR
 small_parts() {
-  python -m recognition.classify --dataset folder --ir 1 --data-dir "$DATA_DIR" \
-    --resolution "${RESOLUTION:-256}" --width 16 --epochs 30 --out "$RUNS/classifier" --if-needed
   FEATURES=$RUNS/classifier/ckpt.pt
+  python -m recognition.classify --dataset folder --ir 1 --data-dir "$DATA_DIR" \
+    --resolution "$RESOLUTION" --width 16 --epochs 30 --out "$RUNS/classifier" --if-needed
   python -m latent.text_to_image autoencoder "${DATA[@]}" --factor 4 --ch 16 --lr 2e-3 --warmup 50 \
     --ema 0.99 --batch-size 32 --steps 400 --sample-every 400 --out "$RUNS/autoencoder"
-  PARTS=(
-    --autoencoder "$RUNS/autoencoder/ckpt.pt"
-    --text-encoder words
-    --ch 64 --depth 6 --lr 1e-3 --warmup 50 --ema 0.99 --batch-size 32
-  )
-}
-
-# text NAME RUN [flags of text_to_image.py train]:
-# train a text-to-image model with each seed, sample, evaluate, and add a row
-text() {
-  local name=$1 run=$2 seed folder
-  shift 2
-  for seed in ${SEEDS//,/ }; do
-    folder=$RUNS/text-$run-seed$seed
-    launch -m latent.text_to_image train "${DATA[@]}" ${PARTS[@]+"${PARTS[@]}"} \
-      ${STEPS:+--steps "$STEPS"} $FLAGS "$@" --seed $seed --out "$folder"
-    sampled latent.text_to_image "$folder" $seed
-  done
-  add_row "$name" "$RUNS/text-$run-seed" /samples/eval.json
+  PARTS=(--autoencoder "$RUNS/autoencoder/ckpt.pt" --text-encoder words
+    --ch 64 --depth 6 --lr 1e-3 --warmup 50 --ema 0.99 --batch-size 32)
 }
 
 # show NAME RUN FOLDER [flags of sample.py]: sample the first seed of a run: a column of a picture
 show() {
-  local name=$1 folder=$RUNS/$2-seed$FIRST_SEED samples=$RUNS/$2-seed$FIRST_SEED/$3
-  shift 3
-  launch sample.py --ckpt "$folder/ckpt.pt" "$@" --out "$samples" --if-needed
-  SHOWN+=(--column "$name=$samples/samples.npz")
+  local run=$RUNS/$2-seed$FIRST_SEED
+  launch sample.py --ckpt "$run/ckpt.pt" "${@:4}" --out "$run/$3" --if-needed
+  SHOWN+=(--column "$1=$run/$3/samples.npz")
 }
 
 # figure FILE [flags of figures.py]: the picture of the columns so far, as PNG and PDF
 figure() {
-  local file=$PAGES/$1.png flags=("${@:2}")
-  python -m pages.figures "${SHOWN[@]}" --data-dir "$DATA_DIR" ${flags[@]+"${flags[@]}"} --out "$file"
+  python -m pages.figures "${SHOWN[@]}" --data-dir "$DATA_DIR" "${@:2}" --out "$PAGES/$1.png"
   SHOWN=()
 }
 
 # page TABLE [FILE]: the page of one of the tables in paper_results.json, from the rows so far
 page() {
-  local table=$1 file=${2:-report}
-  python -m pages.report --paper $table --setting "$SETTING" "${ROWS[@]}" \
-    --out "$PAGES/$TARGET/$SETTING/$file.md"
+  python -m pages.report --paper $1 --setting "$SETTING" "${ROWS[@]}" \
+    --out "$PAGES/$TARGET/$SETTING/${2:-report}.md"
   ROWS=()
 }
 
@@ -471,117 +396,64 @@ page() {
 # The paper's tables: one block per target
 
 case $TARGET in
-
-  # Low-rank variants of CBDM
-  table1)
-    ddpm
-    cbdm
+  table1)                       # Low-rank variants of CBDM
+    ddpm; cbdm
     row "CBDM (theta_g + theta_e)" cbdm-low-rank --base cbdm --cm --lam 0
     row "CBDM (LoRA)" cbdm-lora --base cbdm --lora --init-from "$RUNS/cbdm-seed@SEED/ckpt.pt"
     cm
-    page table1
-    ;;
-
-  # Tables 2 and G.1: all baselines
-  table2)
+    page table1 ;;
+  table2)                       # Tables 2 and G.1: all baselines
     ddpm
     row +ADA ada --base ddpm --no-cm --ada 0.12
     row +RS rs --base ddpm --no-cm --resample 0.5
     row +Focal focal --base focal --no-cm
-    cbdm
-    oc
-    cm
-    page table2
-    ;;
-
-  # Tables 3 and G.4, Figure 2(c): Many, Medium and Few
-  table3)
-    ddpm
-    cbdm
-    oc
-    cm
-    page table3
-    ;;
-
-  # Tables 4 and G.2: CelebA-HQ, per class
-  table4)
-    ddpm -- --per-class
-    cbdm -- --per-class
-    oc -- --per-class
-    cm -- --per-class
-    page table4
-    ;;
-
-  # Thousands of classes (DATASET=imagenet-lt or inat2018, RESOLUTION=32 or 64)
-  table5)
-    ddpm
-    cbdm
-    oc
-    cm
-    page table5
-    ;;
-
-  # Tables 6 and G.3: Stable Diffusion on ArtBench-10, after pip install diffusers transformers;
-  # MODEL is miniSD's folder or its name on the hub
-  table6)
-    latent DDPM ddpm --base ddpm --no-cm
-    latent CBDM cbdm --base cbdm --no-cm
-    latent OC oc --base oc --no-cm
-    latent CM cm --base oc --cm
-    page table6
-    ;;
-
-  # Tables 7, G.5 and G.6. Left: theta_g alone. Right: without one of CM's two terms
-  table7)
+    cbdm; oc; cm
+    page table2 ;;
+  table3)                       # Tables 3 and G.4, Figure 2(c): Many, Medium and Few
+    four
+    page table3 ;;
+  table4)                       # Tables 4 and G.2: CelebA-HQ, per class
+    four -- --per-class
+    page table4 ;;
+  table5)                       # DATASET=imagenet-lt or inat2018, RESOLUTION=32 or 64
+    four
+    page table5 ;;
+  table6)                       # Tables 6 and G.3: Stable Diffusion on ArtBench-10,
+    sd DDPM ddpm --base ddpm --no-cm        # after pip install diffusers transformers
+    sd CBDM cbdm --base cbdm --no-cm
+    sd OC oc --base oc --no-cm
+    sd CM cm --base oc --cm
+    page table6 ;;
+  table7)                       # Tables 7, G.5, G.6: theta_g alone; without one of CM's two terms
     ddpm
     row "CM (theta_g)" cm --base oc --cm -- --branch general
     cm
     page table7-left theta_g
-
-    ddpm
-    oc
-    cm
+    ddpm; oc; cm
     row "CM w/o L_Con" cm-no-con --base oc --cm --w-con 0
     row "CM w/o L_Div" cm-no-div --base oc --cm --w-div 0
-    page table7-right
-    ;;
-
-  # One low-rank expert per group
-  tableE2)
+    page table7-right ;;
+  tableE2)                      # One low-rank expert per group
     ddpm
     row "Group-Expert LoRA" experts --base ddpm --no-cm --experts group
     cm
-    page tableE2
-    ;;
-
-  # Classification with generated images in the training set
-  tableG8)
+    page tableE2 ;;
+  tableG8)                      # Classification with generated images in the training set
     classes "No augmentation" plain
-    for SEED in ${SEEDS//,/ }; do
-      extra_images ddpm $SEED --base ddpm --no-cm
-      extra_images cm $SEED --base oc --cm
-    done
+    extra_images ddpm --base ddpm --no-cm
+    extra_images cm --base oc --cm
     classes DDPM ddpm --extra "$RUNS/ddpm-seed@SEED/extra/samples.npz"
     classes CM cm --extra "$RUNS/cm-seed@SEED/extra/samples.npz"
-    page tableG8
-    ;;
-
-  # Consistency models
-  tableG9)
+    page tableG8 ;;
+  tableG9)                      # Consistency models
     row "Consistency model" consistency --base consistency --no-cm
     row "CM on Consistency model" cm-consistency --base consistency --cm
-    page tableG9
-    ;;
-
-  # DPM-Solver with 15 steps
-  tableG10)
+    page tableG9 ;;
+  tableG10)                     # DPM-Solver with 15 steps
     ddpm -- --sampler dpm
     cm -- --sampler dpm
-    page tableG10
-    ;;
-
-  # Latent diffusion from scratch, text to image, after pip install diffusers transformers
-  tableG11)
+    page tableG10 ;;
+  tableG11)                     # Text to image from scratch, as table6 with diffusers installed
     if [[ $SCALE == demo ]]; then
       small_parts
     elif [[ -n ${MODEL:-} ]]; then
@@ -589,76 +461,46 @@ case $TARGET in
     fi
     text "Latent diffusion" ddpm --base ddpm --no-cm
     text CM cm-ddpm --base ddpm --cm $CM_FLAGS
-    page tableG11
-    ;;
-
-  # Overlap optimisation
-  tableG12)
+    page tableG11 ;;
+  tableG12)                     # Overlap optimisation
     ddpm
     row "Overlap Opt." rop --base rop --no-cm
     cm
-    page tableG12
-    ;;
-
-  # Long-tailed recognition (also with IR=200)
-  tableG13)
-    classes CE ce --loss ce
-    classes "CE + CM" ce-cm --loss ce --cm
-    classes LDAM ldam --loss ldam
-    classes "LDAM + CM" ldam-cm --loss ldam --cm
-    classes LA la --loss la
-    classes "LA + CM" la-cm --loss la --cm
-    page tableG13
-    ;;
-
-  # Figures 1(b), G.1 and G.2: what pruning does to each class
-  fig1b)
-    ddpm
-    cm
+    page tableG12 ;;
+  tableG13)                     # Long-tailed recognition (also with IR=200)
+    for LOSS in CE:ce LDAM:ldam LA:la; do
+      classes ${LOSS%:*} ${LOSS#*:} --loss ${LOSS#*:}
+      classes "${LOSS%:*} + CM" ${LOSS#*:}-cm --loss ${LOSS#*:} --cm
+    done
+    page tableG13 ;;
+  fig1b)                        # Figures 1(b), G.1 and G.2: what pruning does to each class
+    ddpm; cm
     python prune_probe.py \
       --ckpt "$RUNS/ddpm-seed$FIRST_SEED/ckpt.pt" "$RUNS/cm-seed$FIRST_SEED/ckpt.pt" \
-      --fractions 0.05,0.1,0.2,0.3 --out "$PAGES/fig1b/$SETTING"
-    ;;
-
-  # CM on each baseline
-  fig4a)
-    ddpm
-    row "CM on DDPM" cm-ddpm --base ddpm --cm
-    row +ADA ada --base ddpm --no-cm --ada 0.12
-    row "CM on +ADA" cm-ada --base ddpm --cm --ada 0.12
-    row +RS rs --base ddpm --no-cm --resample 0.5
-    row "CM on +RS" cm-rs --base ddpm --cm --resample 0.5
-    row +Focal focal --base focal --no-cm
-    row "CM on +Focal" cm-focal --base focal --cm
-    cbdm
-    row "CM on CBDM" cm-cbdm --base cbdm --cm
-    oc
-    cm
-    page fig4a
-    ;;
-
-  # Figures 4(b) and G.3: lambda, which is 1 in CM
-  fig4b)
+      --fractions 0.05,0.1,0.2,0.3 --out "$PAGES/fig1b/$SETTING" ;;
+  fig4a)                        # CM on each baseline
+    with_and_without DDPM ddpm --base ddpm
+    with_and_without +ADA ada --base ddpm --ada 0.12
+    with_and_without +RS rs --base ddpm --resample 0.5
+    with_and_without +Focal focal --base focal
+    with_and_without CBDM cbdm --base cbdm
+    oc; cm
+    page fig4a ;;
+  fig4b)                        # Figures 4(b) and G.3: lambda, which is 1 in CM
     oc
     for LAM in 0 0.5 0.8 1.2 1.5; do
       row "lambda $LAM" cm-lam$LAM --base oc --cm --lam $LAM
     done
     cm
-    page fig4b
-    ;;
-
-  # The rank ratio, which is 0.1 in CM
-  fig4c)
+    page fig4b ;;
+  fig4c)                        # The rank ratio, which is 0.1 in CM
     oc
     for RATIO in 0.05 0.2 0.3 0.5; do
       row "rank $RATIO" cm-rank$RATIO --base oc --cm --rank-ratio $RATIO
     done
     cm
-    page fig4c
-    ;;
-
-  # The network's width
-  fig4d)
+    page fig4c ;;
+  fig4d)                        # The network's width
     for MULT in "1 2 2" "1 2 2 2" "1 2 3 4"; do
       SUFFIX=-mult${MULT// /}
       # The paper's own width: these are the runs of table2
@@ -668,33 +510,20 @@ case $TARGET in
       row "OC, $MULT" oc$SUFFIX --base oc --no-cm --ch-mult $MULT
       row "CM, $MULT" cm$SUFFIX --base oc --cm --ch-mult $MULT
     done
-    page fig4d
-    ;;
-
-  # Theorems 2.1, 3.1, F.1 and F.2, compared with simulation
-  theory)
-    python theory_sim.py --out "$PAGES/theory"
-    ;;
-
-  # What the reserved part is and does
-  allocation)
+    page fig4d ;;
+  theory)                       # Theorems 2.1, 3.1, F.1 and F.2, compared with simulation
+    python theory_sim.py --out "$PAGES/theory" ;;
+  allocation)                   # What the reserved part is and does
     row "CM (theta_g)" cm --base oc --cm -- --branch general
     cm
     CM=$RUNS/cm-seed$FIRST_SEED
     python -m probes.capacity allocation --ckpt "$CM/ckpt.pt" \
-      --quality "$CM/eval-plain.json" "$CM/eval-__branch_general.json"
-    ;;
-
-  # Theorem 2.1 on the gradients of a trained network
-  dominance)
-    ddpm
-    cm
+      --quality "$CM/eval-plain.json" "$CM/eval-__branch_general.json" ;;
+  dominance)                    # Theorem 2.1 on the gradients of a trained network
+    ddpm; cm
     python -m probes.capacity dominance --ckpt "$RUNS/ddpm-seed$FIRST_SEED/ckpt.pt"
-    python -m probes.capacity dominance --ckpt "$RUNS/cm-seed$FIRST_SEED/ckpt.pt"
-    ;;
-
-  # Not in the paper: what CM adds to DDPM and to OC, seed by seed, without and with guidance
-  gain)
+    python -m probes.capacity dominance --ckpt "$RUNS/cm-seed$FIRST_SEED/ckpt.pt" ;;
+  gain)     # Not in the paper: what CM adds to DDPM and to OC, without and with guidance
     # A step of CM takes as long as 1.7 steps without (bench.py)
     LONG=$((17 * ${STEPS:-300000} / 10))
     for OMEGA in 0 1.5; do
@@ -705,20 +534,14 @@ case $TARGET in
       cm -- --guidance $OMEGA
       row "OC, as long" oc-long --base oc --no-cm --steps $LONG -- --guidance $OMEGA
       page table3 guidance-$OMEGA
-    done
-    ;;
-
-  # A picture: training images, and beside them samples of DDPM and of CM on it
-  pictures)
+    done ;;
+  pictures)                     # Training images, and beside them samples of DDPM and of CM on it
     train ddpm $FIRST_SEED --base ddpm --no-cm
     train cm-ddpm $FIRST_SEED --base ddpm --cm
     show DDPM ddpm samples --num "${NUM:-400}"
     show "CM on DDPM" cm-ddpm samples --num "${NUM:-400}"
-    figure pictures/$SETTING
-    ;;
-
-  # Figures 1(a), 3 and G.4 to G.12: classes in rows, methods in columns, from the same noise
-  figures)
+    figure pictures/$SETTING ;;
+  figures)  # Figures 1(a), 3, G.4 to G.12: classes in rows, methods in columns, from the same noise
     train ddpm $FIRST_SEED --base ddpm --no-cm
     train cbdm $FIRST_SEED --base cbdm --no-cm
     train oc $FIRST_SEED --base oc --no-cm
@@ -729,15 +552,15 @@ case $TARGET in
     show OC oc figures/classes "${ROWS_OF[@]}"
     show CM cm figures/classes "${ROWS_OF[@]}"
     figure figures/$SETTING/methods ${CLASSES:+--classes "$CLASSES"}
-
     # What theta_g lacks (Fig. G.4)
     show "theta_g alone" cm figures/classes-general --branch general "${ROWS_OF[@]}"
     show "theta = theta_g + BA" cm figures/classes "${ROWS_OF[@]}"
     figure figures/$SETTING/theta_g ${CLASSES:+--classes "$CLASSES"}
-
     # How different the images of one rare class are (Fig. 3, G.5)
     show DDPM ddpm figures/tail --classes "${TAIL:-rarest}" --num 25
     show CM cm figures/tail --classes "${TAIL:-rarest}" --num 25
-    figure figures/$SETTING/tail --across 5 --down 5
-    ;;
+    figure figures/$SETTING/tail --across 5 --down 5 ;;
+  *)
+    echo "error: unknown target '$TARGET'; see the head of run_all.sh" >&2
+    exit 2 ;;
 esac
