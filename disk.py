@@ -1,30 +1,25 @@
-"""Files: written whole or not at all, read without surprises; results that name what made them.
+"""Files: written whole or not at all, read without surprises; runs that go on.
 
     disk.write_json(path, value)            # under a temporary name, then renamed
     ckpt = disk.load(path, ["diffusion"])   # tensors and plain types only
-    with disk.claim(out, rt): ...           # no other process writes to this folder
+    with disk.lock(out, rt=rt): ...         # no other process writes to this folder
 
-A file under its real name is whole. What is reused says what it was made from: `up_to_date`.
+A file under its real name is whole.
 """
-import ast
 import hashlib
 import json
 import os
 import pickle
-import re
-import secrets
 import shutil
+import subprocess
 import sys
-import zipfile
-import zlib
-from contextlib import contextmanager, suppress
-from functools import cache
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from runtime import UserError, code_of, flag_of, setup
+from runtime import UserError, flag_of, setup
 
 try:
     import fcntl
@@ -32,23 +27,10 @@ except ImportError:         # Windows: no locks there
     fcntl = None
 
 FORMAT = "capacity-manipulation/1"      # the first thing in every file that torch.save writes here
-REQUIRED = {    # what a file of each kind must hold
-    "diffusion": {"network", "rank_ratio", "experts", "model", "ema", "config", "data", "step"},
-    "latent": {"adapters", "ema", "config", "data", "step"},
-    "autoencoder": {"network", "model", "ema", "config", "data", "step", "scale"},
-    "text": {"network", "rank_ratio", "model", "ema", "config", "data", "step"},
-    "classifier": {"network", "model", "config", "data"},
-}
-REQUIRED["consistency"] = REQUIRED["diffusion"]
-TYPES = {       # of what is there; class names and dtype every script needs
-    "network": dict, "model": dict, "ema": dict, "adapters": dict, "config": dict, "data": dict,
-    "step": int, "command": str}
-RENAMED = {     # settings in older checkpoints and results: what they are called now
-    "split_seed": "tail_seed", "split_rule": "group_rule", "num_split": "num_group"}
 
 
 # --------------------------------------------------------------------------------------------------
-# Files: written under a temporary name and renamed, so that a file under its real name is whole
+# Writing: under a temporary name, then renamed
 
 def write_atomic(path, write, flag="--out"):
     """Call write(temporary path), then rename it to `path`; on failure the old file remains.
@@ -58,18 +40,17 @@ def write_atomic(path, write, flag="--out"):
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with writing(path, flag):
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
             write(temporary)
             os.replace(temporary, path)
         finally:
-            with suppress(OSError):
-                temporary.unlink()              # what is left where writing failed
+            temporary.unlink(missing_ok=True)
 
 
 @contextmanager
 def writing(path, flag="--out"):
-    """Within, a failure to write becomes a UserError that names the file and the flag."""
+    """Turns a failure to write `path` into a UserError that names the file and the flag."""
     try:
         yield
     except (OSError, RuntimeError) as e:
@@ -77,121 +58,6 @@ def writing(path, flag="--out"):
         why = e.__context__ if isinstance(e.__context__, OSError) else e
         raise UserError(f"{flag}: cannot write {path} ({why}); free some space or choose another "
                         f"folder with {flag}") from e
-
-
-def check_writable(path, flag="--out"):
-    """Raise UserError where no file can be written at `path`: before the work, not after it.
-
-    Leaves nothing behind: what is refused later has made no folder.
-    """
-    path = Path(path)
-    if path.is_dir():
-        raise UserError(f"{flag} {path}: a folder; name a file")
-    if path.exists() and not path.is_file():        # a pipe would be waited for, /dev/null replaced
-        raise UserError(f"{flag} {path}: not a regular file; choose another name")
-    new = [folder for folder in path.parents if not folder.exists()]    # the deepest one first
-    trial = path.with_name(f".{path.name[:100]}.{secrets.token_hex(4)}.try")
-    try:
-        write_atomic(trial, lambda p: p.touch(), flag)
-        trial.unlink()
-    finally:
-        with suppress(OSError):         # another process may have put a file there
-            for folder in new:
-                folder.rmdir()
-
-
-def refuse_overwriting(path, is_same_kind, flag, kind):
-    """Raise UserError where `path` holds a file of another kind, which writing would destroy.
-
-    is_same_kind(path) -> bool. kind: what the flag writes, in words.
-    """
-    if Path(path).exists() and not (Path(path).is_file() and is_same_kind(path)):
-        raise UserError(f"{flag} {path}: there is a file that is not {kind}; choose another name, "
-                        "or remove it")
-
-
-@contextmanager
-def lock(path, busy=None):
-    """Within, this process alone holds the lock file `path`; an ended process holds none.
-
-    busy: the UserError where another process holds it; None waits for it, and says so.
-    """
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a") as f:
-        if fcntl:
-            try:
-                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as e:
-                if busy:
-                    raise UserError(busy) from e
-                print(f"waiting for the process that holds {path}", file=sys.stderr, flush=True)
-                fcntl.flock(f, fcntl.LOCK_EX)
-        yield
-
-
-@contextmanager
-def claim(out, rt, flag="--out"):
-    """Within, this run alone writes to the folder `out`; what killed runs left half-written goes.
-
-    Raises UserError, on every rank, where another process has the folder.
-    """
-    out = Path(out)
-    held = None
-
-    def take():
-        nonlocal held
-        busy = f"{flag} {out}: another process is writing there; wait for it, or choose another"
-        with writing(out, flag):
-            held = lock(out / ".lock", busy)
-            held.__enter__()
-        for path in filter(is_left_over, out.iterdir()):
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    rt.on_rank_0(take)
-    try:
-        yield
-    finally:
-        if held:
-            held.__exit__(None, None, None)
-
-
-@contextmanager
-def claim_run(out, rt, old):
-    """`claim`, for a run that goes on from `old`, what `resume` found in `out` earlier.
-
-    Raises UserError where another process has written another checkpoint there since then.
-    """
-    path = Path(out) / "ckpt.pt"
-
-    def refuse_other():
-        now = sha256(path) if path.exists() else None
-        if now != (old.sha256 if old else None):
-            raise UserError(f"--out {out}: another process has written there meanwhile; start "
-                            "again, or choose another folder")
-    with claim(out, rt):
-        rt.on_rank_0(refuse_other)
-        yield
-
-
-def is_left_over(path):
-    """Whether a path is a temporary one of this project, and of no other process that runs."""
-    name = re.fullmatch(r"\..+\.(\d{1,7})\.tmp", path.name, re.ASCII)
-    if not name or path.is_symlink():
-        return False
-    pid = int(name[1])
-    return pid == os.getpid() or not is_alive(pid)
-
-
-def is_alive(pid):
-    """Whether there is a process of this number; on Windows, which cannot be asked, always."""
-    if os.name == "nt":
-        return True
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True             # it is another user's
-    return True
 
 
 def write_text(path, text, flag="--out"):
@@ -226,11 +92,7 @@ def pyplot():
 
 
 def in_figure(text):
-    """A name for matplotlib: dollars enclose no formula, a leading "_" hides no legend entry.
-
-    "_" stands for what cannot be printed: names that are not UTF-8 would end in a TypeError.
-    """
-    text = "".join(c if c.isprintable() else "_" for c in " ".join(text.split()))
+    """A name for matplotlib: dollars enclose no formula, a leading "_" hides no legend entry."""
     text = text.replace("$", r"\$")
     return f" {text}" if text.startswith("_") else text
 
@@ -244,70 +106,140 @@ def save_figure(fig, path, suffixes=("png",), dpi=120):
     pyplot().close(fig)
 
 
+def write_folder(folder, write, kind, flag="--out", **record):
+    """Make a whole folder: write(path) fills an empty one beside it, which is then renamed.
+
+    Its export.json says the kind, the names of its files and `record`. Raises UserError as
+    refuse_other_folder.
+    """
+    folder = Path(os.path.abspath(folder))
+    refuse_other_folder(folder, kind, flag)
+    new, old = (folder.with_name(f".{folder.name}.{word}") for word in ("new", "old"))
+    with writing(folder, flag):
+        shutil.rmtree(new, ignore_errors=True)      # of a process that was killed
+        new.mkdir(parents=True)
+        try:
+            write(new)
+            write_json(new / "export.json", {"format": FORMAT, "kind": kind, **record,
+                                             "files": files_in(new)}, flag)
+            if folder.exists():
+                os.replace(folder, old)
+            os.replace(new, folder)
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def refuse_other_folder(folder, kind, flag="--out"):
+    """Raise UserError where write_folder would destroy what it has not written itself."""
+    made = read_json(Path(folder) / "export.json")
+    ours = isinstance(made, dict) and made.get("kind") == kind
+    known = {"export.json", *made["files"]} if ours else set()
+    if Path(folder).is_file() or set(files_in(folder)) - known:
+        raise UserError(f"{flag} {folder}: holds something else than an earlier call with {flag} "
+                        "wrote; choose another name, or move it")
+
+
+def files_in(folder):
+    """The names of all files in a folder, however deep, sorted."""
+    return sorted(p.relative_to(folder).as_posix() for p in Path(folder).rglob("*")
+                  if not p.is_dir())
+
+
+# --------------------------------------------------------------------------------------------------
+# Before a write: is the place free, and whose is it?
+
+@contextmanager
+def lock(folder, flag="--out", rt=None, name=".lock", wait=False):
+    """This process alone writes to `folder` meanwhile; the lock of one that has ended is free.
+
+    Where another process has it: UserError, or with `wait` a line and patience. rt: the Runtime of
+    several processes that write together; rank 0 takes the lock, and all leave where it cannot.
+    """
+    held = []
+
+    def take():
+        with writing(folder, flag):
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            held.append(open(Path(folder) / name, "a"))
+        try:
+            if fcntl:
+                fcntl.flock(held[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:
+            if not wait:
+                raise UserError(f"{flag} {folder}: another process is writing there; wait for it, "
+                                "or choose another folder") from e
+            print(f"waiting for another process that writes to {folder}", file=sys.stderr)
+            fcntl.flock(held[0], fcntl.LOCK_EX)
+    try:
+        if rt:
+            rt.on_rank_0(take)
+        else:
+            take()
+        yield
+    finally:
+        for file in held:
+            file.close()
+
+
+def check_writable(path, flag="--out"):
+    """Raise UserError where no file can be written at `path`: before the work, not after it."""
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{flag} {path}: a folder; name a file")
+    trial = path.with_name(f".{path.name}.try")
+    write_atomic(trial, lambda p: p.touch(), flag)
+    trial.unlink()
+
+
+def refuse_overwriting(path, is_same_kind, flag, kind):
+    """Raise UserError where `path` holds a file of another kind, which writing would destroy.
+
+    is_same_kind(path) -> bool. kind: what the flag writes, in words.
+    """
+    if Path(path).exists() and not (Path(path).is_file() and is_same_kind(path)):
+        raise UserError(f"{flag} {path}: there is a file that is not {kind}; choose another name, "
+                        "or remove it")
+
+
+# --------------------------------------------------------------------------------------------------
+# Reading, and what says whether a thing is still the same
+
 def read_json(path):
     """The value in a JSON file, or None where there is no such file or it is not JSON."""
-    if not Path(path).is_file():        # a pipe would be waited for
-        return None
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
 
 
-def renamed(settings):
-    """A dict of settings with today's names, from one with names of any age."""
-    return {RENAMED.get(key, key): value for key, value in settings.items()}
-
-
-def read_result(path):
-    """The JSON that evaluate.py, classify.py or prune_probe.py wrote, with today's names; or None.
-
-    Older files call the groups Many, Medium and Few "splits".
-    """
-    result = read_json(path)
-    if not isinstance(result, dict):
-        return None
-    if "splits" in result:
-        result = {"groups" if key == "splits" else key: value for key, value in result.items()}
-    if isinstance(result.get("settings"), dict):
-        result["settings"] = renamed(result["settings"])
-    return result
-
-
-def same_settings(a, b):
-    """Whether two dicts of settings are equal, as JSON and under today's names."""
-    def plain(settings):
-        return json.loads(json.dumps(renamed(settings)))
-    return plain(a) == plain(b)
-
-
 def up_to_date(path, settings):
     """Whether a JSON file says under "settings" that its output was made with just `settings`."""
     result = read_json(path)
     made_with = result.get("settings") if isinstance(result, dict) else None
-    return isinstance(made_with, dict) and same_settings(made_with, settings)
+    return made_with == json.loads(json.dumps(settings))
 
 
-@cache
-def code_hash(script):
-    """A hash of the code of a script and of all files of the project that it imports.
+def git_commit():
+    """The commit of this checkout, "-dirty" where files differ; None outside one.
 
-    Of what Python reads: comments, docstrings and line breaks do not move it.
+    It is written into results for a reader, and never compared.
     """
+    try:
+        words = ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+        found = subprocess.run(words, cwd=Path(__file__).parent, capture_output=True, text=True)
+    except OSError:
+        return None
+    return found.stdout.strip() or None
+
+
+def sha256(path):
+    """The SHA-256 of a file, as hex."""
     digest = hashlib.sha256()
-    for name, tree in sorted(code_of(script, Path(__file__).parent).items()):
-        for node in ast.walk(tree):
-            if getattr(node, "body", None) and is_docstring(node):
-                node.body = node.body[1:]
-        digest.update(f"{name} {ast.dump(tree)}".encode())
+    with open(path, "rb") as f:
+        while block := f.read(1 << 20):
+            digest.update(block)
     return digest.hexdigest()
-
-
-def is_docstring(node):
-    """Whether the body of a part of a syntax tree begins with a text that nothing uses."""
-    first = node.body[0] if isinstance(node.body, list) else None
-    return isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and (
-        isinstance(first.value.value, str))
 
 
 def fingerprint(paths, root):
@@ -329,39 +261,16 @@ def fingerprint(paths, root):
 
 
 def path_id(path):
-    """ "images-1a2b3c4d" for a path that ends in images: other folders of this name differ."""
+    """A name such as images-1a2b3c4d for a path that ends in images: other folders differ."""
     path = Path(path).resolve()
     return f"{path.name}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:8]}"
-
-
-def short_name(name):
-    """A folder's name from any text: without "/", and no longer than a file system takes."""
-    name = name.replace("/", "_")
-    if len(name.encode()) > 200:        # as with --class-order; the limit is 255 bytes
-        start = name.encode()[:190].decode(errors="ignore")
-        name = f"{start}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
-    return name
-
-
-def sha256(path):
-    """The SHA-256 of a file, as hex."""
-    with open(path, "rb") as f:
-        return sha256_of(f)
-
-
-def sha256_of(f):
-    """The SHA-256 of what an open binary file holds from here on, as hex."""
-    digest = hashlib.sha256()
-    while block := f.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
 
 
 # --------------------------------------------------------------------------------------------------
 # Checkpoints, and runs that go on
 
 class Checkpoint(dict):
-    """What `load` returns: the content of a file, and `sha256`, the hash of just that content."""
+    """What `load` returns: the content of a file, and `sha256`, the file's hash."""
     sha256: str
 
 
@@ -376,50 +285,25 @@ def save(path, value, flag="--out"):
 def load(path, kinds, flag="--ckpt"):
     """Read what `save` wrote, on the CPU, with weights_only=True: a Checkpoint.
 
-    kinds: what may stand under "kind" in the file, some of REQUIRED's. Its "config" has
-    today's names of the settings. Raises UserError with `flag`.
+    kinds: what may stand under "kind" in the file, such as ["diffusion", "consistency"]. Raises
+    UserError with `flag`.
     """
     if Path(path).is_dir():
         fix = "remove it" if flag == "--out" else "name the ckpt.pt in it"
         raise UserError(f"{flag}: {path} is a folder; {fix}")
-    if not Path(path).is_file():
-        what = "a link that leads nowhere" if Path(path).is_symlink() else "there is no such file"
-        raise UserError(f"{flag} {path}: {what}")
+    if not Path(path).exists():
+        raise UserError(f"{flag} {path}: there is no such file")
     try:
-        # One open file for both: another process may rename a newer one to this path in between
-        with open(path, "rb") as f:
-            digest = sha256_of(f)
-            with zipfile.ZipFile(f) as parts:       # torch does not look at its checksums
-                damaged = parts.testzip()
-            if damaged:
-                raise zipfile.BadZipFile(damaged)
-            f.seek(0)
-            value = torch.load(f, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError,
-            zipfile.BadZipFile, zlib.error, NotImplementedError) as e:
+        value = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as e:
         raise UserError(f"{flag} {path}: not a whole checkpoint (cut short, damaged or of another "
                         "program)") from e
     ours = isinstance(value, dict) and value.get("format") == FORMAT
     if not ours or value.get("kind") not in kinds:
         raise UserError(f"{flag} {path}: not a {' or '.join(kinds)} checkpoint of this project")
-    missing = what_is_missing(value)
-    if missing:
-        raise UserError(f"{flag} {path}: not a whole checkpoint (it lacks {missing[0]!r}, or has "
-                        "another kind of it)")
-    value["config"] = renamed(value["config"])
     ckpt = Checkpoint(value)
-    ckpt.sha256 = digest
+    ckpt.sha256 = sha256(path)
     return ckpt
-
-
-def what_is_missing(value):
-    """The names of what a checkpoint of ours should hold and does not, or in another kind."""
-    missing = sorted(REQUIRED[value["kind"]] - set(value))
-    missing += [key for key, kind in TYPES.items() if not isinstance(value.get(key, kind()), kind)]
-    if missing:
-        return missing
-    needed = {"class_names": (value["data"], list), "dtype": (value["config"], str)}
-    return [key for key, (part, kind) in needed.items() if not isinstance(part.get(key), kind)]
 
 
 def resume(args, kinds):
@@ -439,8 +323,9 @@ def resume(args, kinds):
 def refuse_changes(old, config, out, defaults, resumable):
     """Raise UserError for the first setting that is not the one of the run in `out`.
 
-    old, config: settings of the checkpoint and of this command. resumable: names of those that may
-    change. defaults: what a flag was that did not exist when the checkpoint was made.
+    old, config: settings of the checkpoint and of this command; those of `old` that are no longer
+    known do not count. resumable: names of those that may change. defaults: what a flag was that
+    did not exist when the checkpoint was made.
     """
     for key, value in config.items():
         was = old.get(key, defaults.get(key))

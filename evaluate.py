@@ -134,8 +134,8 @@ def make_metrics(args, comparison, extractor, rt):
     output_classes = None
     if ours and theirs and sorted(ours) == sorted(theirs):      # in any order
         output_classes = np.array([ours.index(name) for name in theirs])
-    return Metrics(extractor.inception, args.k, args.floor, runtime.place_of_float64(rt.device),
-                   output_classes)
+    device = rt.device if rt.device.type == "cuda" else "cpu"       # MPS has no float64
+    return Metrics(extractor.inception, args.k, args.floor, device, output_classes)
 
 
 def weak_classes(real, metrics, class_names):
@@ -374,19 +374,18 @@ def settings_of(args, comparison, extractor, rt):
         **made, **({"plugin": plugins} if plugins else {}),
         "trained_on": counts and f"{sum(counts):,} images, {max(counts):,} to {min(counts):,} of "
                                  "a class",
-        "evaluate_code_sha256": disk.code_hash("evaluate.py"),
         "reference": comparison.reference.words,
         "reference_sha256": comparison.reference.sha256, **comparison.assumed,
         "num": comparison.num, "num_group": comparison.num_group, "per_class": args.per_class,
         "k": args.k, "features": extractor.name, "features_sha256": extractor.sha256,
-        "dtype": made.get("dtype") or rt.precision(), "floor": args.floor,
+        "dtype": made.get("dtype") or rt.dtype_name(), "floor": args.floor,
         "kid_subsets": KID_SUBSETS, "kid_subset_size": KID_SIZE, "is_splits": IS_SPLITS,
         "metric_seed": METRIC_SEED}
 
 
 def is_result(path):
     """Whether a file is a result of this script."""
-    result = disk.read_result(path)
+    result = disk.read_json(path)
     return result is not None and {"settings", "num_real", "precision", "recall"} <= set(result)
 
 
@@ -467,7 +466,7 @@ def write_result(out_json, result, settings, seconds, class_order):
     """Write the numbers, and what is needed to get them again; class_order: see data.by_size."""
     keep_earlier(out_json, settings)
     disk.write_json(out_json, {
-        **result, "settings": settings, "class_order": class_order,
+        **result, "settings": settings, "class_order": class_order, "git_commit": disk.git_commit(),
         "command": runtime.command_line("evaluate.py"),
         "seconds": {what: round(value, 1) for what, value in seconds.items()},
         "versions": {"torch": torch.__version__, "numpy": np.__version__,
@@ -588,8 +587,7 @@ def main():
     per_class = args.per_class or not comparison.groups
     classes = {name: c for c, name in enumerate(comparison.class_names or [])} if per_class else {}
     metrics = make_metrics(args, comparison, extractor, rt)
-    with runtime.all_cores(rt):
-        result = measure_all(fake, real, comparison.num, comparison.groups, classes, metrics)
+    result = measure_all(fake, real, comparison.num, comparison.groups, classes, metrics)
     seconds["metrics"] = time.time() - start
     warnings = weak_words(weak_classes(real, metrics, comparison.class_names), extractor)
     if warnings:

@@ -355,10 +355,9 @@ def loop(training, module, batch, log, after_step=None):
             means = training.meter.means(rt)
             check(means, step, args)
             training.refuse_overflow(means)
-        with stop.without_reader():
-            if logs:
-                reporter.report(means)
-            reporter.estimate()
+        if logs:
+            reporter.report(means)
+        reporter.estimate()
         if saves:
             check_weights(training, module, batch)
         if rt.rank == 0 and saves:

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from cm_layers import general_only, is_reserved
 from model import distance, extract, q_sample
-from runtime import generator, integer, number, one_of, place_of_float64
+from runtime import generator, integer, number, one_of
 from variants import consistency
 from variants.augment import augment
 
@@ -73,9 +73,7 @@ def draw_batch(x_0: Tensor, y: Tensor, obj: "Objective", *, seed: int, step: int
     y', (G,) each; None: these classes.
     """
     G = len(x_0)
-    goes_to = x_0.device
-    device = place_of_float64(goes_to)      # a device without it gets the CPU's numbers
-    x_0, y = x_0.to(device), y.to(device)
+    device = x_0.device
     g = generator(device, seed, "step", step)
     t, t_below, weight = obj.base.draw_t(obj.alphas_bar, G, step, g)
     eps = torch.randn(x_0.shape, generator=g, device=device)
@@ -111,7 +109,7 @@ def draw_batch(x_0: Tensor, y: Tensor, obj: "Objective", *, seed: int, step: int
         masks_encode=masks_encode, masks_decode=masks_decode, masks_general=masks_general,
         a=None if a is None else a[own], t_below=None if t_below is None else t_below[own],
         weight=None if weight is None else weight[own], scale=scale)
-    return each(batch, lambda values: values.to(goes_to))
+    return batch
 
 
 def choose(importance: Tensor, fraction: float,

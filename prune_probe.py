@@ -95,7 +95,7 @@ def per_image_losses(net, images, labels, repeats, rt, seed=0, batch_size=500, t
 
     images (N, H, W, C) uint8, labels (N,). Noise follows from seed and position alone.
     """
-    alphas_bar = make_alphas_bar().to(runtime.place_of_float64(rt.device))
+    alphas_bar = make_alphas_bar()
     times = stratified_timesteps(len(images), repeats, len(alphas_bar))
     result = np.zeros(len(images))
     with runtime.progress(total=len(images) * repeats, desc=title, unit="img") as bar:
@@ -435,7 +435,7 @@ def main():
                 "images": words, "images_sha256": images.sha256, "num": len(labels),
                 "repeats": args.repeats, "scope": args.scope, "tensors": args.tensors,
                 "pruned_of": numel, "weights": args.weights, "seed": args.seed,
-                "dtype": rt.precision()}
+                "dtype": rt.dtype_name()}
     print(f"{settings['images']}: {len(labels):,} images x {args.repeats} timesteps; {args.scope} "
           f"threshold over {args.tensors} ({numel:,} numbers)")
     print_results(results)

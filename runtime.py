@@ -5,13 +5,10 @@ and exit code 2. Before it, the Python files that --plugin names are imported: t
 the tables losses.BASES, readers.READERS and networks.NETWORKS.
 """
 import argparse
-import ast
-import errno
 import hashlib
 import importlib.util
 import math
 import os
-import select
 import shlex
 import signal
 import sys
@@ -25,12 +22,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from threadpoolctl import threadpool_limits
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 DEVICES = ("cpu", "cuda", "mps", "xpu")
-NO_FLOAT64 = ("mps",)       # devices that have none
 DTYPES = ("float32", "tf32", "bfloat16", "float16")
 # How long processes wait for each other: in a step on GPUs, where nothing else says that one has
 # ended, and where rank 0 packs 437,513 images or computes metrics
@@ -48,38 +43,25 @@ class UserError(Exception):
 def run(main):
     """Import the plugins, call main(); a UserError becomes one line and exit code 2.
 
-    While a plugin is imported it does nothing: its last line may be one that starts a script.
     Under torchrun every process that fails says why, with its rank, and leaves at once.
     """
-    if Plugins.importing:
+    if Plugins.importing:       # a plugin whose last line starts it as a script
         return
     code = 0
     try:
         import_plugins(sys.argv[1:])
-        try:
-            main()
-        finally:
-            if sys.stdout:                  # none where it was closed before
-                sys.stdout.flush()
+        main()
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr, flush=True)
+        print("interrupted", file=sys.stderr)
         code = 130
     except SystemExit as e:
         code = e.code or 0
     except Exception as e:
-        if reader_left(e):
-            print_nowhere()
-            sys.exit(128 + signal.SIGPIPE)
         line = error_line(e)
-        distributed = dist.is_initialized()
-        if line is None and not distributed:
+        if line is None and not dist.is_initialized():
             raise
-        if line is None:
-            line = traceback.format_exc()
-            code = 1
-        else:
-            code = 2
-        print(f"error: {rank_words()}{line}", file=sys.stderr, flush=True)
+        code = 1 if line is None else 2
+        print(f"error: {rank_words()}{line or traceback.format_exc()}", file=sys.stderr)
     if dist.is_initialized():
         if not code:
             # Not after a failure: NCCL would wait for processes that wait for this one
@@ -90,20 +72,6 @@ def run(main):
         os._exit(code)
     if code:
         sys.exit(code)
-
-
-def reader_left(error):
-    """Whether an exception says that nobody reads what is printed any more, as after `| head`."""
-    if not isinstance(error, BrokenPipeError) or dist.is_initialized():
-        return False
-    poll = select.poll()
-    poll.register(sys.stdout.fileno(), 0)
-    return bool(poll.poll(0))       # an error, the only event there is, on a pipe without reader
-
-
-def print_nowhere():
-    """From now on, what is printed is lost."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class Plugins:
@@ -140,47 +108,21 @@ def import_plugins(words):
             spec.loader.exec_module(module)
         finally:
             Plugins.importing = False
-        digest = hashlib.sha256(path.read_bytes())
-        for helper in own_helpers(path):
-            digest.update(helper.read_bytes())
-        Plugins.found.append(f"{path.name} {digest.hexdigest()[:16]}")
-
-
-def own_helpers(path):
-    """The files beside a plugin that it imports, and they, without the project's: sorted Paths."""
-    project = code_of("train.py") | code_of("evaluate.py")
-    return [path.parent / name for name in sorted(code_of(path.name, path.parent))
-            if name != path.name and name not in project]
-
-
-def code_of(script, folder=Path(__file__).parent):
-    """{file: its syntax tree} of a script and of what it imports from its folder, and so on."""
-    trees = {}
-    names = [script]
-    while names:
-        name = names.pop()
-        if name in trees or not (folder / name).is_file():
-            continue
-        trees[name] = ast.parse((folder / name).read_bytes())
-        for node in ast.walk(trees[name]):
-            if isinstance(node, ast.Import):
-                names += [f"{alias.name}.py" for alias in node.names]
-            elif isinstance(node, ast.ImportFrom):
-                place = node.module.replace(".", "/")
-                names += [f"{place}.py", *(f"{place}/{alias.name}.py" for alias in node.names)]
-    return trees
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        Plugins.found.append(f"{path.name} {digest[:16]}")
 
 
 def rank_words():
-    """ "rank 3: " among several processes of torchrun, else ""."""
-    several = os.environ.get("WORLD_SIZE", "1") != "1"
-    return f"rank {os.environ['RANK']}: " if several and "RANK" in os.environ else ""
+    """Prefix "rank 3: " among several processes of torchrun, else empty."""
+    return f"rank {os.environ['RANK']}: " if find_rank()[1] > 1 else ""
 
 
 def error_line(error):
     """What to tell the user of an exception, in one line; None for a mistake of the program."""
     first = next(iter(str(error).splitlines()), "")
-    if dist.is_initialized() and is_of_connection(error):
+    gone = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+    if dist.is_initialized() and (isinstance(error, dist.DistError)
+                                  or any(words in str(error) for words in gone)):
         return ("an exchange with the other processes failed; where one of them has ended, its "
                 f"own line says why ({first[:120]})")
     if isinstance(error, UserError):
@@ -188,29 +130,10 @@ def error_line(error):
     if isinstance(error, torch.OutOfMemoryError):
         return ("out of memory on the device; take a smaller --batch-size, or in train.py a "
                 f"larger --accumulate ({first})")
-    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
-        flag = flag_that_names(error.filename)
-        return f"{flag}a name that is too long for a file; take a shorter one"
-    too_large = ("can't allocate memory", "Storage size calculation overflowed")
-    if isinstance(error, MemoryError) or any(words in str(error) for words in too_large):
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
         return ("out of memory on this machine; take smaller numbers: --batch-size, --num, --ch "
                 f"({first[:200]})")
     return None
-
-
-def is_of_connection(error):
-    """Whether an exchange with the other processes failed, as where one of them has ended."""
-    ends = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
-    return isinstance(error, dist.DistError) or (
-        isinstance(error, RuntimeError) and any(words in str(error) for words in ends))
-
-
-def flag_that_names(path):
-    """ "--ckpt: " where the value of --ckpt on the command line is, or holds, `path`; else ""."""
-    path = os.fspath(path or "")
-    found = [(len(value), flag) for flag, value in zip(sys.argv, sys.argv[1:])
-             if flag.startswith("--") and value and path and (value in path or path in value)]
-    return f"{max(found)[1]}: " if found else ""
 
 
 class Parser(argparse.ArgumentParser):
@@ -231,29 +154,7 @@ class Parser(argparse.ArgumentParser):
         words = [str(w) for w in (sys.argv[1:] if args is None else args)]
         flags = [self._option_string_actions.get(w.partition("=")[0]) for w in words]
         self.given = {action.dest for action in flags if action}
-        namespace, unknown = self.parse_known_args(words, namespace)
-        if unknown:
-            self.error(self.what_is_unknown(unknown[0], words))
-        for action in self._actions:
-            self.refuse_empty(action, getattr(namespace, action.dest, None))
-        return namespace
-
-    def refuse_empty(self, action, value):
-        """Raise UserError for an empty word: a script would take it for a flag that is not given.
-
-        An unset variable of a shell script becomes such a word.
-        """
-        for word in value if isinstance(value, list) else [value]:
-            if isinstance(word, str) and not word.strip():
-                self.error(f"{(action.option_strings or [action.dest])[0]}: the value is empty; "
-                           "name one, or leave the flag out")
-
-    def what_is_unknown(self, word, words):
-        """What to say of a word that no flag takes."""
-        before = words[words.index(word) - 1] if words.index(word) else ""
-        if before in self._option_string_actions and not word.startswith("-"):
-            return f"{before}: takes no value here, and {word!r} follows it"
-        return f"unrecognized arguments: {word}"
+        return super().parse_args(words, namespace)
 
     def add_common(self, out):
         """--device --dtype --seed --out; `out` is the help text of --out."""
@@ -397,10 +298,6 @@ class Runtime:
         """The --dtype that this is: "float32", "tf32", "bfloat16" or "float16"."""
         return "tf32" if self.tf32 else str(self.dtype).removeprefix("torch.")
 
-    def precision(self):
-        """What results keep of --dtype: "tf32", or the name of a torch.dtype, "torch.float32"."""
-        return "tf32" if self.tf32 else str(self.dtype)
-
     def autocast(self):
         """The context in which networks are called: 16-bit autocast, or nothing for float32."""
         if self.dtype == torch.float32:
@@ -477,11 +374,6 @@ class Runtime:
         return int(tensor)
 
 
-def dtype_name(dtype):
-    """ "float32" for torch.float32."""
-    return str(dtype).removeprefix("torch.")
-
-
 def find_device(name):
     """The torch.device that --device asks for. Raises UserError where it cannot be used."""
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -540,46 +432,9 @@ def without_tf32():
         allow_tf32(before)
 
 
-def place_of_float64(device):
-    """The device itself, or the CPU for a device that has no float64."""
-    device = torch.device(device)
-    return torch.device("cpu") if device.type in NO_FLOAT64 else device
-
-
-def double(x):
-    """A tensor in float64, on the CPU where its device has none."""
-    return x.to(place_of_float64(x.device)).double()
-
-
-@contextmanager
-def all_cores(rt):
-    """Within, a process of several computes on every core that it may use.
-
-    torchrun gives each process one, and the others wait. A single process has what it was given.
-    """
-    if rt.world == 1:
-        yield
-        return
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    before = torch.get_num_threads()
-    torch.set_num_threads(cores)
-    try:
-        with threadpool_limits(cores):      # NumPy's matrix products; scikit-learn requires it
-            yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def find_rank():
-    """(RANK, WORLD_SIZE) of torchrun, or (0, 1) without it. Raises UserError for half of them."""
-    needed = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    if "RANK" not in os.environ:
-        return 0, 1
-    missing = [name for name in needed if not os.environ.get(name)]
-    if missing:
-        raise UserError(f"RANK is set in the environment and {missing[0]} is not: unset RANK, or "
-                        "start with torchrun, which sets both")
-    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    """(RANK, WORLD_SIZE) of torchrun, or (0, 1) without it."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def refuse_processes(script):
@@ -681,17 +536,6 @@ class StopSignal:
         """The handler: remember the signal, and restore the default action for the next one."""
         self.number = number
         signal.signal(number, signal.SIG_DFL)
-
-    @contextmanager
-    def without_reader(self):
-        """Within, a line that nobody reads any more, as after `| head`, is a signal: SIGPIPE."""
-        try:
-            yield
-        except BrokenPipeError as e:
-            if not reader_left(e):
-                raise
-            print_nowhere()
-            self.number = signal.SIGPIPE
 
 
 # --------------------------------------------------------------------------------------------------

@@ -535,7 +535,7 @@ def remove_pngs(folder):
 
 
 def temporary_of(folder):
-    """A name beside a folder's that disk.claim removes where a killed process left it."""
+    """A name beside a folder's, for what is not whole yet."""
     return folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
 
 
@@ -575,7 +575,7 @@ def check_outputs(out, png):
 @contextmanager
 def claimed(out, png, rt):
     """Within, this run alone writes samples to the folder `out`, where check_outputs allows it."""
-    with disk.claim(out, rt):
+    with disk.lock(out, rt=rt):
         rt.on_rank_0(lambda: check_outputs(out, png))
         yield
 
@@ -624,10 +624,11 @@ def write_samples(out, images, labels, names, record, data, seconds, png=False):
         made["png"] = write_png_folder(images, labels, names, out / "png")
         files.append("png/")
     disk.write_json(out / "samples.json", {"settings": record, "data": data, **made,
-                                           "seconds": round(seconds, 2)})
+                                           "seconds": round(seconds, 2),
+                                           "git_commit": disk.git_commit()})
     (out / UNFINISHED).unlink(missing_ok=True)
-    dtype = record["dtype"].removeprefix("torch.")
-    print(f"wrote {len(labels)} images, generated in {dtype}, to {out}: {', '.join(files)}")
+    print(f"wrote {len(labels)} images, generated in {record['dtype']}, to {out}: "
+          f"{', '.join(files)}")
 
 
 def is_up_to_date(out, record, png=False):
@@ -820,7 +821,7 @@ def main():
     rt = runtime.setup(args.device, dtype_of(args, ckpt))
     net = load_network(ckpt, args.weights, args.branch, rt.device)
     record = {**describe(args, ckpt, sampling), "classes": classes, "num": args.num,
-              "dtype": rt.precision()}
+              "dtype": rt.dtype_name()}
     if is_done(args, rt, out, record):
         return rt.print(f"{out}: up to date")
 

@@ -371,11 +371,11 @@ def run_name(args, defaults):
             shown = "_".join(map(str, value)) if isinstance(value, list) else value
             words.append(f"{key}{shown}")
     ratio = f"ir{args.ir:g}"
-    earlier = disk.short_name("-".join([earlier, ratio, *words]))
+    earlier = "-".join([earlier, ratio, *words]).replace("/", "_")
     if Path("out", earlier, "ckpt.pt").exists():
         return earlier
     # With --ir 1 the ratio is that of the data themselves
-    return disk.short_name("-".join([dataset, *([ratio] if args.ir != 1 else []), *words]))
+    return "-".join([dataset, *([ratio] if args.ir != 1 else []), *words]).replace("/", "_")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -684,7 +684,7 @@ def main():
                           parts=rt.world * args.accumulate, flip=flip)
     module, warning = compiled(objective, batch, training, graphs=args.cuda_graphs)
     announce(training, net, compiled=module is not objective)
-    with disk.claim_run(args.out, rt, old):
+    with disk.lock(args.out, rt=rt):
         run_loop(training, rt.parallel(module), batch, old, evaluation, warning)
 
 
@@ -737,8 +737,7 @@ class Evaluation:
                                          "features of samples", shared=False)
         if self.rt.rank > 0:
             return
-        with runtime.all_cores(self.rt):
-            found = self.distances(fake)
+        found = self.distances(fake)
         words = [f"{key.partition('_')[2] or 'all'} {value:.3g}" for key, value in found.items()]
         self.rt.print(f"step {state['step']}/{self.args.steps}  {self.name} "
                       f"({len(self.labels):,} samples): {', '.join(words)}")
@@ -746,7 +745,7 @@ class Evaluation:
 
     def distances(self, fake):
         """{name: Frechet distance} of features (N, D) of samples, overall and per group."""
-        device = runtime.place_of_float64(self.rt.device)
+        device = self.rt.device if self.rt.device.type == "cuda" else "cpu"
         fake, real = (placed(features, device) for features in (fake, self.real))
         found = {self.name: distance_of(fake, real)}
         for group, classes in class_groups(self.data["class_counts"]).items():

@@ -17,10 +17,6 @@ y = -1 adds no vector. RECORD, in DIR, has what a checkpoint knows beside its we
 of every file: so an export is read back whole, and what others have put there is never replaced.
 Each exchange is checked by one call of both networks. Needs diffusers.
 """
-import os
-import shutil
-from contextlib import suppress
-from glob import escape
 from pathlib import Path
 from typing import NamedTuple
 
@@ -204,8 +200,8 @@ def their_schedule():
 
 def content(folder):
     """{path in it: SHA-256} of every file in a folder but RECORD."""
-    files = sorted(p for p in Path(folder).rglob("*") if p.is_file() and p.name != RECORD)
-    return {p.relative_to(folder).as_posix(): disk.sha256(p) for p in files}
+    files = [name for name in disk.files_in(folder) if name not in (RECORD, "export.json")]
+    return {name: disk.sha256(Path(folder) / name) for name in files}
 
 
 def record_of(folder):
@@ -217,12 +213,8 @@ def record_of(folder):
 
 def check_target(path):
     """Raise UserError where no folder can be written at `path`, or where one of others is."""
-    path = Path(path)
     package()
-    if os.path.lexists(path) and (path.is_symlink() or record_of(path) is None):
-        raise UserError(f"--export {path}: there is something that is not an unchanged export with "
-                        "--format diffusers; choose another name, or remove it")
-    disk.check_writable(path / RECORD, "--export")
+    disk.refuse_other_folder(path, "diffusers", "--export")
 
 
 def write(ckpt, net, path):
@@ -230,35 +222,17 @@ def write(ckpt, net, path):
 
     ckpt: the dict that disk.load returned. Raises UserError where they have no such network.
     """
-    path = Path(path)
     refuse_network(ckpt, net)
     diffusers = package()
     theirs = their_network(net, ckpt["data"]["resolution"])
     refuse_difference(net, theirs, "--format diffusers")
-    for left in filter(disk.is_left_over, path.parent.glob(f".{escape(path.name)}.*.tmp")):
-        shutil.rmtree(left)                     # by an export that was killed
-    new = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with disk.writing(path, "--export"):
-            new.parent.mkdir(parents=True, exist_ok=True)
-            diffusers.DDIMPipeline(theirs, their_schedule()).save_pretrained(new)
+
+    def fill(new):
+        diffusers.DDIMPipeline(theirs, their_schedule()).save_pretrained(new)
         kept = {key: ckpt[key] for key in KEPT}
         disk.write_json(new / RECORD, {"format": disk.FORMAT, **kept, "files": content(new)},
                         "--export")
-        check_target(path)                      # again: time has passed
-        replace_folder(path, new)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
-
-
-def replace_folder(path, new):
-    """Put the folder `new` where `path` is, or may be; a killed process leaves one or neither."""
-    old = path.with_name(f".{path.name}.old.{os.getpid()}.tmp")
-    with disk.writing(path, "--export"):
-        with suppress(FileNotFoundError):
-            os.replace(path, old)
-        os.replace(new, path)
-    shutil.rmtree(old, ignore_errors=True)
+    disk.write_folder(path, fill, "diffusers", "--export")
 
 
 # --------------------------------------------------------------------------------------------------

@@ -34,8 +34,8 @@ def kept(base, made_from, shape, encode, rt):
             nonlocal moments
             moments = read(base, made_from, shape)
             if moments is None:
-                with writing(npy(base), "--pack-dir"):
-                    held.enter_context(lock(base.with_name(f".{base.name}.lock")))
+                held.enter_context(lock(base.parent, "--pack-dir", name=f".{base.name}.lock",
+                                        wait=True))
                 moments = read(base, made_from, shape)      # another run may have encoded them
                 if moments is None:
                     say_what_is_there(base)

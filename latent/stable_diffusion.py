@@ -67,18 +67,6 @@ RESUMABLE = {       # settings that may change when a run goes on
 OLDER = {           # the defaults of runs that began before stable_diffusion.py had grids
     "ir": 100.0, "resolution": None, "sample_every": 0}
 WRITE_EVERY = {"save_every": 500, "sample_every": 2000, "log_every": 50}
-DIFFUSERS = {       # flags of diffusers' LoRA scripts: what says the same here
-    "--pretrained_model_name_or_path": "--model", "--output_dir": "--out",
-    "--train_data_dir": "--dataset folder --data-dir", "--dataset_name": "--dataset",
-    "--resume_from_checkpoint": "the same command goes on, without a flag",
-    "--train_batch_size": "--batch-size, which counts the images of all processes and passes",
-    "--gradient_accumulation_steps": "--accumulate, which cuts --batch-size into passes",
-    "--gradient_checkpointing": "--checkpointing", "--num_train_epochs": "--epochs",
-    "--max_train_steps": "--epochs", "--learning_rate": "--lr", "--lr_warmup_steps": "--warmup",
-    "--adam_weight_decay": "--weight-decay", "--max_grad_norm": "--grad-clip",
-    "--mixed_precision": "--dtype", "--checkpointing_steps": "--save-every or --keep-every",
-    "--validation_prompt": "--sample-every, a grid of all classes",
-    "--validation_epochs": "--sample-every", "--cache_dir": "the environment variable HF_HOME"}
 GRID_BATCH = 25     # images of a grid that are generated at a time, beside what training holds
 CM_ONLY = ("cm_rank", "lam", "w_con", "w_div", "div_bound")
 OTHER_INPUTS = ("add_embedding", "class_embedding", "encoder_hid_proj")     # not Stable Diffusion 1
@@ -433,25 +421,16 @@ def content_hash(modules, alphas_bar, scale):
 # --------------------------------------------------------------------------------------------------
 # Training
 
-class TrainParser(Parser):
-    """A Parser that knows what diffusers' LoRA scripts call the flags."""
-
-    def what_is_unknown(self, word, words):
-        """As Parser's; of a flag of diffusers' scripts, what it is here."""
-        ours = DIFFUSERS.get(word.partition("=")[0])
-        return f"{word}: here {ours}" if ours else super().what_is_unknown(word, words)
-
-
-def make_parser(command, kind=Parser):
+def make_parser(command):
     """The Parser of a command, as yet without its flags."""
-    parser = kind(__doc__)
+    parser = Parser(__doc__)
     parser.prog = f"stable_diffusion.py {command}"
     return parser
 
 
 def make_train_parser():
     """All flags of `stable_diffusion.py train`."""
-    parser = make_parser("train", TrainParser)
+    parser = make_parser("train")
     add_data_flags(parser, "artbench10")
     add_method_flags(parser)
     add_optimisation_flags(parser)
@@ -647,7 +626,7 @@ def main_train(argv):
               "command": runtime.command_line("-m latent.stable_diffusion"),
               "data": images.record(), "model_sha256": model.sha256}
     training = make_training(args, rt, net, images, record, old)
-    with disk.claim_run(args.out, rt, old):
+    with disk.lock(args.out, rt=rt):
         moments = encoded(model, images, args, rt)
         batch = make_batch(training, objective, images, moments)
         module, warning = compiled(objective, batch, training)
@@ -782,7 +761,7 @@ def main_sample(argv):
     name, revision = model_of(args, ckpt)
     record = {**describe(args, ckpt, sampling),
               "model": name, "revision": revision, "model_sha256": ckpt.get("model_sha256"),
-              "num": args.num, "dtype": rt.precision()}
+              "num": args.num, "dtype": rt.dtype_name()}
     if args.classes is not None:        # older records have no such entry, and are of all classes
         record["classes"] = classes
     refuse_general(args, ckpt)
@@ -833,14 +812,14 @@ def main_export(argv):
                                      "model": "--lora writes what the checkpoint holds"})
     ckpt = disk.load(args.ckpt, ["latent"])
     refuse_general(args, ckpt)
-    latent_export.refuse_other_folder(folder, kind, f"--{kind}")
+    disk.refuse_other_folder(folder, kind, f"--{kind}")
     packages()
     if kind == "lora":
         parts = latent_export.to_peft(ckpt["ema" if args.weights == "ema" else "adapters"])
         write = partial(latent_export.write_lora, parts)
     else:
         write = merged_pipeline(args, ckpt).save_pretrained
-    latent_export.write_folder(folder, kind, export_record(args, ckpt), write, f"--{kind}")
+    disk.write_folder(folder, write, kind, f"--{kind}", settings=export_record(args, ckpt))
     print(f"wrote {folder}: {args.weights} weights; "
           + (", ".join(f"{part}.safetensors" for part in parts) if kind == "lora" else
              f"{args.branch} branch, a StableDiffusionPipeline"))

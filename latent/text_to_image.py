@@ -362,7 +362,7 @@ def main_autoencoder(argv):
     training = start_training(args, rt, net, optimizer, images, record, old,
                               scale=partial(latent_scale, net, x=first))
     batch = pixel_batches(training, images)
-    with disk.claim_run(args.out, rt, old):
+    with disk.lock(args.out, rt=rt):
         module, warning = compiled(loss, batch, training)
         announce(training, f"{sum(p.numel() for p in net.parameters()):,} parameters")
         run_loop(training, rt.parallel(module), batch, old, None, warning, samples)
@@ -504,7 +504,7 @@ def main_train(argv):
     optimizer = torch.optim.AdamW(trained(net).values(), lr=args.lr, betas=BETAS,
                                   weight_decay=args.weight_decay, fused=True)
     training = start_training(args, rt, net, optimizer, images, record, old)
-    with disk.claim_run(args.out, rt, old):
+    with disk.lock(args.out, rt=rt):
         moments = encoded(autoencoder, images, args, rt)
         batch = make_batch(training, objective, images, moments, table)
         module, warning = compiled(objective, batch, training)
@@ -629,7 +629,7 @@ def main_sample(argv):
         texts, labels = reference_captions(ckpt, args)
     out = samples_folder(args)
     record = {**describe(args, ckpt, sampling), "num": args.num,
-              "dtype": rt.precision(), "captions_sha256": hash_of(texts)}
+              "dtype": rt.dtype_name(), "captions_sha256": hash_of(texts)}
     if is_done(args, rt, out, record):
         return rt.print(f"{out}: up to date")
     rt.on_rank_0(lambda: check_outputs(out, args.png))

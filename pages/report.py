@@ -60,7 +60,7 @@ def read_row(text):
         paths += found
     if not name.strip() or not paths:
         raise UserError(f"--row {text}: give NAME=FILE, with a JSON file that evaluate.py wrote")
-    results = [disk.read_result(path) for path in paths]
+    results = [disk.read_json(path) for path in paths]
     for path, result in zip(paths, results):
         if not is_result(result):
             raise UserError(f"--row {text}: {path} is not a whole result of evaluate.py or "

@@ -54,7 +54,7 @@ from losses import CMConfig, Objective, bind, draw_batch
 from metrics import scores
 from model import UNetConfig, make_alphas_bar
 from networks import build
-from runtime import Parser, UserError, dtype_name, integer, number, refuse_unused, run
+from runtime import Parser, UserError, integer, number, refuse_unused, run
 from sample import guided, prepare
 
 RUN = 300_000 * 64      # images of one of the paper's runs
@@ -89,6 +89,11 @@ class Step(NamedTuple):
     flops: int              # floating-point operations of its forward and backward pass
     memory: int             # the most bytes that this pass has at once, beyond the weights
     compiled: bool          # False also where it should be compiled, but cannot be
+
+
+def dtype_name(dtype):
+    """The name of a torch.dtype, such as float32."""
+    return str(dtype).removeprefix("torch.")
 
 
 # --------------------------------------------------------------------------------------------------

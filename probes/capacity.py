@@ -27,7 +27,7 @@ from cm_layers import general_only, is_reserved, reserved
 from data import by_size, class_groups, reference_images, to_float, training_images
 from losses import CMConfig, Objective, bind, draw_batch
 from model import distance, make_alphas_bar, q_sample, stratified_timesteps
-from runtime import Parser, UserError, double, integer, run
+from runtime import Parser, UserError, integer, run
 from networks import load_unmerged
 from sample import dtype_of
 
@@ -86,7 +86,7 @@ def group_gradients(objective, images, rows, repeats, params, seed, batch_size):
         for k, g in enumerate(gradients):
             if g is not None:
                 sums[k] += g
-                squares[k] += float(double(g).square().sum()) / len(which)
+                squares[k] += float(g.double().square().sum()) / len(which)
         if not squares.isfinite().all():
             raise UserError(NOT_FINITE.format("gradients"))
     return Gradients(sums, len(examples), squares, len(firsts))
@@ -117,7 +117,7 @@ def noise_of(gradients):
     if gradients.batches < 2:
         raise UserError("--repeats: the largest class makes one batch only, which says nothing "
                         "about the variance; use more repeats, or a smaller --batch-size")
-    norms = [float(double(g).square().sum()) for g in gradients.sums]
+    norms = [float(g.double().square().sum()) for g in gradients.sums]
     whole = torch.tensor(norms, dtype=torch.float64) / gradients.n
     return ((gradients.squares - whole) / (gradients.batches - 1)).clamp(min=0)
 
@@ -138,9 +138,9 @@ def compare(one, last, aggregate, n_1, n_K, s2, repeats):
     s2 / n of each mean, is subtracted from mu^2 (the mean of the two squared norms) and from
     ||m_1 - m_K||^2 = 2 mu^2 (1 - cosine).
     """
-    m_1 = double(one.flatten()) / n_1
-    m_K = double(last.flatten()) / n_K
-    g = double(aggregate.flatten())
+    m_1 = one.flatten().double() / n_1
+    m_K = last.flatten().double() / n_K
+    g = aggregate.flatten().double()
     norm_1 = float(m_1.norm())
     norm_K = float(m_K.norm())
     if norm_1 == 0 or norm_K == 0:
@@ -245,7 +245,7 @@ def layers_of(net):
     names = {id(module): name for name, module in net.named_modules()}
     for owner, _, part in reserved(net.decoder):
         low = part.B @ part.A
-        s = torch.linalg.svdvals(double(low))
+        s = torch.linalg.svdvals(low.double())
         p = (s / s.sum().clamp(min=1e-30)).clamp(min=1e-30)
         entropy = -(p * p.log()).sum()
         result.append({"layer": names[id(owner)], "ratio": float(low.norm() / owner.weight.norm()),
@@ -260,7 +260,7 @@ def distances(net, images, labels, grid, rt, seed, batch_size):
     D = ||eps_theta - eps_theta_g||^2 / (C H W). images (N, H, W, C) uint8, labels (N,). Raises
     UserError where one is not finite.
     """
-    alphas_bar = make_alphas_bar().to(runtime.place_of_float64(rt.device))
+    alphas_bar = make_alphas_bar()
     result = np.zeros((len(labels), len(grid)))
     firsts = range(0, len(labels), batch_size)
     for first in runtime.progress(firsts, desc="distances", unit="batch"):
@@ -311,7 +311,7 @@ def read_quality(paths, ckpt):
 
     paths: evaluate.py's JSON of --branch full, and of --branch general; both of this Checkpoint.
     """
-    full, general = (disk.read_result(path) for path in paths)
+    full, general = (disk.read_json(path) for path in paths)
     key = "fid" if full and "fid" in full else "fd"
     try:
         branches = [result["settings"]["branch"] for result in (full, general)]
@@ -440,7 +440,7 @@ def main():
     # Write
     disk.write_json(written, {**result, "ckpt": args.ckpt, "weights": args.weights,
                               "settings": {"seed": args.seed, "batch_size": args.batch_size,
-                                           "dtype": rt.precision()},
+                                           "dtype": rt.dtype_name()},
                               "ckpt_sha256": ckpt.sha256, "class_order": by_size(ckpt["data"]),
                               "seconds": round(time.time() - start, 1)})
     if args.what == "allocation":

@@ -171,7 +171,7 @@ def default_folder(args):
         if key not in named and value != defaults[key]:
             text = "_".join(value) if isinstance(value, list) else str(value)
             words.append(key + text)
-    return "out/" + disk.short_name("-".join(words))
+    return "out/" + "-".join(words).replace("/", "_")
 
 
 def unused_flags(args):
@@ -657,7 +657,7 @@ def result_settings(config, sets):
 
 def is_done(out, old, config, sets):
     """Whether result.json is that of these settings and data, and of the checkpoint `old`."""
-    result = disk.read_result(out / "result.json")
+    result = disk.read_json(out / "result.json")
     if not disk.up_to_date(out / "result.json", result_settings(config, sets)):
         return False
     return result.get("weights_sha256") == weights_hash(old["model"])
@@ -707,7 +707,7 @@ def main():
     config = settings_of(args)
     if old and (args.if_needed or not old["training"]) and is_done(out, old, config, sets):
         return rt.print(f"{out}: {'up to date' if args.if_needed else 'finished'}")
-    with disk.claim_run(out, rt, old):
+    with disk.lock(out, rt=rt):
         rt.on_rank_0(lambda: check_outputs(out))
         train_and_report(sets, config, old, args, rt)
 

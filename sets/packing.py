@@ -315,7 +315,7 @@ def pack_once(base: Path, read, provenance, stamp, resolution, name):
         return packed
     contents = read()
     check_contents(*contents, name, files=resolution is not None)
-    with writing(base, "--pack-dir"), lock(base.with_name(f".{base.name}.lock")):
+    with lock(base.parent, "--pack-dir", name=f".{base.name}.lock", wait=True):
         packed = read_pack(base, provenance, stamp)         # another process may have packed it
         if packed is None:
             write_pack(base, *contents, provenance, resolution, stamp)

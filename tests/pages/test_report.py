@@ -603,7 +603,7 @@ def test_pages_show_methods_side_by_side(cm_run, tmp_path, capsys):
          "--pair", *pair, "--out", tmp_path / "table.md")
     assert "Not shown" not in (tmp_path / "table.md").read_text()
     row = rows[0].partition("=")[2]
-    disk.write_json(tmp_path / "other.json", changed(disk.read_result(row), {"ckpt_sha256": "x"}))
+    disk.write_json(tmp_path / "other.json", changed(disk.read_json(row), {"ckpt_sha256": "x"}))
     refuses(capsys, report.main, "--row", f"CM={tmp_path}/other.json", "--pair", *pair, "--out",
             tmp_path / "q.md", says=["--pair", "checkpoint that no row has"])
     for wrong in (pair[::-1], pair[:1] * 2):
