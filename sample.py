@@ -11,13 +11,10 @@ nothing. samples.npz has the layout of the ADM evaluator: arr_0 N x H x W x 3 ui
 repeated), arr_1 N labels.
 """
 import math
-import os
 import re
-import shutil
 import textwrap
 import time
 from argparse import BooleanOptionalAction
-from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -202,16 +199,10 @@ SAMPLERS = {
     "ddim": ddim, "ddpm": ddpm, "dpm": dpm, "dpm++": dpmpp, "consistency": consistency.sample}
 # The paper's, but for the last
 STEPS = {"ddim": 50, "ddpm": 1000, "dpm": 15, "dpm++": 15, "consistency": 2}
-UNUSED = (          # flags that mean nothing with --export
-    "classes", "num", "sampler", "steps", "grid", "order", "eta", "guidance", "clip", "batch_size",
-    "png", "if_needed", "seed", "dtype", "out")
+DEFAULTS = {        # per kind of model, where they are not Sampling's; latents have no range
+    "diffusion": {"clip": True}, "consistency": {"sampler": "consistency", "guidance": 0.0},
+    "latent": {}, "text": {}}
 COMPILED_FROM = 2000        # images per process: fewer take less time than compiling does
-DEFAULTS = {        # per kind of model; latents have no range
-    "diffusion": {"sampler": "ddim", "guidance": 1.5, "clip": True},
-    "consistency": {"sampler": "consistency", "guidance": 0.0, "clip": False},
-    "latent": {"sampler": "ddim", "guidance": 1.5, "clip": False},
-    "text": {"sampler": "ddim", "guidance": 1.5, "clip": False},
-}
 
 
 @dataclass(frozen=True)
@@ -274,6 +265,9 @@ class Sampling:
         return settings
 
 
+# --------------------------------------------------------------------------------------------------
+# Images of a network
+
 def guided(net, y, omega, rt):
     """predict(x_t, t) with classifier-free guidance, eps + omega (eps - eps_null).
 
@@ -290,50 +284,6 @@ def guided(net, y, omega, rt):
         return eps
     return predict
 
-
-# --------------------------------------------------------------------------------------------------
-# From a network to images
-
-def prepare(net, rt, shape, num, batch_size):
-    """A network without gradients made fast for `generate`, in place; the one to be called.
-
-    The weights that autocast would cast in every call are cast once, to the same numbers. On CUDA
-    it is compiled where num images are worth it. shape: (C, H, W). batch_size: generate's.
-    """
-    if rt.dtype != torch.float32:
-        for layer in net.modules():
-            if isinstance(layer, (nn.Linear, nn.Conv2d)) and not is_parametrized(layer):
-                layer.to(rt.dtype)
-    if rt.device.type != "cuda" or num < COMPILED_FROM * rt.world:
-        return net
-    size = min(batch_size, -(-num // rt.world))
-    x = torch.zeros(size, *shape, device=rt.device).contiguous(memory_format=torch.channels_last)
-    zeros = torch.zeros(size, dtype=torch.int64, device=rt.device)
-    with torch.no_grad():
-        return runtime.compile_or_not(net, lambda m: m(x, zeros, zeros).sum(), rt, flag=None)[0]
-
-
-def is_export(path):
-    """Whether a file is what `export` writes: --export may replace it."""
-    try:
-        return is_one_network(disk.load(path, KINDS, "--export"))
-    except UserError:
-        return False
-
-
-def export(ckpt, net, path):
-    """Write a merged network as a checkpoint of its own.
-
-    Every script takes it, and its "model" fits a plain network.
-    """
-    state = {name: p.detach().cpu().contiguous() for name, p in net.state_dict().items()}
-    kept = {k: ckpt[k] for k in ("kind", "step", "command", "config", "data", "network")}
-    plain = {"rank_ratio": None, "experts": None, "model": state, "ema": state}
-    disk.save(path, {**kept, **plain}, "--export")
-
-
-# --------------------------------------------------------------------------------------------------
-# Images
 
 @torch.no_grad()
 def sample_batch(net, y, indices, shape, rt, sampling, alphas_bar=None):
@@ -352,12 +302,33 @@ def sample_batch(net, y, indices, shape, rt, sampling, alphas_bar=None):
         alphas_bar = make_alphas_bar()
     x_T = noise().contiguous(memory_format=torch.channels_last)
     predict = guided(net, y, sampling.guidance, rt)
-    own = {"consistency": {}, "ddim": {"eta": sampling.eta}, "dpm": {"order": sampling.order}}
-    options = own.get(sampling.sampler, {})
-    if sampling.sampler != "consistency":
-        options["limit"] = to_range if sampling.clip else None
+    options = {} if sampling.sampler == "consistency" else {
+        "limit": to_range if sampling.clip else None}
+    if sampling.sampler == "ddim":
+        options["eta"] = sampling.eta
+    if sampling.sampler == "dpm":
+        options["order"] = sampling.order
     return SAMPLERS[sampling.sampler](predict, x_T, alphas_bar, sampling.timesteps(alphas_bar),
                                       noise, **options)
+
+
+def prepare(net, rt, shape, num, batch_size):
+    """A network without gradients made fast for `generate`, in place; the one to be called.
+
+    The weights that autocast would cast in every call are cast once, to the same numbers. On CUDA
+    it is compiled where num images are worth it. shape: (C, H, W). batch_size: generate's.
+    """
+    if rt.dtype != torch.float32:
+        for layer in net.modules():
+            if isinstance(layer, (nn.Linear, nn.Conv2d)) and not is_parametrized(layer):
+                layer.to(rt.dtype)
+    if rt.device.type != "cuda" or num < COMPILED_FROM * rt.world:
+        return net
+    size = min(batch_size, -(-num // rt.world))
+    x = torch.zeros(size, *shape, device=rt.device).contiguous(memory_format=torch.channels_last)
+    zeros = torch.zeros(size, dtype=torch.int64, device=rt.device)
+    with torch.no_grad():
+        return runtime.compile_or_not(net, lambda m: m(x, zeros, zeros).sum(), rt, flag=None)[0]
 
 
 def batches_of(rows, batch_size, fixed):
@@ -414,6 +385,9 @@ def image_shape(ckpt):
     size = ckpt["data"]["resolution"]
     return ckpt["network"]["channels"], size, size
 
+
+# --------------------------------------------------------------------------------------------------
+# Pictures and files
 
 def ten_classes(C):
     """At most ten of C class numbers, evenly spread."""
@@ -490,164 +464,104 @@ def draw_bracket(pen, name, top, bottom, font):
     pen.line([(88, top + 3), (82, top + 3), (82, bottom - 3), (88, bottom - 3)], "black", 2)
 
 
-UNFINISHED = ".png.json"    # beside png/ until samples.json is there: which PNGs a call has made
-PNG_NAME = re.compile(r"(\d{4}|[1-9]\d{4,})-[^/]*/(\d{6}|[1-9]\d{6,})\.png", re.ASCII)
-
-
 def printable(text):
     """A text with "_" for what cannot be printed: control characters, names that are not UTF-8."""
     return "".join(c if c.isprintable() else "_" for c in str(text))
 
 
-def folder_name(text):
-    """A class name as a part of a folder's name: no separators, at most 100 bytes."""
-    safe = re.sub(r"[/\\]", "_", printable(text))
-    return safe.encode()[:100].decode(errors="ignore")
-
-
-def own_pngs(folder):
-    """The files in a folder that are named as write_pngs names them, sorted; links are not ours."""
-    files = sorted(Path(folder).glob("*/*.png"))
-    return [p for p in files if PNG_NAME.fullmatch(f"{p.parent.name}/{p.name}")
-            and not p.parent.is_symlink()]
-
-
 def write_pngs(images, labels, class_names, folder):
-    """One PNG per image, FOLDER/<class number>-<class name>/<image number>.png."""
+    """One PNG per image, FOLDER/<class number>-<class name>/<image number>.png.
+
+    A name's separators become "_", and it ends after 100 bytes: no name leads out of the folder.
+    """
     for i, (image, c) in enumerate(zip(images, labels)):
-        path = Path(folder) / f"{c:04d}-{folder_name(class_names[c])}" / f"{i:06d}.png"
+        name = re.sub(r"[/\\]", "_", printable(class_names[c]))
+        name = name.encode()[:100].decode(errors="ignore")
+        path = folder / f"{c:04d}-{name}" / f"{i:06d}.png"
         disk.write_png(path, Image.fromarray(image.squeeze()))
 
 
-def remove_pngs(folder):
-    """Remove the files that write_pngs left in a folder, and no others."""
-    folder = Path(folder)
-    if not other_files(folder) and folder.is_dir():
-        # All at once: a killed process must not leave a part of them
-        temporary = temporary_of(folder)
-        os.replace(folder, temporary)
-        folder = temporary
-    for path in own_pngs(folder):
-        path.unlink()
-    for path in [*folder.glob("*"), folder]:
-        with suppress(OSError):
-            path.rmdir()                # only where nothing is left in it
+def write_samples(out, images, labels, record, data, seconds, png=False):
+    """Write samples.npz, grid.png, with png one file per image in png/, and samples.json.
 
-
-def temporary_of(folder):
-    """A name beside a folder's, for what is not whole yet."""
-    return folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-
-
-def other_files(folder):
-    """The files in a folder that write_pngs did not write."""
-    ours = set(own_pngs(folder))
-    return [p for p in Path(folder).rglob("*")
-            if (p.is_symlink() or not p.is_dir()) and p not in ours]
-
-
-def has_our_pngs(out):
-    """Whether the PNGs in out/png are ours: a record says so, or what a killed call left does."""
-    if (out / "samples.json").exists():
-        return True
-    left = disk.read_json(out / UNFINISHED)
-    return isinstance(left, dict) and left.get("png") == png_fingerprint(out / "png")
-
-
-def check_outputs(out, png):
-    """Raise UserError where write_samples would fail, or destroy the files of others."""
-    for name in ("samples.npz", "samples.json", "grid.png"):
-        disk.check_writable(out / name)
-    folder = out / "png"
-    ours = has_our_pngs(out)
-    if folder.is_symlink() and (png or ours):
-        raise UserError(f"--out {out}: its png is a link, and what it leads to would be removed or "
-                        "replaced; remove the link, or choose another folder with --out")
-    others = other_files(folder)
-    if not ours:
-        others = others or own_pngs(folder)
-    if png and (others or folder.is_file()):
-        first = others[0].name if others else "itself"
-        raise UserError(f"--png: {folder} holds files that are not those of a samples.json beside "
-                        f"it, such as {first}; move it, or choose another folder with --out")
-
-
-@contextmanager
-def claimed(out, png, rt):
-    """Within, this run alone writes samples to the folder `out`, where check_outputs allows it."""
-    with disk.lock(out, rt=rt):
-        rt.on_rank_0(lambda: check_outputs(out, png))
-        yield
-
-
-def png_fingerprint(folder):
-    """The identity of the files that write_pngs left in a folder."""
-    return disk.fingerprint(own_pngs(folder), folder)
-
-
-def write_png_folder(images, labels, class_names, folder):
-    """write_pngs under another name, renamed when all are there. Returns their fingerprint.
-
-    UNFINISHED comes first: killed after the renaming, the next call knows the files as ours.
+    images: (N, H, W, C) uint8. labels: a list of N. record, data: what made them, and the record of
+    the training data. samples.json goes first and comes last: it names the content of samples.npz.
     """
-    temporary = temporary_of(folder)
-    try:
-        write_pngs(images, labels, class_names, temporary)
-        fingerprint = png_fingerprint(temporary)
-        disk.write_json(folder.with_name(UNFINISHED), {"png": fingerprint})
-        with disk.writing(folder):
-            os.replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return fingerprint
-
-
-def write_samples(out, images, labels, names, record, data, seconds, png=False):
-    """What sample.py leaves in the folder `out`: samples.npz, samples.json, grid.png, perhaps png/.
-
-    images: (N, H, W, C) uint8. labels: a list of N. names: the class names. record, data: what made
-    them, and the record of the training data. samples.json goes first and comes last: it names the
-    content of the others. Prints what was written.
-    """
-    if has_our_pngs(out):
-        # A metric must not find an earlier call's images
-        remove_pngs(out / "png")
+    names = data["class_names"]
     (out / "samples.json").unlink(missing_ok=True)
     disk.write_npz(out / "samples.npz", arr_0=to_rgb(images), arr_1=np.array(labels))
     classes = list(dict.fromkeys(labels))
-    picture = grid_image({"": (images, labels)}, names, data.get("class_counts"),
-                         None if len(classes) > 10 else classes)
-    disk.write_png(out / "grid.png", picture)
-    made = {"npz_sha256": disk.sha256(out / "samples.npz")}
-    files = ["samples.npz", "grid.png"]
+    disk.write_png(out / "grid.png", grid_image({"": (images, labels)}, names,
+                                                data.get("class_counts"),
+                                                None if len(classes) > 10 else classes))
     if png:
-        made["png"] = write_png_folder(images, labels, names, out / "png")
-        files.append("png/")
-    disk.write_json(out / "samples.json", {"settings": record, "data": data, **made,
-                                           "seconds": round(seconds, 2),
-                                           "git_commit": disk.git_commit()})
-    (out / UNFINISHED).unlink(missing_ok=True)
-    print(f"wrote {len(labels)} images, generated in {record['dtype']}, to {out}: "
-          f"{', '.join(files)}")
+        disk.write_folder(out / "png", lambda folder: write_pngs(images, labels, names, folder),
+                          "samples", "--png")
+    disk.write_json(out / "samples.json", {
+        "settings": record, "data": data, "npz_sha256": disk.sha256(out / "samples.npz"),
+        "seconds": round(seconds, 2), "git_commit": disk.git_commit()})
+    print(f"wrote {len(labels)} images, generated in {record['dtype']}, to {out}: samples.npz, "
+          f"grid.png{', png/' if png else ''}")
 
 
-def is_up_to_date(out, record, png=False):
-    """Whether a folder holds the samples, and the PNGs, that were made with these settings."""
-    made = disk.read_json(out / "samples.json")
-    there = (out / "samples.npz").is_file() and (out / "grid.png").is_file()
-    if not there or not disk.up_to_date(out / "samples.json", record):
-        return False
-    same = made.get("npz_sha256") == disk.sha256(out / "samples.npz")
-    return same and (not png or made.get("png") == png_fingerprint(out / "png"))
+def make_samples(args, ckpt, rt, record, labels, make_images):
+    """The samples of a checkpoint in their folder; with --if-needed nothing where they are there.
+
+    record: the settings that made them. labels: a list of N. make_images() -> (N, H, W, C) uint8 on
+    rank 0. What sample.py, stable_diffusion.py and text_to_image.py do with their images.
+    """
+    out = samples_folder(args)
+    files = ["samples.npz", "grid.png", *(["png"] if args.png else [])]
+    done = args.if_needed and rt.rank == 0 and all((out / name).exists() for name in files)
+    if rt.maximum(int(done and disk.up_to_date(out / "samples.json", record))):
+        return rt.print(f"{out}: up to date")
+    png = args.png or (out / "png/export.json").exists()    # those of an earlier call are replaced
+    if png:
+        rt.on_rank_0(lambda: disk.refuse_other_folder(out / "png", "samples", "--png"))
+    with disk.lock(out, rt=rt):
+        start = time.time()
+        images = make_images()
+        seconds = time.time() - start
+        rt.on_rank_0(lambda: write_samples(out, images, labels, record, ckpt["data"], seconds, png))
 
 
-def is_done(args, rt, out, record):
-    """Whether --if-needed leaves nothing to do: rank 0 looks, and all ranks get its answer."""
-    done = args.if_needed and rt.rank == 0 and is_up_to_date(out, record, args.png)
-    return bool(rt.maximum(int(done)))
+def samples_folder(args):
+    """The folder of the results: --out, or samples beside the checkpoint, with a snapshot's name.
+
+    Those of run/ckpt.pt go to run/samples, those of run/ckpt-0000010.pt to a folder of their own.
+    """
+    name = "samples" if args.branch == "full" else "samples-general"
+    ckpt = Path(args.ckpt)
+    if ckpt.name != "ckpt.pt":
+        name += f"-{ckpt.stem}"
+    return Path(args.out or ckpt.with_name(name))
+
+
+def describe(args, ckpt, sampling, rt):
+    """What made these images: everything that moves a number measured on them, for the JSON."""
+    return {"ckpt": str(args.ckpt), "ckpt_sha256": ckpt.sha256, "step": ckpt["step"],
+            "command": ckpt["command"], "dataset": ckpt["config"]["dataset"],
+            "weights": args.weights, "branch": args.branch, **sampling.record(),
+            "dtype": rt.dtype_name(), **runtime.Plugins.record()}
+
+
+def sampling_in_words(settings):
+    """Sampling in words: "step 300,000, ddim, 50 steps, guidance 1.5, x_0 clipped".
+
+    settings: those of a result, or a part of them.
+    """
+    words = {"step": "step {:,}", "sampler": "{}", "steps": "{} steps", "guidance": "guidance {:g}"}
+    found = [text.format(settings[key]) for key, text in words.items() if key in settings]
+    if settings.get("sampler", "consistency") != "consistency":
+        found.append("x_0 clipped" if settings.get("clip") else "x_0 not clipped")
+    usual = {"eta": 0, "grid": "uniform", "order": 3, "weights": "ema", "branch": "full"}
+    found += [f"{key} {settings[key]}" for key, value in usual.items()
+              if settings.get(key, value) != value]
+    return ", ".join(found)
 
 
 # --------------------------------------------------------------------------------------------------
+# The script
 
 def add_sampling_flags(parser):
     """The flags that choose how images are generated, the same for evaluate.py."""
@@ -687,68 +601,6 @@ def sampling_of(args, kind):
     return Sampling.of(kind, **{f.name: getattr(args, f.name) for f in fields(Sampling)})
 
 
-def clipped(settings):
-    """ "x_0 clipped" or "x_0 not clipped", of settings of any age: older ones do not say it."""
-    return "x_0 clipped" if settings.get("clip") else "x_0 not clipped"
-
-
-def sampling_in_words(settings):
-    """Sampling in words: "step 300,000, ddim, 50 steps, guidance 1.5, x_0 clipped"."""
-    sampler = settings.get("sampler")
-    words = [f"step {settings['step']:,}"] if "step" in settings else []
-    words += [sampler] if sampler else []
-    words += [f"{settings['steps']} steps"] if "steps" in settings else []
-    words += [f"guidance {settings['guidance']:g}"] if "guidance" in settings else []
-    if sampler not in (None, "consistency"):
-        words.append(clipped(settings))
-    usual = {"eta": 0, "grid": "uniform", "order": 3, "weights": "ema", "branch": "full"}
-    words += [f"{key} {settings[key]}" for key, value in usual.items()
-              if settings.get(key, value) != value]
-    return ", ".join(words)
-
-
-def samples_folder(args):
-    """The folder of the results: --out, or samples beside the checkpoint, with a snapshot's name.
-
-    Those of run/ckpt.pt go to run/samples, those of run/ckpt-0000010.pt to a folder of their own.
-    """
-    name = "samples" if args.branch == "full" else "samples-general"
-    ckpt = Path(args.ckpt)
-    if ckpt.name != "ckpt.pt":
-        name += f"-{ckpt.stem}"
-    return Path(args.out or ckpt.with_name(name))
-
-
-def dtype_of(args, ckpt):
-    """--dtype; where it is auto the checkpoint's: it moves the last digits of every image."""
-    return ckpt["config"]["dtype"] if args.dtype == "auto" else args.dtype
-
-
-def describe(args, ckpt, sampling):
-    """What made these images: everything that moves a number measured on them, for the JSON."""
-    return {"ckpt": str(args.ckpt), "ckpt_sha256": ckpt.sha256,
-            "step": ckpt["step"], "command": ckpt["command"],
-            "dataset": ckpt["config"]["dataset"], "weights": args.weights, "branch": args.branch,
-            **sampling.record(), **runtime.Plugins.record()}
-
-
-def make_parser():
-    """All flags."""
-    parser = Parser(__doc__)
-    parser.add_argument("--ckpt", required=True,
-                        help="a checkpoint of train.py, or a file that --export wrote")
-    add_image_flags(parser)
-    add_sampling_flags(parser)
-    add_output_flags(parser)
-    parser.add_argument("--export", metavar="FILE",
-                        help="write the merged plain network to FILE instead of sampling; a "
-                        "folder with --format diffusers")
-    parser.add_argument("--format", choices=("checkpoint", "diffusers"), default="checkpoint",
-                        help="of --export: a checkpoint, or a folder with a UNet2DModel and its "
-                        "DDIMScheduler, which diffusers reads (default: checkpoint)")
-    return parser
-
-
 def add_image_flags(parser):
     """--classes and --num, the same for stable_diffusion.py."""
     parser.add_argument("--classes",
@@ -756,6 +608,15 @@ def add_image_flags(parser):
                         "one of the training set (default: all)")
     parser.add_argument("--num", type=integer(1, 10_000_000), default=100,
                         help="images, over all classes (default: 100)")
+
+
+def add_output_flags(parser):
+    """--png, --if-needed and the common flags, the same for stable_diffusion.py."""
+    parser.add_argument("--png", action="store_true",
+                        help="also one PNG per image, one folder per class")
+    parser.add_argument("--if-needed", action="store_true",
+                        help="do nothing where --out was made with these settings already")
+    parser.add_common("folder of the results (default: samples beside the checkpoint)")
 
 
 def chosen_classes(args, data):
@@ -776,23 +637,44 @@ def labels_in_turn(classes, num):
     return [classes[i % len(classes)] for i in range(num)]
 
 
-def add_output_flags(parser):
-    """--png, --if-needed and the common flags, the same for stable_diffusion.py."""
-    parser.add_argument("--png", action="store_true",
-                        help="also one PNG per image, one folder per class")
-    parser.add_argument("--if-needed", action="store_true",
-                        help="do nothing where --out was made with these settings already")
-    parser.add_common("folder of the results (default: samples beside the checkpoint)")
+def dtype_of(args, ckpt):
+    """--dtype; where it is auto the checkpoint's: it moves the last digits of every image."""
+    return ckpt["config"]["dtype"] if args.dtype == "auto" else args.dtype
 
 
-def export_network(args, given):
-    """What --export asks for: write the merged network and nothing else."""
-    from exchange import diffusers_unet     # for this format only
-    refuse_unused(given, {name: "--export generates no images" for name in UNUSED})
-    for_diffusers = args.format == "diffusers"
-    if for_diffusers:
-        diffusers_unet.check_target(args.export)
-    else:
+def make_parser():
+    """All flags."""
+    parser = Parser(__doc__)
+    parser.add_argument("--ckpt", required=True,
+                        help="a checkpoint of train.py, or a file that --export wrote")
+    add_image_flags(parser)
+    add_sampling_flags(parser)
+    add_output_flags(parser)
+    parser.add_argument("--export", metavar="FILE",
+                        help="write the merged plain network to FILE instead of sampling; a "
+                        "folder with --format diffusers")
+    parser.add_argument("--format", choices=("checkpoint", "diffusers"), default="checkpoint",
+                        help="of --export: a checkpoint, or a folder with a UNet2DModel and its "
+                        "DDIMScheduler, which diffusers reads (default: checkpoint)")
+    return parser
+
+
+def is_export(path):
+    """Whether a file is what --export writes: it may be replaced."""
+    try:
+        return is_one_network(disk.load(path, KINDS, "--export"))
+    except UserError:
+        return False
+
+
+def export(args, given):
+    """What --export asks for: the merged network as a checkpoint of its own, or for diffusers.
+
+    Every script takes the checkpoint, and its "model" fits a plain network.
+    """
+    used = {"ckpt", "weights", "branch", "export", "format", "device", "plugin"}
+    refuse_unused(given, dict.fromkeys(sorted(given - used), "--export generates no images"))
+    if args.format == "checkpoint":
         disk.refuse_overwriting(args.export, is_export, "--export", "an export of sample.py")
     ckpt = disk.load(args.ckpt, KINDS)
     if ckpt["experts"]:
@@ -800,10 +682,15 @@ def export_network(args, given):
                         "plain network")
     rt = runtime.setup(args.device, dtype_of(args, ckpt))
     net = load_network(ckpt, args.weights, args.branch)
-    write = diffusers_unet.write if for_diffusers else export
-    rt.on_rank_0(lambda: write(ckpt, net, args.export))
-    kind = "a UNet2DModel and its scheduler" if for_diffusers else "a plain network"
-    rt.print(f"wrote {args.export}: {args.weights} weights, {args.branch} branch, {kind}")
+    if args.format == "diffusers":
+        from exchange import diffusers_unet     # needs diffusers
+        rt.on_rank_0(lambda: diffusers_unet.write(ckpt, net, args.export))
+    else:
+        state = {name: p.detach().cpu().contiguous() for name, p in net.state_dict().items()}
+        kept = {k: ckpt[k] for k in ("kind", "step", "command", "config", "data", "network")}
+        plain = {"rank_ratio": None, "experts": None, "model": state, "ema": state}
+        rt.on_rank_0(lambda: disk.save(args.export, {**kept, **plain}, "--export"))
+    rt.print(f"wrote {args.export}: {args.weights} weights, {args.branch} branch")
 
 
 def main():
@@ -811,29 +698,21 @@ def main():
     parser = make_parser()
     args = parser.parse_args()
     if args.export is not None:
-        return export_network(args, parser.given)
+        return export(args, parser.given)
     refuse_unused(parser.given, {"format": "belongs to --export"})
     ckpt = disk.load(args.ckpt, KINDS)
-    names = ckpt["data"]["class_names"]
-    classes = chosen_classes(args, ckpt["data"])
     sampling = sampling_of(args, ckpt["kind"])
-    out = samples_folder(args)
+    classes = chosen_classes(args, ckpt["data"])
+    labels = labels_in_turn(classes, args.num)
     rt = runtime.setup(args.device, dtype_of(args, ckpt))
     net = load_network(ckpt, args.weights, args.branch, rt.device)
-    record = {**describe(args, ckpt, sampling), "classes": classes, "num": args.num,
-              "dtype": rt.dtype_name()}
-    if is_done(args, rt, out, record):
-        return rt.print(f"{out}: up to date")
 
-    labels = labels_in_turn(classes, args.num)
-    with claimed(out, args.png, rt):
-        start = time.time()
-        net = prepare(net, rt, image_shape(ckpt), args.num, args.batch_size)
-        images = generate(net, labels, range(args.num), image_shape(ckpt), rt, sampling,
-                          args.batch_size)
-        seconds = time.time() - start
-        rt.on_rank_0(lambda: write_samples(out, images, labels, names, record, ckpt["data"],
-                                           seconds, args.png))
+    def make_images():
+        shape = image_shape(ckpt)
+        fast = prepare(net, rt, shape, args.num, args.batch_size)
+        return generate(fast, labels, range(args.num), shape, rt, sampling, args.batch_size)
+    record = {**describe(args, ckpt, sampling, rt), "classes": classes, "num": args.num}
+    make_samples(args, ckpt, rt, record, labels, make_images)
 
 
 if __name__ == "__main__":

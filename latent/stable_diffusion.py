@@ -32,7 +32,6 @@ than `stable_diffusion.py sample` does; from the same noise it gives the same im
 import hashlib
 import json
 import math
-import time
 from argparse import BooleanOptionalAction
 from contextlib import nullcontext
 from functools import partial
@@ -53,8 +52,8 @@ from loop import Meter, Training
 from losses import CMConfig, Objective, add_cm_flags, bind, draw_batch
 from runtime import Parser, UserError, integer, number, refuse_unused, run
 from sample import (Sampling, add_image_flags, add_output_flags, add_sampling_flags,
-                    add_weights_flags, check_outputs, chosen_classes, claimed, describe, dtype_of,
-                    generate, is_done, labels_in_turn, samples_folder, sampling_of, write_samples)
+                    add_weights_flags, chosen_classes, describe, dtype_of, generate,
+                    labels_in_turn, make_samples, sampling_of)
 from sets.readers import READERS
 from train import (IR, add_write_flags, check_batch_size, check_keep_every, compiled, config_of,
                    is_finished, preset_words, run_loop)
@@ -753,34 +752,23 @@ def main_sample(argv):
     """Generate the images that the flags ask for: sample.py's main, through the autoencoder."""
     args = make_sample_parser().parse_args(argv)
     ckpt = disk.load(args.ckpt, ["latent"])
-    names = ckpt["data"]["class_names"]
-    classes = chosen_classes(args, ckpt["data"])
-    rt = runtime.setup(args.device, dtype_of(args, ckpt))
     sampling = sampling_of(args, "latent")
-    out = samples_folder(args)
-    name, revision = model_of(args, ckpt)
-    record = {**describe(args, ckpt, sampling),
-              "model": name, "revision": revision, "model_sha256": ckpt.get("model_sha256"),
-              "num": args.num, "dtype": rt.dtype_name()}
-    if args.classes is not None:        # older records have no such entry, and are of all classes
-        record["classes"] = classes
-    refuse_general(args, ckpt)
-    if is_done(args, rt, out, record):
-        return rt.print(f"{out}: up to date")
-    rt.on_rank_0(lambda: check_outputs(out, args.png))
-
-    start = time.time()
-    model = Model(name, rt.device, revision)
-    model.refuse_other(ckpt)
-    net = load_network(model, ckpt, args.weights)
+    classes = chosen_classes(args, ckpt["data"])
     labels = labels_in_turn(classes, args.num)
-    branch = general_only(net) if args.branch == "general" else nullcontext()
-    with claimed(out, args.png, rt), branch:
-        images = decoded(model, net, labels, ckpt["data"]["resolution"], rt, sampling,
-                         args.batch_size)
-        seconds = time.time() - start
-        rt.on_rank_0(lambda: write_samples(out, images, labels, names, record, ckpt["data"],
-                                           seconds, args.png))
+    refuse_general(args, ckpt)
+    rt = runtime.setup(args.device, dtype_of(args, ckpt))
+    name, revision = model_of(args, ckpt)
+
+    def make_images():
+        model = Model(name, rt.device, revision)
+        model.refuse_other(ckpt)
+        net = load_network(model, ckpt, args.weights)
+        with general_only(net) if args.branch == "general" else nullcontext():
+            return decoded(model, net, labels, ckpt["data"]["resolution"], rt, sampling,
+                           args.batch_size)
+    record = {**describe(args, ckpt, sampling, rt), "model": name, "revision": revision,
+              "model_sha256": ckpt.get("model_sha256"), "classes": classes, "num": args.num}
+    make_samples(args, ckpt, rt, record, labels, make_images)
 
 
 # --------------------------------------------------------------------------------------------------

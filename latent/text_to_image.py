@@ -25,7 +25,6 @@ command.
 """
 import hashlib
 import json
-import time
 from argparse import BooleanOptionalAction, Namespace
 from functools import partial
 from pathlib import Path
@@ -48,9 +47,8 @@ from loop import Meter, Training
 from losses import BASES, CMConfig, Objective, add_cm_flags, bind
 from model import make_alphas_bar
 from runtime import Parser, UserError, integer, number, refuse_unused, run
-from sample import (Sampling, add_output_flags, add_sampling_flags, check_outputs, claimed,
-                    describe, dtype_of, generate, is_done, labels_in_turn, samples_folder,
-                    sampling_of, write_samples)
+from sample import (Sampling, add_output_flags, add_sampling_flags, describe, dtype_of, generate,
+                    labels_in_turn, make_samples, sampling_of)
 from sets.readers import READERS
 from train import (IR, add_own_flags, add_write_flags, check_batch_size, check_keep_every, compiled,
                    config_of, fill_in_ct_double, is_finished, preset_words, run_loop)
@@ -619,7 +617,6 @@ def main_sample(argv):
     """Generate images for the captions of the reference: sample.py's main, with texts."""
     args = make_sample_parser().parse_args(argv)
     ckpt = disk.load(args.ckpt, ["text"])
-    config, names = ckpt["config"], ckpt["data"]["class_names"]
     sampling = sampling_of(args, sampled_as(ckpt))
     if args.branch == "general" and ckpt["rank_ratio"] is None:
         raise UserError("--branch general: this checkpoint has no reserved capacity (it was "
@@ -627,25 +624,19 @@ def main_sample(argv):
     rt = runtime.setup(args.device, dtype_of(args, ckpt))
     with rt.rank_0_first():
         texts, labels = reference_captions(ckpt, args)
-    out = samples_folder(args)
-    record = {**describe(args, ckpt, sampling), "num": args.num,
-              "dtype": rt.dtype_name(), "captions_sha256": hash_of(texts)}
-    if is_done(args, rt, out, record):
-        return rt.print(f"{out}: up to date")
-    rt.on_rank_0(lambda: check_outputs(out, args.png))
 
-    start = time.time()
-    autoencoder = load_autoencoder(args.autoencoder or config["autoencoder"], rt.device)
-    text = load_text_encoder(args.text_encoder or config["text_encoder"],
-                             ckpt["network"]["vocabulary"])
-    refuse_other_parts(ckpt, autoencoder, text)
-    net = load_network(ckpt, text, texts, args.weights, args.branch, rt.device)
-    with claimed(out, args.png, rt):
-        images = decoded(autoencoder, net, list(range(args.num)), ckpt, rt, sampling,
-                         args.batch_size)
-        seconds = time.time() - start
-        rt.on_rank_0(lambda: write_samples(out, images, labels, names, record, ckpt["data"],
-                                           seconds, args.png))
+    def make_images():
+        config = ckpt["config"]
+        autoencoder = load_autoencoder(args.autoencoder or config["autoencoder"], rt.device)
+        text = load_text_encoder(args.text_encoder or config["text_encoder"],
+                                 ckpt["network"]["vocabulary"])
+        refuse_other_parts(ckpt, autoencoder, text)
+        net = load_network(ckpt, text, texts, args.weights, args.branch, rt.device)
+        return decoded(autoencoder, net, list(range(args.num)), ckpt, rt, sampling,
+                       args.batch_size)
+    record = {**describe(args, ckpt, sampling, rt), "num": args.num,
+              "captions_sha256": hash_of(texts)}
+    make_samples(args, ckpt, rt, record, labels, make_images)
 
 
 # --------------------------------------------------------------------------------------------------

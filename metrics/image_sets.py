@@ -225,7 +225,7 @@ def from_checkpoint(args, ckpt, rt):
     """The Subject that --ckpt names."""
     sampling = sampling_of(args, ckpt["kind"])
     net = load_network(ckpt, args.weights, args.branch, rt.device)
-    made = describe(args, ckpt, sampling)
+    made = describe(args, ckpt, sampling, rt)
     data = ckpt["data"]
     words = (f"{args.ckpt} (step {ckpt['step']:,}, {args.weights} weights, {args.branch} branch; "
              f"{sampling_in_words(sampling.record())}, {rt.dtype_name()})")
