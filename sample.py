@@ -225,7 +225,7 @@ class Sampling:
         sampler, has no use for, and where there are not as many timesteps.
         """
         given = {name: value for name, value in given.items() if value is not None}
-        values = {**DEFAULTS[kind], **given}
+        values = {"sampler": cls.sampler, **DEFAULTS[kind], **given}
         sampling = cls(**{"steps": STEPS[values["sampler"]], **values})
         sampler, of_consistency = sampling.sampler, sampling.sampler == "consistency"
         unfit = {"sampler": of_consistency != (kind == "consistency"),

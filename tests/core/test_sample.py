@@ -1,9 +1,6 @@
 """sample.py: the samplers against closed forms, per-image seeds, output files, export."""
 import math
-import os
-import shutil
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -81,24 +78,26 @@ def test_settings_of_the_default_command():
     settings = {"seed": 0, "sampler": "ddim", "grid": "uniform", "eta": 0.0, "guidance": 1.5,
                 "steps": 50, "clip": True}
     assert sample.sampling_of(args, "diffusion").record() == settings
+    assert sample.sampling_of(args, "latent").record() == {**settings, "clip": False}
+    assert sample.sampling_of(args, "consistency").record() == {
+        **settings, "sampler": "consistency", "steps": 2, "guidance": 0.0, "clip": False}
     assert (args.branch, args.weights, args.num) == ("full", "ema", 100)
     args = parser.parse_args(["--ckpt", "ckpt.pt", "--sampler", "dpm", "--no-clip"])
     changed = {"sampler": "dpm", "steps": 15, "clip": False, "order": 3}
     assert sample.sampling_of(args, "diffusion").record() == {**settings, **changed}
-    assert sample.DEFAULTS["latent"] == {"sampler": "ddim", "guidance": 1.5, "clip": False}
-    assert sample.DEFAULTS["consistency"] == {"sampler": "consistency", "guidance": 0.0,
-                                              "clip": False}
-    assert sample.STEPS == {"ddim": 50, "ddpm": 1000, "dpm": 15, "dpm++": 15, "consistency": 2}
 
 
-@pytest.mark.parametrize("kind, flags, says", [
-    ("latent", ["--clip"], "--clip"),
-    ("consistency", ["--clip"], "--clip"),
-    ("diffusion", ["--sampler", "dpm", "--steps", "1000"], "--steps 1000"),
-    ("consistency", ["--steps", "40"], "--steps 40")])
-def test_settings_that_no_sampler_has_are_refused_before_the_work(kind, flags, says):
-    args = sample.make_parser().parse_args(["--ckpt", "ckpt.pt", *flags])
-    with pytest.raises(UserError, match=says):
+@pytest.mark.parametrize("kind, flag, others", [
+    ("latent", "--clip", []), ("consistency", "--clip", []),
+    ("diffusion", "--sampler consistency", []), ("consistency", "--sampler ddim", []),
+    ("consistency", "--guidance 1", []), ("consistency", "--grid quad", []),
+    ("consistency", "--steps 40", []), ("diffusion", "--steps 1000", ["--sampler", "dpm"]),
+    ("diffusion", "--grid quad", ["--sampler", "dpm"]), ("diffusion", "--order 2", []),
+    ("diffusion", "--eta 0.5", ["--sampler", "ddpm"])])
+def test_settings_that_a_sampler_has_no_use_for(kind, flag, others):
+    flag = flag.split()
+    args = sample.make_parser().parse_args(["--ckpt", "ckpt.pt", *flag, *others])
+    with pytest.raises(UserError, match=flag[0]):
         sample.sampling_of(args, kind)
 
 
@@ -150,19 +149,6 @@ def test_the_picture_of_samples():
             assert np.unique(cell[:56, 28:56]).tolist() == [255 if number is None else 110 + number]
 
 
-@pytest.mark.parametrize("classes, rows", [([7, 2, 5], [7, 2, 5]), (range(12), None)])
-def test_the_picture_has_the_classes_that_were_asked_for(classes, rows, tmp_path, monkeypatch):
-    """In their order, with their counts; of more than ten, ten are left to grid_image."""
-    asked, names = [], [str(c) for c in range(12)]
-    monkeypatch.setattr(sample, "grid_image",
-                        lambda *args: asked.append(args) or Image.new("L", (1, 1)))
-    images = np.zeros((12, 8, 8, 1), np.uint8)
-    labels = [classes[i % len(classes)] for i in range(12)]
-    data, record = {"class_counts": list(range(12))}, {"dtype": "torch.float32"}
-    sample.write_samples(tmp_path, images, labels, names, record, data, 1.0)
-    assert asked[0][1:] == (names, data["class_counts"], rows)
-
-
 def test_at_most_ten_classes_are_shown_and_images_grow_by_a_whole_factor():
     labels = np.arange(40)
     images = np.arange(40, dtype=np.uint8).repeat(24 * 24).reshape(40, 24, 24, 1)
@@ -176,8 +162,6 @@ def test_timesteps_of_dpm_end_before_0():
     assert sample.Sampling("dpm", 4).timesteps(AB) == [800, 600, 400, 200]
     assert sample.Sampling("dpm++", 4).timesteps(AB) == [750, 500, 250, 0]
     assert sample.Sampling("dpm", 999).timesteps(AB) == list(range(999, 0, -1))
-    with pytest.raises(UserError, match="--steps 1000: dpm takes 999 at most"):
-        sample.Sampling("dpm", 1000).timesteps(AB)
 
 
 def test_ddpm_is_algorithm_c1():
@@ -285,19 +269,6 @@ def test_a_process_without_an_image_has_an_empty_share():
     assert share.shape == (0, 8, 8, 3) and share.dtype == np.uint8
 
 
-def test_images_of_one_class_differ_and_eta_adds_noise(cm_run, cpu):
-    net = network(cm_run)
-    y = torch.tensor([3, 3])
-
-    def images(**options):
-        return sample.sample_batch(net, y, [5, 8], SHAPE, cpu,
-                                   sample.Sampling(steps=4, **options))
-    plain = images()
-    assert (plain[0] - plain[1]).abs().max() > 0.1
-    assert (images(eta=1.0) - plain).abs().max() > 0.1
-    assert torch.equal(images(sampler="dpm"), images(sampler="dpm", order=3))
-
-
 def test_guidance(cm_run, cpu):
     net = network(cm_run)
     y = torch.tensor([3, 4])
@@ -391,24 +362,43 @@ def test_files_and_branches(cm_run, tmp_path):
         assert f["arr_0"].shape == images.shape and not np.array_equal(f["arr_0"], images)
 
 
+SHORT = ("--num", 6, "--classes", "6-8", "--steps", 2, "--device", "cpu")
+
+
 def test_if_needed(cm_run, tmp_path):
-    """The same settings: nothing is done. Others: the samples are generated again."""
-    common = ("--ckpt", cm_run / "ckpt.pt", "--num", 12, "--classes", "6-9", "--steps", 3,
-              "--device", "cpu", "--out", tmp_path)
-    npz = tmp_path / "samples.npz"
-    call(sample.main, *common, "--png")
-    before = npz.stat().st_mtime_ns
-    call(sample.main, *common, "--png", "--if-needed")
-    assert npz.stat().st_mtime_ns == before
-    call(sample.main, *common, "--seed", 1, "--if-needed")
-    assert npz.stat().st_mtime_ns != before
+    """Nothing is done where these settings and this checkpoint made what is there."""
+    def made_again(*more):
+        npz = tmp_path / "samples.npz"
+        before = npz.stat().st_mtime_ns if npz.exists() else None
+        call(sample.main, "--ckpt", cm_run / "ckpt.pt", *SHORT, "--out", tmp_path, "--if-needed",
+             *more)
+        return npz.stat().st_mtime_ns != before
+    assert made_again() and not made_again()
+    assert made_again("--seed", 1)
+    assert made_again("--seed", 1, "--png") and not made_again("--seed", 1, "--png")
+    for name in ("grid.png", "samples.json", "samples.npz"):
+        (tmp_path / name).unlink()
+        assert made_again("--seed", 1), name
+
+
+def test_pngs_of_an_earlier_call_are_replaced_and_others_are_not(cm_run, tmp_path, capsys):
+    flags = ["--ckpt", cm_run / "ckpt.pt", *SHORT, "--out", tmp_path]
+    call(sample.main, *flags, "--png")
+    call(sample.main, *flags, "--num", 3)               # without --png as well: none of two calls
+    assert len(list((tmp_path / "png").rglob("*.png"))) == 3
+    before = (tmp_path / "samples.npz").read_bytes()
+    (tmp_path / "png/0006-6/mine.png").write_bytes(b"mine")
+    refuses(capsys, sample.main, *flags, "--png", says=["--png"])
+    assert (tmp_path / "png/0006-6/mine.png").read_bytes() == b"mine"
+    assert (tmp_path / "samples.npz").read_bytes() == before
 
 
 def test_whatever_moves_an_image_is_in_the_record(cm_run, tmp_path, monkeypatch):
     """--if-needed looks at the record alone: each flag that changes an image changes it."""
     ckpt, records = cm_run / "ckpt.pt", []
     monkeypatch.setattr(sample, "load_network", lambda *_: None)
-    monkeypatch.setattr(sample, "is_done", lambda args, rt, out, made: records.append(made) or 1)
+    monkeypatch.setattr(sample, "make_samples",
+                        lambda args, ckpt, rt, record, *_: records.append(record))
 
     def record(*flags, ckpt=ckpt):
         call(sample.main, "--ckpt", ckpt, "--device", "cpu", *flags)
@@ -425,158 +415,6 @@ def test_whatever_moves_an_image_is_in_the_record(cm_run, tmp_path, monkeypatch)
     assert record(ckpt=tmp_path / "ckpt.pt")["ckpt_sha256"] != first["ckpt_sha256"]
 
 
-def test_dpm_by_its_flags(cm_run, tmp_path, capsys):
-    common = ("--ckpt", cm_run / "ckpt.pt", "--num", 4, "--steps", 7, "--device", "cpu")
-    images = []
-    for order in (None, 3, 2):
-        out = tmp_path / str(order)
-        flags = ["--order", order] if order else []
-        call(sample.main, *common, "--sampler", "dpm", *flags, "--out", out)
-        assert disk.read_json(out / "samples.json")["settings"]["order"] == (order or 3)
-        images.append(np.load(out / "samples.npz")["arr_0"].astype(int))
-    assert (images[0] == images[1]).all() and (images[0] != images[2]).any()
-    refuses(capsys, sample.main, *common, "--order", 2, says=["--order"])
-    for sampler in ("ddpm", "dpm", "dpm++"):
-        refuses(capsys, sample.main, *common, "--sampler", sampler, "--grid", "quad",
-                says=["--grid quad"])
-
-
-SHORT = ("--num", 6, "--classes", "6-8", "--steps", 2, "--device", "cpu")
-
-
-def is_made_again(ckpt, out, *more):
-    """Whether --if-needed makes the samples in `out` once more."""
-    npz = out / "samples.npz"
-    before = npz.stat().st_mtime_ns if npz.exists() else None
-    call(sample.main, "--ckpt", ckpt, *SHORT, "--out", out, "--if-needed", *more)
-    return npz.stat().st_mtime_ns != before
-
-
-def test_if_needed_looks_at_the_files(cm_run, tmp_path):
-    """A record beside images that were replaced, cut or removed proves nothing."""
-    ckpt = cm_run / "ckpt.pt"
-    call(sample.main, "--ckpt", ckpt, *SHORT, "--out", tmp_path)
-    assert not is_made_again(ckpt, tmp_path)
-    os.truncate(tmp_path / "samples.npz", 300)
-    assert is_made_again(ckpt, tmp_path)
-    np.savez(tmp_path / "samples.npz", arr_0=np.zeros((6, 8, 8, 3), np.uint8), arr_1=np.zeros(6))
-    assert is_made_again(ckpt, tmp_path)
-    record = disk.read_json(tmp_path / "samples.json")
-    del record["npz_sha256"]                    # as an older version wrote it
-    disk.write_json(tmp_path / "samples.json", record)
-    assert is_made_again(ckpt, tmp_path)
-    assert is_made_again(ckpt, tmp_path, "--png") and not is_made_again(ckpt, tmp_path, "--png")
-    next((tmp_path / "png").rglob("*.png")).unlink()
-    assert is_made_again(ckpt, tmp_path, "--png")
-    (tmp_path / "grid.png").unlink()
-    assert is_made_again(ckpt, tmp_path)
-
-
-def test_a_killed_call_leaves_nothing_to_measure(cm_run, tmp_path, monkeypatch):
-    """Killed while it writes PNGs: neither a record nor PNGs of two calls remain."""
-    ckpt = cm_run / "ckpt.pt"
-    call(sample.main, "--ckpt", ckpt, *SHORT, "--png", "--out", tmp_path)
-    write, written = disk.write_png, []
-
-    def killed(path, picture):
-        if len(written) == 4:
-            raise KeyboardInterrupt
-        written.append(path)
-        write(path, picture)
-    with monkeypatch.context() as m:
-        m.setattr(disk, "write_png", killed)
-        with pytest.raises(KeyboardInterrupt):
-            call(sample.main, "--ckpt", ckpt, *SHORT, "--num", 9, "--png", "--out", tmp_path)
-    assert not (tmp_path / "samples.json").exists()
-    assert not (tmp_path / "png").exists()
-    call(sample.main, "--ckpt", ckpt, *SHORT, "--num", 3, "--png", "--out", tmp_path)
-    assert len(list(tmp_path.rglob("*.png"))) == 3 + 1          # and grid.png
-    call(sample.main, "--ckpt", ckpt, *SHORT, "--out", tmp_path)
-    assert not (tmp_path / "png").exists()
-
-
-def test_killed_while_an_earlier_calls_pngs_are_removed(cm_run, tmp_path, monkeypatch):
-    """png/ goes all at once: a part of an earlier call's images is never found."""
-    flags = ("--ckpt", cm_run / "ckpt.pt", *SHORT, "--png", "--out", tmp_path)
-    call(sample.main, *flags)
-    unlink, removed = Path.unlink, []
-
-    def killed(path, *args, **kwargs):
-        if path.suffix == ".png":
-            removed.append(path)
-        if len(removed) == 3:
-            raise KeyboardInterrupt
-        unlink(path, *args, **kwargs)
-    with monkeypatch.context() as m:
-        m.setattr(Path, "unlink", killed)
-        with pytest.raises(KeyboardInterrupt):
-            call(sample.main, *flags)
-    assert not (tmp_path / "png").exists()
-    call(sample.main, *flags)                           # and the next call works
-    assert not list(tmp_path.glob(".*.tmp"))
-    assert len(sample.own_pngs(tmp_path / "png")) == 6
-
-
-def test_pngs_without_a_record_are_not_ours(cm_run, tmp_path, capsys):
-    """Files that are named as write_pngs names them, but no samples.json says so: they stay."""
-    path = tmp_path / "png/0001-cat/000001.png"
-    disk.write_png(path, Image.new("L", (8, 8)))
-    flags = ["--ckpt", cm_run / "ckpt.pt", *SHORT, "--out", tmp_path]
-    refuses(capsys, sample.main, *flags, "--png", says=["--png", "000001.png"])
-    call(sample.main, *flags)
-    assert path.exists()
-
-
-def test_killed_between_the_pngs_and_the_record(cm_run, tmp_path, capsys, monkeypatch):
-    """The same command goes through; PNGs of the user in their place are still refused."""
-    flags = ["--ckpt", cm_run / "ckpt.pt", *SHORT, "--out", tmp_path]
-    write = disk.write_json
-
-    def full(path, value):
-        if path.name == "samples.json":
-            raise UserError("the disk is full")
-        write(path, value)
-
-    def killed():
-        with monkeypatch.context() as m:
-            m.setattr(disk, "write_json", full)
-            with pytest.raises(UserError, match="full"):
-                call(sample.main, *flags, "--png")
-        assert (tmp_path / "png").exists() and not (tmp_path / "samples.json").exists()
-    killed()
-    call(sample.main, *flags, "--png")
-    assert sorted(p.name for p in tmp_path.iterdir()) == [
-        ".lock", "grid.png", "png", "samples.json", "samples.npz"]
-    killed()
-    call(sample.main, *flags)
-    assert not (tmp_path / "png").exists()
-    killed()
-    mine = tmp_path / "png/0001-cat/000001.png"
-    disk.write_png(mine, Image.new("L", (8, 8)))
-    refuses(capsys, sample.main, *flags, "--png", says=["--png", "samples.json"])
-    assert mine.exists()
-
-
-def test_nothing_is_removed_through_a_link(cm_run, tmp_path, capsys):
-    """png/, or a folder in it, was moved to where there is room, and a link stands in its place."""
-    out, big = tmp_path / "s", tmp_path / "big"
-    flags = ["--ckpt", cm_run / "ckpt.pt", *SHORT, "--out", out]
-    call(sample.main, *flags, "--png")
-    (out / "png").rename(big)
-    (out / "png").symlink_to(big)
-    for more in ([], ["--png"]):
-        refuses(capsys, sample.main, *flags, *more, says=["--out", "png is a link"])
-    assert len(list(big.rglob("*.png"))) == 6
-    (out / "png").unlink()
-    moved = next(big.iterdir())
-    moved.rename(tmp_path / "moved")
-    moved.symlink_to(tmp_path / "moved")
-    big.rename(out / "png")
-    refuses(capsys, sample.main, *flags, "--png", says=["--png", moved.name])
-    call(sample.main, *flags)
-    assert len(list((tmp_path / "moved").iterdir())) == 2
-
-
 def test_samples_of_a_snapshot_have_a_folder_of_their_own(tmp_path):
     def folder(*flags):
         args = sample.make_parser().parse_args(["--ckpt", *flags])
@@ -587,45 +425,11 @@ def test_samples_of_a_snapshot_have_a_folder_of_their_own(tmp_path):
     assert folder("a.pt", "--out", "b") == "b"
 
 
-@pytest.mark.parametrize("name", ["0001-a/1000000.png", "12345-a/000000.png"])
-def test_large_numbers_are_ours_too(name, tmp_path):
-    """The millionth image, and class number 10,000."""
-    disk.write_png(tmp_path / name, Image.new("L", (8, 8)))
-    assert not sample.other_files(tmp_path)
-
-
-@pytest.mark.parametrize("name", ["samples.npz", "samples.json", "grid.png"])
-def test_a_folder_in_the_way_is_refused_before_the_work(cm_run, tmp_path, capsys, monkeypatch,
-                                                        name):
-    (tmp_path / name).mkdir()
-    monkeypatch.setattr(sample, "generate", None)
-    refuses(capsys, sample.main, "--ckpt", cm_run / "ckpt.pt", *SHORT, "--out", tmp_path,
-            says=["--out", name, "a folder"])
-
-
-def test_an_export_has_no_raw_weights(cm_run, tmp_path, capsys):
-    """Its one network is that of the averaged weights, or was raw already."""
-    path = tmp_path / "merged.pt"
-    call(sample.main, "--ckpt", cm_run / "ckpt.pt", "--export", path, "--device", "cpu")
-    refuses(capsys, sample.main, "--ckpt", path, *SHORT, "--weights", "raw", "--out",
-            tmp_path / "s", says=["--weights raw", "export"])
-
-
 def test_every_process_hears_of_numbers_that_are_not_finite(cpu, monkeypatch):
     """This process's images are good and another's are not: it stops as well."""
     monkeypatch.setattr(type(cpu), "maximum", lambda rt, value, group=None: 1)
-    with pytest.raises(UserError, match="not finite"):
+    with pytest.raises(UserError, match="--ckpt"):
         sample.generate(lambda x, t, y: x, [0], [0], SHAPE, cpu, sample.Sampling(steps=2), 1)
-
-
-def test_a_folder_of_png_with_files_of_others(cm_run, tmp_path, capsys):
-    (tmp_path / "png").mkdir()
-    (tmp_path / "png/mine.txt").write_text("mine")
-    flags = ["--ckpt", cm_run / "ckpt.pt", *SHORT, "--out", tmp_path]
-    refuses(capsys, sample.main, *flags, "--png", says=["--png", "mine.txt"])
-    assert not (tmp_path / "samples.npz").exists()
-    call(sample.main, *flags)
-    assert (tmp_path / "png/mine.txt").exists()
 
 
 def test_class_names_do_not_lead_out_of_the_folder(tmp_path):
@@ -642,50 +446,25 @@ def test_a_network_that_gives_nan_is_refused(cm_run, tmp_path, capsys):
     ema = {name: torch.full_like(value, math.nan) for name, value in state["ema"].items()}
     disk.save(tmp_path / "nan.pt", {**state, "ema": ema})
     refuses(capsys, sample.main, "--ckpt", tmp_path / "nan.pt", *SHORT, "--out", tmp_path / "s",
-            says=["--ckpt", "not finite"])
+            says=["--ckpt"])
     assert not (tmp_path / "s/samples.npz").exists()
 
 
-def test_export_destroys_nothing(cm_run, tmp_path, capsys):
-    """A training checkpoint, or a file of another kind, is not replaced; an export is."""
-    ckpt = cm_run / "ckpt.pt"
-    shutil.copy(ckpt, tmp_path / "other.pt")
-    (tmp_path / "notes.txt").write_text("mine")
-    for name in ("other.pt", "notes.txt"):
-        before = (tmp_path / name).read_bytes()
-        refuses(capsys, sample.main, "--ckpt", ckpt, "--export", tmp_path / name, "--device", "cpu",
-                says=["--export", "not an export"])
-        assert (tmp_path / name).read_bytes() == before
-    for _ in range(2):
-        call(sample.main, "--ckpt", ckpt, "--export", tmp_path / "new.pt", "--device", "cpu")
-
-
-@pytest.mark.parametrize("flags", [["--num", 5], ["--png"], ["--guidance", 0], ["--seed", 0],
-                                   ["--dtype", "float32"]], ids=str)
-def test_flags_that_do_nothing_with_export(flags, cm_run, tmp_path, capsys):
-    refuses(capsys, sample.main, "--ckpt", cm_run / "ckpt.pt", "--export", tmp_path / "x.pt",
-            *flags, says=[flags[0] + ":"])
-
-
-def test_remove_pngs_removes_its_own_files_only(tmp_path):
-    images = np.zeros((3, 8, 8, 1), np.uint8)
-    sample.write_pngs(images, [0, 1, 1], ["cat", "sea lion"], tmp_path)
-    own = ["0000-cat/000000.png", "0001-sea lion/000001.png", "0001-sea lion/000002.png"]
-    others = [
-        "me.png", "000000.png", "holiday/1.png", "holiday/000001.png", "cat/000001.png",
-        "0000-cat/holiday.png", "0000-cat/00001.png", "0000-cat/0000001.png", "0000-cat/000001.jpg",
-        "0000-cat/deeper/000001.png", "00000-cat/000001.png", "0000/000001.png"]
-    for name in others:
-        path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(b"mine")
-
-    def files():
-        return sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file())
-    assert files() == sorted(own + others)
-    sample.remove_pngs(tmp_path)
-    assert files() == sorted(others)
-    sample.remove_pngs(tmp_path / "missing")            # no folder, no error
+def test_what_export_refuses(cm_run, tmp_path, capsys):
+    """A training checkpoint or a file of another kind in its place, and flags of sampling."""
+    ckpt, path = cm_run / "ckpt.pt", tmp_path / "merged.pt"
+    flags = ("--ckpt", ckpt, "--export", path, "--device", "cpu")
+    for content in (ckpt.read_bytes(), b"mine"):
+        path.write_bytes(content)
+        refuses(capsys, sample.main, *flags, says=["--export"])
+        assert path.read_bytes() == content
+    path.unlink()
+    for more in (["--num", 5], ["--png"], ["--guidance", 0], ["--dtype", "float32"]):
+        refuses(capsys, sample.main, *flags, *more, says=more[:1])
+    for _ in range(2):                                  # an export may be replaced
+        call(sample.main, *flags)
+    refuses(capsys, sample.main, "--ckpt", path, *SHORT, "--weights", "raw", "--out",
+            tmp_path / "s", says=["--weights"])
 
 
 def test_export_is_a_plain_network_that_generates_the_same_images(cm_run, cpu, tmp_path):
@@ -772,7 +551,7 @@ def test_ddpm_is_diffusers(clip):
 
 
 @CLIP
-@pytest.mark.parametrize("steps", [10, 15, 20])
+@pytest.mark.parametrize("steps", [10, 15])
 def test_dpmpp_is_diffusers(steps, clip):
     from diffusers import DPMSolverMultistepScheduler
     # With sample_max_value 1, its default, thresholding is clipping
@@ -788,7 +567,7 @@ def test_dpmpp_is_diffusers(steps, clip):
 
 @CLIP
 @pytest.mark.parametrize("order", [1, 2, 3])
-@pytest.mark.parametrize("steps", [13, 15, 18])
+@pytest.mark.parametrize("steps", [13, 15])
 @pytest.mark.filterwarnings("ignore:.*algorithm_type.*dpmsolver:FutureWarning")
 def test_dpm_is_diffusers(steps, order, clip):
     """Each call of the network is at the same point; ours ends without the noise of t = 0.
@@ -889,33 +668,6 @@ def test_a_limit_is_applied_at_every_step(sampler):
 # --------------------------------------------------------------------------------------------------
 # The order of DPM-Solver++
 
-@pytest.mark.parametrize("std", [0.05, 0.3])
-@pytest.mark.parametrize("seed", range(4))
-def test_solvers_beat_ddim_on_the_default_grid(seed, std):
-    """15 steps on mixtures of eight modes, whose exact score is known.
-
-    The reference is DDIM with 1000 steps.
-    """
-    g = torch.Generator().manual_seed(seed)
-    modes = torch.randn(8, 2, generator=g, dtype=torch.float64)
-    x_T = torch.randn(500, 2, generator=g, dtype=torch.float64)
-
-    def predict(x, t):
-        variance = AB[t] * std ** 2 + 1 - AB[t]
-        gap = x[:, None] - AB[t].sqrt() * modes
-        share = (-gap.square().sum(2) / (2 * variance)).softmax(1)
-        return (1 - AB[t]).sqrt() * (share[:, :, None] * gap).sum(1) / variance
-    exact = sample.ddim(predict, x_T, AB, sample.make_timesteps(AB, 1000), None)
-
-    def error(name):
-        timesteps = sample.Sampling(name, 15).timesteps(AB)
-        got = sample.SAMPLERS[name](predict, x_T, AB, timesteps, None)
-        return (got - exact).square().mean().sqrt()
-    errors = {name: error(name) for name in ("ddim", "dpm", "dpm++")}
-    assert errors["dpm++"] < 0.8 * errors["ddim"], errors
-    assert errors["dpm"] < 0.8 * errors["ddim"], errors
-
-
 @pytest.mark.parametrize("sampler, order", [
     (sample.ddim, 1), (sample.dpmpp, 2), (partial(sample.dpm, order=1), 1),
     (partial(sample.dpm, order=2), 2), (partial(sample.dpm, order=3), 3)])
@@ -953,37 +705,6 @@ def test_orders(sampler, order):
     errors = [error(steps) for steps in (24, 48, 96, 192)]
     assert all(abs(math.log2(a / b) - order) < 0.35 for a, b in zip(errors, errors[1:])), errors
     assert errors[-1] < [1e-2, 1e-3, 1e-4][order - 1]
-
-
-# --------------------------------------------------------------------------------------------------
-# Checkpoints that were edited
-
-def without(part, key):
-    """A change of a checkpoint: `key` is missing from one of its parts, or from itself."""
-    def change(ckpt):
-        del (ckpt[part] if part else ckpt)[key]
-    return change
-
-
-def put(part, key, value):
-    """A change of a checkpoint: another value."""
-    def change(ckpt):
-        (ckpt[part] if part else ckpt)[key] = value
-    return change
-
-
-@pytest.mark.parametrize("change", [
-    without("config", "dtype"), without("data", "class_names"), put("", "config", [1]),
-    put("", "ema", None), put("", "step", "9"), put("network", "unknown", 1),
-    put("network", "ch", "wide"), put("network", "ch", 6)])
-def test_an_edited_checkpoint(change, cm_run, tmp_path, capsys):
-    ckpt = dict(checkpoint(cm_run))
-    for part in ("config", "data", "network"):
-        ckpt[part] = dict(ckpt[part])
-    change(ckpt)
-    disk.save(tmp_path / "ckpt.pt", ckpt)
-    refuses(capsys, sample.main, "--ckpt", tmp_path / "ckpt.pt", "--num", 2, "--steps", 2,
-            "--device", "cpu", says=["--ckpt"])
 
 
 # --------------------------------------------------------------------------------------------------
