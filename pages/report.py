@@ -29,7 +29,6 @@ from metrics.scores import KID_SIZE
 from pages import figures
 from pages.page import escaped, from_markdown, html, markdown_table, part
 from runtime import Parser, UserError, run
-from sample import clipped
 
 COMMANDS = "## The first seed's commands"    # a heading of every page
 PAPER = Path(__file__).with_name("paper_results.json")
@@ -126,6 +125,11 @@ def has_finite_numbers(part):
     """Whether no metric of a part is a text, or not finite."""
     metrics = [part[key] for key in (*HIGHER_IS_BETTER, "fid", "kid", "fd", "kd") if key in part]
     return all(isinstance(value, (int, float)) and np.isfinite(value) for value in metrics)
+
+
+def clipped(settings):
+    """Whether x_0 was clipped at every step of sampling, in words."""
+    return "x_0 clipped" if settings.get("clip") else "x_0 not clipped"
 
 
 def is_generated(settings):

@@ -140,7 +140,7 @@ def measure_all(runs, out, data):
         numbers = numbers_of(json.loads((out / name / "result.json").read_text()))
         result[f"classify {name}"] = {**weights_of(out / name), **numbers}
     measure = ["--features", out / "features/ckpt.pt", "--data-dir", data, "--device", "cpu"]
-    call("evaluate", "--ckpt", runs / "oc-cm/ckpt.pt", "--num", 40, "--num-split", 24, "--steps", 5,
+    call("evaluate", "--ckpt", runs / "oc-cm/ckpt.pt", "--num", 40, "--num-group", 24, "--steps", 5,
          *as_before, "--per-class", "--floor", 2, *measure, "--out-json", out / "drawn.json")
     call("evaluate", "--samples", out / "ddim/samples.npz", *measure, "--k", 2,
          "--out-json", out / "given.json", "--save-stats", out / "stats.npz")
