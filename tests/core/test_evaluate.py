@@ -373,7 +373,7 @@ def test_checkpoint_samples_and_report_agree(cm_run, classifier, data_dir, tmp_p
          "--pair", tmp_path / "general/samples.npz", tmp_path / "full/samples.npz")
     page = (tmp_path / "page/report.md").read_text()
     assert f"| full | 1.5 | {saved['fd']:.2f} |" in page
-    assert (tmp_path / "page/theta_g_theta.png").exists()
+    assert (tmp_path / "page/report-theta_g_theta.png").exists()
 
     # from the folders of --png, whose class names carry numbers
     call(sample.main, *source, "--png", "--out", tmp_path / "png")
