@@ -1,15 +1,21 @@
 """The training loop: steps, log lines, checkpoints; the same for every script that trains by it.
 
-    training = Training(args, rt, params, optimizer, meter, record, weights)
-    training.start(old)
-    loop(training, module, batch, start_log(training))
+    old, rt = resume(args, ["diffusion"])           # the run in --out that goes on, or None
+    training = Training(args, rt, net, objective, batches, optimizer, record, old)
+    loop(training, samples)
+
+A step is the backward pass of objective(batch)[0], and an update:
+
+    batches.at(step)      what is known of a step's global batch, such as its images and labels
+    objective.draw_batch(*batches.at(step), seed=, step=, part=, parts=)
+                          one part of it, with all that is random: a pure function of its arguments.
+                          Its `y` are the true classes; `cm_weight` is that of losses.Batch
+    objective(batch)      (total, a scalar; {name: scalar to log}; D per image, zeros without CM)
 """
 import json
-import math
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 
@@ -21,11 +27,93 @@ from torch.utils.tensorboard import SummaryWriter
 import disk
 import runtime
 from data import class_groups
-from runtime import UserError
+from runtime import UserError, integer, number
+from sample import grid_image, is_one_network, ten_classes
 
-MAX_BASE = 10.0     # a base loss above this has diverged: predicting zero costs 1
-MAX_D = 100.0       # so has a distance between two predictions of noise of variance 1
+MAX_D = 100.0               # a distance of two predictions of noise of variance 1: it has diverged
 FRECHET = ("FID", "FD")     # what a Frechet distance is called in Inception's features, in others
+RESUMABLE = {               # settings that may change when a run goes on
+    "steps", "save_every", "keep_every", "sample_every", "log_every", "compile", "data_dir",
+    "pack_dir", "accumulate", "eval_every", "eval_num", "features"}
+
+
+# --------------------------------------------------------------------------------------------------
+# Flags, and runs that go on
+
+def add_step_flags(group, **defaults):
+    """--batch-size --accumulate --lr --warmup --grad-clip --ema --label-drop --compile.
+
+    defaults: of --lr, --warmup and --ema, by their names; one that is left out has none.
+    """
+    add_with_defaults(group, defaults, {
+        "--batch-size": (integer(1), "images per step, over all processes"),
+        "--accumulate": (integer(1), "passes per step, each over an equal part of the batch, which "
+                         "takes as much less memory; the same step but for dropout masks"),
+        "--lr": (number(above=0), "learning rate after the warm-up"),
+        "--warmup": (integer(0), "steps in which the learning rate rises linearly"),
+        "--grad-clip": (number(above=0), "largest gradient norm"),
+        "--ema": (number(0, 1), "decay of the averaged weights; (1 + s) / (10 + s) while smaller"),
+        "--label-drop": (number(0, 1), "probability that an image's label, or text, is Null"),
+    }, batch_size=64, accumulate=1, grad_clip=1.0, label_drop=0.1)
+    runtime.add_compile_flag(group)
+
+
+def add_write_flags(parser, **defaults):
+    """--save-every --keep-every --sample-every --log-every; defaults: as in add_step_flags."""
+    group = parser.add_argument_group("output")
+    add_with_defaults(group, defaults, {
+        "--save-every": (integer(1), "steps between writes of ckpt.pt"),
+        "--keep-every": (integer(1), "steps between snapshots ckpt-STEP.pt, which are kept"),
+        "--sample-every": (integer(0), "steps between grids of samples, the last step included; "
+                           "0: none"),
+        "--log-every": (integer(1), "steps between log lines")})
+    return group
+
+
+def add_with_defaults(group, defaults, flags, **more):
+    """Add flags, {flag: (type, help)}; defaults, more: {name: default}, which --help then says."""
+    for flag, (kind, words) in flags.items():
+        default = {**more, **defaults}.get(flag[2:].replace("-", "_"))
+        shown = "" if default is None else f" (default: {default:,g})"
+        group.add_argument(flag, type=kind, default=default, help=words + shown)
+
+
+def config_of(args):
+    """The settings that a checkpoint keeps: {name: value}."""
+    config = {k: v for k, v in vars(args).items() if k not in ("device", "out")}
+    return {**config, "plugin": list(runtime.Plugins.found)}
+
+
+def resume(args, kinds, resumable=()):
+    """(the checkpoint in args.out or None, the Runtime); its settings must be this command's.
+
+    kinds: see disk.load. resumable: settings that may change, beside RESUMABLE. Raises UserError.
+    """
+    old, rt = disk.resume(args, kinds)
+    rt.agree(old["step"] if old else 0, args.out)
+    if old and is_one_network(old):
+        raise UserError(f"--out {args.out}: its ckpt.pt is an export of sample.py, which has no "
+                        "training to go on with; choose another folder")
+    if args.batch_size % (rt.world * args.accumulate):
+        raise UserError(f"--batch-size {args.batch_size}: counts the images of {rt.processes()} "
+                        f"with --accumulate {args.accumulate} passes each, and is not divisible")
+    if getattr(args, "base", None) == "consistency" and args.ct_double is None:
+        args.ct_double = old["config"]["ct_double"] if old else max(1, args.steps // 4)
+    if old:
+        disk.refuse_changes(old["config"], config_of(args), args.out, {}, RESUMABLE | {*resumable})
+    return old, rt
+
+
+def is_finished(old, args, rt):
+    """Whether the run of a checkpoint has nothing left to do; says so. Raises UserError."""
+    if not old or old["step"] < args.steps:
+        return False
+    if old["step"] > args.steps:
+        flag = "--epochs" if "epochs" in args else "--steps"
+        raise UserError(f"{flag}: the run in {args.out} is at step {old['step']} already, beyond "
+                        f"{args.steps}; raise it, or choose another folder with --out")
+    rt.print(f"{args.out}: finished, step {old['step']} of {args.steps}")
+    return True
 
 
 # --------------------------------------------------------------------------------------------------
@@ -54,10 +142,10 @@ class Meter:
         for name, value in scalars.items():
             self.sums[name] = self.sums.get(name, 0) + share * value
 
-    def add_D(self, D, y, scale=None):
+    def add_D(self, D, y, weight=None):
         """Add per-image distances D (B,) with their classes y (B,) and weights, None for 1."""
-        scale = torch.ones_like(D) if scale is None else scale
-        self.D.index_add_(1, self.group_of[y], torch.stack([scale * D, scale]))
+        weight = torch.ones_like(D) if weight is None else weight
+        self.D.index_add_(1, self.group_of[y], torch.stack([weight * D, weight]))
 
     def means(self, rt):
         """{name: mean over steps and ranks}, D as "D_<group>" where a group had images."""
@@ -86,37 +174,23 @@ class Meter:
         self.sums = {name: value.to(self.D.device) for name, value in state["sums"].items()}
 
 
-def check(means, step, args):
-    """Raise UserError where a logged mean is not finite or too large, before anything is saved."""
-    limits = {"base": MAX_BASE, **{k: MAX_D for k in means if k.startswith("D_")}}
-    for name, value in means.items():
-        if not abs(value) <= limits.get(name, float("inf")):        # also true of NaN
-            raise diverged(name, value, step, args)
+def format_line(step, args, means, groups, lr, speed):
+    """One aligned log line, with D of each group, or "-" where it had no image.
 
-
-def diverged(name, value, step, args):
-    """The UserError of a run that has diverged at a step, seen by one logged number."""
-    fix = "lower --lr"
-    if args.cm and not args.div_bound:
-        fix = "bound the divergence with --div-bound 0.01"
-    kept = ""
-    if (Path(args.out) / "ckpt.pt").exists():
-        kept = f"; the last good checkpoint is kept in {args.out}"
-    return UserError(f"stopped at step {step}: {name} is {value:.4g}, the run has diverged; "
-                     f"{fix}{kept}")
-
-
-def format_line(step, args, means, groups, lr, speed, seconds_left):
-    """One aligned log line, with D of each group, or "-" where it had no image."""
-    width = len(str(args.steps))
-    words = [f"step {step:>{width}}/{args.steps}  "]
+    speed: images per second.
+    """
+    words = [f"step {step:>{len(str(args.steps))}}/{args.steps}  "]
     words += [f"{k} {v:<8.4f} " for k, v in means.items()
               if not k.startswith("D_") and k != "grad_norm"]
-    if args.cm and args.lam:
+    if "con" in means:
         D = [f"{means[f'D_{name}']:.1e}" if f"D_{name}" in means else "-" for name in groups]
         words.append(f"D {'/'.join(D)}  ")
+    seconds_left = round((args.steps - step) * args.batch_size / speed)
     words.append(f"|g| {means['grad_norm']:<7.3f} lr {lr:.1e}  {speed:>6.0f} img/s  "
-                 f"ETA {timedelta(seconds=round(seconds_left))}")
+                 f"ETA {timedelta(seconds=seconds_left)}")
+    if any(value > 1 for name, value in means.items() if name.startswith("D_")):
+        words.append("  warning: the two predictions differ by more than the noise itself (D > 1), "
+                     "the divergence term grows without bound")
     return "".join(words)
 
 
@@ -129,61 +203,35 @@ def tag_of(name):
     return f"{kinds.get(name, 'loss')}/{name}"
 
 
-def has_record(path, step, name):
-    """Whether a log.jsonl has a record of a step with an entry `name`; broken lines have none."""
-    lines = path.read_text(errors="replace").splitlines(True) if path.is_file() else []
-    records = [json.loads(line) for line in lines if Log.is_whole(line, step)]
-    return any(r["step"] == step and name in r for r in records)
-
-
 class Log:
-    """log.jsonl and TensorBoard; on resuming, what was logged after the checkpoint is dropped."""
+    """config.json, log.jsonl and TensorBoard's events in a run's folder, on rank 0.
 
-    def __init__(self, out, step):
-        self.path = Path(out) / "log.jsonl"
-        disk.check_writable(self.path)
-        with disk.writing(self.path):
-            if self.path.exists():
-                lines = self.path.read_text(errors="replace").splitlines(True)
-                kept = [line for line in lines if self.is_whole(line, step)]
-                disk.write_text(self.path, "".join(kept))
-            self.board = SummaryWriter(out, purge_step=step + 1)
+    When a run goes on, what was logged after its checkpoint is dropped.
+    """
 
-    @staticmethod
-    def is_whole(line, step):
-        """Whether a line is a complete record of a step up to `step`."""
-        try:
-            return line.endswith("\n") and json.loads(line)["step"] <= step
-        except (ValueError, KeyError, TypeError):
-            return False
+    def __init__(self, training):
+        out = Path(training.args.out)
+        disk.write_json(out / "config.json", {**training.record, "torch": torch.__version__})
+        self.path = out / "log.jsonl"
+        lines = self.path.read_text().splitlines(True) if self.path.exists() else []
+        whole = [line for line in lines if line.endswith("\n")]     # a kill may have cut the last
+        kept = [line for line in whole if json.loads(line)["step"] <= training.step]
+        disk.write_text(self.path, "".join(kept))
+        self.board = SummaryWriter(out, purge_step=training.step + 1)
+        rows = [f"| {key} | {value} |" for key, value in training.record["config"].items()]
+        table = "\n".join(["| setting | value |", "| --- | --- |", *rows])
+        self.board.add_text("settings", table, training.step)
 
     def write(self, step, record):
-        """Append one record to both."""
-        with disk.writing(self.path):
-            with open(self.path, "a") as f:
-                f.write(json.dumps({"step": step, **record}) + "\n")
-            for name, value in record.items():
-                # Without a second pass D is 0, and no curve
-                if name != "eval_num" and (value or not name.startswith("D_")):
-                    self.board.add_scalar(tag_of(name), value, step)
-            self.board.flush()
-
-    def has(self, step, name):
-        """Whether a record of a step has an entry `name`."""
-        return has_record(self.path, step, name)
-
-    def settings(self, config, step):
-        """Show the settings of the run in TensorBoard, as a table."""
-        rows = [f"| {key} | {value} |" for key, value in config.items()]
-        self.board.add_text("settings", "\n".join(["| setting | value |", "| --- | --- |", *rows]),
-                            step)
-
-    def warn(self, step, words):
-        """Append a warning to both."""
-        with disk.writing(self.path):
-            with open(self.path, "a") as f:
-                f.write(json.dumps({"step": step, "warning": words}) + "\n")
-            self.board.add_text("warning", words, step)
+        """Append one record to both: {name: number}, or {"warning": text}."""
+        with open(self.path, "a") as f:
+            f.write(json.dumps({"step": step, **record}) + "\n")
+        for name, value in record.items():
+            if name == "warning":
+                self.board.add_text(name, value, step)
+            elif name != "eval_num" and (value or not name.startswith("D_")):
+                self.board.add_scalar(tag_of(name), value, step)    # without CM D is 0, no curve
+        self.board.flush()
 
     def picture(self, picture, step):
         """Show a PIL image in TensorBoard."""
@@ -193,116 +241,153 @@ class Log:
 
 
 # --------------------------------------------------------------------------------------------------
-# The loop
+# A run in progress
 
-@dataclass
 class Training:
-    """A run in progress: what its loop changes, and what its checkpoints keep.
+    """What the loop changes, and what a checkpoint keeps.
 
-    params, ema: the trained parameters and their averages, {name: tensor}. record: what a
-    checkpoint holds besides, the same at every step. weights(): the tensors of the network, as the
-    script that trains it stores them.
+    args:      settings: --out, --seed, --steps, and the flags that are added above
+    net:       the network; its parameters that require gradients are trained, by `optimizer`
+    objective: the module that makes a batch and its loss, see the head of this file; so is batches
+    record:    what a checkpoint holds besides, the same at every step; in it "config" and "data"
+    old:       the checkpoint that the run goes on from, whose weights `net` has already, or None
     """
-    args: object
-    rt: runtime.Runtime
-    params: dict
-    optimizer: torch.optim.Optimizer
-    meter: Meter
-    record: dict
-    weights: callable
-    step: int = 0
-    ema: dict = field(default_factory=dict)
-    scaler: torch.amp.GradScaler | None = None      # for float16
+    max_base = 10.0         # a base loss above this has diverged: predicting zero costs 1
 
-    def __post_init__(self):
-        if self.rt.dtype == torch.float16:
-            self.scaler = torch.amp.GradScaler(self.rt.device.type)
-
-    def start(self, old):
-        """Go on from a checkpoint, or from the initial weights where `old` is None."""
+    def __init__(self, args, rt, net, objective, batches, optimizer, record, old=None):
+        self.args = args
+        self.rt = rt
+        self.net = net
+        self.objective = objective
+        self.batches = batches
+        self.optimizer = optimizer
+        self.record = record
+        self.params = {name: p for name, p in net.named_parameters() if p.requires_grad}
+        self.ema = {}
         for name, p in self.params.items():
-            source = old["ema"][name].to(self.rt.device) if old else p.detach()
+            source = old["ema"][name].to(rt.device) if old else p.detach()
             self.ema[name] = source.clone(memory_format=torch.preserve_format)
+        data = record["data"]
+        self.meter = Meter(data["class_counts"], data["class_names"], rt.device)
+        self.scaler = None
+        if rt.dtype == torch.float16:
+            self.scaler = torch.amp.GradScaler(rt.device.type)
+        self.step = 0
         if old:
             self.step = old["step"]
-            self.optimizer.load_state_dict(old["optimizer"])
+            optimizer.load_state_dict(old["optimizer"])
             if self.scaler:
                 self.scaler.load_state_dict(old["scaler"])
             self.meter.restore(old["window"])
 
-    def refuse_overflow(self, means):
-        """Raise UserError where every step's gradients overflowed, also those of a loss below 1."""
-        if means.get("skipped") == 1 and self.scaler.get_scale() < 1:
-            raise diverged("the share of steps without finite gradients", 1, self.step, self.args)
+    def weights(self):
+        """What a checkpoint keeps of the network: all of its parameters, and their averages."""
+        return {"model": self.net.state_dict(),
+                "ema": {**dict(self.net.named_parameters()), **self.ema}}
 
     def state(self):
-        """What ckpt.pt keeps, plain types and tensors."""
+        """A checkpoint: plain types and tensors."""
         scaler = {"scaler": self.scaler.state_dict()} if self.scaler else {}
         return {**self.record, "step": self.step, **self.weights(), **scaler,
                 "optimizer": self.optimizer.state_dict(), "window": self.meter.state()}
 
+    def batch(self, k=0):
+        """What pass k of the next step sees on this rank."""
+        args, rt = self.args, self.rt
+        return self.objective.draw_batch(
+            *self.batches.at(self.step), seed=args.seed, step=self.step,
+            part=rt.rank * args.accumulate + k, parts=rt.world * args.accumulate)
 
-def learning_rate(step, args):
-    """Linear warm-up from lr / warmup at step 0, then constant."""
-    return args.lr * min(1.0, (step + 1) / max(1, args.warmup))
+    def learning_rate(self, step):
+        """That of a step: linear warm-up from lr / warmup at step 0, then constant."""
+        return self.args.lr * min(1.0, (step + 1) / max(1, self.args.warmup))
+
+    def update(self):
+        """All that follows backward: clip, optimizer, averaged weights.
+
+        In float16 the optimizer is skipped where gradients are not finite. Returns the gradient
+        norm before clipping, 0-d.
+        """
+        if self.scaler:
+            self.scaler.unscale_(self.optimizer)
+        norm = clip_grad_norm_(self.params.values(), self.args.grad_clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate(self.step)
+        if self.scaler:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        else:
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        decay = min(self.args.ema, (1 + self.step) / (10 + self.step))
+        get_ema_multi_avg_fn(decay)(list(self.ema.values()), list(self.params.values()), None)
+        return norm
+
+    def refuse_divergence(self, means):
+        """Raise UserError where a logged mean is not finite or too large, before it is saved."""
+        limits = {"base": self.max_base, **{k: MAX_D for k in means if k.startswith("D_")}}
+        for name, value in means.items():
+            if not abs(value) <= limits.get(name, float("inf")):        # also true of NaN
+                raise self.diverged(name, value)
+        # Every step's gradients overflowed, also those of a loss that is scaled down
+        if means.get("skipped") == 1 and self.scaler.get_scale() < 1:
+            raise self.diverged("the share of steps without finite gradients", 1)
+
+    def check_weights(self):
+        """Raise UserError where the weights of this step no longer predict, before they are saved.
+
+        The logged losses are those before the update: the next batch says what the update did.
+        """
+        with torch.no_grad(), self.rt.autocast():
+            base = self.objective(self.batch())[1]["base"].item()
+        if self.rt.maximum(int(not abs(base) <= self.max_base)):
+            raise self.diverged("base", base)
+
+    def diverged(self, name, value):
+        """The UserError of a run that has diverged, seen by one logged number."""
+        args = self.args
+        fix = "lower --lr"
+        if getattr(args, "cm", False) and not args.div_bound:
+            fix = "bound the divergence with --div-bound 0.01"
+        kept = ""
+        if (Path(args.out) / "ckpt.pt").exists():
+            kept = f"; the last good checkpoint is kept in {args.out}"
+        return UserError(f"stopped at step {self.step}: {name} is {value:.4g}, the run has "
+                         f"diverged; {fix}{kept}")
 
 
-def update(params, ema, optimizer, step, args, scaler=None):
-    """All that follows backward at step `step`: clip, Adam, averaged weights.
+# --------------------------------------------------------------------------------------------------
+# The loop
 
-    params, ema: lists of tensors. scaler: the GradScaler by which the loss was multiplied, or None;
-    Adam is skipped where its gradients are not finite. Returns the gradient norm before clipping,
-    0-d.
-    """
-    if scaler:
-        scaler.unscale_(optimizer)
-    norm = clip_grad_norm_(params, args.grad_clip)
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(step, args)
-    if scaler:
-        scaler.step(optimizer)
-        scaler.update()
-    else:
-        optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    decay = min(args.ema, (1 + step) / (10 + step))
-    get_ema_multi_avg_fn(decay)(ema, params, None)
-    return norm
-
-
-def train_step(training, module, batch, stops=lambda: False, bar=None):
+def train_step(training, module, stops=lambda: False, bar=None):
     """One step: forward and backward in args.accumulate passes, then the update.
 
-    module: the Objective, perhaps compiled and distributed. batch(step, k): pass k's Batch.
-    stops(): asked before every pass but the first; where it is true, the step is given up as if it
-    had not begun. bar: a progress bar, in images. Returns whether the step was taken.
+    module: the objective, perhaps compiled and distributed. stops(): asked before every pass but
+    the first; where it is true, the step is given up as if it had not begun. bar: a progress bar,
+    in images. Returns whether the step was taken.
     """
-    args = training.args
-    meter = training.meter
-    scaler = training.scaler
+    args, meter, scaler = training.args, training.meter, training.scaler
     logged = []
     for k in range(args.accumulate):
         if k and stops():
             training.optimizer.zero_grad(set_to_none=True)
             return False
-        b = batch(training.step, k)
-        last = k == args.accumulate - 1
+        batch = training.batch(k)
         # Processes exchange gradients in the last pass only
-        waits = training.rt.world > 1 and not last
+        waits = training.rt.world > 1 and k < args.accumulate - 1
         with module.no_sync() if waits else nullcontext():
             with training.rt.autocast():
-                total, terms, D = module(b)
+                total, terms, D = module(batch)
             total = total / args.accumulate
             (scaler.scale(total) if scaler else total).backward()
-        logged.append(({name: value.detach() for name, value in terms.items()}, D,
-                       b.y[:len(D)], b.scale))
+        terms = {name: value.detach() for name, value in terms.items()}
+        logged.append((terms, D, batch.y[:len(D)], batch.cm_weight))
         if bar is not None:
             bar.update(args.batch_size / args.accumulate)
-    for terms, D, y, scale in logged:
+    for terms, D, y, weight in logged:
         meter.add(terms, 1 / args.accumulate)
-        meter.add_D(D, y, scale)
-    params, ema = list(training.params.values()), list(training.ema.values())
-    norm = update(params, ema, training.optimizer, training.step, args, scaler)
+        meter.add_D(D, y, weight)
+    norm = training.update()
     if scaler:
         skipped = ~norm.isfinite()
         meter.add({"skipped": skipped.float()})
@@ -311,69 +396,6 @@ def train_step(training, module, batch, stops=lambda: False, bar=None):
     meter.steps += 1
     training.step += 1
     return True
-
-
-def check_weights(training, module, batch):
-    """Raise UserError where the weights of this step no longer predict, before they are saved.
-
-    The logged losses are those before the update: the next batch says what the update did.
-    """
-    args = training.args
-    module = getattr(module, "module", module)              # of DistributedDataParallel
-    objective = getattr(module, "_orig_mod", module)        # of torch.compile
-    with torch.no_grad(), training.rt.autocast():
-        _, terms, _ = objective(batch(training.step, 0))
-    base = terms["base"].item()
-    if training.rt.maximum(int(not abs(base) <= MAX_BASE)):
-        raise diverged("base", base, training.step, args)
-
-
-def loop(training, module, batch, log, after_step=None):
-    """Train to args.steps, logging and saving; where a signal comes, save and leave the process.
-
-    module, batch: see train_step. log: a Log, on rank 0, else None. after_step(): called on every
-    rank after every step. Leaves with exit code 128 + the signal, after the pass in which it came.
-    """
-    args, rt = training.args, training.rt
-    path = Path(args.out) / "ckpt.pt"
-    stop = runtime.StopSignal()
-    reporter = Reporter(training, log)
-    signal = 0
-    bar = runtime.progress(
-        total=args.steps * args.batch_size, initial=training.step * args.batch_size, unit="img",
-        leave=False, disable=rt.rank > 0 or not sys.stderr.isatty())
-    first = training.step
-    while training.step < args.steps and not signal:
-        with runtime.without_guards(module, training.step > first):
-            whole = train_step(training, module, batch, lambda: rt.maximum(stop.number), bar)
-        step = training.step
-        if agrees(step, args, rt) or not whole:
-            signal = rt.maximum(stop.number)
-        logs = whole and (step % args.log_every == 0 or step == args.steps)
-        saves = step % args.save_every == 0 or step == args.steps or signal
-        if (logs or saves) and training.meter.steps:
-            means = training.meter.means(rt)
-            check(means, step, args)
-            training.refuse_overflow(means)
-        if logs:
-            reporter.report(means)
-        reporter.estimate()
-        if saves:
-            check_weights(training, module, batch)
-        if rt.rank == 0 and saves:
-            disk.save(path, training.state())
-        if after_step and whole:
-            start = time.time()
-            after_step()
-            reporter.clock += time.time() - start       # grids and distances are no training
-    bar.close()
-    if log:
-        log.board.close()
-    if signal:
-        rt.print(f"stopped by signal {signal} at step {training.step}; saved {path}; the same "
-                 "command goes on from there")
-        sys.exit(128 + signal)
-    rt.print(f"finished: {path}")
 
 
 def agrees(step, args, rt):
@@ -386,79 +408,114 @@ def agrees(step, args, rt):
     return often or step % 10 == 0
 
 
-class Reporter:
-    """Writes log lines, with the speed since the last one, and a warning where D is too large."""
+def loop(training, samples, evaluation=None):
+    """Train to args.steps, logging and saving; where a signal comes, save and leave the process.
 
-    def __init__(self, training, log):
-        self.training = training
-        self.log = log
-        self.warned = False
-        self.first = training.step
-        self.start_clock()
-
-    def start_clock(self):
-        """The speed counts from here."""
-        self.clock = time.time()
-        self.clock_step = self.training.step
-
-    def estimate(self):
-        """Say once how long the run will take, after three steps, of which the first warms up."""
-        rt = self.training.rt
-        done = self.training.step - self.first
-        if done not in (1, 3) or self.clock_step > self.first:      # a log line said it
-            return
-        runtime.synchronize(rt.device)
-        if done == 1:
-            self.warm = time.time()
-            return
-        seconds = (time.time() - self.warm) / 2
-        left = self.training.args.steps - self.training.step
-        rt.print(f"{seconds:.2g} s a step: about {runtime.duration(seconds * left)} for the other "
-                 f"{left:,} steps; the log lines say it better later")
-
-    def report(self, means):
-        """One line on the terminal, in log.jsonl and in TensorBoard; the meter starts anew."""
-        args = self.training.args
-        rt = self.training.rt
-        step = self.training.step
-        too_large = any(v > 1 for k, v in means.items() if k.startswith("D_"))
-        if too_large and not self.warned:
-            rt.print("warning: the two predictions differ by more than the noise itself (D > 1): "
-                     "the divergence term grows without bound")
-            self.warned = True
-        seconds = max(time.time() - self.clock, 1e-9)
-        speed = (step - self.clock_step) * args.batch_size / seconds
-        seconds_left = (args.steps - step) * args.batch_size / speed
-        lr = learning_rate(step - 1, args)
-        groups = self.training.meter.groups
-        rt.print(format_line(step, args, means, groups, lr, speed, seconds_left))
-        if self.log:
-            self.log.write(step, {**means, "lr": lr, "images_per_s": round(speed, 1)})
-        self.training.meter.reset()
-        self.start_clock()
+    samples(state, labels, rt): images of a checkpoint, uint8 (N, H, W, C), for its grids.
+    evaluation: measures EMA samples, evaluation.measure(training, log) on every rank after every
+    step that evaluation.is_due(step) says; or None. Leaves with exit code 128 + the signal, after
+    the pass in which it came.
+    """
+    args, rt = training.args, training.rt
+    out = Path(args.out)
+    with disk.lock(out, rt=rt):
+        module, warning = training.objective, None
+        if runtime.wants_compile(args, rt):
+            module, warning = runtime.compile_or_not(
+                module, lambda compiled: compiled(training.batch())[0], rt)
+        announce(training, module is not training.objective)
+        module = rt.parallel(module)
+        log = Log(training) if rt.rank == 0 else None
+        if log and warning:
+            log.write(training.step, {"warning": warning})
+        signal = run_steps(training, module, log, samples, evaluation)
+    if signal:
+        rt.print(f"stopped by signal {signal} at step {training.step}; saved {out / 'ckpt.pt'}; "
+                 "the same command goes on from there")
+        sys.exit(128 + signal)
+    rt.print(f"finished: {out / 'ckpt.pt'}")
 
 
-def refuse_others_files(out):
-    """Raise UserError where config.json or log.jsonl in a run's folder are no run's."""
-    config = disk.read_json(out / "config.json")
-    if (out / "config.json").exists() and not (isinstance(config, dict) and "config" in config):
-        raise UserError(f"--out {out}: its config.json is not a run's; choose another folder, or "
-                        "move it")
-    log = out / "log.jsonl"
-    lines = log.read_text(errors="replace").splitlines(True) if log.is_file() else []
-    if len(lines) > 1 and not any(Log.is_whole(line, math.inf) for line in lines):
-        raise UserError(f"--out {out}: its log.jsonl is not a run's; choose another folder, or "
-                        "move it")
+def run_steps(training, module, log, samples, evaluation):
+    """The steps themselves, see `loop`. Returns the signal that ended them, or 0."""
+    args, rt = training.args, training.rt
+    stop = runtime.StopSignal()
+    signal = 0
+    bar = runtime.progress(
+        total=args.steps * args.batch_size, initial=training.step * args.batch_size, unit="img",
+        leave=False, disable=rt.rank > 0 or not sys.stderr.isatty())
+    first = logged = training.step
+    clock = time.time()             # the speed counts from here, and from step `logged`
+    while training.step < args.steps and not signal:
+        with runtime.without_guards(module, training.step > first):
+            whole = train_step(training, module, lambda: rt.maximum(stop.number), bar)
+        step = training.step
+        if agrees(step, args, rt) or not whole:
+            signal = rt.maximum(stop.number)
+        logs = whole and (step % args.log_every == 0 or step == args.steps)
+        saves = step % args.save_every == 0 or step == args.steps or signal
+        if (logs or saves) and training.meter.steps:
+            means = training.meter.means(rt)
+            training.refuse_divergence(means)
+        if logs:
+            speed = (step - logged) * args.batch_size / max(time.time() - clock, 1e-9)
+            lr = training.learning_rate(step - 1)
+            rt.print(format_line(step, args, means, training.meter.groups, lr, speed))
+            if log:
+                log.write(step, {**means, "lr": lr, "images_per_s": round(speed, 1)})
+            training.meter.reset()
+            clock, logged = time.time(), step
+        if saves:
+            training.check_weights()
+            if rt.rank == 0:
+                disk.save(Path(args.out) / "ckpt.pt", training.state())
+        if whole:
+            start = time.time()
+            if log:
+                write_due(training, log, samples)
+            if evaluation and evaluation.is_due(step):
+                evaluation.measure(training, log)
+            clock += time.time() - start        # grids and distances are no training
+    bar.close()
+    if log:
+        log.board.close()
+    return signal
 
 
-def start_log(training):
-    """Write config.json and open the log, on rank 0; None elsewhere."""
-    if training.rt.rank > 0:
-        return None
-    out = Path(training.args.out)
-    refuse_others_files(out)
-    config = {**training.record, "torch": torch.__version__}
-    disk.write_json(out / "config.json", config)
-    log = Log(out, training.step)
-    log.settings(training.record["config"], training.step)
-    return log
+def write_due(training, log, samples):
+    """Write what is due at this step beside ckpt.pt: a snapshot that is kept, a grid of samples.
+
+    The grid shows up to ten classes, each image from its own fixed noise.
+    """
+    args, step = training.args, training.step
+    out = Path(args.out)
+    if args.keep_every and step % args.keep_every == 0:
+        disk.save(out / f"ckpt-{step:07d}.pt", training.state())
+    if args.sample_every and (step % args.sample_every == 0 or step == args.steps):
+        names, counts = (training.record["data"][key] for key in ("class_names", "class_counts"))
+        classes = ten_classes(len(names))
+        alone = runtime.Runtime(training.rt.device, training.rt.dtype)  # rank 0 generates them all
+        images = samples(training.state(), classes * 10, alone)
+        picture = grid_image({"": (images, classes * 10)}, names, counts, classes)
+        disk.write_png(out / f"grid-{step:07d}.png", picture)
+        log.picture(picture, step)
+
+
+def announce(training, compiled):
+    """Print what is about to be trained, how and where."""
+    args, rt, net = training.args, training.rt, training.net
+    sizes = {name: p.numel() for name, p in net.named_parameters()}
+    low_rank = sum(n for name, n in sizes.items() if name.rsplit(".", 1)[-1] in ("A", "B"))
+    frozen = sum(sizes.values()) - sum(p.numel() for p in training.params.values())
+    words = [f"network: {sum(sizes.values()) - low_rank:,} parameters"]
+    if frozen:
+        words.append(f", {frozen:,} of them frozen,")
+    if low_rank:
+        words.append(f" + {low_rank:,} low-rank (A, B)")
+    words.append(f"; {rt.device}, {args.dtype}, {rt.processes()}")
+    if compiled:
+        words.append(", compiled")
+    rt.print("".join(words))
+    rt.print("config: " + " ".join(f"{k}={v}" for k, v in training.record["config"].items()))
+    verb = "resuming" if training.step else "starting"
+    rt.print(f"{verb} {args.out} at step {training.step} of {args.steps}")

@@ -1,7 +1,8 @@
 """The training losses: DDPM, CBDM (Eq. D.1), OC (Eq. D.2-D.4), CM (Eq. 2-4) and other baselines.
 
     objective = Objective(net=net, base=bind("oc"), counts=counts, alphas_bar=make_alphas_bar())
-    total, terms, D = objective(draw_batch(x_0, y, objective, seed=0, step=12))
+    batch = objective.draw_batch(x_0, y, seed=0, step=12)
+    total, terms, D = objective(batch)
     total.backward()
 
 A base loss is a function loss(pred, batch, obj) -> (scalar to minimise, {name: scalar to log}):
@@ -9,7 +10,7 @@ A base loss is a function loss(pred, batch, obj) -> (scalar to minimise, {name: 
     pred   Predictions: pred.eps, what theta predicts; pred.general(), what theta^g predicts;
            pred.under(y), what theta predicts under other labels
     batch  Batch: everything random of this step, made by `draw_batch` from (seed, step) alone
-    obj    Objective: what does not change from step to step (class counts, alphas_bar, the network)
+    obj    Objective: what no step changes (class counts, the schedule, the network)
 
 Its own hyper-parameters are keyword-only arguments with a default. Every base loss is an entry of
 BASES, and every hyper-parameter a flag of train.py by its entry in FLAGS. `Objective` adds L_CM. It
@@ -19,16 +20,16 @@ predictions as one call.
 import inspect
 from argparse import Namespace
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from cm_layers import general_only, is_reserved
-from model import distance, extract, q_sample
+from model import distance, extract, q_sample, signal_and_sigma
 from runtime import generator, integer, number, one_of
 from variants import consistency
 from variants.augment import augment
@@ -37,90 +38,48 @@ from variants.augment import augment
 # --------------------------------------------------------------------------------------------------
 # One step's batch
 
+class Masks(NamedTuple):
+    """Dropout masks, lists of the network's draw_masks."""
+    encode: list        # for encode, which theta and theta^g share,
+    decode: list        # for decode with theta,
+    general: list       # and with theta^g: the same tensors unless they are independent
+
+
+class Pool(NamedTuple):
+    """OC's reference samples: the whole global batch of G images, whatever part of it B are."""
+    x_0: Tensor         # (G, C, H, W)
+    y: Tensor           # (G,) int64
+    gumbel: Tensor      # (B, G), standard Gumbel: the random choice of a reference
+
+
 class Batch(NamedTuple):
     """One part (B of G images) of a step's global batch, and everything random about it."""
-    x_0: Tensor             # (B, C, H, W) float32 in [-1, 1]
-    y: Tensor               # (B,) int64, the true class: what Eq. (3) and OC's gate look at
-    y_in: Tensor            # (B,) int64, what the network gets for it: y, or the number
-                            # of the image's text; -1 (Null) if dropped
-    t: Tensor               # (B,) int64 in [0, T)
-    eps: Tensor             # (B, C, H, W), standard normal
-    y_prime: Tensor         # (B,) int64, CBDM's other class y'
-    y_prime_in: Tensor      # (B,) int64, what the network gets for it: y', or a text of that class
-    pool_x_0: Tensor        # (G, C, H, W), the whole global batch: OC's reference samples
-    pool_y: Tensor          # (G,) int64
-    gumbel: Tensor          # (B, G), standard Gumbel: OC's random choice of a reference
-    masks_encode: list      # dropout masks of UNet.draw_masks, for encode,
-    masks_decode: list      # for decode with theta,
-    masks_general: list     # and with theta^g: the same tensors unless they are independent
-    a: Tensor | None        # (B, augment.DIM), what was done to the images; None: no augmentation
-    t_below: Tensor | None  # (B,) int64, the timestep below t, for a base that compares two,
-    weight: Tensor | None   # and (B,) the weights of such pairs; else None
-    scale: Tensor | None = None     # (m,): theta^g sees the first m images alone, with these
+    x_0: Tensor                     # (B, C, H, W) float32 in [-1, 1]
+    y: Tensor                       # (B,) int64, the true class: for Eq. (3) and OC's gate
+    y_cond: Tensor                  # (B,) int64, what the network gets for it: y, or the number of
+                                    # the image's text; -1 (Null) if dropped
+    t: Tensor                       # (B,) int64 in [0, T)
+    eps: Tensor                     # (B, C, H, W), standard normal
+    masks: Masks
+    augmentation: Tensor | None     # (B, augment.DIM), what was done to the images; None: nothing
+    cm_weight: Tensor | None        # (m,): theta^g sees the first m images alone, with these
                                     # weights in L_CM; None: it sees all
-
-
-@torch.no_grad()
-def draw_batch(x_0: Tensor, y: Tensor, obj: "Objective", *, seed: int, step: int, part: int = 0,
-               parts: int = 1, flip: bool = False, condition: Callable | None = None) -> Batch:
-    """One part of a step's Batch: a pure function of the global batch and (seed, step).
-
-    x_0 (G, C, H, W) in [-1, 1] and y (G,) are the whole global batch. Noise, timesteps and the rest
-    are drawn for all of it and sliced, so that cutting it into parts (one per process, and per pass
-    of --accumulate) changes nothing. Only dropout masks, and with --cm-fraction the images that
-    theta^g sees, are drawn for the part alone, from (seed, step, part). flip: mirror each image
-    with probability 1/2. condition(y_prime): what the network gets in place of the classes y and
-    y', (G,) each; None: these classes.
-    """
-    G = len(x_0)
-    device = x_0.device
-    g = generator(device, seed, "step", step)
-    t, t_below, weight = obj.base.draw_t(obj.alphas_bar, G, step, g)
-    eps = torch.randn(x_0.shape, generator=g, device=device)
-    dropped = torch.rand(G, generator=g, device=device) < obj.label_drop
-    mirrored = torch.rand(G, generator=g, device=device) < 0.5
-    y_prime = torch.multinomial(obj.y_prime_weights.to(device), G, replacement=True, generator=g)
-    gumbel = -torch.empty(G, G, device=device).exponential_(generator=g).log()
-    given, other = (y, y_prime) if condition is None else condition(y_prime)
-    if flip:
-        x_0 = torch.where(mirrored[:, None, None, None], x_0.flip(3), x_0)
-    a = None
-    if obj.ada:
-        x_0, a = augment(x_0, obj.ada, generator(device, seed, "augment", step))
-
-    g = generator(device, seed, "masks", step, part)
-    size = x_0.shape[-1]
-    masks_encode, masks_decode = obj.net.draw_masks(G // parts, size, g)
-    masks_general = masks_decode
-    if obj.cm.independent_dropout:
-        masks_general = obj.net.draw_masks(G // parts, size, g)[1]
-
-    own = slice(part * G // parts, (part + 1) * G // parts)
-    scale = None
-    if obj.two_passes and obj.cm.cm_fraction < 1:
-        importance = torch.maximum(obj.w_con_y, obj.w_div_y).to(device)[y[own]]
-        order, scale = choose(importance, obj.cm.cm_fraction,
-                              generator(device, seed, "general", step, part))
-        own = part * G // parts + order
-    batch = Batch(
-        x_0=x_0[own], y=y[own], y_in=torch.where(dropped, -1, given)[own], t=t[own],
-        eps=eps[own], y_prime=y_prime[own], y_prime_in=other[own],
-        pool_x_0=x_0, pool_y=y, gumbel=gumbel[own],
-        masks_encode=masks_encode, masks_decode=masks_decode, masks_general=masks_general,
-        a=None if a is None else a[own], t_below=None if t_below is None else t_below[own],
-        weight=None if weight is None else weight[own], scale=scale)
-    return batch
+    # What some bases alone look at
+    y_other: Tensor                 # (B,) int64, another class y': CBDM, overlap optimisation
+    y_other_cond: Tensor            # (B,) int64, what the network gets for it
+    pool: Pool                      # OC
+    pair: tuple                     # what the base's draw_t gave besides t, (B,) each
 
 
 def choose(importance: Tensor, fraction: float,
            generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """A random part of a batch that stands for all of it: (order (B,) int64, scale (m,)).
+    """A random part of a batch that stands for all of it: (order (B,) int64, weight (m,)).
 
     importance (B,), positive. The images order[:m], m = fraction B rounded and at least 1, are the
     chosen ones. Image i is among them with probability p_i = min(1, c importance_i), where c makes
     the p_i sum to m (systematic sampling: one uniform number shifts m ticks of distance 1 on the
-    line of all p_i). scale is m / (B p_i) of the chosen ones, so that the mean of scale_i f_i over
-    them has the mean of all f_i as its expectation.
+    line of all p_i). weight is m / (B p_i) of the chosen ones, so that the mean of weight_i f_i
+    over them has the mean of all f_i as its expectation.
     """
     B = len(importance)
     m = max(1, round(fraction * B))
@@ -137,19 +96,11 @@ def choose(importance: Tensor, fraction: float,
     return order, (m / (B * p[order[:m]])).float()
 
 
-def each(values: Any, fn: Callable) -> Any:
-    """fn of every tensor in nested lists and tuples; other values as they are."""
-    if isinstance(values, (list, tuple)):
-        parts = [each(value, fn) for value in values]
-        return type(values)(*parts) if hasattr(values, "_fields") else type(values)(parts)
-    return fn(values) if isinstance(values, Tensor) else values
-
-
 def uniform_t(alphas_bar: Tensor, n: int, step: int,
-              generator: torch.Generator) -> tuple[Tensor, None, None]:
-    """(t, None, None): t (n,) uniform in [0, T), on the generator's device."""
+              generator: torch.Generator) -> tuple[Tensor, tuple]:
+    """(t, ()): t (n,) uniform in [0, T), on the generator's device."""
     t = torch.randint(len(alphas_bar), (n,), generator=generator, device=generator.device)
-    return t, None, None
+    return t, ()
 
 
 class Predictions:
@@ -159,23 +110,24 @@ class Predictions:
         self.net = net
         self.batch = batch
         self.x_t = x_t
-        self.encoded = net.encode(x_t, batch.t, batch.y_in, batch.masks_encode, batch.a)
-        self.eps = net.decode(*self.encoded, batch.masks_decode).float()
+        self.encoded = net.encode(x_t, batch.t, batch.y_cond, batch.masks.encode,
+                                  batch.augmentation)
+        self.eps = net.decode(*self.encoded, batch.masks.decode).float()
 
     def general(self) -> Tensor:
-        """eps_{theta^g}(x_t, t, y) float32: (B, C, H, W), or (m, C, H, W), see Batch.scale."""
-        encoded, masks = self.encoded, self.batch.masks_general
-        if self.batch.scale is not None:
-            m = len(self.batch.scale)
-            encoded, masks = each((encoded, masks), lambda values: values[:m])
+        """eps_{theta^g}(x_t, t, y) float32: (B, C, H, W), or (m, C, H, W), see Batch.cm_weight."""
+        encoded, masks = self.encoded, self.batch.masks.general
+        if self.batch.cm_weight is not None:
+            m = len(self.batch.cm_weight)
+            encoded, masks = tree_map_only(Tensor, lambda values: values[:m], (encoded, masks))
         with general_only(self.net.decoder):
             return self.net.decode(*encoded, masks).float()
 
     def under(self, y: Tensor) -> Tensor:
         """eps_theta(x_t, t, y) for other labels y (B,), the same dropout masks: (B, C, H, W)."""
         b = self.batch
-        encoded = self.net.encode(self.x_t, b.t, y, b.masks_encode, b.a)
-        return self.net.decode(*encoded, b.masks_decode).float()
+        encoded = self.net.encode(self.x_t, b.t, y, b.masks.encode, b.augmentation)
+        return self.net.decode(*encoded, b.masks.decode).float()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -198,10 +150,10 @@ def cbdm(pred: Predictions, batch: Batch, obj: "Objective", *, cbdm_tau: float =
     eps_theta(x_t, t, y) and sg for "no gradient". One y' per image stands for the mean over Y, t
     counts from 0, and images whose label is dropped have no cb.
     """
-    other = pred.under(batch.y_prime_in)
+    other = pred.under(batch.y_other_cond)
     pull = distance(pred.eps, other.detach()) + cbdm_gamma * distance(pred.eps.detach(), other)
     base, _ = ddpm(pred, batch, obj)
-    cb = (batch.t * (batch.y_in >= 0) * pull).mean()
+    cb = (batch.t * (batch.y_cond >= 0) * pull).mean()
     return base + cbdm_tau * cb, {"base": base, "cb": cb}
 
 
@@ -215,14 +167,14 @@ def oc_target(x_t: Tensor, batch: Batch, obj: "Objective") -> Tensor:
     x_t / sqrt(a_t) - x_ref, which is not eps even for x_ref = x_0.) cdist adds in another order
     than a plain sum, and is 20 times less exact (3e-6), which moves no chance by 0.002.
     """
-    signal = extract(obj.alphas_bar.sqrt(), batch.t, x_t)
-    sigma = extract((1 - obj.alphas_bar).sqrt(), batch.t, x_t)
-    gap = torch.cdist((x_t / signal).flatten(1), batch.pool_x_0.flatten(1),
+    signal = extract(obj.signal, batch.t, x_t)
+    sigma = extract(obj.sigma, batch.t, x_t)
+    gap = torch.cdist((x_t / signal).flatten(1), batch.pool.x_0.flatten(1),
                       compute_mode="donot_use_mm_for_euclid_dist")
     log_q = -0.5 * ((signal / sigma).flatten(1) * gap).square()     # (B, G), up to a row's constant
-    chosen = (log_q + batch.gumbel).argmax(1)                       # with chances softmax(log_q)
-    target = (x_t - signal * batch.pool_x_0[chosen]) / sigma
-    transfers = obj.counts[batch.pool_y[chosen]] >= obj.counts[batch.y]         # q(y_ref) >= q(y)
+    chosen = (log_q + batch.pool.gumbel).argmax(1)                  # with chances softmax(log_q)
+    target = (x_t - signal * batch.pool.x_0[chosen]) / sigma
+    transfers = obj.counts[batch.pool.y[chosen]] >= obj.counts[batch.y]         # q(y_ref) >= q(y)
     return torch.where(transfers[:, None, None, None], target, batch.eps)
 
 
@@ -247,16 +199,16 @@ def focal(pred: Predictions, batch: Batch, obj: "Objective", *,
     return base, {"base": base}
 
 
-def rop_time_weights(alphas_bar: Tensor) -> Tensor:
-    """The weight of ||eps_i - eps_j||^2 in KL(p(x_{t-1} | x_t, i) || p(x_{t-1} | x_t, j)): (T,).
+def rop_constants(alphas_bar: Tensor) -> dict[str, Tensor]:
+    """The weight of ||eps_i - eps_j||^2 in KL(p(x_{t-1} | x_t, i) || p(x_{t-1} | x_t, j)), (T,).
 
-    Divided by its mean over t. Both are Gaussians of variance beta_t, with means sqrt(1 / alpha_t)
-    (x_t - beta_t / sqrt(1 - alphas_bar_t) eps), so the weight is beta_t / (2 alpha_t (1 -
-    alphas_bar_t)): largest at small t.
+    {"time_weights": it, divided by its mean over t}. Both are Gaussians of variance beta_t, with
+    means sqrt(1 / alpha_t) (x_t - beta_t / sqrt(1 - alphas_bar_t) eps), so the weight is beta_t /
+    (2 alpha_t (1 - alphas_bar_t)): largest at small t.
     """
     alphas = alphas_bar / torch.cat([alphas_bar.new_ones(1), alphas_bar[:-1]])
     weights = (1 - alphas) / (2 * alphas * (1 - alphas_bar))
-    return weights / weights.mean()
+    return {"time_weights": weights / weights.mean()}
 
 
 def rop(pred: Predictions, batch: Batch, obj: "Objective", *, rop_weight: float = 0.1,
@@ -270,22 +222,28 @@ def rop(pred: Predictions, batch: Batch, obj: "Objective", *, rop_weight: float 
     time-dependent weighting; the KL's own weights and the one-sided gradient are choices made here.
     """
     with torch.no_grad():
-        other = pred.under(batch.y_prime_in)
+        other = pred.under(batch.y_other_cond)
     hinge = (rop_margin - distance(pred.eps, other)).clamp(min=0)
     base, _ = ddpm(pred, batch, obj)
-    active = (batch.y_in >= 0) & (batch.y_prime != batch.y)
-    time_weights = rop_time_weights(obj.alphas_bar).float().to(batch.t.device)[batch.t]
-    overlap = (time_weights * active * hinge).mean()
+    active = (batch.y_cond >= 0) & (batch.y_other != batch.y)
+    overlap = (obj.time_weights[batch.t] * active * hinge).mean()
     return base + rop_weight * overlap, {"base": base, "overlap": overlap}
 
 
-class Base(NamedTuple):
-    """An entry of BASES: the loss, and how it draws timesteps.
+def no_constants(alphas_bar: Tensor) -> dict[str, Tensor]:
+    """Those of a base that looks at nothing of the schedule but q(x_t | x_0)."""
+    return {}
 
-    draw_t(alphas_bar, n, step, generator) -> (t, t_below or None, weight or None), (n,) each.
+
+class Base(NamedTuple):
+    """An entry of BASES: the loss, how it draws timesteps, what of the schedule it looks at.
+
+    draw_t(alphas_bar, n, step, generator) -> (t (n,), a tuple of what else is drawn, (n,) each).
+    constants(alphas_bar) -> {name: (T,)}, computed once in float64; float32 buffers of `obj`.
     """
     loss: Callable
     draw_t: Callable = uniform_t
+    constants: Callable = no_constants
 
 
 BASES = {
@@ -293,8 +251,8 @@ BASES = {
     "cbdm": Base(cbdm),
     "oc": Base(oc),
     "focal": Base(focal),
-    "rop": Base(rop),
-    "consistency": Base(consistency.loss, consistency.draw_pairs),
+    "rop": Base(rop, constants=rop_constants),
+    "consistency": Base(consistency.loss, consistency.draw_pairs, consistency.constants),
 }
 FLAGS = {       # flags of train.py, {hyper-parameter: (type, help)}; the defaults are above
     "cbdm_tau": (number(0), "tau of Eq. (D.1), t in 0 ... 999"),
@@ -375,18 +333,18 @@ def class_weights(counts: ArrayLike) -> tuple[Tensor, Tensor]:
 
 
 def cm_terms(D: Tensor, y: Tensor, w_con_y: Tensor, w_div_y: Tensor, bound: float,
-             scale: Tensor | None = None) -> Terms:
+             weight: Tensor | None = None) -> Terms:
     """The two terms of Eq. (2), {"con", "div"}, scalars.
 
     D (B,): distances between the predictions of theta and theta^g. y (B,): the true classes, also
     where the label is dropped. w_con_y, w_div_y (C,): class_weights. con = E w_con^y D. div = -E
     w_div^y min(D, bound); with bound 0 it is -E w_div^y D, as printed, which has no lower bound:
-    training then diverges. scale (B,): a factor of each image (see `choose`), None for 1.
+    training then diverges. weight (B,): a factor of each image (see `choose`), None for 1.
     """
     bounded = D.clamp(max=bound) if bound else D
     w_con, w_div = w_con_y[y], w_div_y[y]
-    if scale is not None:
-        w_con, w_div = w_con * scale, w_div * scale
+    if weight is not None:
+        w_con, w_div = w_con * weight, w_div * weight
     return {"con": (w_con * D).mean(), "div": -(w_div * bounded).mean()}
 
 
@@ -400,44 +358,93 @@ class Objective(nn.Module):
     alphas_bar: (T,) the noise schedule
     cm:         the constants of L_CM (default: CMConfig's)
     label_drop: probability that an image's label is Null
+    flip:       whether each image is mirrored with probability 1/2
     ada:        augment.py's probability; 0: no augmentation
-    y_prime:    how y' is drawn: "uniform", the mean over Y of Eq. (D.1), or "train", by class
+    y_other:    how y' is drawn: "uniform", the mean over Y of Eq. (D.1), or "train", by class
                 frequency, as in CBDM's code
     forward(batch) -> (total, a scalar; {name: scalar} of unweighted terms; D detached, of the
     images that theta^g sees, 0 without CM).
     """
 
     def __init__(self, *, net: nn.Module, base: Base, counts: ArrayLike, alphas_bar: Tensor,
-                 cm: CMConfig | None = None, label_drop: float = 0.1, ada: float = 0.0,
-                 y_prime: str = "uniform"):
+                 cm: CMConfig | None = None, label_drop: float = 0.1, flip: bool = False,
+                 ada: float = 0.0, y_other: str = "uniform"):
         super().__init__()
         self.net = net
         self.base = base
         self.cm = cm or CMConfig()
         self.label_drop = label_drop
+        self.flip = flip
         self.ada = ada
         self.two_passes = self.cm.lam != 0 and is_reserved(net.decoder)
+        self.alphas_bar = alphas_bar        # stays on the CPU: some devices have no float64
         counts = torch.as_tensor(counts)
         w_con_y, w_div_y = class_weights(counts)
-        y_prime_weights = torch.ones(len(counts)) if y_prime == "uniform" else counts.float()
-        self.register_buffer("counts", counts, persistent=False)
-        self.register_buffer("alphas_bar", alphas_bar, persistent=False)
-        self.register_buffer("y_prime_weights", y_prime_weights, persistent=False)
-        self.register_buffer("w_con_y", w_con_y.float(), persistent=False)
-        self.register_buffer("w_div_y", w_div_y.float(), persistent=False)
+        signal, sigma = signal_and_sigma(alphas_bar)
+        buffers = {
+            "counts": counts, "w_con_y": w_con_y.float(), "w_div_y": w_div_y.float(),
+            "y_other_weights": torch.ones(len(counts)) if y_other == "uniform" else counts.float(),
+            "signal": signal, "sigma": sigma,
+            **{name: value.float() for name, value in base.constants(alphas_bar).items()}}
+        for name, value in buffers.items():
+            self.register_buffer(name, value, persistent=False)
 
-    def _apply(self, fn: Callable, *args: Any) -> "Objective":
-        """Module.to, but alphas_bar, in float64, stays on the CPU for a device that has none."""
-        alphas_bar = self._buffers.pop("alphas_bar")
-        super()._apply(fn, *args)
-        with suppress(TypeError):           # what MPS raises
-            alphas_bar = fn(alphas_bar)
-        self._buffers["alphas_bar"] = alphas_bar
-        return self
+    @torch.no_grad()
+    def draw_batch(self, x_0: Tensor, y: Tensor, condition: Callable | None = None, *, seed: int,
+                   step: int, part: int = 0, parts: int = 1) -> Batch:
+        """One part of a step's Batch: a pure function of the global batch and (seed, step).
+
+        x_0 (G, C, H, W) in [-1, 1] and y (G,) are the whole global batch. Noise, timesteps and the
+        rest are drawn for all of it, and the part takes its own, so that cutting it into parts (one
+        per process, and per pass of --accumulate) changes nothing. Only dropout masks, and with
+        --cm-fraction the images that theta^g sees, are drawn for the part alone, from (seed, step,
+        part). condition(y'): what the network gets in place of the classes y and y', (G,) each;
+        None: these classes.
+        """
+        G = len(x_0)
+        home = x_0.device
+        device = torch.device("cpu") if home.type == "mps" else home    # MPS has no float64
+        x_0, y = x_0.to(device), y.to(device)
+        g = generator(device, seed, "step", step)
+        t, pair = self.base.draw_t(self.alphas_bar, G, step, g)
+        eps = torch.randn(x_0.shape, generator=g, device=device)
+        dropped = torch.rand(G, generator=g, device=device) < self.label_drop
+        mirrored = torch.rand(G, generator=g, device=device) < 0.5
+        y_other = torch.multinomial(self.y_other_weights.to(device), G, replacement=True,
+                                    generator=g)
+        gumbel = -torch.empty(G, G, device=device).exponential_(generator=g).log()
+        y_cond, y_other_cond = (y, y_other) if condition is None else condition(y_other)
+        y_cond = torch.where(dropped, -1, y_cond)
+        if self.flip:
+            x_0 = torch.where(mirrored[:, None, None, None], x_0.flip(3), x_0)
+        augmentation = None
+        if self.ada:
+            x_0, augmentation = augment(x_0, self.ada, generator(device, seed, "augment", step))
+
+        B = G // parts
+        g = generator(device, seed, "masks", step, part)
+        encode, decode = self.net.draw_masks(B, x_0.shape[-1], g)
+        masks = Masks(encode, decode, decode)
+        if self.cm.independent_dropout:
+            masks = Masks(encode, decode, self.net.draw_masks(B, x_0.shape[-1], g)[1])
+
+        own = torch.arange(part * B, (part + 1) * B, device=device)
+        cm_weight = None
+        if self.two_passes and self.cm.cm_fraction < 1:
+            importance = torch.maximum(self.w_con_y, self.w_div_y).to(device)[y[own]]
+            order, cm_weight = choose(importance, self.cm.cm_fraction,
+                                      generator(device, seed, "general", step, part))
+            own = own[order]
+        batch = Batch(
+            x_0=x_0[own], y=y[own], y_cond=y_cond[own], t=t[own], eps=eps[own], masks=masks,
+            augmentation=None if augmentation is None else augmentation[own], cm_weight=cm_weight,
+            y_other=y_other[own], y_other_cond=y_other_cond[own], pool=Pool(x_0, y, gumbel[own]),
+            pair=tuple(values[own] for values in pair))
+        return batch if device == home else tree_map_only(Tensor, lambda v: v.to(home), batch)
 
     def forward(self, batch: Batch) -> tuple[Tensor, Terms, Tensor]:
         """(total, terms, D) of one Batch, see the class."""
-        x_t = q_sample(batch.x_0, batch.t, batch.eps, self.alphas_bar)
+        x_t = q_sample(batch.x_0, batch.t, batch.eps, self.signal, self.sigma)
         pred = Predictions(self.net, batch, x_t)
         total, terms = self.base.loss(pred, batch, self)
         D = torch.zeros_like(batch.t, dtype=torch.float32)
@@ -445,7 +452,7 @@ class Objective(nn.Module):
             general = pred.general()
             D = distance(pred.eps[:len(general)], general)
             both = cm_terms(D, batch.y[:len(D)], self.w_con_y, self.w_div_y, self.cm.div_bound,
-                            batch.scale)
+                            batch.cm_weight)
             total = total + self.cm.lam * self.cm.w_con * both["con"]
             total = total + self.cm.lam * self.cm.w_div * both["div"]
             terms = {**terms, **both}

@@ -33,23 +33,22 @@ def make_alphas_bar(T: int = 1000, beta_1: float = 1e-4, beta_T: float = 0.02) -
     return torch.cumprod(1 - betas, dim=0)
 
 
-def extract(values: Tensor, t: Tensor, x: Tensor) -> Tensor:
-    """values[t] in x's dtype, shaped (N, 1, ..., 1) to multiply x (N, ...).
+def signal_and_sigma(alphas_bar: Tensor) -> tuple[Tensor, Tensor]:
+    """(sqrt(alphas_bar), sqrt(1 - alphas_bar)), (T,) each: roots in float64, kept in float32."""
+    return alphas_bar.sqrt().float(), (1 - alphas_bar).sqrt().float()
 
-    values: (T,) float64, on x's device, or on the CPU for a device without float64. t: (N,) int64.
-    """
-    values = values.to(x.dtype).to(x.device)
+
+def extract(values: Tensor, t: Tensor, x: Tensor) -> Tensor:
+    """values[t], shaped (N, 1, ..., 1) to multiply x (N, ...); values (T,), t (N,) int64."""
     return values[t].view(-1, *[1] * (x.dim() - 1))
 
 
-def q_sample(x_0: Tensor, t: Tensor, eps: Tensor, alphas_bar: Tensor) -> Tensor:
+def q_sample(x_0: Tensor, t: Tensor, eps: Tensor, signal: Tensor, sigma: Tensor) -> Tensor:
     """x_t of q(x_t | x_0) (Sec. A), given its noise.
 
-    x_0, eps: (N, C, H, W). t: (N,) int64. alphas_bar: (T,). Returns x_t (N, C, H, W).
+    x_0, eps: (N, C, H, W). t: (N,) int64. signal, sigma: (T,). Returns x_t (N, C, H, W).
     """
-    signal = extract(alphas_bar.sqrt(), t, x_0)
-    sigma = extract((1 - alphas_bar).sqrt(), t, x_0)
-    return signal * x_0 + sigma * eps
+    return extract(signal, t, x_0) * x_0 + extract(sigma, t, x_0) * eps
 
 
 def distance(a: Tensor, b: Tensor) -> Tensor:

@@ -29,7 +29,8 @@ from torch import nn
 import disk
 import runtime
 from data import class_groups, reference_images, to_float, training_images
-from model import distance, make_alphas_bar, q_sample, stratified_timesteps
+from model import (distance, make_alphas_bar, q_sample, signal_and_sigma,
+                   stratified_timesteps)
 from runtime import Parser, UserError, integer, number, run
 from networks import load_network
 from sample import dtype_of
@@ -95,8 +96,8 @@ def per_image_losses(net, images, labels, repeats, rt, seed=0, batch_size=500, t
 
     images (N, H, W, C) uint8, labels (N,). Noise follows from seed and position alone.
     """
-    alphas_bar = make_alphas_bar()
-    times = stratified_timesteps(len(images), repeats, len(alphas_bar))
+    roots = [values.to(rt.device) for values in signal_and_sigma(make_alphas_bar())]
+    times = stratified_timesteps(len(images), repeats)
     result = np.zeros(len(images))
     with runtime.progress(total=len(images) * repeats, desc=title, unit="img") as bar:
         for first in range(0, len(images), CHUNK):
@@ -107,7 +108,7 @@ def per_image_losses(net, images, labels, repeats, rt, seed=0, batch_size=500, t
                 g = runtime.generator("cpu", seed, "probe", first, r)
                 eps = torch.randn(x_0.shape, generator=g).to(rt.device)
                 t = times[chunk, r].to(rt.device)
-                x_t = q_sample(x_0, t, eps, alphas_bar)
+                x_t = q_sample(x_0, t, eps, *roots)
                 x_t = x_t.contiguous(memory_format=torch.channels_last)
                 result[chunk] += squared_errors(net, x_t, t, y, eps, rt, batch_size) / repeats
                 bar.update(len(x_0))

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from model import Down, Up, conv, distance, group_norm, norm_silu
+from runtime import generator
 
 CHANNELS = 4            # of latents, as Stable Diffusion's
 KL_WEIGHT = 1e-4        # beside a mean squared error, both per number
@@ -96,7 +97,7 @@ class Pixels(NamedTuple):
     x: torch.Tensor             # (B, 3, H, W) in [-1, 1]
     eps: torch.Tensor           # (B, 4, h, w), standard normal
     y: torch.Tensor             # (B,) their classes
-    scale: None = None          # weights of L_CM, which there is none of
+    cm_weight: None = None      # of L_CM, which there is none of
 
 
 class Reconstruction(nn.Module):
@@ -108,6 +109,15 @@ class Reconstruction(nn.Module):
     def __init__(self, net):
         super().__init__()
         self.net = net
+
+    @torch.no_grad()
+    def draw_batch(self, x, y, *, seed, step, part=0, parts=1):
+        """One part of a step's Pixels: a pure function of the global batch and (seed, step)."""
+        side = x.shape[-1] >> (len(self.net.config.block_out_channels) - 1)
+        g = generator(x.device, seed, "latent", step)
+        eps = torch.randn(len(x), CHANNELS, side, side, generator=g, device=x.device)
+        own = slice(part * len(x) // parts, (part + 1) * len(x) // parts)
+        return Pixels(x[own], eps[own], y[own])
 
     def forward(self, batch):
         x, mean, std = self.net(batch.x, batch.eps)

@@ -96,12 +96,12 @@ class Table:
         return self.by_class[self.class_starts[y] + (u * self.class_sizes[y]).long()]
 
     def condition(self, rows, seed, step):
-        """What draw_batch takes as its `condition`: the texts of a step's images, and of y'."""
+        """The `condition` of Objective.draw_batch: the texts of a step, its own and those of y'."""
         g = generator("cpu", seed, "captions", step)
         u = torch.rand(2, len(rows), generator=g, dtype=torch.float64)
         own = self.of_images(torch.as_tensor(rows), u[0])
 
-        def numbers(y_prime):
-            other = self.of_classes(y_prime.cpu(), u[1])
-            return own.to(y_prime.device), other.to(y_prime.device)
+        def numbers(y_other):
+            other = self.of_classes(y_other.cpu(), u[1])
+            return own.to(y_other.device), other.to(y_other.device)
         return numbers

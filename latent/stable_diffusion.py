@@ -44,27 +44,21 @@ from torch.nn.utils import parametrize
 
 import disk
 import runtime
-from cm_layers import LowRank, checkpoint, count, general_only, matrices, merge, reserve
+from cm_layers import LowRank, checkpoint, general_only, matrices, merge, reserve
 from data import (Batches, add_data_flags, device_limit, load_long_tailed, pack_path,
                   refuse_other_data, send, to_float, unused_data_flags)
 from latent import latent_cache, latent_export
-from loop import Meter, Training
-from losses import CMConfig, Objective, add_cm_flags, bind, draw_batch
+from loop import Training, add_write_flags, config_of, is_finished, loop, resume
+from losses import CMConfig, Objective, add_cm_flags, bind
 from runtime import Parser, UserError, integer, number, refuse_unused, run
 from sample import (Sampling, add_image_flags, add_output_flags, add_sampling_flags,
                     add_weights_flags, chosen_classes, describe, dtype_of, generate,
                     labels_in_turn, make_samples, sampling_of)
 from sets.readers import READERS
-from train import (IR, add_write_flags, check_batch_size, check_keep_every, compiled, config_of,
-                   is_finished, preset_words, run_loop)
+from train import IR, preset_words
 
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")      # the layers of attention, in diffusers
 RESOLUTION = 256        # of image files, where no flag says it: that of the paper's model
-RESUMABLE = {       # settings that may change when a run goes on
-    "epochs", "save_every", "keep_every", "sample_every", "log_every", "data_dir", "pack_dir",
-    "accumulate", "checkpointing", "compile"}
-OLDER = {           # the defaults of runs that began before stable_diffusion.py had grids
-    "ir": 100.0, "resolution": None, "sample_every": 0}
 WRITE_EVERY = {"save_every": 500, "sample_every": 2000, "log_every": 50}
 GRID_BATCH = 25     # images of a grid that are generated at a time, beside what training holds
 CM_ONLY = ("cm_rank", "lam", "w_con", "w_div", "div_bound")
@@ -507,7 +501,6 @@ def resolve(args, given):
     if rest == args.prompt or "{" in rest or "}" in rest:
         raise UserError(f"--prompt {args.prompt!r}: must hold {{}}, which stands for the class, "
                         "and no other braces")
-    check_batch_size(args)
     args.out = args.out or "out/" + run_name(args)
     return args
 
@@ -522,22 +515,6 @@ def run_name(args):
     return "-".join(words)
 
 
-def resume(args, given):
-    """(the run's checkpoint or None, the Runtime); its settings must be this command's.
-
-    given: Parser.given. An older run keeps the defaults of its time.
-    """
-    old, rt = disk.resume(args, ["latent"])
-    rt.agree(old["step"] if old else 0, args.out)
-    if old:
-        was = old["config"]
-        vars(args).update({name: value for name, value in OLDER.items()
-                           if name not in given and was.get(name, value) == value})
-        defaults = vars(make_train_parser().parse_args([]))
-        disk.refuse_changes(old["config"], config_of(args), args.out, defaults, RESUMABLE)
-    return old, rt
-
-
 def make_network(model, class_names, config, old):
     """The LatentUNet to train: its initial low-rank parts, or those of the checkpoint `old`."""
     torch.manual_seed(runtime.seed_of(config["seed"], "init"))
@@ -547,18 +524,11 @@ def make_network(model, class_names, config, old):
     return net.to(model.device)
 
 
-def make_training(args, rt, net, images, record, old):
-    """The Training of a network, at the step of the checkpoint `old` or at 0."""
-    params = adapters(net)
-    optimizer = torch.optim.AdamW(params.values(), lr=args.lr, weight_decay=args.weight_decay,
-                                  fused=True)
-    meter = Meter(images.counts, images.class_names, rt.device)
+class LatentTraining(Training):
+    """A run whose checkpoints keep the low-rank parts only."""
 
-    def weights():
-        return {"adapters": params, "ema": training.ema}
-    training = Training(args, rt, params, optimizer, meter, record, weights)
-    training.start(old)
-    return training
+    def weights(self):
+        return {"adapters": self.params, "ema": self.ema}
 
 
 def draw_latents(moments, seed, step):
@@ -566,23 +536,6 @@ def draw_latents(moments, seed, step):
     mean, std = moments.unbind(1)
     g = runtime.generator(moments.device, seed, "latent", step)
     return mean + std * torch.randn(mean.shape, generator=g, device=moments.device)
-
-
-def announce(training, net, compiled):
-    """Print what is about to be trained, how and where."""
-    args, rt = training.args, training.rt
-    low_rank = sum(p.numel() for p in training.params.values())
-    reserved = count(net)["expert"]
-    frozen = sum(p.numel() for p in net.parameters()) - low_rank
-    words = [f"network: {frozen:,} parameters, frozen + {low_rank - reserved:,} of the LoRA"]
-    if args.cm:
-        words.append(f" + {reserved:,} reserved")
-    words.append(f"; {rt.device}, {args.dtype}, {rt.processes()}")
-    if compiled:
-        words.append(", compiled")
-    rt.print("".join(words))
-    verb = "resuming" if training.step else "starting"
-    rt.print(f"{verb} {args.out} at step {training.step} of {args.steps}")
 
 
 def load_images(args, rt, old):
@@ -595,11 +548,6 @@ def load_images(args, rt, old):
     args.steps = math.ceil(args.epochs * len(images.labels) / args.batch_size)
     if old:
         refuse_other_data(old["data"], images.record(), args)
-    if old and old["step"] > args.steps:
-        raise UserError(f"--epochs {args.epochs}: {args.steps} steps, and the run in {args.out} is "
-                        f"at step {old['step']} already; raise it, or choose another folder with "
-                        "--out")
-    check_keep_every(args)
     return images
 
 
@@ -608,30 +556,25 @@ def main_train(argv):
     parser = make_train_parser()
     args = resolve(parser.parse_args(argv), parser.given)
     packages()              # fails here, before any work
-    old, rt = resume(args, parser.given)
-    rt.on_rank_0(lambda: disk.check_writable(Path(args.out) / "config.json"))
+    old, rt = resume(args, ["latent"], {"epochs", "checkpointing"})
     config = config_of(args)        # without args.steps, which the number of images gives
     images = load_images(args, rt, old)
-    network = partial(load_model, args, rt, images, config, old)
-    if is_finished(old, args, rt, lambda *call: grid_samples(*network(), *call)):
+    if is_finished(old, args, rt):
         return
     rt.print(images.summary())
 
-    model, net = network()
+    model, net = load_model(args, rt, images, config, old)
     objective = Objective(
         net=net, base=bind(args.base), counts=images.counts, alphas_bar=model.alphas_bar,
         cm=CMConfig.of(args), label_drop=args.label_drop).to(rt.device)
+    optimizer = torch.optim.AdamW(adapters(net).values(), lr=args.lr,
+                                  weight_decay=args.weight_decay, fused=True)
     record = {"kind": "latent", "config": config,
               "command": runtime.command_line("-m latent.stable_diffusion"),
               "data": images.record(), "model_sha256": model.sha256}
-    training = make_training(args, rt, net, images, record, old)
-    with disk.lock(args.out, rt=rt):
-        moments = encoded(model, images, args, rt)
-        batch = make_batch(training, objective, images, moments)
-        module, warning = compiled(objective, batch, training)
-        announce(training, net, module is not objective)
-        run_loop(training, rt.parallel(module), batch, old, None, warning,
-                 partial(grid_samples, model, net))
+    batches = LatentBatches(args, rt, images, encoded(model, images, args, rt))
+    training = LatentTraining(args, rt, net, objective, batches, optimizer, record, old)
+    loop(training, partial(grid_samples, model, net))
 
 
 def load_model(args, rt, images, config, old):
@@ -661,27 +604,31 @@ def encoded(model, images, args, rt):
                              lambda part: model.encode(images.images[part]), rt)
 
 
-def make_batch(training, objective, images, moments, table=None):
-    """batch(step, k) for loop.py, of latents drawn from `encoded`'s distributions.
+class LatentBatches:
+    """`at(step)`: the latents of a step's images, drawn from `encoded`'s distributions, and labels.
 
-    table: of captions.py, where each image has texts of its own.
+    table: of captions.py, where each image has texts of its own; then also what chooses them.
     """
-    args, rt = training.args, training.rt
-    batches = Batches(images, args.batch_size, args.seed, rt.device, limit=0)
-    on_device = moments.nbytes <= device_limit(rt.device)
-    if on_device:
-        moments = torch.from_numpy(np.array(moments)).to(rt.device)
 
-    def batch(step, k):
-        rows = batches.rows(step)
-        index = send(torch.from_numpy(rows), rt.device)
-        own = moments[index] if on_device else send(torch.from_numpy(moments[rows]), rt.device)
-        x_0 = draw_latents(own, args.seed, step)
-        part = rt.rank * args.accumulate + k
-        condition = table and table.condition(rows, args.seed, step)
-        return draw_batch(x_0, batches.labels[index], objective, seed=args.seed, step=step,
-                          part=part, parts=rt.world * args.accumulate, condition=condition)
-    return batch
+    def __init__(self, args, rt, images, moments, table=None):
+        self.rt = rt
+        self.seed = args.seed
+        self.batches = Batches(images, args.batch_size, args.seed, rt.device, limit=0)
+        self.table = table
+        self.on_device = moments.nbytes <= device_limit(rt.device)
+        self.moments = moments
+        if self.on_device:
+            self.moments = torch.from_numpy(np.array(moments)).to(rt.device)
+
+    def at(self, step):
+        """(x_0 (G, C, h, w), y (G,)[, condition]): what Objective.draw_batch takes."""
+        rows = self.batches.rows(step)
+        index = send(torch.from_numpy(rows), self.rt.device)
+        own = self.moments[index] if self.on_device else send(
+            torch.from_numpy(self.moments[rows]), self.rt.device)
+        x_0 = draw_latents(own, self.seed, step)
+        condition = self.table and self.table.condition(rows, self.seed, step)
+        return x_0, self.batches.labels[index], condition
 
 
 def grid_samples(model, net, state, labels, rt):

@@ -35,30 +35,26 @@ import torch
 import disk
 import losses
 import runtime
-from cm_layers import count, merge, reserve
+from cm_layers import merge, reserve
 from data import (Batches, add_data_flags, load_long_tailed, load_reference, refuse_other_data,
                   refuse_other_source, to_classes, to_float, to_uint8, unused_data_flags)
-from latent.autoencoder import KLAutoencoder, Pixels, Reconstruction, latent_scale
+from latent.autoencoder import KLAutoencoder, Reconstruction, latent_scale
 from latent.captions import Table, captions_of, check_form
-from latent.stable_diffusion import (RESOLUTION, Autoencoder, content_hash, encoded, load_part,
-                                     make_batch, packages)
+from latent.stable_diffusion import (RESOLUTION, Autoencoder, LatentBatches, content_hash, encoded,
+                                     load_part, packages)
 from latent.text_dit import TextDiT, Texts, WordEncoder, Words, vocabulary_of
-from loop import Meter, Training
+from loop import Training, add_write_flags, config_of, is_finished, loop, resume
 from losses import BASES, CMConfig, Objective, add_cm_flags, bind
 from model import make_alphas_bar
 from runtime import Parser, UserError, integer, number, refuse_unused, run
 from sample import (Sampling, add_output_flags, add_sampling_flags, describe, dtype_of, generate,
                     labels_in_turn, make_samples, sampling_of)
 from sets.readers import READERS
-from train import (IR, add_own_flags, add_write_flags, check_batch_size, check_keep_every, compiled,
-                   config_of, fill_in_ct_double, is_finished, preset_words, run_loop)
+from train import IR, add_own_flags, preset_words
 
 PRETRAINED = "lambdalabs/miniSD-diffusers"      # its autoencoder and its text encoder, CLIP's
 WORDS = "words"                                 # --text-encoder: one that is trained here
-RESUMABLE = {       # settings that may change when a run goes on; the autoencoder's and the text
-                    # encoder's content must be the same
-    "steps", "save_every", "keep_every", "sample_every", "log_every", "data_dir", "pack_dir",
-    "accumulate", "compile", "autoencoder", "text_encoder"}
+RESUMABLE = {"autoencoder", "text_encoder"}     # whose content must be the same
 WRITE_EVERY = {"save_every": 1000, "sample_every": 10_000, "log_every": 100}
 CM_ONLY = ("rank_ratio", "lam", "w_con", "w_div", "div_bound")
 BETAS = (0.9, 0.96)         # of AdamW
@@ -262,29 +258,12 @@ def resolve_data(args, given):
     if args.resolution is None and files:
         args.resolution = RESOLUTION
     refuse_unused(given, unused_data_flags(args))
-    check_batch_size(args)
-    check_keep_every(args)
 
 
 def run_name(args, *words):
     """The folder name of a run: data, IR, words, seed."""
     dataset = disk.path_id(args.data_dir) if args.dataset == "folder" else args.dataset
     return "-".join([words[0], dataset, f"ir{args.ir:g}", *words[1:], f"seed{args.seed}"])
-
-
-def resume(args, kind, defaults):
-    """(the run's checkpoint or None, the Runtime); its settings must be this command's."""
-    old, rt = disk.resume(args, [kind])
-    if kind == "text":
-        fill_in_ct_double(args, old)
-    rt.agree(old["step"] if old else 0, args.out)
-    if old:
-        disk.refuse_changes(old["config"], config_of(args), args.out, defaults, RESUMABLE)
-    if old and old["step"] > args.steps:
-        raise UserError(f"--steps {args.steps}: the run in {args.out} is at step {old['step']} "
-                        "already; raise it, or choose another folder with --out")
-    rt.on_rank_0(lambda: disk.check_writable(Path(args.out) / "config.json"))
-    return old, rt
 
 
 def load_images(args, rt, old):
@@ -298,28 +277,19 @@ def load_images(args, rt, old):
     return images
 
 
-def start_training(args, rt, net, optimizer, images, record, old, **more):
-    """The Training of a network, at the step of the checkpoint `old` or at 0.
+class PartTraining(Training):
+    """A run whose checkpoints keep what is trained only: no frozen text encoder."""
 
-    more: {name: f}, what a checkpoint keeps besides the weights: f(their averages).
-    """
-    params = trained(net)
-    meter = Meter(images.counts, images.class_names, rt.device)
-
-    def weights():
-        return {"model": params, "ema": training.ema,
-                **{name: of(training.ema) for name, of in more.items()}}
-    training = Training(args, rt, params, optimizer, meter, record, weights)
-    training.start(old)
-    return training
+    def weights(self):
+        return {"model": self.params, "ema": self.ema}
 
 
-def announce(training, words):
-    """Print what is about to be trained, how and where."""
-    args, rt = training.args, training.rt
-    verb = "resuming" if training.step else "starting"
-    rt.print(f"network: {words}; {rt.device}, {args.dtype}, {rt.processes()}")
-    rt.print(f"{verb} {args.out} at step {training.step} of {args.steps}")
+class AutoencoderTraining(PartTraining):
+    """A run whose checkpoints also keep what scales latents to variance 1, measured on `images`."""
+    images = None
+
+    def weights(self):
+        return {**super().weights(), "scale": latent_scale(self.net, self.ema, self.images)}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -344,26 +314,22 @@ def main_autoencoder(argv):
     args = parser.parse_args(argv)
     resolve_data(args, parser.given)
     args.out = args.out or "out/" + run_name(args, "autoencoder", f"f{args.factor}")
-    old, rt = resume(args, "autoencoder", vars(parser.parse_args([])))
+    old, rt = resume(args, ["autoencoder"], RESUMABLE)
     images = load_images(args, rt, old)
     network = {"ch": args.ch, "factor": args.factor}
-    samples = partial(reconstructions, images)
-    if is_finished(old, args, rt, samples):
+    if is_finished(old, args, rt):
         return
     rt.print(images.summary())
     net = make_autoencoder(args, network, images, old).to(rt.device)
-    loss = Reconstruction(net)
     record = {"kind": "autoencoder", "command": runtime.command_line("-m latent.text_to_image"),
               "config": config_of(args), "data": images.record(), "network": network}
-    first = to_float(torch.from_numpy(np.array(images.images[:SCALE_IMAGES]))).to(rt.device)
+    batches = Batches(images, args.batch_size, args.seed, rt.device)
     optimizer = torch.optim.Adam(net.parameters(), lr=args.lr, fused=True)
-    training = start_training(args, rt, net, optimizer, images, record, old,
-                              scale=partial(latent_scale, net, x=first))
-    batch = pixel_batches(training, images)
-    with disk.lock(args.out, rt=rt):
-        module, warning = compiled(loss, batch, training)
-        announce(training, f"{sum(p.numel() for p in net.parameters()):,} parameters")
-        run_loop(training, rt.parallel(module), batch, old, None, warning, samples)
+    training = AutoencoderTraining(args, rt, net, Reconstruction(net), batches, optimizer, record,
+                                   old)
+    first = torch.from_numpy(np.array(images.images[:SCALE_IMAGES]))
+    training.images = to_float(first).to(rt.device)
+    loop(training, partial(reconstructions, images))
 
 
 def make_autoencoder(args, network, images, old):
@@ -380,23 +346,6 @@ def make_autoencoder(args, network, images, old):
     if old:
         load_parameters(net, old["model"], "--out")
     return net
-
-
-def pixel_batches(training, images):
-    """batch(step, k) for loop.py: Pixels, a pure function of (seed, step)."""
-    args, rt = training.args, training.rt
-    batches = Batches(images, args.batch_size, args.seed, rt.device)
-    parts = rt.world * args.accumulate
-
-    def batch(step, k):
-        x, y = batches.at(step)
-        side = x.shape[-1] // args.factor
-        g = runtime.generator(rt.device, args.seed, "latent", step)
-        eps = torch.randn(len(x), 4, side, side, generator=g, device=rt.device)
-        part = rt.rank * args.accumulate + k
-        own = slice(part * len(x) // parts, (part + 1) * len(x) // parts)
-        return Pixels(x[own], eps[own], y[own])
-    return batch
 
 
 @torch.no_grad()
@@ -476,7 +425,7 @@ def main_train(argv):
     """Resume or start; images, captions, latents; network; loop: train.py's main, on latents."""
     parser = make_train_parser()
     args = resolve(parser.parse_args(argv), parser.given)
-    old, rt = resume(args, "text", vars(make_train_parser().parse_args([])))
+    old, rt = resume(args, ["text"], RESUMABLE)
     autoencoder = load_autoencoder(args.autoencoder, rt.device)
     images = load_images(args, rt, old)
     with rt.rank_0_first():
@@ -487,8 +436,7 @@ def main_train(argv):
     text = load_text_encoder(args.text_encoder, vocabulary_of(table.texts))
     if old:
         refuse_other_parts(old, autoencoder, text)
-    samples = partial(grid_samples, autoencoder, text, table)
-    if is_finished(old, args, rt, samples):
+    if is_finished(old, args, rt):
         return
     rt.print(images.summary())
     rt.print(f"texts: {len(table.texts):,}, such as \"{table.texts[0]}\"")
@@ -501,13 +449,9 @@ def main_train(argv):
     ).to(rt.device)
     optimizer = torch.optim.AdamW(trained(net).values(), lr=args.lr, betas=BETAS,
                                   weight_decay=args.weight_decay, fused=True)
-    training = start_training(args, rt, net, optimizer, images, record, old)
-    with disk.lock(args.out, rt=rt):
-        moments = encoded(autoencoder, images, args, rt)
-        batch = make_batch(training, objective, images, moments, table)
-        module, warning = compiled(objective, batch, training)
-        announce(training, sizes_of(net))
-        run_loop(training, rt.parallel(module), batch, old, None, warning, samples)
+    batches = LatentBatches(args, rt, images, encoded(autoencoder, images, args, rt), table)
+    training = PartTraining(args, rt, net, objective, batches, optimizer, record, old)
+    loop(training, partial(grid_samples, autoencoder, text, table))
 
 
 def describe_run(args, images, table, autoencoder, text):
@@ -535,16 +479,6 @@ def make_network(record, text, table, old):
 def hash_of(texts):
     """The SHA-256 of a list of texts."""
     return hashlib.sha256(json.dumps(texts).encode()).hexdigest()
-
-
-def sizes_of(net):
-    """The numbers of parameters in words: trained, reserved and frozen ones."""
-    frozen = sum(p.numel() for p in net.parameters() if not p.requires_grad)
-    numbers = count(net)
-    words = f"{numbers['general'] - frozen:,} parameters"
-    if numbers["expert"]:
-        words += f" + {numbers['expert']:,} reserved (A, B)"
-    return words + (f" + {frozen:,} of the text encoder, frozen" if frozen else "")
 
 
 # --------------------------------------------------------------------------------------------------

@@ -31,7 +31,6 @@ from argparse import BooleanOptionalAction
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
-from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,12 +44,12 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 import disk
-import loop
 import runtime
 import train
 from cm_layers import merge
 from data import Batches, ImageSet, long_tail_counts
-from losses import CMConfig, Objective, bind, draw_batch
+from loop import Training, train_step
+from losses import CMConfig, Objective, bind
 from metrics import scores
 from model import UNetConfig, make_alphas_bar
 from networks import build
@@ -166,7 +165,7 @@ def make_objective(method, net, images):
     """The Objective of a method."""
     base, fraction = METHODS[method]
     return Objective(net=net, base=bind(base), counts=images.counts, alphas_bar=make_alphas_bar(),
-                     cm=CMConfig(cm_fraction=fraction or 1.0))
+                     cm=CMConfig(cm_fraction=fraction or 1.0), flip=True)
 
 
 def make_step(method, images, batch_size, rt, compiled, settings):
@@ -176,31 +175,19 @@ def make_step(method, images, batch_size, rt, compiled, settings):
     """
     net = make_network(method)
     net.to(rt.device, memory_format=torch.channels_last)
-    params = list(net.parameters())
-    ema = [p.detach().clone(memory_format=torch.preserve_format) for p in params]
-    optimizer = torch.optim.Adam(params, lr=2e-4, fused=True)
+    optimizer = torch.optim.Adam(net.parameters(), lr=2e-4, fused=True)
     objective = make_objective(method, net, images).to(rt.device)
-    batches = Batches(images, batch_size, 0, rt.device)
-    steps = count()
-
-    def next_batch():
-        step = next(steps)
-        x_0, y = batches.at(step)
-        return draw_batch(x_0, y, objective, seed=0, step=step, flip=True)
-
+    record = {"data": {"class_counts": images.counts, "class_names": images.class_names}}
+    settings.batch_size = batch_size
+    training = Training(settings, rt, net, objective,
+                        Batches(images, batch_size, 0, rt.device), optimizer, record)
     module = objective
     if compiled:
-        module, _ = runtime.compile_or_not(objective, lambda m: m(next_batch())[0], rt)
-
-    def call():
-        batch = next_batch()
-        with rt.autocast():
-            total, _, _ = module(batch)
-        total.backward()
-        loop.update(params, ema, optimizer, 0, settings)
+        module, _ = runtime.compile_or_not(objective, lambda m: m(training.batch())[0], rt)
+    call = partial(train_step, training, module)
 
     with FlopCounterMode(display=False) as counter, TensorMemory() as memory, rt.autocast():
-        objective(next_batch())[0].backward()
+        objective(training.batch())[0].backward()
     optimizer.zero_grad(set_to_none=True)
     return Step(call, net, counter.get_total_flops(), memory.peak, module is not objective)
 
@@ -437,7 +424,7 @@ def plan_step(method, images, batch_size, dtype, network=NETWORK):
     net.draw_masks = draw_fake_masks        # large; all else is drawn as it is
     objective = make_objective(method, net, images)
     x_0, y = Batches(images, batch_size, 0, rt.device).at(0)
-    batch = draw_batch(x_0, y, objective, seed=0, step=0, flip=True)
+    batch = objective.draw_batch(x_0, y, seed=0, step=0)
     with fake, Operations() as counted, rt.autocast(), CudaAutocast():
         objective(batch)[0].backward()
     weights = sum(p.numel() * p.element_size() for p in net.parameters())

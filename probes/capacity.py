@@ -25,8 +25,9 @@ import disk
 import runtime
 from cm_layers import general_only, is_reserved, reserved
 from data import by_size, class_groups, reference_images, to_float, training_images
-from losses import CMConfig, Objective, bind, draw_batch
-from model import distance, make_alphas_bar, q_sample, stratified_timesteps
+from losses import CMConfig, Masks, Objective, bind
+from model import (distance, make_alphas_bar, q_sample, signal_and_sigma,
+                   stratified_timesteps)
 from runtime import Parser, UserError, integer, run
 from networks import load_unmerged
 from sample import dtype_of
@@ -78,9 +79,9 @@ def group_gradients(objective, images, rows, repeats, params, seed, batch_size):
         y = torch.from_numpy(images.labels[which]).to(device)
         t = times[which, part % repeats].to(device)
         step = int(rows[0]) * 100_003 + first           # another one for each group and batch
-        batch = draw_batch(x_0, y, objective, seed=seed, step=step)
+        batch = objective.draw_batch(x_0, y, seed=seed, step=step)
         # Fixed timesteps, all labels given, no dropout
-        batch = batch._replace(t=t, y_in=y, masks_encode=[], masks_decode=[], masks_general=[])
+        batch = batch._replace(t=t, y_cond=y, masks=Masks([], [], []))
         loss, _, _ = objective(batch)
         gradients = torch.autograd.grad(loss * len(which), params, allow_unused=True)
         for k, g in enumerate(gradients):
@@ -260,7 +261,7 @@ def distances(net, images, labels, grid, rt, seed, batch_size):
     D = ||eps_theta - eps_theta_g||^2 / (C H W). images (N, H, W, C) uint8, labels (N,). Raises
     UserError where one is not finite.
     """
-    alphas_bar = make_alphas_bar()
+    roots = [values.to(rt.device) for values in signal_and_sigma(make_alphas_bar())]
     result = np.zeros((len(labels), len(grid)))
     firsts = range(0, len(labels), batch_size)
     for first in runtime.progress(firsts, desc="distances", unit="batch"):
@@ -272,7 +273,7 @@ def distances(net, images, labels, grid, rt, seed, batch_size):
             eps = torch.randn(x_0.shape, generator=g).to(rt.device)
             t = torch.full_like(y, step)
             with rt.autocast():
-                encoded = net.encode(q_sample(x_0, t, eps, alphas_bar), t, y)
+                encoded = net.encode(q_sample(x_0, t, eps, *roots), t, y)
                 full = net.decode(*encoded).float()
                 with general_only(net.decoder):
                     general = net.decode(*encoded).float()

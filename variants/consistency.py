@@ -54,15 +54,19 @@ def coefficients(alphas_bar: Tensor) -> tuple[Tensor, Tensor]:
     return c_skip, c_out
 
 
-def to_x_0(F: Tensor, x_t: Tensor, t: Tensor, alphas_bar: Tensor) -> Tensor:
+def constants(alphas_bar: Tensor) -> dict[str, Tensor]:
+    """What `to_x_0` takes, computed in float64: {"x_t_factor", "F_factor"}, (T,) each."""
+    c_skip, c_out = coefficients(alphas_bar)
+    return {"x_t_factor": c_skip / alphas_bar.sqrt(), "F_factor": c_out}
+
+
+def to_x_0(F: Tensor, x_t: Tensor, t: Tensor, x_t_factor: Tensor, F_factor: Tensor) -> Tensor:
     """f_theta from the network's output F: c_skip x_t / sqrt(ab_t) + c_out F.
 
-    F, x_t: (N, C, H, W). t: (N,). At t = 0, the trajectory's beginning, f is x_t / sqrt(ab_t)
-    = x_0 + 0.01 eps, whatever F is.
+    F, x_t: (N, C, H, W). t: (N,). The factors: (T,) float32, of `constants`. At t = 0, the
+    trajectory's beginning, f is x_t / sqrt(ab_t) = x_0 + 0.01 eps, whatever F is.
     """
-    c_skip, c_out = coefficients(alphas_bar)
-    skip = extract(c_skip / alphas_bar.sqrt(), t, x_t)
-    return skip * x_t + extract(c_out, t, x_t) * F
+    return extract(x_t_factor, t, x_t) * x_t + extract(F_factor, t, x_t) * F
 
 
 # --------------------------------------------------------------------------------------------------
@@ -88,7 +92,7 @@ def make_grid(sigma: Tensor, N: int, kind: str) -> Tensor:
 
 
 def draw_pairs(alphas_bar, n, step, generator, *, ct_double=1, ct_grid="uniform"):
-    """Neighbouring timesteps and the weights of such pairs: (t, t_below, weight), (n,) each.
+    """Neighbouring timesteps and the weights of such pairs: (t, (t_below, weight)), (n,) each.
 
     They are neighbours on make_grid's grid of N = intervals(step, ct_double). An interval is drawn
     with the probability that a log-normal sigma falls into it, of mean -1.1 and deviation 2.0
@@ -104,9 +108,10 @@ def draw_pairs(alphas_bar, n, step, generator, *, ct_double=1, ct_grid="uniform"
     width = sigma[grid].diff()
     weight = torch.where(width > 0, 1 / width, 0)           # an empty interval is never drawn
     mean_effect = (probability * c_out[grid[1:]] * weight).sum() / probability.sum()
-    weight = weight / mean_effect
+    grid, weight, probability = (values.to(generator.device) for values in (
+        grid, weight / mean_effect, probability))
     j = torch.multinomial(probability, n, replacement=True, generator=generator)
-    return grid[j + 1], grid[j], weight[j].float()
+    return grid[j + 1], (grid[j], weight[j].float())
 
 
 def loss(pred, batch, obj):
@@ -115,14 +120,16 @@ def loss(pred, batch, obj):
     Both points have the same image, noise, label and dropout masks; w is `draw_pairs`'s weight, and
     d(u, v) = sqrt(||u - v||^2 + c^2) - c. sg: no gradient.
     """
-    alphas_bar = obj.alphas_bar
-    x_below = q_sample(batch.x_0, batch.t_below, batch.eps, alphas_bar)
+    t_below, weight = batch.pair
+    factors = obj.x_t_factor, obj.F_factor
+    x_below = q_sample(batch.x_0, t_below, batch.eps, obj.signal, obj.sigma)
     with torch.no_grad():
-        encoded = obj.net.encode(x_below, batch.t_below, batch.y_in, batch.masks_encode, batch.a)
-        F_below = obj.net.decode(*encoded, batch.masks_decode).float()
-        target = to_x_0(F_below, x_below, batch.t_below, alphas_bar)
-    error = distance(to_x_0(pred.eps, pred.x_t, batch.t, alphas_bar), target)
-    base = (batch.weight * ((error + HUBER ** 2).sqrt() - HUBER)).mean()
+        encoded = obj.net.encode(x_below, t_below, batch.y_cond, batch.masks.encode,
+                                 batch.augmentation)
+        F_below = obj.net.decode(*encoded, batch.masks.decode).float()
+        target = to_x_0(F_below, x_below, t_below, *factors)
+    error = distance(to_x_0(pred.eps, pred.x_t, batch.t, *factors), target)
+    base = (weight * ((error + HUBER ** 2).sqrt() - HUBER)).mean()
     return base, {"base": base}
 
 
@@ -149,9 +156,10 @@ def sample(predict, x, alphas_bar, timesteps, noise):
     added.
     """
     sigma = sigmas(alphas_bar).tolist()
+    factors = [value.float().to(x.device) for value in constants(alphas_bar).values()]
     for t, t_next in zip(timesteps, [*timesteps[1:], None]):
         t_all = torch.full((len(x),), t, device=x.device)
-        x_0 = to_x_0(predict(x, t), x, t_all, alphas_bar)
+        x_0 = to_x_0(predict(x, t), x, t_all, *factors)
         if t_next is not None:
             added = (sigma[t_next] ** 2 - sigma[0] ** 2) ** 0.5
             x = float(alphas_bar[t_next]) ** 0.5 * (x_0 + added * noise())

@@ -16,7 +16,7 @@ from torch.testing import assert_close
 import model
 import runtime
 from cm_layers import general_only, reserve, reserved
-from losses import CMConfig, Objective, bind, draw_batch
+from losses import CMConfig, Objective, bind
 from model import make_alphas_bar
 from recognition import resnet
 
@@ -50,7 +50,7 @@ def diffusion(base, cm):
     objective = Objective(net=net, base=bind(base), counts=COUNTS, alphas_bar=make_alphas_bar(),
                           cm=CMConfig(cm_fraction=cm or 1.0))
     x_0 = torch.rand(8, 1, 8, 8) * 2 - 1
-    return objective, (draw_batch(x_0, torch.arange(8), objective, seed=0, step=3),)
+    return objective, (objective.draw_batch(x_0, torch.arange(8), seed=0, step=3),)
 
 
 def recognition(loss, cm):

@@ -14,7 +14,7 @@ import runtime
 import sample
 import train
 from cm_layers import reserve
-from losses import BASES, CMConfig, Objective, bind, draw_batch
+from losses import BASES, CMConfig, Objective, bind
 from metrics import features
 from model import UNet, UNetConfig, extract, make_alphas_bar
 from recognition import classify
@@ -67,8 +67,8 @@ def test_a_step_needs_no_float64_of_the_device(meta, base, fraction):
     objective.to(meta)
     assert objective.alphas_bar.device.type == "cpu" and objective.w_con_y.is_meta
     x_0, y = a_batch()
-    batch = draw_batch(x_0.to(meta), y.to(meta), objective, seed=0, step=0)
-    assert batch.x_0.is_meta and batch.masks_encode[0].is_meta
+    batch = objective.draw_batch(x_0.to(meta), y.to(meta), seed=0, step=0)
+    assert batch.x_0.is_meta and batch.masks.encode[0].is_meta
     total, _, D = objective(batch)
     total.backward()
     assert D.is_meta and total.dtype == torch.float32
@@ -89,7 +89,7 @@ def test_such_a_device_gets_the_cpus_numbers(monkeypatch):
     moved = []
     monkeypatch.setattr("losses.place_of_float64", lambda device: moved.append(device) or device)
     x_0, y = a_batch()
-    batch = draw_batch(x_0, y, make_objective(), seed=0, step=3)
+    batch = make_objective().draw_batch(x_0, y, seed=0, step=3)
     assert moved == [torch.device("cpu")] and batch.x_0.device.type == "cpu"
     assert runtime.place_of_float64("mps") == torch.device("cpu")
     assert runtime.place_of_float64("cuda:1") == torch.device("cuda:1")
@@ -149,7 +149,7 @@ def test_the_loss_is_scaled_and_an_overflow_skips_the_update():
     x_0, y = a_batch()
 
     def batch(step, k):
-        return draw_batch(x_0, y, objective, seed=0, step=step)
+        return objective.draw_batch(x_0, y, seed=0, step=step)
     seen = []
     last = training.params["decoder.conv.bias"]         # the others' gradients begin near 0
     last.register_hook(lambda g: seen.append(g.abs().max().item()))
@@ -276,7 +276,7 @@ def test_cuda_graphs_are_the_compilers_mode(monkeypatch):
     x_0, y = a_batch()
 
     def batch(step, k):
-        return draw_batch(x_0, y, objective, seed=0, step=step)
+        return objective.draw_batch(x_0, y, seed=0, step=step)
     for graphs in (False, True):
         module, warning = train.compiled(objective, batch, training, graphs)
         assert module is objective and warning is None

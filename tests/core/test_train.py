@@ -587,9 +587,9 @@ def test_sets_that_may_be_mirrored_are(monkeypatch, data_dir, tmp_path):
     assert torch.equal(pool("own choice"), mirrored)
     assert torch.equal(pool("no flip", "--no-flip"), plain)
     ada = started(monkeypatch, data_dir, tmp_path / "ada", "--ada", 1e-9).batch(0, 0)
-    mirrors = ada.a[:, 0] == 1                              # and the network is told
-    assert torch.equal(ada.pool_x_0[mirrors], plain[mirrors].flip(3))
-    assert torch.equal(ada.pool_x_0[~mirrors], plain[~mirrors])
+    mirrors = ada.augmentation[:, 0] == 1                              # and the network is told
+    assert torch.equal(ada.pool.x_0[mirrors], plain[mirrors].flip(3))
+    assert torch.equal(ada.pool.x_0[~mirrors], plain[~mirrors])
     assert 0 < mirrors.sum() < 16
 
 
@@ -602,7 +602,7 @@ def test_flags_reach_the_step(monkeypatch, data_dir, tmp_path):
     assert (objective.label_drop, objective.ada) == (0.3, 0.4)
     counts = load_long_tailed(run.training.args).counts
     assert objective.counts.tolist() == counts.tolist()
-    assert objective.y_prime_weights.tolist() == counts.tolist()
+    assert objective.y_other_weights.tolist() == counts.tolist()
     assert {part.rank for _, _, part in reserved(objective.net.decoder)} == {1, 8, 16}
 
 
@@ -613,7 +613,7 @@ def test_the_seed_is_that_of_everything(monkeypatch, data_dir, tmp_path):
     weights = [run.training.params["encoder.head.weight"] for run in runs]
     batches = [run.batch(0, 0) for run in runs]
     assert not torch.equal(*weights)
-    assert not torch.equal(*(b.pool_y for b in batches))
+    assert not torch.equal(*(b.pool.y for b in batches))
     assert not torch.equal(*(b.eps for b in batches))
 
 

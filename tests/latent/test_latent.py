@@ -18,12 +18,11 @@ from torch.testing import assert_close
 
 import disk
 import evaluate
-import loop
 import runtime
 import sample as sample_py
 from cm_layers import count, general_only, merge, reserved
 from latent import stable_diffusion as sd
-from losses import Objective, bind, draw_batch
+from losses import Objective, bind
 from recognition import classify
 from sets.readers import READERS
 
@@ -163,7 +162,7 @@ def test_every_loss_trains_only_low_rank_parts(model, net, base):
     objective = Objective(net=net, base=bind(base), counts=COUNTS, alphas_bar=model.alphas_bar)
     x_0 = torch.randn(6, 4, 8, 8)
     y = torch.tensor([0, 0, 0, 1, 1, 2])
-    total, _, _ = objective(draw_batch(x_0, y, objective, seed=0, step=1))
+    total, _, _ = objective(objective.draw_batch(x_0, y, seed=0, step=1))
     total.backward()
     grads = {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
     assert set(grads) == set(sd.adapters(net))
@@ -180,7 +179,7 @@ def step_of(model, net):
     objective = Objective(net=net, base=bind("oc"), counts=COUNTS, alphas_bar=model.alphas_bar)
     g = torch.Generator().manual_seed(0)
     x_0, y = torch.randn(6, 4, 8, 8, generator=g), torch.tensor([0, 0, 0, 1, 1, 2])
-    total, _, D = objective(draw_batch(x_0, y, objective, seed=0, step=1))
+    total, _, D = objective(objective.draw_batch(x_0, y, seed=0, step=1))
     assert D.min() > 1e-5                                   # theta^g's pass is another one
     total.backward()
     return total, {name: p.grad for name, p in sd.adapters(net).items()}
@@ -335,14 +334,14 @@ def test_the_defaults_of_data_sets(dataset, ir, resolution):
 def test_the_weight_decay_is_adamws(run_of, monkeypatch):
     """Without a gradient a step takes lr x weight decay off a parameter, and nothing else."""
     found = []
-    monkeypatch.setattr(sd, "run_loop", lambda training, *_: found.append(training))
+    monkeypatch.setattr(sd, "loop", lambda training, *_: found.append(training))
     run_of("decay", "--epochs", 1, "--lr", 0.1, "--weight-decay", 0.5)
     training = found[0]
-    params, ema = list(training.params.values()), list(training.ema.values())
+    params = list(training.params.values())
     before = [p.detach().clone() for p in params]
     for p in params:
         p.grad = torch.zeros_like(p)
-    loop.update(params, ema, training.optimizer, 0, training.args)
+    training.update()
     for p, old in zip(params, before):
         assert_close(p.detach(), 0.95 * old)
 

@@ -20,7 +20,7 @@ from latent import text_to_image
 from latent.autoencoder import KLAutoencoder, Pixels, Reconstruction, latent_scale
 from latent.captions import Table, captions_of
 from latent.text_dit import LENGTH, PAD, UNKNOWN, TextDiT, Texts, WordEncoder, Words, vocabulary_of
-from losses import Objective, bind, draw_batch
+from losses import Objective, bind
 from model import make_alphas_bar
 from runtime import UserError
 from variants.dit import CrossAttention
@@ -249,16 +249,16 @@ def test_every_base_loss_takes_texts(base):
     rows = np.array([2, 0, 1, 2, 2, 1, 0, 0])
     y = torch.tensor([0, 0, 1])[rows]
     x_0 = torch.randn(8, 4, 4, 4)
-    batch = draw_batch(x_0, y, obj, seed=0, step=1, condition=table.condition(rows, 0, 1))
-    plain = draw_batch(x_0, y, obj, seed=0, step=1)
-    kept = batch.y_in >= 0
-    assert 0 < kept.sum() < 8 and batch.y_in[kept].tolist() == rows[kept].tolist()
+    batch = obj.draw_batch(x_0, y, seed=0, step=1, condition=table.condition(rows, 0, 1))
+    plain = obj.draw_batch(x_0, y, seed=0, step=1)
+    kept = batch.y_cond >= 0
+    assert 0 < kept.sum() < 8 and batch.y_cond[kept].tolist() == rows[kept].tolist()
     assert_close(batch.y, plain.y)
-    assert_close(batch.y_prime, plain.y_prime)
-    assert torch.equal(batch.y_prime_in == 2, batch.y_prime == 1)
-    halves = [draw_batch(x_0, y, obj, seed=0, step=1, part=k, parts=2,
+    assert_close(batch.y_other, plain.y_other)
+    assert torch.equal(batch.y_other_cond == 2, batch.y_other == 1)
+    halves = [obj.draw_batch(x_0, y, seed=0, step=1, part=k, parts=2,
                          condition=table.condition(rows, 0, 1)) for k in range(2)]
-    for name in ("y_in", "y_prime_in"):
+    for name in ("y_cond", "y_other_cond"):
         assert_close(torch.cat([getattr(h, name) for h in halves]), getattr(batch, name))
     total, terms, D = obj(batch)
     total.backward()

@@ -10,7 +10,6 @@ from torch.utils.flop_counter import FlopCounterMode
 import disk
 import train
 from data import Batches, ImageSet
-from losses import draw_batch
 from probes import bench
 
 
@@ -136,7 +135,7 @@ def test_a_plan_counts_what_a_real_step_does(cpu, method):
     plan = bench.plan_step(method, images, 6, torch.float32, network)
     net = bench.make_network(method, network).to(memory_format=torch.channels_last)
     objective = bench.make_objective(method, net, images)
-    batch = draw_batch(*Batches(images, 6, 0, cpu.device).at(0), objective, seed=0, step=0,
+    batch = objective.draw_batch(*Batches(images, 6, 0, cpu.device).at(0), seed=0, step=0,
                        flip=True)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as flops:
         objective(batch)[0].backward()

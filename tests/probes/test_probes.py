@@ -18,7 +18,7 @@ import runtime
 import train
 from cm_layers import merge, reserved
 from data import load, to_float
-from losses import Objective, bind, draw_batch
+from losses import Masks, Objective, bind
 from model import make_alphas_bar, stratified_timesteps
 from probes import capacity as cp
 from runtime import UserError
@@ -392,12 +392,12 @@ def test_group_gradients_are_sums_over_images(digits):
         x_0 = to_float(torch.from_numpy(digits.images[part]))
         y = torch.from_numpy(digits.labels[part])
         t = times[part, mine % 2]
-        b = draw_batch(x_0, y, objective, seed=0, step=40 * 100_003 + first)
+        b = objective.draw_batch(x_0, y, seed=0, step=40 * 100_003 + first)
         batch = [torch.zeros_like(p) for p in params]
         for i in range(len(part)):
             one = slice(i, i + 1)
-            single = b._replace(x_0=x_0[one], y=y[one], y_in=y[one], t=t[one], eps=b.eps[one],
-                                masks_encode=[], masks_decode=[], masks_general=[])
+            single = b._replace(x_0=x_0[one], y=y[one], y_cond=y[one], t=t[one], eps=b.eps[one],
+                                masks=Masks([], [], []))
             loss, _, _ = objective(single)
             gradients = torch.autograd.grad(loss, params, allow_unused=True)
             batch = [a + (0 if g is None else g) for a, g in zip(batch, gradients)]

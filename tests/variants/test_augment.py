@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from torchvision.transforms import functional as tv
 
 from data import Batches, to_float
-from losses import Objective, bind, draw_batch
+from losses import Objective, bind
 from variants import augment
 
 
@@ -193,9 +193,9 @@ def test_augmentation_is_the_same_for_parts_of_a_batch(digits):
                           counts=digits.counts, alphas_bar=AB, ada=0.5)
     x_0 = to_float(torch.from_numpy(digits.images[:12]))
     y = torch.from_numpy(digits.labels[:12])
-    whole = draw_batch(x_0, y, objective, seed=0, step=3)
-    halves = [draw_batch(x_0, y, objective, seed=0, step=3, part=k, parts=2) for k in range(2)]
+    whole = objective.draw_batch(x_0, y, seed=0, step=3)
+    halves = [objective.draw_batch(x_0, y, seed=0, step=3, part=k, parts=2) for k in range(2)]
     assert torch.equal(whole.x_0, torch.cat([half.x_0 for half in halves]))
     assert torch.equal(whole.a, torch.cat([half.a for half in halves]))
-    assert torch.equal(whole.pool_x_0, halves[1].pool_x_0)
+    assert torch.equal(whole.pool.x_0, halves[1].pool.x_0)
     assert not torch.equal(whole.x_0, x_0)

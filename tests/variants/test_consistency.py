@@ -14,7 +14,7 @@ import evaluate
 import prune_probe
 import sample
 import train
-from losses import Predictions, draw_batch
+from losses import Predictions
 from model import q_sample
 from probes import capacity
 from variants import consistency
@@ -67,7 +67,7 @@ def test_loss(digits):
     grid, _, weights = intervals_of(80)                         # at step 3
     pairs = list(zip(batch.t.tolist(), batch.t_below.tolist()))
     expected = []
-    for x_0, eps, y, pair in zip(batch.x_0.double(), batch.eps.double(), batch.y_in, pairs):
+    for x_0, eps, y, pair in zip(batch.x_0.double(), batch.eps.double(), batch.y_cond, pairs):
         f = []
         for t in pair:
             x_ve = x_0 + SIGMA[t] * eps
@@ -97,7 +97,7 @@ def test_only_the_noisier_prediction_is_trained(digits):
 
     def f(t):
         x_t = q_sample(batch.x_0, t, batch.eps, AB)
-        return consistency.to_x_0(objective.net(x_t, t, batch.y_in), x_t, t, AB)
+        return consistency.to_x_0(objective.net(x_t, t, batch.y_cond), x_t, t, AB)
     error = (f(batch.t) - f(batch.t_below).detach()).square().flatten(1).mean(1)
     (batch.weight * ((error + 0.00054 ** 2).sqrt() - 0.00054)).mean().backward()
     torch.testing.assert_close(got, gradient(objective.net), rtol=1e-3, atol=1e-5)
@@ -166,7 +166,7 @@ def test_the_gradient_in_F_does_not_grow_with_the_curriculum(digits, kind):
     for step in (0, 6):
         objective, _ = setup(digits, "consistency", rank_ratio=None, ct_double=1, ct_grid=kind)
         x_0 = torch.randn(512, 1, 8, 8) / 2
-        batch = draw_batch(x_0, torch.arange(512) % 10, objective, seed=0, step=step)
+        batch = objective.draw_batch(x_0, torch.arange(512) % 10, seed=0, step=step)
         pred = Predictions(objective.net, batch, q_sample(batch.x_0, batch.t, batch.eps, AB))
         base, _ = consistency.loss(pred, batch, objective)
         grad = torch.autograd.grad(base * 512, pred.eps)[0]
