@@ -6,17 +6,13 @@
 
 `python data.py --dataset cifar100 --ir 100` packs the set and prints the class counts.
 A new data set is one function that returns images (N x H x W x C uint8, or N paths of image files),
-labels (N,) and class names: see readers.py.
+labels (N,) and class names: see sets/readers.py.
 """
 import hashlib
-import json
 import re
-import zipfile
-import zlib
 from argparse import Namespace
 from dataclasses import dataclass, field
 from pathlib import Path
-from tokenize import TokenError
 
 import numpy as np
 import torch
@@ -25,13 +21,12 @@ from torch import Tensor
 
 from disk import Checkpoint, fingerprint, path_id, read_json, sha256
 from runtime import Parser, UserError, integer, number, refuse_unused, run, seed_of
-from sets.packing import names_and_sizes, pack_once
-from sets.readers import (READERS, NoSuchSplit, Source, read_artbench10, read_folder,
-                          train_and_test_folder)
+from sets.packing import labels_hash, names_and_sizes, pack_once
+from sets.readers import READERS, NoSuchSplit, Source
 
 
 # --------------------------------------------------------------------------------------------------
-# A set of images
+# A set of images, packed
 
 @dataclass
 class ImageSet:
@@ -40,7 +35,7 @@ class ImageSet:
     images: np.ndarray
     labels: np.ndarray
     class_names: list
-    flip: bool = False
+    flip: bool = False              # whether a mirrored image is as good
     provenance: dict = field(default_factory=dict)
     sha256: str | None = None       # of the set as it was packed, see packing.content_hash
     rows: np.ndarray | None = None  # where the images are in that set; None: all, as packed
@@ -74,117 +69,64 @@ class ImageSet:
                 "provenance": self.provenance, "sha256": self.sha256}
 
 
-def refuse_other_data(old: dict, record: dict, args: Namespace) -> None:
-    """Raise UserError where a run's data, of its checkpoint, are not `record`, this command's.
-
-    Older checkpoints have fewer entries: those that they have must agree.
-    """
-    if any(record.get(key) != value for key, value in old.items()):
-        raise UserError(f"--data-dir {args.data_dir}: not the images that the run in {args.out} "
-                        "was started with; choose another folder with --out")
-
-
-def refuse_other_source(images: ImageSet, old: dict, data_dir: str | Path) -> None:
-    """Raise UserError where a checkpoint was trained on other images of the same data set.
-
-    images: the split that it was trained on, or another one, of which it has no record.
-    old: the record of the training data.
-    """
-    same_split = all(images.provenance.get(key) == old["provenance"].get(key)
-                     for key in ("dataset", "split"))
-    if same_split and old.get("sha256") and images.sha256 != old["sha256"]:
-        raise UserError(f"--data-dir {data_dir}: not the images of the set that the checkpoint was "
-                        "trained on; name the folder where those are")
-
-
-# --------------------------------------------------------------------------------------------------
-# Packed sets
-
 def load(name: str, data_dir: str | Path = "data", split: str = "train",
          resolution: int | None = None, class_order: str | list[str] | None = None,
          pack_dir: str | Path | None = None) -> ImageSet:
-    """Read a data set, packing it on first use. Raises UserError that names the flag.
+    """Read a data set, packing it on first use, and anew where it has changed.
 
     split: "train" or "test". resolution: None for the set's own. class_order: the classes, the most
     populous first (see order_of); class i of the result is the i-th of them, so that the long-tail
-    draw follows that order. pack_dir: where packs are; None for data_dir/packed, and
-    data/packed for "folder", whose data_dir is its user's.
+    draw follows that order. pack_dir: where packs are, see pack_path. Raises UserError that names
+    the flag.
     """
     if name not in READERS:
         raise UserError(f"--dataset {name}: unknown; choose one of {', '.join(READERS)}, or name "
                         "the file of your own with --plugin")
-    for path in (Path(data_dir), *Path(data_dir).parents):
-        if path.is_file():
-            raise UserError(f"--data-dir {data_dir}: {path} is a file; name a folder")
     source = READERS[name]
     if resolution not in (None, source.resolution) and not source.files:
-        size = source.resolution
-        raise UserError(f"--resolution {resolution}: {name} is {size} x {size}")
+        raise UserError(f"--resolution {resolution}: {name} is {source.resolution} x "
+                        f"{source.resolution}")
     resolution = resolution or source.resolution
     base = pack_path(name, data_dir, split, resolution, pack_dir)
+
+    # What a pack that is current says of what it was made from
     provenance = {"dataset": name, "split": split}
     stamp = {"reader": None}
     contents = None
     if source.files:
-        contents = read_if_there(source, name, data_dir, split, base)
-    elif source.read.__module__ != "sets.readers":
-        # One's own: only what it gives says whether its files, or its code, have changed
-        own = read_source(source, name, data_dir, split)
-        stamp["reader"] = hashlib.sha256(np.ascontiguousarray(own[0])).hexdigest()
-        stamp["labels"] = labels_hash(*own[1:])
-        contents = own
-    if source.files and contents and source.read in (read_folder, read_artbench10):
-        # These come without a list of their files
-        provenance["files_sha256"] = names_and_sizes(contents[0], data_dir)
-    if source.files and contents:
-        # Of the images and of what the lists say of them: changed ones are packed anew
-        paths, labels, names = contents
-        stamp["files"] = fingerprint(paths, data_dir)
-        stamp["labels"] = labels_hash(labels, names)
-    elif source.files:
-        stamp = read_json(base.with_name(base.name + ".json"))["stamp"]
-    images, meta = pack_once(
-        base, lambda: contents or read_source(source, name, data_dir, split), provenance, stamp,
-        resolution if source.files else None, name)
-    labels = np.array(meta["labels"])
+        contents = read_if_there(name, data_dir, split, base)
+        if contents is None:
+            stamp = read_json(base.with_name(base.name + ".json"))["stamp"]
+        else:
+            paths, labels, names = contents
+            stamp.update(files=fingerprint(paths, data_dir), labels=labels_hash(labels, names))
+            if not source.listed:
+                provenance["files_sha256"] = names_and_sizes(paths, data_dir)
+    elif not source.constant:
+        contents = source.read(data_dir, split)
+        pixels, labels, names = contents
+        stamp = {"reader": hashlib.sha256(np.ascontiguousarray(pixels)).hexdigest(),
+                 "labels": labels_hash(labels, names)}
+
+    images, meta = pack_once(base, lambda: contents or source.read(data_dir, split), provenance,
+                             stamp, resolution if source.files else None, name)
     names = meta["class_names"]
     order = order_of(class_order, names, source)
-    labels = np.argsort(order)[labels]
-    names = [names[c] for c in order]
-    return ImageSet(name, images, labels, names, source.flip, meta["provenance"], meta["sha256"])
+    return ImageSet(name, images, np.argsort(order)[np.array(meta["labels"])],
+                    [names[c] for c in order], source.flip, meta["provenance"], meta["sha256"])
 
 
-def read_source(source: Source, name: str, data_dir: str | Path, split: str) -> tuple:
-    """What a set's reader gives. Raises UserError where its files cannot be read."""
-    try:
-        return source.read(data_dir, split)
-    except UserError:
-        raise
-    except (OSError, ValueError) as e:
-        if source.read.__module__ != "sets.readers":
-            raise               # a reader of one's own: its author needs the traceback
-        raise UserError(f"--data-dir {data_dir}: {name} cannot be read ({e})") from e
-
-
-def labels_hash(labels: ArrayLike, class_names: list[str]) -> str:
-    """A hash of labels (N,) and of the class names that they stand for."""
-    return hashlib.sha256(json.dumps([np.asarray(labels).tolist(), list(class_names)]).encode()
-                          ).hexdigest()
-
-
-def read_if_there(source: Source, name: str, data_dir: str | Path, split: str,
-                  base: Path) -> tuple | None:
+def read_if_there(name: str, data_dir: str | Path, split: str, base: Path) -> tuple | None:
     """What a set's reader gives; None, with a line, where the files are gone and a pack is there.
 
     Packs of sets with lists can be moved to another machine without the image files.
     """
     try:
-        return read_source(source, name, data_dir, split)
+        return READERS[name].read(data_dir, split)
     except NoSuchSplit:
         raise
     except UserError as e:
-        pack = read_json(base.with_name(base.name + ".json"))
-        if source.read in (read_folder, read_artbench10) or not pack or not pack.get("stamp"):
+        if not READERS[name].listed or read_json(base.with_name(base.name + ".json")) is None:
             raise
         print(f"{name}: packed images, which cannot be compared with their files ({e})")
         return None
@@ -192,9 +134,10 @@ def read_if_there(source: Source, name: str, data_dir: str | Path, split: str,
 
 def pack_path(name: str, data_dir: str | Path, split: str, resolution: int,
               pack_dir: str | Path | None) -> Path:
-    """Where a set's pack is, without its suffixes.
+    """Where a set's pack is, without its suffixes: in pack_dir, or data_dir/packed.
 
-    In a folder that several --data-dir may share, its name says which one it belongs to.
+    That of a user's own folder is in data/packed. In a place that several --data-dir may share, its
+    name says which one it belongs to.
     """
     if name == "folder":
         return Path(pack_dir or "data/packed") / f"{path_id(data_dir)}-{split}-{resolution}"
@@ -204,112 +147,7 @@ def pack_path(name: str, data_dir: str | Path, split: str, resolution: int,
 
 
 # --------------------------------------------------------------------------------------------------
-# Classes
-
-def resolve_classes(text: str, class_names: list[str], flag: str = "--classes") -> list[int]:
-    """Class numbers from a string such as "0-2,7" or "cat,dog", in the order given.
-
-    Raises UserError that names `flag`.
-    """
-    result = []
-    for word in str(text).split(","):
-        first, last = class_range(word.strip(), text, class_names, flag)
-        if last >= len(class_names):
-            raise UserError(f"{flag} {text}: classes are 0 to {len(class_names) - 1}")
-        result.extend(range(first, last + 1))
-    return result
-
-
-def order_of(class_order: str | list[str] | None, class_names: list[str],
-             source: Source) -> list[int]:
-    """The numbers of all classes, the most populous first.
-
-    class_order: what --class-order says of each class, by names or numbers; a list of names, of a
-    checkpoint; or None for the order of the set's `source`. Classes that such a list lacks follow
-    as they are numbered. Raises UserError where --class-order does not name each class once.
-    """
-    numbers = {name: c for c, name in enumerate(class_names)}
-    if isinstance(class_order, str):
-        order = resolve_classes(class_order, class_names, "--class-order")
-        if sorted(order) != list(range(len(class_names))):
-            raise UserError(f"--class-order: name each of the {len(class_names)} classes once, the "
-                            "most populous first")
-        return order
-    if class_order == class_names:
-        return list(range(len(class_names)))
-    known = [numbers[name] for name in class_order or source.order if name in numbers]
-    return known + sorted(set(range(len(class_names))) - set(known))
-
-
-def by_size(data: dict) -> list[str] | None:
-    """The class names of a training set's record, the most populous first; None for no record."""
-    if not {"class_counts", "class_names"} <= set(data):
-        return None
-    order = np.argsort(-np.array(data["class_counts"]), kind="stable")
-    return [data["class_names"][c] for c in order]
-
-
-def class_range(word: str, text: str, class_names: list[str], flag: str) -> tuple[int, int]:
-    """(first, last) class number of one word: a name, a number, or a range such as 6-9."""
-    number = class_names.index(word) if word in class_names else None
-    if number is not None and re.fullmatch("[0-9]+-[0-9]+", word):
-        raise UserError(f"{flag} {text}: {word} is the name of class number {number}, and also a "
-                        f"range; write {number} or {number}-{number}, or each number of the range")
-    if number is not None and not re.fullmatch("[0-9]+", word):
-        return number, number
-    found = re.fullmatch("([0-9]{1,18})(-([0-9]{1,18}))?", word)
-    if not found:
-        raise UserError(f"{flag} {text}: {word!r} is neither a class number, nor a range like "
-                        "6-9, nor a class name")
-    first = int(found[1])
-    last = int(found[3] or first)
-    if number not in (None, first):
-        raise UserError(f"{flag} {text}: {word} is the name of class number {number}, and also a "
-                        f"class number; write {number}-{number} or {word}-{word}")
-    if last < first:
-        raise UserError(f"{flag} {text}: write the range {word} from low to high")
-    return first, last
-
-
-def to_classes(labels: np.ndarray | None, from_names: list[str] | None,
-               to_names: list[str] | None, flag: str) -> np.ndarray | None:
-    """Labels renumbered from one list of class names to another.
-
-    None for labels or names that are not known. Raises UserError, which names the flag, for a class
-    that is not in the list and a label that is none.
-    """
-    if labels is None or to_names is None:
-        return labels
-    C = len(from_names or to_names)
-    if len(labels) and not 0 <= labels.min() <= labels.max() < C:
-        raise UserError(f"{flag}: labels run from {labels.min()} to {labels.max()}; the {C} "
-                        f"classes are 0 to {C - 1}")
-    if from_names is None or from_names == to_names:
-        return labels
-    missing = [n for n in from_names if n not in to_names]
-    if missing:
-        known = ", ".join(to_names[:5])
-        raise UserError(f"{flag}: its class {missing[0]} is not one of the {len(to_names)} to "
-                        f"compare with ({known} ...)")
-    return np.array([to_names.index(n) for n in from_names])[labels]
-
-
-def class_groups(counts: ArrayLike) -> dict[str, list[int]]:
-    """{"Many": classes, "Medium": ..., "Few": ...} by size (Sec. 4.1).
-
-    A third of the classes each; the rest of the division goes to Few. counts (C,), ties by class
-    number; the lists are ascending. Fewer than three classes have no groups: {}.
-    """
-    if len(counts) < 3:
-        return {}
-    order = np.argsort(-np.asarray(counts), kind="stable")
-    third = len(counts) // 3
-    parts = {"Many": order[:third], "Medium": order[third:2 * third], "Few": order[2 * third:]}
-    return {name: sorted(int(c) for c in classes) for name, classes in parts.items()}
-
-
-# --------------------------------------------------------------------------------------------------
-# Imbalance, and the balanced reference (Sec. 4.1)
+# The long-tail draw (Sec. 4.1)
 
 def long_tail_counts(available: ArrayLike, ir: float) -> np.ndarray:
     """Class sizes n_max * IR^(-c / (C - 1)), rounded down, for c = 0 ... C - 1 (Cao et al., 2019).
@@ -348,20 +186,11 @@ def long_tail(labels: ArrayLike, ir: float, seed: int = 0) -> np.ndarray:
     return np.sort(np.concatenate(rows))
 
 
-def class_order_of(args: Namespace, ckpt: Checkpoint | None) -> str | list[str] | None:
-    """--class-order; where it is not given, that of the checkpoint, or None for no checkpoint."""
-    if args.class_order is None and ckpt:
-        return ckpt["data"]["class_names"]
-    return args.class_order
-
-
 def load_long_tailed(args: Namespace, ckpt: Checkpoint | None = None) -> ImageSet:
     """The training set that the data flags describe: `load`, then `long_tail` unless IR is 1.
 
     ckpt: the checkpoint that a run goes on from, in whose order the classes stay.
     """
-    if args.dataset == "folder" and getattr(args, "out", None):
-        refuse_among_classes(args.out, args.data_dir)
     images = load(args.dataset, args.data_dir, "train", args.resolution,
                   class_order_of(args, ckpt), args.pack_dir)
     empty = [images.class_names[c] for c in np.flatnonzero(images.counts == 0)]
@@ -388,14 +217,126 @@ def training_images(ckpt: Checkpoint, data_dir: str | Path | None = None) -> Ima
     return images
 
 
-def refuse_among_classes(out: str | Path, data_dir: str | Path) -> None:
-    """Raise UserError where a run's folder is among a folder's classes: its pictures become one."""
-    out = Path(out).resolve()
-    for root in filter(None, train_and_test_folder(Path(data_dir))):
-        if root.resolve() in (out, *out.parents):
-            raise UserError(f"--out {out}: lies in {root}, where the next call would take its "
-                            "pictures for a class; choose a folder outside with --out")
+def refuse_other_data(old: dict, record: dict, args: Namespace) -> None:
+    """Raise UserError where a run's data, of its checkpoint, are not `record`, this command's."""
+    if any(record.get(key) != value for key, value in old.items()):
+        raise UserError(f"--data-dir {args.data_dir}: not the images that the run in {args.out} "
+                        "was started with; choose another folder with --out")
 
+
+def refuse_other_source(images: ImageSet, old: dict, data_dir: str | Path) -> None:
+    """Raise UserError where a checkpoint was trained on other images of the same data set.
+
+    images: the split that it was trained on, or another one, of which it has no record.
+    old: the record of the training data.
+    """
+    same_split = all(images.provenance.get(key) == old["provenance"].get(key)
+                     for key in ("dataset", "split"))
+    if same_split and old["sha256"] and images.sha256 != old["sha256"]:
+        raise UserError(f"--data-dir {data_dir}: not the images of the set that the checkpoint was "
+                        "trained on; name the folder where those are")
+
+
+# --------------------------------------------------------------------------------------------------
+# Classes: their groups, their order, their names
+
+def class_groups(counts: ArrayLike) -> dict[str, list[int]]:
+    """{"Many": classes, "Medium": ..., "Few": ...} by size (Sec. 4.1).
+
+    A third of the classes each; the rest of the division goes to Few. counts (C,), ties by class
+    number; the lists are ascending. Fewer than three classes have no groups: {}.
+    """
+    if len(counts) < 3:
+        return {}
+    order = np.argsort(-np.asarray(counts), kind="stable")
+    third = len(counts) // 3
+    parts = {"Many": order[:third], "Medium": order[third:2 * third], "Few": order[2 * third:]}
+    return {name: sorted(int(c) for c in classes) for name, classes in parts.items()}
+
+
+def by_size(data: dict) -> list[str] | None:
+    """The class names of a training set's record, the most populous first; None for no record."""
+    if not {"class_counts", "class_names"} <= set(data):
+        return None
+    order = np.argsort(-np.array(data["class_counts"]), kind="stable")
+    return [data["class_names"][c] for c in order]
+
+
+def class_order_of(args: Namespace, ckpt: Checkpoint | None) -> str | list[str] | None:
+    """--class-order; where it is not given, that of the checkpoint, or None for no checkpoint."""
+    if args.class_order is None and ckpt:
+        return ckpt["data"]["class_names"]
+    return args.class_order
+
+
+def order_of(class_order: str | list[str] | None, class_names: list[str],
+             source: Source) -> list[int]:
+    """The numbers of all classes, the most populous first.
+
+    class_order: what --class-order says of each class, by names or numbers; a list of names, of a
+    checkpoint; or None for the order of the set's `source`. Classes that such a list lacks follow
+    as they are numbered. Raises UserError where --class-order does not name each class once.
+    """
+    C = len(class_names)
+    if isinstance(class_order, str):
+        order = resolve_classes(class_order, class_names, "--class-order")
+        if sorted(order) != list(range(C)):
+            raise UserError(f"--class-order: name each of the {C} classes once, the most populous "
+                            "first")
+        return order
+    numbers = {name: c for c, name in enumerate(class_names)}
+    known = [numbers[name] for name in class_order or source.order if name in numbers]
+    return known + sorted(set(range(C)) - set(known))
+
+
+def resolve_classes(text: str, class_names: list[str], flag: str = "--classes") -> list[int]:
+    """Class numbers from a string such as "0-2,7" or "cat,dog", in the order given.
+
+    Raises UserError that names `flag`: also for a word that is one class's name and another's
+    number.
+    """
+    result = []
+    for word in (word.strip() for word in str(text).split(",")):
+        named = [class_names.index(word)] if word in class_names else []
+        found = re.fullmatch("([0-9]{1,9})(?:-([0-9]{1,9}))?", word)
+        numbered = range(int(found[1]), int(found[2] or found[1]) + 1) if found else []
+        if named and numbered and named != list(numbered):
+            raise UserError(f"{flag} {text}: {word} is the name of class number {named[0]}, and "
+                            f"also a number or range; write {named[0]}-{named[0]}, or each number "
+                            "twice, such as 7-7")
+        chosen = named or numbered
+        if not chosen or chosen[-1] >= len(class_names):
+            raise UserError(f"{flag} {text}: {word!r} is none of the classes; write names, numbers "
+                            f"from 0 to {len(class_names) - 1}, or ranges like 6-9")
+        result.extend(chosen)
+    return result
+
+
+def to_classes(labels: np.ndarray | None, from_names: list[str] | None,
+               to_names: list[str] | None, flag: str) -> np.ndarray | None:
+    """Labels renumbered from one list of class names to another.
+
+    None for labels or names that are not known. Raises UserError, which names the flag, for a class
+    that is not in the list and a label that is none.
+    """
+    if labels is None or to_names is None:
+        return labels
+    C = len(from_names or to_names)
+    if len(labels) and not 0 <= labels.min() <= labels.max() < C:
+        raise UserError(f"{flag}: labels run from {labels.min()} to {labels.max()}; the {C} "
+                        f"classes are 0 to {C - 1}")
+    if from_names is None or from_names == to_names:
+        return labels
+    missing = [n for n in from_names if n not in to_names]
+    if missing:
+        known = ", ".join(to_names[:5])
+        raise UserError(f"{flag}: its class {missing[0]} is not one of the {len(to_names)} to "
+                        f"compare with ({known} ...)")
+    return np.array([to_names.index(n) for n in from_names])[labels]
+
+
+# --------------------------------------------------------------------------------------------------
+# The balanced reference
 
 def load_reference(name: str, data_dir: str | Path = "data", split: str | None = None,
                    resolution: int | None = None,
@@ -550,20 +491,10 @@ class Batches:
 def open_npz(path: str | Path, flag: str) -> dict[str, np.ndarray]:
     """{name: array} of an .npz file. Raises UserError where it cannot be read as one."""
     try:
-        if Path(path).exists() and not Path(path).is_file():        # a pipe would be waited for
-            raise OSError("it is not a regular file")
         with np.load(path) as f:
-            content = {k: f[k] for k in f.files}
-    except (OSError, ValueError, KeyError, EOFError, TypeError, AttributeError, MemoryError,
-            SyntaxError, TokenError, RuntimeError, zlib.error, zipfile.BadZipFile) as e:
-        # TypeError, AttributeError: an .npy; RuntimeError: encrypted. NumPy's own words suggest a
-        # flag of its own
-        why = "it is of another kind" if "pickle" in str(e) else str(e).split("\n")[0]
-        raise UserError(f"{flag} {path}: cannot be read as an .npz ({why})") from e
-    odd = [name for name, value in content.items() if not isinstance(value, np.ndarray)]
-    if odd:
-        raise UserError(f"{flag} {path}: cannot be read as an .npz ({odd[0]} in it is no array)")
-    return content
+            return {name: f[name] for name in f.files}
+    except Exception as e:      # NumPy raises many kinds
+        raise UserError(f"{flag} {path}: cannot be read as an .npz ({e})") from e
 
 
 def images_of_npz(content: dict[str, np.ndarray], path: str | Path,
@@ -573,17 +504,13 @@ def images_of_npz(content: dict[str, np.ndarray], path: str | Path,
     arr_0 holds the images, arr_1 perhaps labels: the layout of the ADM evaluator. Raises UserError
     where they are of another kind.
     """
-    if "arr_0" not in content:
-        raise UserError(f"{flag} {path}: has no arr_0; it must hold images N x H x W x 3 uint8, "
-                        "and perhaps labels in arr_1")
-    images = content["arr_0"]
+    images = content.get("arr_0", np.empty(0))
     labels = content.get("arr_1")
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3):
-        raise UserError(f"{flag} {path}: arr_0 is {images.dtype} of shape {list(images.shape)}; it "
-                        "must be uint8, N x H x W x 3")
-    if labels is None:
-        return images, None
-    if labels.shape != (len(images),) or not np.issubdtype(labels.dtype, np.integer):
+        raise UserError(f"{flag} {path}: must hold images in arr_0, N x H x W x 3 uint8, and "
+                        f"perhaps labels in arr_1 (arr_0: {images.dtype}, {list(images.shape)})")
+    if labels is not None and (labels.shape != (len(images),)
+                               or not np.issubdtype(labels.dtype, np.integer)):
         raise UserError(f"{flag} {path}: arr_1 must hold {len(images)} whole numbers, one label "
                         "per image")
     return images, labels
@@ -592,34 +519,16 @@ def images_of_npz(content: dict[str, np.ndarray], path: str | Path,
 def read_record(npz: str | Path, flag: str = "--samples") -> dict:
     """What sample.py wrote in the JSON beside an .npz: its "settings" and "data"; {} for none.
 
-    Raises UserError where sample.py wrote the JSON for another .npz, or it is damaged.
+    Raises UserError where sample.py wrote the JSON for another .npz.
     """
     path = Path(npz).with_suffix(".json")
     record = read_json(path)
-    if not isinstance(record, dict) or not isinstance(record.get("settings"), dict):
+    if not isinstance(record, dict) or "settings" not in record:
         return {}                       # none, or not of sample.py
     if record.get("npz_sha256") != sha256(npz):
         raise UserError(f"{flag} {npz}: {path.name} beside it does not belong to it; run sample.py "
                         f"again, or remove {path.name}")
-    found = {k: record[k] for k in ("settings", "data") if isinstance(record.get(k), dict)}
-    if not says_classes(found.get("data", {})):
-        raise UserError(f"{flag} {npz}: {path.name} beside it is damaged (its class names, class "
-                        f"counts or resolution); run sample.py again, or remove {path.name}")
-    return found
-
-
-def says_classes(data: dict) -> bool:
-    """Whether what the record of a training set says of classes and pixels can be true."""
-    names = data.get("class_names", [])
-    counts = data.get("class_counts")
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        return False
-    if counts is not None:
-        whole = isinstance(counts, list) and all(type(n) is int and n >= 0 for n in counts)
-        if not whole or len(counts) != len(names):
-            return False
-    resolution = data.get("resolution", 1)
-    return type(resolution) is int and resolution > 0
+    return {"settings": record["settings"], "data": record.get("data", {})}
 
 
 def read_samples(path: str | Path,
@@ -630,13 +539,10 @@ def read_samples(path: str | Path,
     """
     images, labels = images_of_npz(open_npz(path, flag), path, flag)
     record = read_record(path, flag)
-    if "settings" not in record:
+    if not record:
         raise UserError(f"{flag} {path}: the .json that sample.py writes beside it is missing")
-    C = len(record.get("data", {}).get("class_names", []))
-    if labels is not None and C and not (0 <= labels.min(initial=0) <= labels.max(initial=0) < C):
-        raise UserError(f"{flag} {path}: has labels that are none of its {C} classes; run "
-                        "sample.py again")
-    return to_rgb(images), labels, record
+    names = record["data"].get("class_names")
+    return to_rgb(images), to_classes(labels, names, names, f"{flag} {path}"), record
 
 
 # --------------------------------------------------------------------------------------------------
@@ -658,8 +564,7 @@ def add_data_flags(parser: Parser, dataset: str = "cifar100", ir: float | None =
     g.add_argument("--ir", type=number(low=1), default=ir,
                    help="imbalance ratio N_max / N_min of the draw; 1: every image, as it is"
                    + known)
-    g.add_argument("--tail-seed", "--split-seed", type=integer(0, 2**32 - 1), default=0,
-                   metavar="SEED",
+    g.add_argument("--tail-seed", type=integer(0, 2**32 - 1), default=0, metavar="SEED",
                    help="seed of the long-tail draw (default: 0, Cao et al.)")
     g.add_argument("--class-order", help="classes, the most populous first: names or numbers with "
                    "commas (default: as it is; artbench10: one that agrees with what the paper "

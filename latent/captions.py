@@ -54,7 +54,7 @@ def released(images, args, split):
     kept = read_json(path)
     if not isinstance(kept, dict) or kept.get("images") != images.sha256:
         kept = None
-    contents = read_if_there(source, args.dataset, args.data_dir, split, base)
+    contents = read_if_there(args.dataset, args.data_dir, split, base)
     try:
         if contents is None:            # the image files are gone, and so are their names
             raise NoCaptions(f"--data-dir {args.data_dir}: no image files, and no captions of them")

@@ -8,13 +8,12 @@ import hashlib
 import json
 import os
 from contextlib import ExitStack
-from glob import escape
 
 import numpy as np
 
 from disk import lock, write_json, writing
 from runtime import UserError, progress
-from sets.packing import content_hash, new_partial, read_pack, state_of
+from sets.packing import content_hash, new_array, read_pack, state_of
 
 BATCH = 16      # images that are encoded at a time
 
@@ -82,9 +81,8 @@ def encode_all(base, made_from, shape, encode, rt):
         nonlocal partial
         with writing(npy(base), "--pack-dir"):
             base.with_name(base.name + ".json").unlink(missing_ok=True)
-            for left in base.parent.glob(f"{escape(npy(base).name)}.*.partial"):
-                left.unlink(missing_ok=True)                # of a run that was killed
-            partial = new_partial(npy(base), shape, np.float32)
+            partial = npy(base).with_name(npy(base).name + ".partial")
+            new_array(partial, shape, np.float32)
     rt.on_rank_0(begin)
     try:
         out = np.load(partial, mmap_mode="r+") if partial else None

@@ -25,8 +25,7 @@ CIFAR_SHA256 = {        # of the published archives
 SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation"}
 IMAGE_FILES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif",
                ".ppm", ".pgm"}
-UNREAD = {".heic", ".heif", ".avif", ".jxl", ".jp2", ".svg", ".psd", ".tga", ".exr", ".hdr",
-          ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raw"}         # images, but not for us
+NOT_READ = {".heic", ".heif", ".avif", ".jxl", ".jp2", ".tga", ".exr", ".hdr"}      # images, too
 
 
 class NoSuchSplit(UserError):
@@ -61,7 +60,7 @@ def lines_of(path):
 
 @contextmanager
 def as_released(path):
-    """Within, `path` is understood; whatever goes against that is a UserError that names it."""
+    """Turns whatever fails while `path` is understood into a UserError that names it."""
     try:
         yield
     except Exception as e:      # of many kinds: a column, a number or a bracket is missing
@@ -136,104 +135,33 @@ def read_cifar(data_dir, split, name, kind):
 # --------------------------------------------------------------------------------------------------
 # Folders of classes
 
-def refuse_dangling(path, flag):
-    """Raise UserError for a link that leads nowhere: it may have led to images."""
-    if not os.path.exists(path):
-        raise UserError(f"{flag}: {path} is a link that leads nowhere; fix or remove it")
+def read_folder(data_dir, split):
+    """Images of your own: one sub-folder per class, in alphabetical order. Images may lie deeper.
 
-
-def raise_error(error):
-    """What os.walk does where a folder cannot be read; left alone, it would leave that out."""
-    raise error
-
-
-def files_under(folder, flag="--data-dir"):
-    """The paths of all image files in a folder, however deep, in alphabetical order.
-
-    Links to folders are followed, each folder is read once; hidden folders are left out.
+    Where data_dir holds `train` and also `test` or `val`, those are the two splits, and the classes
+    are those of `train`. Otherwise all of it is "train".
     """
-    found = {}
-    seen = set()
-    for top, folders, files in os.walk(folder, followlinks=True, onerror=raise_error):
-        where = os.path.realpath(top)
-        if where in seen:               # a link to a folder above, or the second one to it
-            folders.clear()
-            continue
-        seen.add(where)
-        folders[:] = sorted(f for f in folders if not f.startswith("."))
-        found[top] = [os.path.join(top, f) for f in sorted(files) if is_image(f)]
-        for f in files:
-            if not is_image(f) and not f.startswith("."):
-                refuse_dangling(os.path.join(top, f), flag)
-    return [path for top in sorted(found) for path in found[top]]
-
-
-def in_order(names):
-    """Names in alphabetical order; where all are whole numbers, by number."""
-    if all(name.isdecimal() and name.isascii() for name in names):
-        return sorted(names, key=lambda name: (int(name), name))
-    return sorted(names)
-
-
-def files_by_class(root, flag="--data-dir"):
-    """{sub-folder: its image files}, in the order of `in_order`.
-
-    Hidden sub-folders and those without images are left out. Raises UserError for names that are
-    not text, for images beside the sub-folders, for sub-folders that are splits, for links that
-    lead nowhere and for folders that cannot be read.
-    """
-    try:
-        entries = [entry for entry in root.iterdir() if not entry.name.startswith(".")]
-        for entry in entries:
-            refuse_dangling(entry, flag)
-        folders = [entry.name for entry in entries if entry.is_dir()]
-        found = {name: files_under(root / name, flag) for name in in_order(folders)}
-        flat = [entry.name for entry in entries if is_image(entry.name) and entry.is_file()]
-    except OSError as e:
-        raise UserError(f"{flag} {root}: cannot be read ({e})") from e
-    classes = {}
-    for name, files in found.items():
-        if files and not name.isprintable():
-            raise UserError(f"{flag} {root}: the folder {name!r} has a name that cannot be "
-                            "printed; rename it")
-        if files:
-            refuse_split(root, name, files, flag)
-            classes[name] = files
-    if classes and flat:
-        raise UserError(f"{flag} {root}: images, such as {min(flat)}, beside sub-folders of "
-                        f"images, such as {next(iter(classes))}; move one of the two elsewhere")
-    return classes
-
-
-def refuse_split(root, name, files, flag):
-    """Raise UserError for a sub-folder that would be a class and is a split by its name.
-
-    A class may have such a name, as of railway trains: its images then lie directly in it.
-    """
-    folder = os.path.join(root, name)
-    deeper = all(os.path.dirname(path) != folder for path in files)
-    if deeper and name.lower() in SPLITS:
-        raise UserError(f"{flag} {root}: {name} would be a class, with all that its sub-folders "
-                        f"hold; name {folder}, or for --dataset folder have train beside test "
-                        "or val, named just so")
-
-
-def image_folder(root, flag="--data-dir"):
-    """Images that are measured: (paths, labels (N,) or None, class names or None).
-
-    One sub-folder per class, in the order of `in_order`, or images directly in `root`. Raises
-    UserError where there are none, or both.
-    """
-    root = Path(root)
-    classes = files_by_class(root, flag)
-    flat = [os.path.join(root, f) for f in sorted(os.listdir(root)) if is_image(f)]
-    if not classes and not flat:
-        raise UserError(f"{flag} {root}: no images in it, and no sub-folders of images")
-    if flat:
-        return flat, None, None
+    root = Path(data_dir)
+    train_folder, test_folder = train_and_test_folder(root)
+    if split != "train" and test_folder is None:
+        raise NoSuchSplit(f"--data-dir {root}: no test images; put the classes into train/, and "
+                          "the test images, in folders of the same names, into test/")
+    classes = files_by_class(train_folder)
+    names = list(classes)
+    if len(names) < 2:
+        raise UserError(f"--data-dir {train_folder}: has {len(names)} sub-folders with images; it "
+                        "must hold one per class, at least two")
+    if split != "train":
+        classes = files_by_class(test_folder)
+        unknown = [name for name in classes if name not in names]
+        if unknown:
+            raise UserError(f"--data-dir {test_folder}: class {unknown[0]} is not one of those in "
+                            f"{train_folder}")
+        if not classes:
+            raise NoSuchSplit(f"--data-dir {test_folder}: it holds no images")
     paths = [path for files in classes.values() for path in files]
-    labels = np.repeat(np.arange(len(classes)), [len(files) for files in classes.values()])
-    return paths, labels, list(classes)
+    numbers = [names.index(name) for name in classes]
+    return paths, np.repeat(numbers, [len(files) for files in classes.values()]), names
 
 
 def train_and_test_folder(root):
@@ -244,63 +172,61 @@ def train_and_test_folder(root):
     return root, None
 
 
-def held_out_files_by_class(folder, train_folder, names):
-    """files_by_class of the test images, whose classes must be among `names`, those of training."""
-    classes = files_by_class(folder)
-    unknown = [name for name in classes if name not in names]
-    if unknown:
-        raise UserError(f"--data-dir {folder}: class {unknown[0]} is not one of those in "
-                        f"{train_folder}")
-    if not classes:
-        raise NoSuchSplit(f"--data-dir {folder}: it holds no images")
+def files_by_class(root, flag="--data-dir"):
+    """{sub-folder: the paths of all images in it, however deep}, in alphabetical order.
+
+    Sub-folders that are named by whole numbers are in the order of these; those without images are
+    no classes. Raises UserError where it is not clear what the classes are.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise UserError(f"{flag} {root}: there is no such folder; it must hold one sub-folder of "
+                        "images per class")
+    folders = [entry.name for entry in root.iterdir()
+               if entry.is_dir() and not entry.name.startswith(".")]
+    numbered = all(name.isdecimal() and name.isascii() for name in folders)
+    folders.sort(key=lambda name: (int(name), name) if numbered else name)
+    classes = {name: files for name in folders if (files := files_under(root / name, flag))}
+    flat = sorted(entry.name for entry in root.iterdir() if is_image(entry.name))
+    if classes and flat:
+        raise UserError(f"{flag} {root}: images, such as {flat[0]}, beside sub-folders of images, "
+                        f"such as {next(iter(classes))}; move one of the two elsewhere")
+    for name, files in classes.items():
+        # A class may be called train, too: its images then lie directly in it
+        if name.lower() in SPLITS and all(Path(file).parent != root / name for file in files):
+            raise UserError(f"{flag} {root}: {name} would be a class, with all that its "
+                            f"sub-folders hold; name {root / name}, or for --dataset folder have "
+                            "train beside test or val, named just so")
     return classes
 
 
-def say_what_is_no_class(root, classes):
-    """Print which sub-folders hold no images, and which hold others of kinds that are not read."""
-    folders = [entry.name for entry in root.iterdir() if entry.is_dir()]
-    others = [name for name in in_order(folders) if name not in classes and name[0] != "."]
-    if os.environ.get("RANK", "0") != "0":
-        return
-    if others:
-        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
-        kinds = " ".join(sorted(IMAGE_FILES))
-        print(f"warning: {root}: {', '.join(others[:3])}{more}: no images ({kinds}), no class")
-    for name in classes:
-        files = [f for _, _, files in os.walk(root / name) for f in files]
-        unread = sorted(f for f in files if Path(f).suffix.lower() in UNREAD and f[0] != ".")
+def files_under(folder, flag="--data-dir"):
+    """The paths of all image files in a folder, however deep, in alphabetical order."""
+    found = {}
+    for top, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = [f for f in folders if not f.startswith(".")]
+        found[top] = [os.path.join(top, f) for f in sorted(files) if is_image(f)]
+        unread = [f for f in files if Path(f).suffix.lower() in NOT_READ and f[0] != "."]
         if unread:
-            print(f"warning: {root}/{name}: {len(unread)} images of a kind that is not read, such "
-                  f"as {unread[0]}; convert them to JPEG or PNG")
+            raise UserError(f"{flag} {top}: {len(unread)} images of a kind that is not read, such "
+                            f"as {unread[0]}; convert them to JPEG or PNG")
+    return [path for top in sorted(found) for path in found[top]]
 
 
-def read_folder(data_dir, split):
-    """Images of your own: one sub-folder per class, in alphabetical order. Images may lie deeper.
+def image_folder(root, flag="--data-dir"):
+    """Images that are measured: (paths, labels (N,) or None, class names or None).
 
-    Where data_dir holds `train` and also `test` or `val`, those are the two splits, and the classes
-    are those of `train`. Otherwise all of it is "train".
+    One sub-folder per class, as files_by_class, or images directly in `root`.
     """
-    root = Path(data_dir)
-    if not root.is_dir():
-        raise UserError(f"--data-dir {root}: there is no such folder; it must hold one sub-folder "
-                        f"of images per class")
-    train_folder, test_folder = train_and_test_folder(root)
-    if split != "train" and test_folder is None:
-        raise NoSuchSplit(f"--data-dir {root}: no test images; put the classes into train/, and "
-                          f"the test images, in folders of the same names, into test/")
-    classes = files_by_class(train_folder)
-    names = list(classes)
-    if split == "train":
-        say_what_is_no_class(train_folder, classes)
-    if len(names) < 2:
-        found = f"only one class with images, {names[0]}" if names else "no sub-folder with images"
-        raise UserError(f"--data-dir {train_folder}: {found}; it must hold one sub-folder of "
-                        f"images per class, at least two")
-    if split != "train":
-        classes = held_out_files_by_class(test_folder, train_folder, names)
+    classes = files_by_class(root, flag)
+    if not classes:
+        flat = [os.path.join(root, f) for f in sorted(os.listdir(root)) if is_image(f)]
+        if not flat:
+            raise UserError(f"{flag} {root}: no images in it, and no sub-folders of images")
+        return flat, None, None
     paths = [path for files in classes.values() for path in files]
-    numbers = [names.index(name) for name in classes]
-    return paths, np.repeat(numbers, [len(files) for files in classes.values()]), names
+    labels = np.repeat(np.arange(len(classes)), [len(files) for files in classes.values()])
+    return paths, labels, list(classes)
 
 
 def read_artbench10(data_dir, split):
@@ -518,6 +444,8 @@ class Source:
     resolution: int     # the set's own; a default where it consists of files of any size
     flip: bool          # whether a mirrored image is as good as the image: never for digits
     files: bool = False         # whether `read` returns paths; then any --resolution is possible
+    listed: bool = True         # of files: whether lists name them; else they are what is there
+    constant: bool = False      # of arrays: whether they are the same at every reading
     reference: str = "train"    # the split that samples are compared with
     captions: Callable | None = None    # (data_dir, paths) -> a list of texts for each image, or
                                 # None; None: the set has class names alone
@@ -534,16 +462,17 @@ ARTBENCH10_ORDER = (
     "post_impressionism", "realism", "romanticism", "ukiyo_e")
 
 READERS = {
-    "digits": Source(read_digits, 8, False),
-    "cifar10": Source(read_cifar10, 32, True),
-    "cifar100": Source(read_cifar100, 32, True),
+    "digits": Source(read_digits, 8, False, constant=True),
+    "cifar10": Source(read_cifar10, 32, True, constant=True),
+    "cifar100": Source(read_cifar100, 32, True, constant=True),
     "celebahq": Source(read_celebahq, 64, True, files=True),
     "imagenet-lt": Source(read_imagenet_lt, 64, True, files=True, reference="test"),
     "inat2018": Source(read_inat2018, 64, True, files=True, reference="test"),
     # Classes of equal sizes: the order says which of them become rare
-    "artbench10": Source(read_artbench10, 256, True, files=True, order=ARTBENCH10_ORDER),
+    "artbench10": Source(read_artbench10, 256, True, files=True, listed=False,
+                         order=ARTBENCH10_ORDER),
     "cub200": Source(read_cub200, 64, True, files=True, captions=read_text_c10),
     "flowers102": Source(read_flowers102, 64, True, files=True, captions=read_text_c10),
-    "folder": Source(read_folder, 64, True, files=True, reference="test",
+    "folder": Source(read_folder, 64, True, files=True, listed=False, reference="test",
                      captions=read_texts_beside),
 }

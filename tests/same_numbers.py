@@ -34,7 +34,7 @@ VARIANTS = {        # name: flags of train.py beyond the defaults
                         "--label-drop", "0.4"],
     "focal 1": "--base focal --no-cm --focal-gamma 1 --dropout 0 --ema 0.5 --lr 0.003".split(),
     "curriculum": "--base consistency --no-cm --ct-double 2 --warmup 0 --grad-clip 0.1".split(),
-    "another draw": "--split-seed 4 --ir 5 --class-order 9,8,7,6,5,4,3,2,1,0".split(),
+    "another draw": "--tail-seed 4 --ir 5 --class-order 9,8,7,6,5,4,3,2,1,0".split(),
 }
 SAMPLES = {         # name: (run, flags of sample.py)
     "ddim": ("oc-cm", []),

@@ -310,8 +310,9 @@ def test_data_py_prints_the_summary(tmp_path, capsys):
 # Large sets
 
 PACK_BLANK_IMAGES = """
-import resource, sys, numpy as np, packing
+import resource, sys, numpy as np
 from pathlib import Path
+from sets import packing
 n, image = int(sys.argv[2]), np.zeros((64, 64, 3), np.uint8)
 packing.read_image = lambda path, resolution: image
 path = Path(sys.argv[1]) / f"{n}.npy"
