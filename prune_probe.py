@@ -405,7 +405,6 @@ def images_of(args, ckpt):
 def main():
     """Measure every checkpoint at every fraction; write the numbers and the figures."""
     args = make_parser().parse_args()
-    runtime.refuse_processes("prune_probe.py")
     start = time.time()
 
     # What is measured, and on which images

@@ -25,7 +25,6 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-DEVICES = ("cpu", "cuda", "mps", "xpu")
 DTYPES = ("float32", "tf32", "bfloat16", "float16")
 # How long processes wait for each other: in a step on GPUs, where nothing else says that one has
 # ended, and where rank 0 packs 437,513 images or computes metrics
@@ -130,9 +129,6 @@ def error_line(error):
     if isinstance(error, torch.OutOfMemoryError):
         return ("out of memory on the device; take a smaller --batch-size, or in train.py a "
                 f"larger --accumulate ({first})")
-    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
-        return ("out of memory on this machine; take smaller numbers: --batch-size, --num, --ch "
-                f"({first[:200]})")
     return None
 
 
@@ -171,33 +167,25 @@ class Parser(argparse.ArgumentParser):
         g.add_argument("--out", help=out)
 
 
-def integer(low, high=None):
-    """An argparse type: an int in [low, high]."""
+def number(low=-math.inf, high=math.inf, above=-math.inf, kind=float):
+    """An argparse type: a finite number in [low, high] and greater than `above`."""
     def parse(text):
         try:
-            value = int(text)
+            value = kind(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"must be a whole number, not {text!r}") from None
-        if value < low or (high is not None and value > high):
-            most = "" if high is None else f" and at most {high}"
-            raise argparse.ArgumentTypeError(f"must be at least {low}{most}, not {value}")
-        return value
-    return parse
-
-
-def number(low=-math.inf, high=math.inf, above=-math.inf):
-    """An argparse type: a finite float in [low, high] and greater than `above`."""
-    def parse(text):
-        try:
-            value = float(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"must be a number, not {text!r}") from None
-        if not (math.isfinite(value) and low <= value <= high and value > above):
-            least = f"greater than {above:g}" if above > low else f"at least {low:g}"
+            value = math.nan
+        if not (low <= value <= high and above < value < math.inf):
+            what = "a whole number" if kind is int else "a number"
+            least = f"greater than {above:g}" if above > low else f"of at least {low:g}"
             most = "" if high == math.inf else f" and at most {high:g}"
-            raise argparse.ArgumentTypeError(f"must be {least}{most}, not {text}")
+            raise argparse.ArgumentTypeError(f"must be {what} {least}{most}, not {text!r}")
         return value
     return parse
+
+
+def integer(low, high=math.inf):
+    """An argparse type: an int in [low, high]."""
+    return number(low, high, kind=int)
 
 
 def one_of(*words):
@@ -216,15 +204,10 @@ def main_of(script, text, commands):
     words that follow; a function that makes its Parser)}. Raises UserError for another word.
     """
     what = sys.argv[1] if len(sys.argv) > 1 else "--help"
-    if what in ("-h", "--help"):
-        return print_help(text, commands)
-    if what not in commands:
+    if what in commands:
+        return commands[what][0](sys.argv[2:])
+    if what not in ("-h", "--help"):
         raise UserError(f"{script} {what}: say {', '.join(commands)} first")
-    commands[what][0](sys.argv[2:])
-
-
-def print_help(text, commands):
-    """Print a script's text and the flags of all of its commands."""
     print(text)
     for _, make in commands.values():
         parser = make()
@@ -234,7 +217,7 @@ def print_help(text, commands):
 
 
 def flag_of(name):
-    """ "--num-group" for "num_group"."""
+    """The flag of a setting: --num-group for num_group."""
     return "--" + name.replace("_", "-")
 
 
@@ -260,7 +243,7 @@ def progress(iterable=None, **kwargs):
 
 
 def duration(seconds):
-    """"40 s", "25 min", "3 h 20 min" or "5 days"."""
+    """A number of seconds in words, such as 40 s, 25 min, 3 h 20 min or 5 days."""
     minutes = round(seconds / 60)
     if seconds < 100:
         return f"{seconds:.0f} s"
@@ -305,12 +288,12 @@ class Runtime:
         return torch.autocast(self.device.type, self.dtype)
 
     def processes(self):
-        """ "1 process" or "8 processes"."""
+        """How many processes there are, in words."""
         return "1 process" if self.world == 1 else f"{self.world} processes"
 
     @contextmanager
     def rank_0_first(self):
-        """Within, rank 0 runs while the others wait, then they run: for a file that all read.
+        """A block that rank 0 runs while the others wait, then they: for a file that all read.
 
         Where rank 0 fails, it says why, and the others leave with exit code 2.
         """
@@ -376,19 +359,15 @@ class Runtime:
 
 def find_device(name):
     """The torch.device that --device asks for. Raises UserError where it cannot be used."""
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if name == "auto":
-        name = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-        if device.type not in DEVICES:
-            raise RuntimeError(f"not one of {', '.join(DEVICES)}")
         if device.type == "cuda" and device.index is None:
-            device = torch.device("cuda", local_rank)
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, TypeError) as e:
-        why = str(e).splitlines()[0]
-        raise UserError(f"--device {name}: this machine cannot use it ({why})") from e
+    except (RuntimeError, AssertionError) as e:
+        raise UserError(f"--device {name}: this machine cannot use it ({e})") from e
     return device
 
 
@@ -423,7 +402,7 @@ def allow_tf32(on):
 
 @contextmanager
 def without_tf32():
-    """Within, float32 is float32: for features, which must not depend on --dtype."""
+    """A block in which float32 is float32: for features, which must not depend on --dtype."""
     before = torch.backends.cuda.matmul.allow_tf32
     allow_tf32(False)
     try:
@@ -435,14 +414,6 @@ def without_tf32():
 def find_rank():
     """(RANK, WORLD_SIZE) of torchrun, or (0, 1) without it."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-
-def refuse_processes(script):
-    """Raise UserError where torchrun started several processes: each would do all the work."""
-    _, world = find_rank()
-    if world > 1:
-        raise UserError(f"WORLD_SIZE is {world}, and {script} works in one process; start it with "
-                        f"python {script}, without torchrun")
 
 
 def computes_bfloat16(device):
@@ -472,15 +443,14 @@ def wants_compile(args, rt):
     return rt.device.type == "cuda" if args.compile is None else args.compile
 
 
-def compile_or_not(module, loss_of, rt, graphs=False, flag="--compile"):
+def compile_or_not(module, loss_of, rt, flag="--compile"):
     """(torch.compile(module), None), or (the module itself, a warning) where that fails.
 
     Every rank prints its warning. loss_of(compiled) is run once as a trial, forwards, and backwards
     where it has gradients. It leaves no trace: gradients are dropped, and buffers, such as batch
-    norm's statistics, are what they were. graphs: whether the calls are replayed as CUDA graphs.
-    flag: what asked for it, or None where nothing did.
+    norm's statistics, are what they were. flag: what asked for it, or None where nothing did.
     """
-    compiled = torch.compile(module, mode="reduce-overhead" if graphs else None)
+    compiled = torch.compile(module)
     before = [b.clone() for b in module.buffers()]
     try:
         with rt.autocast():
@@ -492,14 +462,12 @@ def compile_or_not(module, loss_of, rt, graphs=False, flag="--compile"):
         raise
     except Exception as e:      # whatever a missing or broken compiler raises; training goes on
         why = next(iter(str(e).strip().splitlines()), "")[:160]
-        words = [f"cannot compile here ({type(e).__name__}: {why}), going on without"]
+        warning = f"cannot compile here ({type(e).__name__}: {why}), going on without"
         if rt.device.type == "cuda":
-            words.append("it takes about twice the time and memory")
+            warning += "; it takes about twice the time and memory"
         if flag:
-            words.append("--no-compile is the same, without this trial")
-        warning = "; ".join(words)
-        prefix = f"{flag}: " if flag else ""
-        print(f"WARNING: {rank_words()}{prefix}{warning}", file=sys.stderr, flush=True)
+            warning = f"{flag}: {warning}; --no-compile is the same, without this trial"
+        print(f"WARNING: {rank_words()}{warning}", file=sys.stderr, flush=True)
         return module, warning
     finally:
         module.zero_grad(set_to_none=True)
@@ -509,7 +477,7 @@ def compile_or_not(module, loss_of, rt, graphs=False, flag="--compile"):
 
 
 def without_guards(module, on):
-    """Within, if `on`, a compiled module is called without a check whether its code fits.
+    """A block in which, if `on`, a compiled module is called without a check that its code fits.
 
     The checks of a CM step take half a millisecond of CPU or more. Only for calls like one that has
     been made already.
@@ -526,9 +494,8 @@ class StopSignal:
     def __init__(self):
         self.number = 0
         signals = [signal.SIGTERM, signal.SIGINT]
-        hangup = getattr(signal, "SIGHUP", None)        # none on Windows
-        if hangup and signal.getsignal(hangup) != signal.SIG_IGN:       # as it is under nohup
-            signals.append(hangup)
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            signals.append(signal.SIGHUP)           # under nohup it is ignored
         for s in signals:
             signal.signal(s, self.catch)
 

@@ -739,7 +739,6 @@ def main_export(argv):
     """Write the low-rank parts, or the merged pipeline, to a folder."""
     parser = make_export_parser()
     args = parser.parse_args(argv)
-    runtime.refuse_processes("stable_diffusion.py export")
     kind = "lora" if args.lora else "pipeline"
     folder = Path(args.lora or args.pipeline)
     if kind == "lora":

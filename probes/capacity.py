@@ -415,7 +415,6 @@ def main():
     args = parser.parse_args()
     other = {"dominance": "quality", "allocation": "repeats"}[args.what]
     runtime.refuse_unused(parser.given, {other: f"{args.what} does not use it"})
-    runtime.refuse_processes("-m probes.capacity")
     start = time.time()
     out = Path(args.out or Path(args.ckpt).parent / "probe")
 
