@@ -12,14 +12,6 @@ trainable: CM is not fine-tuning.
 
 Keys in the state dict while reserved: `NAME.parametrizations.weight.original` (W^g) and
 `NAME.parametrizations.weight.0.A` and `.B`.
-
-Where a part of the network is recomputed in the backward pass, use `checkpoint` of this file
-(diffusers: net.enable_gradient_checkpointing(partial(checkpoint, net))): torch's own would
-recompute theta^g's pass with theta, and is refused.
-
-Merge PEFT's adapters after this file's parts, not before: PEFT writes into a weight that a reserved
-layer computes anew in every call, so the adapter is lost. merge refuses it while PEFT's layers are
-there; after PEFT's merge_and_unload nothing tells.
 """
 import math
 import warnings
@@ -50,7 +42,7 @@ class LowRank(nn.Module):
                 "kernel", the authors' release: B is (out kh) x (r kh), A is (r kh) x (in kw),
                 full rank min(out, in). For a Linear both are the same.
     rank:       r itself, at most the full rank, in place of the ratio.
-    Raises ValueError where the ratio, the form or the rank is out of range.
+    Raises ValueError where the ratio or the form is out of range.
     """
 
     def __init__(self, weight: Tensor, rank_ratio: float = 0.1, form: str = "flat",
@@ -60,8 +52,6 @@ class LowRank(nn.Module):
             raise ValueError(f"rank_ratio must be in (0, 1], not {rank_ratio}")
         if form not in FORMS:
             raise ValueError(f"form must be one of {FORMS}, not {form!r}")
-        if rank is not None and rank < 1:
-            raise ValueError(f"rank must be at least 1, not {rank}")
         out, inner, *kernel = weight.shape
         if form == "flat" or not kernel:
             d = out
@@ -81,27 +71,18 @@ class LowRank(nn.Module):
         self.B = nn.Parameter(weight.new_zeros(d, self.rank * copies))
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
         self.general_only = False
+        # For what stands below the line at the end of this file
         self.was_general = False    # whether theta^g has been computed since the start
         self.pinned = False         # whether general_only is that of a call of `checkpoint`
-        self.order = []         # the names of the layer's parameters, for merge
+        self.order = []             # the names of the layer's parameters, for merge
 
     def forward(self, W_g: Tensor) -> Tensor:
-        """W^g -> W^g + BA, or W^g itself within general_only; both of W^g's shape."""
+        """W^g -> W^g + BA, or W^g itself under general_only; both of W^g's shape."""
         if not torch.compiler.is_compiling():
-            self.refuse_unknown_branch()
+            refuse_unknown_branch(self)
         if self.general_only:
             return W_g
         return W_g + (self.B @ self.A).view(W_g.shape)
-
-    def refuse_unknown_branch(self) -> None:
-        """Raise RuntimeError where a call is repeated in the backward pass by others' code.
-
-        It may have been one of theta^g, and general_only has ended.
-        """
-        in_backward = torch._C._current_graph_task_id() != -1
-        if in_backward and self.was_general and not self.pinned:
-            raise RuntimeError("a reserved layer is recomputed in the backward pass, with theta or "
-                               "theta^g is not known; use cm_layers.checkpoint in place of torch's")
 
 
 def reserved(module: nn.Module) -> Iterator[tuple[nn.Module, str, LowRank]]:
@@ -118,7 +99,7 @@ def is_reserved(module: nn.Module) -> bool:
     return any(True for _ in reserved(module))
 
 
-def matrices(module: nn.Module) -> list[tuple[str, nn.Module, str]]:
+def weight_matrices(module: nn.Module) -> list[tuple[str, nn.Module, str]]:
     """The weights of `module` that Eq. (1) can split: (layer's dotted name, layer, parameter)."""
     found = []
     for name, layer in module.named_modules():
@@ -144,7 +125,7 @@ def reserve(module: nn.Module, rank_ratio: float = 0.1, form: str = "flat",
     if is_reserved(module):
         raise ValueError("this module is reserved already")
     refuse_merged_adapters(module)
-    chosen = [found for found in matrices(module) if where(*found[:2])]
+    chosen = [found for found in weight_matrices(module) if where(*found[:2])]
     if not chosen:
         raise ValueError("found no Linear, convolution or attention weight to reserve")
     for name, layer, p in chosen:
@@ -162,21 +143,9 @@ def reserve(module: nn.Module, rank_ratio: float = 0.1, form: str = "flat",
     return module
 
 
-def unknown_layers(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield (dotted name, layer) with matrices of its own that WEIGHTS does not list.
-
-    Embeddings are left out on purpose: their rows belong to single words or classes.
-    """
-    known = (*WEIGHTS, nn.Embedding, nn.EmbeddingBag, parametrize.ParametrizationList)
-    for name, layer in module.named_modules():
-        own = [p for p in layer.parameters(recurse=False) if p.dim() > 1]
-        if own and not isinstance(layer, known):
-            yield name, layer
-
-
 @contextmanager
 def general_only(module: nn.Module) -> Iterator[nn.Module]:
-    """Within, `module` computes with theta^g alone: every reserved weight is W^g, without BA.
+    """Let `module` compute with theta^g alone: every reserved weight is W^g, without BA.
 
     Raises ValueError inside torch's parametrize.cached(), which would give theta once more.
     """
@@ -184,42 +153,14 @@ def general_only(module: nn.Module) -> Iterator[nn.Module]:
         raise ValueError("general_only inside parametrize.cached() would compute with theta; enter "
                          "cached() within general_only")
     parts = [low_rank for _, _, low_rank in reserved(module)]
-    for p in parts:
-        p.was_general = True
-    with branches(parts, [True] * len(parts)):
-        yield module
-
-
-@contextmanager
-def branches(parts: list[LowRank], general: list[bool], pinned: bool = False) -> Iterator[None]:
-    """Within, part k computes theta^g where general[k], else theta.
-
-    Within a call of `checkpoint` it stays pinned: that call is repeated as it was.
-    """
-    before = [(p.general_only, p.pinned) for p in parts]
+    before = [p.general_only for p in parts]
     try:
-        for p, g in zip(parts, general):
-            p.general_only = g
-            p.pinned = pinned or p.pinned
-        yield
+        for p in parts:
+            p.general_only = p.was_general = True
+        yield module
     finally:
         for p, b in zip(parts, before):
-            p.general_only, p.pinned = b
-
-
-def checkpoint(module: nn.Module, function: Callable, *args: Any) -> Any:
-    """function(*args), computed anew in the backward pass, with the branch of this call.
-
-    module: what `function` computes with. torch.utils.checkpoint alone would recompute a pass of
-    theta^g after general_only has ended, and so with theta.
-    """
-    parts = [low_rank for _, _, low_rank in reserved(module)]
-    general = [p.general_only for p in parts]
-
-    def call(*args):
-        with branches(parts, general, pinned=True):
-            return function(*args)
-    return recompute(call, *args, use_reentrant=False)
+            p.general_only = b
 
 
 @torch.no_grad()
@@ -250,6 +191,55 @@ def merge(module: nn.Module, branch: str = "full") -> nn.Module:
     return module
 
 
+def count(module: nn.Module) -> dict[str, int]:
+    """Numbers of parameters, {"general": of theta^g, "expert": of all A and B}; together all."""
+    expert = sum(p.A.numel() + p.B.numel() for _, _, p in reserved(module))
+    return {"general": sum(p.numel() for p in module.parameters()) - expert, "expert": expert}
+
+
+# --------------------------------------------------------------------------------------------------
+# Beside others' code: recomputation in the backward pass, PEFT, deep copies, layers of other kinds
+#
+# Where a part of the network is recomputed in the backward pass, use `checkpoint` of this file
+# (diffusers: net.enable_gradient_checkpointing(partial(checkpoint, net))): torch's own would
+# recompute theta^g's pass with theta, and is refused.
+#
+# Merge PEFT's adapters after this file's parts, not before: PEFT writes into a weight that a
+# reserved layer computes anew in every call, so the adapter is lost. merge refuses it while PEFT's
+# layers are there; after PEFT's merge_and_unload nothing tells.
+
+def checkpoint(module: nn.Module, function: Callable, *args: Any) -> Any:
+    """function(*args), computed anew in the backward pass, with the branch of this call.
+
+    module: what `function` computes with. torch.utils.checkpoint alone would recompute a pass of
+    theta^g after general_only has ended, and so with theta.
+    """
+    parts = [low_rank for _, _, low_rank in reserved(module)]
+    general = [p.general_only for p in parts]
+
+    def call(*args):
+        before = [(p.general_only, p.pinned) for p in parts]
+        try:
+            for p, g in zip(parts, general):
+                p.general_only, p.pinned = g, True
+            return function(*args)
+        finally:
+            for p, b in zip(parts, before):
+                p.general_only, p.pinned = b
+    return recompute(call, *args, use_reentrant=False)
+
+
+def refuse_unknown_branch(low_rank: LowRank) -> None:
+    """Raise RuntimeError where a call is repeated in the backward pass by others' code.
+
+    It may have been one of theta^g, and general_only has ended.
+    """
+    in_backward = torch._C._current_graph_task_id() != -1
+    if in_backward and low_rank.was_general and not low_rank.pinned:
+        raise RuntimeError("a reserved layer is recomputed in the backward pass, with theta or "
+                           "theta^g is not known; use cm_layers.checkpoint in place of torch's")
+
+
 def refuse_merged_adapters(module: nn.Module) -> None:
     """Raise ValueError where a layer of PEFT says that its adapter is in the weight.
 
@@ -272,7 +262,13 @@ def give_own_class(module: nn.Module) -> None:
     module.__class__ = type(shared.__name__, shared.__bases__, own)
 
 
-def count(module: nn.Module) -> dict[str, int]:
-    """Numbers of parameters, {"general": of theta^g, "expert": of all A and B}; together all."""
-    expert = sum(p.A.numel() + p.B.numel() for _, _, p in reserved(module))
-    return {"general": sum(p.numel() for p in module.parameters()) - expert, "expert": expert}
+def unknown_layers(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield (dotted name, layer) with matrices of its own that WEIGHTS does not list.
+
+    Embeddings are left out on purpose: their rows belong to single words or classes.
+    """
+    known = (*WEIGHTS, nn.Embedding, nn.EmbeddingBag, parametrize.ParametrizationList)
+    for name, layer in module.named_modules():
+        own = [p for p in layer.parameters(recurse=False) if p.dim() > 1]
+        if own and not isinstance(layer, known):
+            yield name, layer

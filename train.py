@@ -196,8 +196,8 @@ def resolve(args, given=()):
         refuse_unused(given, dict.fromkeys(("eval_num", "features"), "belongs to --eval-every"))
     if args.out is None:
         args.out = "out/" + run_name(args, defaults)
-    if args.init_from:                          # a run goes on from the file that it began with
-        args.init_from_sha256 = disk.load(args.init_from, KINDS, "--init-from").sha256
+    if args.init_from and Path(args.init_from).is_file():   # a run that goes on needs it no more
+        args.init_from_sha256 = disk.sha256(args.init_from)
     return args
 
 

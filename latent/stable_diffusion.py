@@ -44,7 +44,7 @@ from torch.nn.utils import parametrize
 
 import disk
 import runtime
-from cm_layers import LowRank, checkpoint, general_only, matrices, merge, reserve
+from cm_layers import LowRank, checkpoint, general_only, merge, reserve, weight_matrices
 from data import (Batches, add_data_flags, device_limit, load_long_tailed, pack_path,
                   refuse_other_data, send, to_float, unused_data_flags)
 from latent import latent_cache, latent_export
@@ -176,7 +176,7 @@ def add_adapters(net, rank, cm_rank=None):
     there is no attention.
     """
     net.requires_grad_(False)
-    layers = [(layer, p) for name, layer, p in matrices(net) if is_projection(name, layer)]
+    layers = [(layer, p) for name, layer, p in weight_matrices(net) if is_projection(name, layer)]
     if not layers:
         raise ValueError("no attention projections")
     for layer, p in layers:
@@ -206,7 +206,7 @@ def merge_adapters(net, branch="full"):
     plain diffusers modules afterwards.
     """
     merge(net, branch)
-    for _, layer, p in matrices(net):
+    for _, layer, p in weight_matrices(net):
         if parametrize.is_parametrized(layer, p):
             parametrize.remove_parametrizations(layer, p)
     return net

@@ -89,14 +89,14 @@ def vector(params):
 # --------------------------------------------------------------------------------------------------
 # Geometry
 
-def matrices(a, b, c, d):
+def matrices_2x2(a, b, c, d):
     """Numbers (N,) -> matrices [[a, b], [c, d]], (N, 2, 2)."""
     return torch.stack([torch.stack([a, b], 1), torch.stack([c, d], 1)], 1)
 
 
 def inverse_rotation(angle):
     """Inverses (N, 2, 2) of counter-clockwise rotations by angle (N,), where y points down."""
-    return matrices(angle.cos(), -angle.sin(), angle.sin(), angle.cos())
+    return matrices_2x2(angle.cos(), -angle.sin(), angle.sin(), angle.cos())
 
 
 def inverse_linear(params):
@@ -110,8 +110,8 @@ def inverse_linear(params):
     stretch = 2 ** (-STRETCH_STD * params["stretch"])
     to_axis = inverse_rotation(params["axis"])
     back = inverse_rotation(-params["axis"])
-    along = back @ matrices(stretch, zero, zero, 1 / stretch) @ to_axis
-    return matrices(scale, zero, zero, scale) @ inverse_rotation(params["turn"]) @ along
+    along = back @ matrices_2x2(stretch, zero, zero, 1 / stretch) @ to_axis
+    return matrices_2x2(scale, zero, zero, scale) @ inverse_rotation(params["turn"]) @ along
 
 
 @cache

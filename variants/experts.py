@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from cm_layers import matrices
+from cm_layers import weight_matrices
 
 
 def freeze_all_but_low_rank(net):
@@ -84,7 +84,7 @@ def add_group_experts(net, groups, rank_ratio):
     # finds the copy's own
     net.encoder.router = Router([group_of[c] for c in range(len(group_of))])
     net.encoder.register_forward_pre_hook(lambda encoder, args: encoder.router.set(args[2]))
-    for name, layer, _ in matrices(net.decoder):
+    for name, layer, _ in weight_matrices(net.decoder):
         full = min(layer.weight.shape[0], layer.weight[0].numel())
         rank = max(1, max(1, int(rank_ratio * full)) // len(groups))
         parent, _, child = name.rpartition(".")

@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 from cm_layers import LowRank, checkpoint, count, general_only, merge, reserve, reserved
 from model import UNet, UNetConfig
-from sample import build_network
+from networks import build as build_network
 
 
 # --------------------------------------------------------------------------------------------------
@@ -509,13 +509,6 @@ def test_a_tenth_of_the_rank_by_default():
     weight = torch.zeros(40, 50)
     assert LowRank(weight).rank == 4
     assert reserve(nn.Linear(50, 40)).parametrizations.weight[0].rank == 4
-
-
-def test_a_rank_of_nothing_is_refused():
-    for rank in (0, -1):
-        with pytest.raises(ValueError, match="rank must be at least 1"):
-            LowRank(torch.zeros(40, 50), rank=rank)
-    assert LowRank(torch.zeros(40, 50), rank=1).rank == 1
 
 
 def test_attention_with_its_own_width_of_keys():

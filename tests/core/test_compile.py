@@ -13,12 +13,12 @@ from conftest import tiny_net
 from torch import nn
 from torch.testing import assert_close
 
-import model
 import runtime
 from cm_layers import general_only, reserve, reserved
 from losses import CMConfig, Objective, bind
 from model import make_alphas_bar
 from recognition import resnet
+from variants import fused_norm
 
 COUNTS = [9, 8, 7, 6, 5, 5, 4, 3, 2, 1]
 
@@ -136,7 +136,7 @@ def test_what_is_compiled_for_cuda_can_be_traced(monkeypatch, dtype, atol):
         (eps - eps_g).square().sum().backward()
         return [eps.detach(), eps_g.detach(), *(p.grad for p in net.parameters())]
     expected = results(distance)
-    monkeypatch.setattr(model, "compiled_for_cuda", lambda x: True)
+    monkeypatch.setattr(fused_norm, "compiled_for_cuda", lambda x: True)
     torch._dynamo.reset()
     compiled = results(torch.compile(distance, backend="aot_eager", fullgraph=True))
     for a, b in zip(compiled, expected):

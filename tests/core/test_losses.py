@@ -10,6 +10,7 @@ import json
 import math
 import subprocess
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,13 +22,14 @@ from torch import nn
 
 from cm_layers import general_only, reserved
 from data import to_float
-from losses import (BASES, FLAGS, CMConfig, Objective, Predictions, add_cm_flags, bind, cbdm,
-                    choose, class_weights, cm_terms, draw_batch, oc_target, options_of)
-from model import distance, make_alphas_bar, q_sample
+from losses import (BASES, FLAGS, CMConfig, Objective, Pool, Predictions, add_cm_flags, bind, cbdm,
+                    choose, class_weights, cm_terms, oc_target, options_of)
+from model import distance, make_alphas_bar, q_sample, signal_and_sigma
 from runtime import generator
 
 COUNTS = [148, 106, 76, 54, 39, 28, 20, 14, 10, 7]
 AB = make_alphas_bar()
+ROOTS = signal_and_sigma(AB)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -96,14 +98,14 @@ def gradient_of(value, net):
     return torch.cat([g.flatten() for g in grads if g is not None])
 
 
-def with_other(batch, y_prime):
+def with_other(batch, y_other):
     """The batch with other classes y', which the network gets as they are."""
-    return batch._replace(y_prime=y_prime, y_prime_in=y_prime)
+    return batch._replace(y_other=y_other, y_other_cond=y_other)
 
 
 def own_and_other(objective, batch):
     """(eps(y), eps(y')) of a batch, with their graph."""
-    x_t = q_sample(batch.x_0, batch.t, batch.eps, AB)
+    x_t = q_sample(batch.x_0, batch.t, batch.eps, *ROOTS)
     return [objective.net(x_t, batch.t, y) for y in (batch.y, batch.y_other)]
 
 
@@ -112,7 +114,7 @@ def test_cbdm_stops_gradients_as_printed(digits, gamma):
     """Of the first distance eps(y) alone is trained, of the second eps(y') alone."""
     objective, batch = setup(digits, "cbdm", rank_ratio=None, label_drop=0.0)
     batch = with_other(batch, (batch.y + 1) % 10)
-    pred = Predictions(objective.net, batch, q_sample(batch.x_0, batch.t, batch.eps, AB))
+    pred = Predictions(objective.net, batch, q_sample(batch.x_0, batch.t, batch.eps, *ROOTS))
     got = gradient_of(cbdm(pred, batch, objective, cbdm_gamma=gamma)[1]["cb"], objective.net)
     own, other = own_and_other(objective, batch)
     gap = 2 * batch.t[:, None, None, None] * (own - other).detach()
@@ -125,7 +127,7 @@ def test_oc_target(digits, label_drop):
     """The true class decides on the transfer, also where the label is dropped."""
     objective, batch = setup(digits, "oc", label_drop=label_drop)
     x_t = numpy_x_t(batch)
-    target = oc_target(q_sample(batch.x_0, batch.t, batch.eps, AB), batch, objective).numpy()
+    target = oc_target(q_sample(batch.x_0, batch.t, batch.eps, *ROOTS), batch, objective).numpy()
     moved = 0
     for i, t in enumerate(batch.t.tolist()):
         ab = float(AB[t])
@@ -134,7 +136,8 @@ def test_oc_target(digits, label_drop):
         j = int(np.argmax(log_q + batch.pool.gumbel[i].numpy()))
         expected = batch.eps[i].numpy()
         if COUNTS[batch.pool.y[j]] >= COUNTS[batch.y[i]]:
-            expected = (x_t[i] - math.sqrt(ab) * batch.pool.x_0[j].numpy()) / math.sqrt(1 - ab)
+            x_ref = batch.pool.x_0[j].numpy()
+            expected = (x_t[i] - math.sqrt(ab) * x_ref) / math.sqrt(1 - ab)
         assert np.allclose(target[i], expected, atol=1e-3)
         moved += j != i
     assert moved >= 3
@@ -157,11 +160,13 @@ def test_single_precision_hardly_moves_the_chances_of_a_reference():
     open_choices = 0
     for step in (500, 600, 700, 800):
         t = torch.full((64,), step)
-        x_t = q_sample(x_0, t, torch.randn(x_0.shape, generator=g), AB)
+        x_t = q_sample(x_0, t, torch.randn(x_0.shape, generator=g), *ROOTS)
         gap = torch.cdist(x_t.double().flatten(1), AB[step].sqrt() * x_0.double().flatten(1))
         exact = (-gap.square() / (2 * (1 - AB[step]))).softmax(1)
-        batch = SimpleNamespace(t=t, y=y, pool_x_0=x_0, pool_y=y, gumbel=Recorder(), eps=x_t)
-        oc_target(x_t, batch, SimpleNamespace(alphas_bar=AB, counts=torch.tensor(COUNTS)))
+        batch = SimpleNamespace(t=t, y=y, pool=Pool(x_0, y, Recorder()), eps=x_t)
+        signal, sigma = ROOTS
+        oc_target(x_t, batch, SimpleNamespace(signal=signal, sigma=sigma,
+                                              counts=torch.tensor(COUNTS)))
         difference = batch.pool.gumbel.log_q.double().softmax(1) - exact
         assert difference.abs().sum(1).max() / 2 < 0.002
         open_choices += int((exact.max(1).values < 0.9).sum())
@@ -179,8 +184,9 @@ def test_the_choice_of_a_reference_follows_eq_d4():
 
 def test_choosing_oneself_gives_eps_and_as_printed_it_does_not(digits):
     objective, batch = setup(digits, "oc")
-    batch = batch._replace(gumbel=torch.full((12, 12), -1e9).fill_diagonal_(1e9))
-    x_t = q_sample(batch.x_0, batch.t, batch.eps, AB)
+    batch = batch._replace(pool=batch.pool._replace(
+        gumbel=torch.full((12, 12), -1e9).fill_diagonal_(1e9)))
+    x_t = q_sample(batch.x_0, batch.t, batch.eps, *ROOTS)
     target = oc_target(x_t, batch, objective)
     torch.testing.assert_close(target, batch.eps, atol=1e-4, rtol=1e-4)
     signal = AB.sqrt()[batch.t].float()[:, None, None, None]
@@ -228,7 +234,7 @@ def test_overlap(digits):
 def test_overlap_moves_an_images_own_class_alone(digits):
     objective, batch = setup(digits, "rop", rank_ratio=None, label_drop=0.0)
     batch = with_other(batch, (batch.y + 1) % 10)
-    pred = Predictions(objective.net, batch, q_sample(batch.x_0, batch.t, batch.eps, AB))
+    pred = Predictions(objective.net, batch, q_sample(batch.x_0, batch.t, batch.eps, *ROOTS))
     _, terms = BASES["rop"].loss(pred, batch, objective, rop_margin=100.0)
     got = gradient_of(terms["overlap"], objective.net)
     own, other = own_and_other(objective, batch)
@@ -250,18 +256,21 @@ def test_dropout_masks_and_augmentation_reach_every_prediction(digits):
     objective, batch = setup(digits, dropout=0.3)
     net = objective.net
     net.encoder.embedding.augment = nn.Linear(4, 4 * net.cfg.ch, bias=False)
-    batch = batch._replace(a=torch.randn(12, 4))
-    pred = Predictions(net, batch, q_sample(batch.x_0, batch.t, batch.eps, AB))
+    batch = batch._replace(augmentation=torch.randn(12, 4))
+    pred = Predictions(net, batch, q_sample(batch.x_0, batch.t, batch.eps, *ROOTS))
     y_other = (batch.y + 1) % 10
 
     def expected(y, **changes):
         b = batch._replace(**changes)
-        return net.decode(*net.encode(pred.x_t, b.t, y, b.masks.encode, b.augmentation), b.masks.decode)
+        encoded = net.encode(pred.x_t, b.t, y, b.masks.encode, b.augmentation)
+        return net.decode(*encoded, b.masks.decode)
     assert torch.equal(pred.eps, expected(batch.y_cond))
     assert torch.equal(pred.under(y_other), expected(y_other))
     with general_only(net.decoder):
         assert torch.equal(pred.general(), expected(batch.y_cond))
-    for changes in ({"a": None}, {"masks_encode": ()}, {"masks_decode": ()}):
+    masks = batch.masks
+    for changes in ({"augmentation": None}, {"masks": masks._replace(encode=())},
+                    {"masks": masks._replace(decode=())}):
         assert (pred.eps - expected(batch.y_cond, **changes)).abs().max() > 1e-4, changes
 
 
@@ -310,7 +319,7 @@ def test_l_cm_trains_both_predictions(digits):
         nn.init.normal_(part.B, std=0.1, generator=torch.Generator().manual_seed(1))
     total, terms, _ = objective(batch)
     got = gradient_of(total - terms["base"], objective.net)
-    x_t = q_sample(batch.x_0, batch.t, batch.eps, AB)
+    x_t = q_sample(batch.x_0, batch.t, batch.eps, *ROOTS)
     full = objective.net(x_t, batch.t, batch.y_cond)
     with general_only(objective.net.decoder):
         general = objective.net(x_t, batch.t, batch.y_cond)
@@ -352,7 +361,7 @@ def test_a_chosen_part_stands_for_the_whole_batch(B, fraction, m):
 
 def weighted(objective, batch, factors):
     """L_CM of a whole batch with a factor per image, as Eq. (2) has it."""
-    pred = Predictions(objective.net, batch, q_sample(batch.x_0, batch.t, batch.eps, AB))
+    pred = Predictions(objective.net, batch, q_sample(batch.x_0, batch.t, batch.eps, *ROOTS))
     D = distance(pred.eps, pred.general())
     con, div = objective.w_con_y[batch.y] * D, objective.w_div_y[batch.y] * D.clamp(max=0.01)
     return (factors * (con - div)).mean(), D.detach()
@@ -373,7 +382,7 @@ def test_cm_fraction_evaluates_the_chosen_images_alone(digits):
     assert total.item() == pytest.approx(terms["base"].item() + of_chosen.item())
     grads = torch.autograd.grad(of_chosen, params, allow_unused=True)
     factors = torch.cat([batch.cm_weight * 2, torch.zeros(6)])
-    expected, all_D = weighted(objective, batch._replace(scale=None), factors)
+    expected, all_D = weighted(objective, batch._replace(cm_weight=None), factors)
     assert torch.allclose(D, all_D[:6], rtol=1e-4)
     assert of_chosen.item() == pytest.approx(expected.item(), rel=1e-3)
     theirs = torch.autograd.grad(expected, params, allow_unused=True)
@@ -381,8 +390,8 @@ def test_cm_fraction_evaluates_the_chosen_images_alone(digits):
     g, h = (torch.cat([p.flatten() for p in part if p is not None]) for part in (grads, theirs))
     assert (g - h).norm() <= 1e-3 * h.norm() and h.norm() > 0
     # The base loss sees every image once
-    everything = draw_batch(x_0, y, setup(digits)[0], seed=0, step=3)
-    assert everything.scale is None
+    everything = setup(digits)[0].draw_batch(x_0, y, seed=0, step=3)
+    assert everything.cm_weight is None
     assert sorted(batch.t.tolist()) == sorted(everything.t.tolist())
 
 
@@ -422,7 +431,7 @@ def test_defaults_of_the_objective():
     add_cm_flags(parser)
     assert CMConfig.of(parser.parse_args([])) == CMConfig()
     defaults = {name: p.default for name, p in inspect.signature(Objective).parameters.items()}
-    assert (defaults["label_drop"], defaults["ada"], defaults["y_prime"]) == (0.1, 0.0, "uniform")
+    assert (defaults["label_drop"], defaults["ada"], defaults["y_other"]) == (0.1, 0.0, "uniform")
 
 
 def test_class_weights():
@@ -443,23 +452,24 @@ def test_class_weights():
 
 def test_a_batch_is_pure_and_shared_between_ranks(digits):
     objective, batch = setup(digits)
-    pool = (batch.pool.x_0, batch.pool.y, objective)
-    again = draw_batch(*pool, seed=0, step=3)
-    assert all(torch.equal(u, v) for u, v in zip(batch[:9], again[:9]))
-    halves = [draw_batch(*pool, seed=0, step=3, part=part, parts=2) for part in (0, 1)]
-    for k, name in enumerate(batch._fields[:9]):
-        if not name.startswith("pool"):
-            assert torch.equal(torch.cat([half[k] for half in halves]), batch[k]), name
-    assert not torch.equal(draw_batch(*pool, seed=0, step=4).eps, batch.eps)
+    draw = partial(objective.draw_batch, batch.pool.x_0, batch.pool.y, seed=0)
+    again = draw(step=3)
+    halves = [draw(step=3, part=part, parts=2) for part in (0, 1)]
+    for name in ("x_0", "y", "y_cond", "t", "eps", "y_other", "y_other_cond"):
+        whole = getattr(batch, name)
+        assert torch.equal(getattr(again, name), whole), name
+        assert torch.equal(torch.cat([getattr(half, name) for half in halves]), whole), name
+    assert torch.equal(torch.cat([half.pool.gumbel for half in halves]), batch.pool.gumbel)
+    assert not torch.equal(draw(step=4).eps, batch.eps)
 
 
-def big_batch(digits, *, n=400, step=0, part=0, parts=1, flip=False, **options):
+def big_batch(digits, *, n=400, step=0, part=0, parts=1, **options):
     """A batch of n images of random pixels, and the images; options: of Objective."""
     objective = Objective(net=tiny_net(), base=bind("ddpm"), counts=COUNTS, alphas_bar=AB,
                           **options)
     x_0 = torch.rand(n, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     y = torch.arange(n) % 10
-    return objective.draw_batch(x_0, y, seed=0, step=step, part=part, parts=parts, flip=flip), x_0
+    return objective.draw_batch(x_0, y, seed=0, step=step, part=part, parts=parts), x_0
 
 
 def test_images_are_mirrored_with_probability_one_half(digits):
@@ -477,9 +487,9 @@ def test_what_a_batch_draws_has_its_distribution(digits):
     assert stats.kstest(batch.t / 1000, "uniform").pvalue > 1e-3
     assert stats.kstest(batch.eps.flatten(), "norm").pvalue > 1e-3
     assert stats.kstest(batch.pool.gumbel.flatten(), "gumbel_r").pvalue > 1e-3
-    many = [big_batch(digits, n=2000, y_prime=kind)[0].y_prime for kind in ("uniform", "train")]
-    for y_prime, shares in zip(many, (np.ones(10), np.array(COUNTS))):
-        seen = np.bincount(y_prime, minlength=10)
+    many = [big_batch(digits, n=2000, y_other=kind)[0].y_other for kind in ("uniform", "train")]
+    for y_other, shares in zip(many, (np.ones(10), np.array(COUNTS))):
+        seen = np.bincount(y_other, minlength=10)
         assert stats.chisquare(seen, 2000 * shares / shares.sum()).pvalue > 1e-3
 
 
@@ -504,8 +514,8 @@ def test_another_seed_draws_everything_anew(digits):
     def drawn(seed):
         b = objective.draw_batch(batch.pool.x_0, batch.pool.y, seed=seed, step=3)
         # Sorted: whichever images come first
-        return {"t": b.t.sort().values, "a": b.augmentation.sort(0).values, "masks_encode": b.masks.encode[0],
-                "masks_decode": b.masks.decode[0], "scale": b.cm_weight, "y": b.y}
+        return {"t": b.t.sort().values, "augmentation": b.augmentation.sort(0).values, "y": b.y,
+                "encode": b.masks.encode[0], "decode": b.masks.decode[0], "weight": b.cm_weight}
     first, again, other = drawn(0), drawn(0), drawn(1)
     for name, value in first.items():
         assert torch.equal(value, again[name]), name
@@ -515,9 +525,9 @@ def test_another_seed_draws_everything_anew(digits):
 def test_label_drop_is_per_image(digits):
     objective, _ = setup(digits, label_drop=0.5)
     y = torch.arange(1000) % 10
-    y_in = objective.draw_batch(torch.zeros(1000, 1, 8, 8), y, seed=0, step=0).y_in
-    assert 400 < (y_in == -1).sum() < 600
-    assert ((y_in == -1) | (y_in == y)).all()
+    y_cond = objective.draw_batch(torch.zeros(1000, 1, 8, 8), y, seed=0, step=0).y_cond
+    assert 400 < (y_cond == -1).sum() < 600
+    assert ((y_cond == -1) | (y_cond == y)).all()
 
 
 # --------------------------------------------------------------------------------------------------

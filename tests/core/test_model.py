@@ -9,10 +9,11 @@ import torch
 from conftest import TINY, randomize, tiny_net
 from torch.testing import assert_close
 
-import model
 from cm_layers import general_only, reserve
-from model import (GroupNormSiLU, ResBlock, UNet, UNetConfig, distance, drop, make_alphas_bar,
+from model import (ResBlock, UNet, UNetConfig, distance, drop, make_alphas_bar,
                    q_sample, sinusoid, stratified_timesteps)
+from variants import fused_norm
+from variants.fused_norm import GroupNormSiLU
 
 
 def parameters(**settings):
@@ -52,7 +53,7 @@ def test_q_sample_against_the_equation():
     x_0 = torch.randn(4, 3, 2, 2, generator=g)
     eps = torch.randn(4, 3, 2, 2, generator=g)
     t = torch.tensor([0, 10, 500, 999])
-    x_t = q_sample(x_0, t, eps, alphas_bar)
+    x_t = q_sample(x_0, t, eps, *signal_and_sigma(alphas_bar))
     for i in range(4):
         a = float(alphas_bar[t[i]])
         assert_close(x_t[i], math.sqrt(a) * x_0[i] + math.sqrt(1 - a) * eps[i])
@@ -247,7 +248,7 @@ def test_what_is_compiled_for_cuda_computes_the_same(monkeypatch, general):
         return [y, *grads]
     expected = results()
     traced = Mock(return_value=True)
-    monkeypatch.setattr(model, "compiled_for_cuda", traced)
+    monkeypatch.setattr(fused_norm, "compiled_for_cuda", traced)
     assert_close(results(), expected, rtol=1e-10, atol=1e-12)
     assert traced.called
 
