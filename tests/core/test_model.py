@@ -10,7 +10,7 @@ from conftest import TINY, randomize, tiny_net
 from torch.testing import assert_close
 
 from cm_layers import general_only, reserve
-from model import (ResBlock, UNet, UNetConfig, distance, drop, make_alphas_bar,
+from model import (ResBlock, UNet, UNetConfig, distance, drop, make_alphas_bar, signal_and_sigma,
                    q_sample, sinusoid, stratified_timesteps)
 from variants import fused_norm
 from variants.fused_norm import GroupNormSiLU
