@@ -13,9 +13,9 @@ labels y (N,) and Null's label, null (N,), which is the last, the number of clas
         x = pipe.scheduler.step(eps, t, x, use_clipped_model_output=True).prev_sample
 
 Both networks compute one function; names differ, and Null is a row of zeros in theirs, since our
-y = -1 adds no vector. RECORD, in DIR, has what a checkpoint knows beside its weights, and the hash
-of every file: so an export is read back whole, and what others have put there is never replaced.
-Each exchange is checked by one call of both networks. Needs diffusers.
+y = -1 adds no vector. export.json, in DIR, has what a checkpoint knows beside its weights, so that
+an export is read back whole. Each exchange is checked by one call of both networks.
+Needs diffusers.
 """
 from pathlib import Path
 from typing import NamedTuple
@@ -26,8 +26,8 @@ import disk
 from model import ResBlock, UNet, UNetConfig, make_alphas_bar
 from runtime import UserError
 
-RECORD = "capacity_manipulation.json"
-KEPT = ("kind", "step", "command", "config", "data")    # of a checkpoint, in RECORD
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+KEPT = ("kind", "step", "command", "config", "data")    # of a checkpoint, in export.json
 OUTSIDE = {     # our layers and theirs, outside of the blocks
     "encoder.embedding.linear1": "time_embedding.linear_1",
     "encoder.embedding.linear2": "time_embedding.linear_2",
@@ -154,20 +154,21 @@ def refuse_difference(net, theirs, flag):
 
 def refuse_network(ckpt, net):
     """Raise UserError, with the reason, where a UNet2DModel cannot compute what `net` does."""
-    def refuse(why):
-        raise UserError(f"--format diffusers: {why}")
-    if ckpt["kind"] != "diffusion":
-        refuse(f"this checkpoint is a {ckpt['kind']} model, whose sampler diffusers' pipelines of "
-               "UNet2DModel do not have")
-    if not isinstance(net, UNet):
-        refuse("this network is not the U-Net, and a UNet2DModel is nothing else")
-    if net.cfg.ch_mult[0] != 1:
-        refuse(f"--ch-mult begins with {net.cfg.ch_mult[0]:g}, and the first convolution of a "
-               "UNet2DModel is as wide as its first level")
     groups = {m.num_groups for m in net.modules() if isinstance(m, torch.nn.GroupNorm)}
-    if len(groups) > 1:
-        refuse(f"its group norms have {min(groups)} to {max(groups)} groups, and a UNet2DModel has "
+    if ckpt["kind"] != "diffusion":
+        why = (f"this checkpoint is a {ckpt['kind']} model, whose sampler diffusers' pipelines of "
+               "UNet2DModel do not have")
+    elif not isinstance(net, UNet):
+        why = "this network is not the U-Net, and a UNet2DModel is nothing else"
+    elif net.cfg.ch_mult[0] != 1:
+        why = (f"--ch-mult begins with {net.cfg.ch_mult[0]:g}, and the first convolution of a "
+               "UNet2DModel is as wide as its first level")
+    elif len(groups) > 1:
+        why = (f"its group norms have {min(groups)} to {max(groups)} groups, and a UNet2DModel has "
                "one number for all; networks of --ch 128 and more have 32 everywhere")
+    else:
+        return
+    raise UserError(f"--format diffusers: {why}")
 
 
 def their_network(net, size):
@@ -198,25 +199,6 @@ def their_schedule():
         set_alpha_to_one=True, clip_sample=True, clip_sample_range=1.0)
 
 
-def content(folder):
-    """{path in it: SHA-256} of every file in a folder but RECORD."""
-    files = [name for name in disk.files_in(folder) if name not in (RECORD, "export.json")]
-    return {name: disk.sha256(Path(folder) / name) for name in files}
-
-
-def record_of(folder):
-    """What RECORD says, where it is of just the files that are in the folder; else None."""
-    record = disk.read_json(Path(folder) / RECORD)
-    whole = isinstance(record, dict) and set(KEPT) <= set(record)
-    return record if whole and record.get("files") == content(folder) else None
-
-
-def check_target(path):
-    """Raise UserError where no folder can be written at `path`, or where one of others is."""
-    package()
-    disk.refuse_other_folder(path, "diffusers", "--export")
-
-
 def write(ckpt, net, path):
     """Write a merged network, on the CPU, as a folder in diffusers' layout, whole or not at all.
 
@@ -227,12 +209,9 @@ def write(ckpt, net, path):
     theirs = their_network(net, ckpt["data"]["resolution"])
     refuse_difference(net, theirs, "--format diffusers")
 
-    def fill(new):
-        diffusers.DDIMPipeline(theirs, their_schedule()).save_pretrained(new)
-        kept = {key: ckpt[key] for key in KEPT}
-        disk.write_json(new / RECORD, {"format": disk.FORMAT, **kept, "files": content(new)},
-                        "--export")
-    disk.write_folder(path, fill, "diffusers", "--export")
+    pipeline = diffusers.DDIMPipeline(theirs, their_schedule())
+    disk.write_folder(path, pipeline.save_pretrained, "diffusers", "--export",
+                      checkpoint={key: ckpt[key] for key in KEPT})
 
 
 # --------------------------------------------------------------------------------------------------
@@ -243,10 +222,8 @@ def load_theirs(folder, flag):
     from safetensors import SafetensorError         # diffusers needs it, too
     diffusers = package()
     found = disk.read_json(Path(folder) / "unet/config.json")
-    kind = found.get("_class_name") if isinstance(found, dict) else None
-    if kind != "UNet2DModel" or not (Path(folder) / "scheduler").is_dir():
-        raise UserError(f"{flag} {folder}: not a pipeline's folder with a UNet2DModel in unet/ and "
-                        "a scheduler/" + (f" (it has a {kind})" if kind else ""))
+    if not isinstance(found, dict) or found.get("_class_name") != "UNet2DModel":
+        raise UserError(f"{flag} {folder}: not a pipeline's folder with a UNet2DModel in unet/")
     try:
         unet, info = diffusers.UNet2DModel.from_pretrained(
             folder, subfolder="unet", output_loading_info=True, use_safetensors=True)
@@ -254,8 +231,7 @@ def load_theirs(folder, flag):
         if lacking:                             # theirs would be random numbers
             raise ValueError(f"{lacking[0]} is missing or unknown")
         schedule = diffusers.DDIMScheduler.from_pretrained(folder, subfolder="scheduler")
-    except (OSError, ValueError, RuntimeError, TypeError, KeyError, NotImplementedError,
-            SafetensorError) as e:
+    except (OSError, ValueError, RuntimeError, TypeError, KeyError, SafetensorError) as e:
         why = " ".join(str(e).split())[:200]
         raise UserError(f"{flag} {folder}: cannot be loaded ({why})") from e
     return unet.float(), schedule
@@ -264,33 +240,30 @@ def load_theirs(folder, flag):
 def refuse_theirs(unet, flag):
     """Raise UserError, with the reason, where our U-Net cannot compute what theirs does."""
     config = unet.config
-
-    def refuse(why):
-        raise UserError(f"{flag}: {why}")
-    for key, values in FIXED.items():
-        if config.get(key, values[0]) not in values:
-            refuse(f"its network has {key} {config[key]!r}, and ours {values[0]!r}")
-    if not config.num_class_embeds or config.num_class_embeds < 2:
-        refuse("its network takes no labels; num_class_embeds must be the classes and one for Null")
-    if config.in_channels != config.out_channels:
-        refuse(f"its network takes {config.in_channels} channels and predicts "
-               f"{config.out_channels}, as with a learned variance; ours predicts the noise only")
-    refuse_blocks(list(config.down_block_types), list(config.up_block_types), refuse)
+    down, up = list(config.down_block_types), list(config.up_block_types)
     widths = list(config.block_out_channels)
-    if any(width % widths[0] for width in widths):
-        refuse(f"its widths {widths} are not multiples of the first")
-    if widths[0] < 128:
-        refuse(f"{widths[0]} channels; its group norms have 32 groups, and ours fewer below 128")
     heads = {m.heads for m in unet.modules() if hasattr(m, "heads")}
-    if heads != {1}:
-        refuse(f"its attention has up to {max(heads)} heads (attention_head_dim), and ours one")
-
-
-def refuse_blocks(down, up, refuse):
-    """refuse(why) for types of blocks that are not ours, or whose halves do not mirror."""
-    if not set(down) <= {"DownBlock2D", "AttnDownBlock2D"} or up != mirrored(down):
-        refuse(f"its blocks are {', '.join(down + up)}; known are DownBlock2D and AttnDownBlock2D, "
+    others = [key for key, values in FIXED.items() if config.get(key, values[0]) not in values]
+    if others:
+        key = others[0]
+        why = f"its network has {key} {config[key]!r}, and ours {FIXED[key][0]!r}"
+    elif not config.num_class_embeds or config.num_class_embeds < 2:
+        why = "its network takes no labels; num_class_embeds must be the classes and one for Null"
+    elif config.in_channels != config.out_channels:
+        why = (f"its network takes {config.in_channels} channels and predicts "
+               f"{config.out_channels}, as with a learned variance; ours predicts the noise only")
+    elif not set(down) <= {"DownBlock2D", "AttnDownBlock2D"} or up != mirrored(down):
+        why = (f"its blocks are {', '.join(down + up)}; known are DownBlock2D and AttnDownBlock2D, "
                "and the same upwards in the opposite order")
+    elif any(width % widths[0] for width in widths):
+        why = f"its widths {widths} are not multiples of the first"
+    elif widths[0] < 128:
+        why = f"{widths[0]} channels; its group norms have 32 groups, and ours fewer below 128"
+    elif heads != {1}:
+        why = f"its attention has up to {max(heads)} heads (attention_head_dim), and ours one"
+    else:
+        return
+    raise UserError(f"{flag}: {why}")
 
 
 def mirrored(down):
@@ -334,21 +307,17 @@ class Found(NamedTuple):
     network: dict           # of a UNetConfig
     state: dict             # our state dict
     size: int | None        # pixels per side, where they say it
-    record: dict | None     # what RECORD says; None where there is none
+    record: dict | None     # what a checkpoint of ours knew beside its weights; None: not ours
 
 
 def read(folder, flag="--from-diffusers"):
     """What is Found in a folder of theirs.
 
-    Raises UserError for what is no such folder, for a network that ours is not, and for an export
-    of ours that was changed.
+    Raises UserError for what is no such folder, and for a network that ours is not.
     """
     unet, schedule = load_theirs(folder, flag)
     refuse_theirs(unet, f"{flag} {folder}")
     refuse_schedule(schedule, f"{flag} {folder}")
-    record = record_of(folder)
-    if record is None and (Path(folder) / RECORD).exists():
-        raise UserError(f"{flag} {folder}: its files are not those that were exported; to read it "
-                        f"as a folder of others, remove its {RECORD} and name its data")
     network, state = translate(unet, f"{flag} {folder}")
-    return Found(network, state, unet.config.sample_size, record)
+    made = disk.read_json(Path(folder) / "export.json") or {}
+    return Found(network, state, unet.config.sample_size, made.get("checkpoint"))

@@ -13,7 +13,6 @@ of diffusers that others made: a UNet2DModel with labels, of which Null is the l
 (diffusers_unet.py).
 """
 import pickle
-import zipfile
 
 import torch
 
@@ -81,46 +80,36 @@ def translate(state, flag="--ckpt"):
     try:
         network = network_of(state)
         ours = {our_name(name): value for name, value in state.items() if name not in UNUSED}
-        table = state[TABLE]
         # Ours has all sines first
         name = "encoder.embedding.linear1.weight"
         ours[name] = torch.cat([ours[name][:, 0::2], ours[name][:, 1::2]], 1)
-        refuse_other_sinusoids(table, network["ch"], flag)
-        if network["ch"] < 128:
-            raise UserError(f"{flag}: {network['ch']} channels; its group norms have 32 groups, "
-                            "and ours have fewer below 128 channels")
         UNet(UNetConfig(**network)).load_state_dict(ours)
+        table = state[TABLE]
     except (KeyError, ValueError, IndexError, RuntimeError) as e:
-        why = str(e).splitlines()[-1].strip() if str(e) else type(e).__name__
-        raise UserError(f"{flag}: not the U-Net of CBDM-pytorch or OC_LT ({why})") from e
-    return network, ours
-
-
-def refuse_other_sinusoids(table, ch, flag):
-    """Raise UserError where their table (T, ch) is not that of our T timesteps."""
+        raise UserError(f"{flag}: not the U-Net of CBDM-pytorch or OC_LT ({e})") from e
+    if network["ch"] < 128:
+        raise UserError(f"{flag}: {network['ch']} channels; its group norms have 32 groups, and "
+                        "ours have fewer below 128 channels")
     T = len(make_alphas_bar())
-    waves = sinusoid(torch.arange(T), ch)
+    waves = sinusoid(torch.arange(T), network["ch"])
     expected = torch.stack(waves.chunk(2, 1), 2).flatten(1)
     if table.shape != expected.shape or (table - expected).abs().max() > 0.01:
         raise UserError(f"{flag}: its timesteps are not 0 to {T - 1}; here there is no other "
                         "schedule")
+    return network, ours
 
 
 def read(path, flag="--ckpt"):
     """(their averaged weights, the step) of one of their files. Raises UserError."""
     try:
-        with zipfile.ZipFile(path):             # else torch would read it as it did before 1.6
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError,
-            zipfile.BadZipFile) as e:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as e:
         raise UserError(f"{flag} {path}: cannot be read as a checkpoint of tensors and plain "
                         "types") from e
-    state = content.get("ema_model") if isinstance(content, dict) else None
-    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+    if not isinstance(content, dict) or "ema_model" not in content:
         raise UserError(f"{flag} {path}: has no \"ema_model\"; name a ckpt_STEP.pt of CBDM-pytorch "
                         "or OC_LT")
-    step = content.get("step")
-    return state, step if isinstance(step, int) else 0
+    return content["ema_model"], content.get("step", 0)
 
 
 def describe(args, network, step, size=None):
@@ -136,9 +125,9 @@ def describe(args, network, step, size=None):
     if size not in (None, record["resolution"]):
         raise UserError(f"--dataset {args.dataset}: has images of {record['resolution']} pixels "
                         f"here (--resolution), and the network of {source(args)} {size}")
-    content = disk.sha256(args.ckpt) if args.ckpt else diffusers_unet.content(args.from_diffusers)
+    path = args.ckpt or f"{args.from_diffusers}/{diffusers_unet.WEIGHTS}"
     settings = {k: v for k, v in vars(args).items() if k not in ("ckpt", "from_diffusers", "to")}
-    config = {**settings, "dtype": "float32", "seed": 0, "imported_from": content}
+    config = {**settings, "dtype": "float32", "seed": 0, "imported_from": disk.sha256(path)}
     return {"kind": "diffusion", "step": step, "command": runtime.command_line("-m exchange.peers"),
             "config": config, "data": record}
 

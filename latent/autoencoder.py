@@ -1,26 +1,37 @@
-"""A small KL autoencoder, for machines and images without Stable Diffusion's: images to latents.
+"""Images to latents and back: Stable Diffusion's autoencoder, or a small one that is trained here.
 
-    net = KLAutoencoder(ch=64, factor=4)            # 32 x 32 pixels to 4 x 8 x 8 latents
-    z = net.encode(x).latent_dist.mean              # the methods of diffusers' AutoencoderKL
-    x = net.decode(z).sample
+    autoencoder = Autoencoder(vae, device, "--model")           # diffusers' AutoencoderKL
+    autoencoder = Autoencoder(KLAutoencoder(ch=64, factor=4), device, "--autoencoder")
+    moments = encode_once(autoencoder, images, args, rt)        # kept beside the packed images
+    x_0, y = LatentBatches(images, moments, 64, seed=0, device=device).at(step=0)
 
-Residual blocks, between which images are halved. It is trained by the squared error of pixels and a
-small KL divergence from the standard normal, without the perceptual and adversarial losses of
-Rombach et al. (2022), which need other networks: its images are blurred. text_to_image.py trains
-it.
+KLAutoencoder is for machines and images without Stable Diffusion's: residual blocks, between which
+images are halved. It is trained by the squared error of pixels and a small KL divergence from the
+standard normal, without the perceptual and adversarial losses of Rombach et al. (2022), which need
+other networks: its images are blurred. text_to_image.py trains it.
 """
+import hashlib
+import json
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 
+import disk
+from data import Batches, pack_path, send, to_float
 from model import Down, Up, conv, distance, group_norm, norm_silu
-from runtime import generator
+from runtime import UserError, generator, progress
 
+BATCH = 16              # images that are encoded at a time
 CHANNELS = 4            # of latents, as Stable Diffusion's
 KL_WEIGHT = 1e-4        # beside a mean squared error, both per number
 
+
+# --------------------------------------------------------------------------------------------------
+# A small autoencoder
 
 class Settings(dict):
     """A dict whose entries are attributes as well, as diffusers' configurations."""
@@ -135,3 +146,170 @@ def latent_scale(net, weights, x):
     _, mean, std = torch.func.functional_call(net, weights, (x, eps))
     second = mean.square().mean() + std.square().mean()
     return 1 / (second - mean.mean().square()).sqrt().item()
+
+
+# --------------------------------------------------------------------------------------------------
+# An autoencoder in use
+
+def packages():
+    """diffusers and transformers, optional packages. Raises UserError without them."""
+    try:
+        import diffusers
+        import transformers
+    except ImportError as e:
+        raise UserError("Stable Diffusion's parts need two more packages: pip install diffusers "
+                        "transformers") from e
+    return diffusers, transformers
+
+
+def load_part(flag, name, kind, part, **options):
+    """An object of a class of diffusers or transformers, from a sub-folder of a Stable Diffusion.
+
+    name: a folder, or a name on the Hugging Face hub. Raises UserError, also where weights are
+    missing, which would be random numbers.
+    """
+    try:
+        if not issubclass(kind, nn.Module):
+            return kind.from_pretrained(name, subfolder=part, **options)
+        net, info = kind.from_pretrained(name, subfolder=part, output_loading_info=True, **options)
+        if info["missing_keys"]:
+            raise ValueError(f"{part} lacks {sorted(info['missing_keys'])[0]}")
+        return net
+    except (OSError, ValueError, RuntimeError, TypeError) as e:
+        why = " ".join(str(e).split())[:200]
+        raise UserError(f"{flag} {name}: cannot be loaded ({why}); name a folder or a hub name of "
+                        "a Stable Diffusion in diffusers' layout") from e
+
+
+def content_hash(modules, alphas_bar, scale):
+    """A SHA-256 of all that a model computes with: its weights, its schedule, its scale."""
+    digest = hashlib.sha256(repr(scale).encode())
+    tensors = [value for module in modules for value in module.state_dict().values()]
+    for value in [*tensors, alphas_bar]:
+        digest.update(repr(list(value.shape)).encode())
+        digest.update(value.detach().cpu().contiguous().numpy())
+    return digest.hexdigest()
+
+
+class Autoencoder:
+    """Images to latents and back, by diffusers' AutoencoderKL or a network with its methods.
+
+    vae: that network, which becomes frozen, in float32, on `device`. flag: which names it.
+    multiple: what the sides of an image must be a multiple of.
+    """
+
+    def __init__(self, vae, device, flag):
+        self.vae = vae.float().to(device).eval().requires_grad_(False)
+        self.device = device
+        self.flag = flag
+        self.factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        self.multiple = self.factor
+
+    @torch.no_grad()
+    def encode(self, images):
+        """uint8 (N, H, W, 3) -> the latents' distributions, NumPy, float32 (N, 2, C, h, w).
+
+        They are normal: [:, 0] are the means, [:, 1] the standard deviations, both scaled.
+        """
+        pixels = torch.from_numpy(np.array(images)).to(self.device)
+        latent = self.vae.encode(to_float(pixels)).latent_dist
+        moments = torch.stack([latent.mean, latent.std], 1)
+        scaled = self.vae.config.scaling_factor * moments.float().cpu()
+        return self.finite(scaled, "encode").numpy()
+
+    @torch.no_grad()
+    def decode(self, z, batch_size=16):
+        """Scaled latents (N, C, h, w) -> images (N, 3, H, W), about [-1, 1].
+
+        In parts of batch_size, since pixels take more memory than latents.
+        """
+        scale = self.vae.config.scaling_factor
+        parts = [self.vae.decode(part / scale).sample for part in z.split(batch_size)]
+        return self.finite(torch.cat(parts), "decode")
+
+    def finite(self, x, verb):
+        """x itself. Raises UserError where the autoencoder gave numbers that are not finite."""
+        if not x.isfinite().all():
+            raise UserError(f"{self.flag}: its autoencoder cannot {verb} these images (numbers "
+                            "that are not finite); take another model")
+        return x
+
+    def encoder_sha256(self):
+        """A hash of all that `encode` computes with."""
+        config = {k: v for k, v in self.vae.config.items() if not k.startswith("_")}
+        return content_hash([self.vae], torch.empty(0), json.dumps(config, sort_keys=True))
+
+    def latent_shape(self, resolution):
+        """(C, h, w) of the latents of images of `resolution` pixels per side. Raises UserError."""
+        if resolution % self.multiple:
+            raise UserError(f"--resolution {resolution}: must be a multiple of {self.multiple}, "
+                            "since images are halved")
+        size = resolution // self.factor
+        return self.vae.config.latent_channels, size, size
+
+
+# --------------------------------------------------------------------------------------------------
+# Latents: encoded once, drawn anew in every step
+
+def encode_once(autoencoder, images, args, rt):
+    """The latents' distributions (N, 2, C, h, w), of Autoencoder.encode, memory-mapped.
+
+    They are encoded unless an earlier run has kept them, beside the packed images in
+    NAME-latents-HASH.npy, where HASH is that of all they are made from. Each rank encodes every
+    rt.world-th batch, rank 0 writes.
+    """
+    N, resolution = images.images.shape[:2]
+    shape = (N, 2, *autoencoder.latent_shape(resolution))
+    made_from = {
+        "images": images.sha256, "resolution": resolution, "encoder": autoencoder.encoder_sha256(),
+        "rows": None if images.rows is None else hashlib.sha256(images.rows).hexdigest(),
+        "scale": autoencoder.vae.config.scaling_factor}
+    digest = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
+    base = pack_path(args.dataset, args.data_dir, "train", resolution, args.pack_dir)
+    path = base.with_name(f"{base.name}-latents-{digest[:16]}.npy")
+
+    def encoded():
+        """Yield the moments of rt.world batches at a time, on rank 0; None elsewhere."""
+        for first in progress(range(0, N, BATCH * rt.world), desc="latents", unit="batch",
+                              disable=rt.rank > 0):
+            own = images.images[first + rt.rank * BATCH:first + (rt.rank + 1) * BATCH]
+            yield rt.gather([autoencoder.encode(own)] if len(own) else [])
+
+    def write(temporary):
+        with open(temporary, "wb") as f:
+            np.lib.format.write_array_header_1_0(
+                f, {"descr": "<f4", "fortran_order": False, "shape": shape})
+            for moments in encoded():
+                f.write(moments.tobytes())
+    if rt.maximum(int(rt.rank == 0 and not path.exists())):
+        if rt.rank == 0:
+            disk.write_atomic(path, write, "--pack-dir")
+        else:
+            list(encoded())
+        rt.maximum(0)           # the file has its name
+    return np.load(path, mmap_mode="r")
+
+
+class LatentBatches(Batches):
+    """The training batches of latents, drawn from the distributions of encode_once.
+
+    table: of captions.py, where each image has texts of its own.
+    """
+
+    def __init__(self, images, moments, batch_size, seed, device, table=None):
+        super().__init__(replace(images, images=moments), batch_size, seed, device)
+        self.table = table
+
+    def at(self, step):
+        """x_0 (G, C, h, w), y (G,) and the condition: what Objective.draw_batch takes."""
+        rows = self.rows(step)
+        index = send(torch.from_numpy(rows), self.device)
+        if self.on_device:
+            moments = self.pixels[index]
+        else:
+            moments = send(torch.from_numpy(self.pixels[rows]), self.device)
+        mean, std = moments.unbind(1)
+        g = generator(self.device, self.seed, "latent", step)
+        eps = torch.randn(mean.shape, generator=g, device=self.device)
+        condition = self.table and self.table.condition(rows, self.seed, step)
+        return mean + std * eps, self.labels[index], condition

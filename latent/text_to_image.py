@@ -36,21 +36,20 @@ import disk
 import losses
 import runtime
 from cm_layers import merge, reserve
-from data import (Batches, add_data_flags, load_long_tailed, load_reference, refuse_other_data,
-                  refuse_other_source, to_classes, to_float, to_uint8, unused_data_flags)
-from latent.autoencoder import KLAutoencoder, Reconstruction, latent_scale
+from data import (Batches, load_reference, refuse_other_source, to_classes, to_float, to_uint8)
+from latent.autoencoder import (Autoencoder, KLAutoencoder, LatentBatches, Reconstruction,
+                                content_hash, encode_once, latent_scale, load_part, packages)
 from latent.captions import Table, captions_of, check_form
-from latent.stable_diffusion import (RESOLUTION, Autoencoder, LatentBatches, content_hash, encoded,
-                                     load_part, packages)
+from latent.stable_diffusion import (add_image_set_flags, load_images, resolve_data, run_name)
 from latent.text_dit import TextDiT, Texts, WordEncoder, Words, vocabulary_of
-from loop import Training, add_write_flags, config_of, is_finished, loop, resume
+from loop import (Training, add_step_flags, add_write_flags, config_of, is_finished, loop,
+                  resume)
 from losses import BASES, CMConfig, Objective, add_cm_flags, bind
 from model import make_alphas_bar
 from runtime import Parser, UserError, integer, number, refuse_unused, run
 from sample import (Sampling, add_output_flags, add_sampling_flags, describe, dtype_of, generate,
                     labels_in_turn, make_samples, sampling_of)
-from sets.readers import READERS
-from train import IR, add_own_flags, preset_words
+from train import add_own_flags
 
 PRETRAINED = "lambdalabs/miniSD-diffusers"      # its autoencoder and its text encoder, CLIP's
 WORDS = "words"                                 # --text-encoder: one that is trained here
@@ -76,18 +75,7 @@ def load_autoencoder(name, device):
         load_parameters(net, ckpt["ema"], f"{flag} {name}")
         return Autoencoder(net, device, flag)
     diffusers, _ = packages()
-    return Autoencoder(pretrained(flag, name, diffusers.AutoencoderKL, "vae"), device, flag)
-
-
-def pretrained(flag, name, kind, part):
-    """A part of a Stable Diffusion, of a class of diffusers or transformers. Raises UserError."""
-    try:
-        return load_part(kind, name, part)
-    except (OSError, ValueError, RuntimeError, TypeError) as e:
-        why = " ".join(str(e).split())[:200]
-        raise UserError(f"{flag} {name}: cannot be loaded ({why}); name a folder or a hub name of "
-                        "a Stable Diffusion in diffusers' layout, or see --help for what needs "
-                        "none") from e
+    return Autoencoder(load_part(flag, name, diffusers.AutoencoderKL, "vae"), device, flag)
 
 
 class TrainedWords:
@@ -112,12 +100,9 @@ class FrozenCLIP:
     def __init__(self, name):
         _, transformers = packages()
         flag = "--text-encoder"
-        self.clip = pretrained(flag, name, transformers.CLIPTextModel, "text_encoder")
+        self.clip = load_part(flag, name, transformers.CLIPTextModel, "text_encoder")
         self.clip = self.clip.float().eval().requires_grad_(False)
-        try:
-            self.tokenizer = transformers.CLIPTokenizer.from_pretrained(name, subfolder="tokenizer")
-        except (OSError, ValueError, TypeError) as e:
-            raise UserError(f"{flag} {name}: its tokenizer cannot be loaded ({e})") from e
+        self.tokenizer = load_part(flag, name, transformers.CLIPTokenizer, "tokenizer")
         self.sha256 = content_hash([self.clip], torch.empty(0), self.tokenizer.model_max_length)
 
     def ids(self, texts):
@@ -204,7 +189,7 @@ def load_network(ckpt, text, texts, weights="ema", branch="full", device="cpu"):
 
 
 # --------------------------------------------------------------------------------------------------
-# Flags of both kinds of training
+# Training the autoencoder
 
 def make_parser(command):
     """The Parser of a command, as yet without its flags."""
@@ -213,68 +198,21 @@ def make_parser(command):
     return parser
 
 
-def add_optimisation_flags(parser, steps, lr, warmup, ema):
-    """Steps, batches, AdamW and averaged weights; what differs are the defaults."""
+def make_autoencoder_parser():
+    """All flags of `text_to_image.py autoencoder`."""
+    parser = make_parser("autoencoder")
+    add_image_set_flags(parser, "cub200")
+    g = parser.add_argument_group("network")
+    g.add_argument("--factor", type=integer(2, 16), default=8,
+                   help="pixels per latent, along each side: 2, 4, 8 or 16 (default: 8)")
+    g.add_argument("--ch", type=integer(4, 4096), default=64, help="width (default: 64)")
     g = parser.add_argument_group("optimisation")
-    g.add_argument("--steps", type=integer(1), default=steps,
-                   help=f"training steps; may be raised to train longer (default: {steps:,})")
-    g.add_argument("--batch-size", type=integer(1), default=64,
-                   help="images per step, over all processes (default: 64)")
-    g.add_argument("--accumulate", type=integer(1), default=1, metavar="K",
-                   help="passes per step, each over a K-th of the batch (default: 1)")
-    g.add_argument("--lr", type=number(above=0), default=lr,
-                   help=f"the learning rate after the warm-up (default: {lr:g})")
-    g.add_argument("--warmup", type=integer(0), default=warmup,
-                   help=f"steps in which the learning rate rises linearly (default: {warmup:,})")
-    g.add_argument("--grad-clip", type=number(above=0), default=1.0,
-                   help="largest gradient norm (default: 1)")
-    g.add_argument("--ema", type=number(0, 1), default=ema,
-                   help=f"decay of the averaged weights (default: {ema:g})")
-    runtime.add_compile_flag(g)
-    return g
-
-
-def finish_parser(parser):
-    """The flags of output, and the defaults that are this script's own."""
-    add_write_flags(parser)
+    g.add_argument("--steps", type=integer(1), default=20_000,
+                   help="training steps; may be raised to train longer (default: 20,000)")
+    add_step_flags(g, lr=1e-3, warmup=500, ema=0.999, label_drop=None)
+    add_write_flags(parser, **WRITE_EVERY)
     parser.add_common("folder of the run (default: out/ and the settings)")
-    for action in parser._actions:
-        if action.dest == "ir":
-            action.help += preset_words("100", IR)
-        elif action.dest == "resolution":
-            action.help = ("pixels per side, of sets of image files (default: "
-                           f"{RESOLUTION})")
-        elif action.dest in WRITE_EVERY:
-            action.default = WRITE_EVERY[action.dest]
-            action.help += f" (default: {action.default:,})"
     return parser
-
-
-def resolve_data(args, given):
-    """Fill in what depends on the data set; check batches and snapshots. Raises UserError."""
-    if args.ir is None:
-        args.ir = IR.get(args.dataset, 100.0)
-    files = args.dataset in READERS and READERS[args.dataset].files
-    if args.resolution is None and files:
-        args.resolution = RESOLUTION
-    refuse_unused(given, unused_data_flags(args))
-
-
-def run_name(args, *words):
-    """The folder name of a run: data, IR, words, seed."""
-    dataset = disk.path_id(args.data_dir) if args.dataset == "folder" else args.dataset
-    return "-".join([words[0], dataset, f"ir{args.ir:g}", *words[1:], f"seed{args.seed}"])
-
-
-def load_images(args, rt, old):
-    """The training images, which must be those of the run's checkpoint `old`. Raises UserError."""
-    with rt.rank_0_first():
-        images = load_long_tailed(args, old)
-    if images.images.shape[3] != 3:
-        raise UserError(f"--dataset {args.dataset}: grey images, and the autoencoder is for colour")
-    if old:
-        refuse_other_data(old["data"], images.record(), args)
-    return images
 
 
 class PartTraining(Training):
@@ -292,28 +230,13 @@ class AutoencoderTraining(PartTraining):
         return {**super().weights(), "scale": latent_scale(self.net, self.ema, self.images)}
 
 
-# --------------------------------------------------------------------------------------------------
-# Training the autoencoder
-
-def make_autoencoder_parser():
-    """All flags of `text_to_image.py autoencoder`."""
-    parser = make_parser("autoencoder")
-    add_data_flags(parser, "cub200")
-    g = parser.add_argument_group("network")
-    g.add_argument("--factor", type=integer(2, 16), default=8,
-                   help="pixels per latent, along each side: 2, 4, 8 or 16 (default: 8)")
-    g.add_argument("--ch", type=integer(4, 4096), default=64, help="width (default: 64)")
-    add_optimisation_flags(parser, steps=20_000, lr=1e-3, warmup=500, ema=0.999)
-    parser.set_defaults(cm=False, lam=0.0)          # what loop.py's log lines look at
-    return finish_parser(parser)
-
-
 def main_autoencoder(argv):
     """Train a KL autoencoder on the training images of a data set."""
     parser = make_autoencoder_parser()
     args = parser.parse_args(argv)
     resolve_data(args, parser.given)
-    args.out = args.out or "out/" + run_name(args, "autoencoder", f"f{args.factor}")
+    refuse_unused(parser.given, {"label_drop": "an autoencoder sees no labels"})
+    args.out = args.out or run_name(args, "autoencoder", f"f{args.factor}")
     old, rt = resume(args, ["autoencoder"], RESUMABLE)
     images = load_images(args, rt, old)
     network = {"ch": args.ch, "factor": args.factor}
@@ -369,7 +292,7 @@ def reconstructions(images, state, labels, rt):
 def make_train_parser():
     """All flags of `text_to_image.py train`."""
     parser = make_parser("train")
-    add_data_flags(parser, "cub200")
+    add_image_set_flags(parser, "cub200")
     g = parser.add_argument_group("autoencoder and texts")
     add_part_flags(g, PRETRAINED)
     g.add_argument("--prompt", help="make texts of class names in place of the captions, {} is the "
@@ -388,11 +311,15 @@ def make_train_parser():
     g.add_argument("--depth", type=integer(1), default=18, help="blocks (default: 18)")
     g.add_argument("--patch", type=integer(1), default=1,
                    help="latents of the side of a token (default: 1)")
-    g = add_optimisation_flags(parser, steps=100_000, lr=4.5e-4, warmup=5000, ema=0.9996)
-    g.add_argument("--weight-decay", type=number(0), default=0.045, help="default: 0.045")
-    g.add_argument("--label-drop", type=number(0, 1), default=0.1,
-                   help="probability of the empty text (default: 0.1)")
-    return finish_parser(parser)
+    g = parser.add_argument_group("optimisation")
+    g.add_argument("--steps", type=integer(1), default=100_000,
+                   help="training steps; may be raised to train longer (default: 100,000)")
+    add_step_flags(g, lr=4.5e-4, warmup=5000, ema=0.9996)
+    g.add_argument("--weight-decay", type=number(0), default=0.045,
+                   help="AdamW's (default: 0.045)")
+    add_write_flags(parser, **WRITE_EVERY)
+    parser.add_common("folder of the run (default: out/ and the settings)")
+    return parser
 
 
 def add_part_flags(group, default):
@@ -417,7 +344,7 @@ def resolve(args, given):
     if args.prompt is not None:
         check_form(args.prompt)
     words = [args.base, "cm"] if args.cm else [args.base]
-    args.out = args.out or "out/" + run_name(args, "text", *words)
+    args.out = args.out or run_name(args, "text", *words)
     return args
 
 
@@ -449,7 +376,8 @@ def main_train(argv):
     ).to(rt.device)
     optimizer = torch.optim.AdamW(trained(net).values(), lr=args.lr, betas=BETAS,
                                   weight_decay=args.weight_decay, fused=True)
-    batches = LatentBatches(args, rt, images, encoded(autoencoder, images, args, rt), table)
+    moments = encode_once(autoencoder, images, args, rt)
+    batches = LatentBatches(images, moments, args.batch_size, args.seed, rt.device, table)
     training = PartTraining(args, rt, net, objective, batches, optimizer, record, old)
     loop(training, partial(grid_samples, autoencoder, text, table))
 

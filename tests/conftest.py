@@ -15,11 +15,13 @@ if "PYTEST_XDIST_WORKER" in os.environ:     # several threads of several workers
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+import disk
 import runtime
 import train
 from data import load, long_tail
@@ -146,3 +148,58 @@ def classifier(tmp_path_factory, data_dir):
 def cpu():
     """A Runtime on the CPU in float32."""
     return runtime.Runtime(torch.device("cpu"), torch.float32)
+
+
+# --------------------------------------------------------------------------------------------------
+# A tiny Stable Diffusion, and images for it
+
+@pytest.fixture(scope="session")
+def tiny_sd(tmp_path_factory):
+    """The folder of a Stable Diffusion with 8 x 8 latents, its weights drawn at random."""
+    import diffusers
+    folder = tmp_path_factory.mktemp("sd")
+    torch.manual_seed(0)
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=8, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8,
+        cross_attention_dim=16, attention_head_dim=8,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"))
+    unet.save_pretrained(folder / "unet")
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(8, 16), norm_num_groups=4, latent_channels=4,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2)
+    vae.save_pretrained(folder / "vae")
+    schedule = diffusers.DDIMScheduler(beta_start=0.00085, beta_end=0.012,
+                                       beta_schedule="scaled_linear")
+    schedule.save_pretrained(folder / "scheduler")
+    write_text_encoder(folder)
+    return folder
+
+
+def write_text_encoder(folder):
+    """A tokenizer of single letters, and a text encoder of one layer."""
+    import transformers
+    letters = [chr(c) for c in range(33, 127)]
+    ends = [letter + "</w>" for letter in letters]
+    vocabulary = ["<|startoftext|>", "<|endoftext|>", *letters, *ends]
+    settings = {"model_max_length": 20, "tokenizer_class": "CLIPTokenizer"}
+    disk.write_json(folder / "tokenizer/vocab.json", {w: i for i, w in enumerate(vocabulary)})
+    disk.write_json(folder / "tokenizer/tokenizer_config.json", settings)
+    disk.write_text(folder / "tokenizer/merges.txt", "#version: 0.2\n")
+    config = transformers.CLIPTextConfig(
+        vocab_size=len(vocabulary), hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=2, max_position_embeddings=20, eos_token_id=1, bos_token_id=0)
+    transformers.CLIPTextModel(config).save_pretrained(folder / "text_encoder")
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory):
+    """Three classes of 12, 6 and 3 small images: of noise, each class in one colour."""
+    folder = tmp_path_factory.mktemp("pictures")
+    rng = np.random.RandomState(0)
+    for name, n, colour in zip(["old_master", "pop", "realism"], [12, 6, 3], np.eye(3) * 180):
+        (folder / name).mkdir()
+        for i in range(n):
+            pixels = np.clip(rng.randint(0, 60, (16, 16, 3)) + colour, 0, 255)
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / name / f"{i}.png")
+    return folder

@@ -1,0 +1,160 @@
+"""autoencoder.py: images to latents and back, encoded once; the small one that is trained here."""
+from argparse import Namespace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import randomize, torchrun
+from torch.testing import assert_close
+
+from latent import stable_diffusion as sd
+from latent.autoencoder import (Autoencoder, KLAutoencoder, LatentBatches, Pixels, Reconstruction,
+                                encode_once, latent_scale)
+from runtime import UserError, generator
+
+
+# --------------------------------------------------------------------------------------------------
+# In use
+
+def test_latents_round_trip(tiny_sd):
+    """encode, and decode in parts, are the autoencoder's own, times its scaling factor."""
+    model = sd.Model(str(tiny_sd), torch.device("cpu"))
+    images = np.random.RandomState(0).randint(0, 256, (5, 16, 16, 3), np.uint8)
+    moments = torch.from_numpy(model.encode(images))
+    assert moments.shape == (5, 2, *model.latent_shape(16)) == (5, 2, 4, 8, 8)
+    x = torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1
+    whole = model.vae.encode(x).latent_dist
+    scaled = model.vae.config.scaling_factor * torch.stack([whole.mean, whole.std], 1)
+    assert_close(moments, scaled, rtol=1e-4, atol=1e-5)
+    decoded = model.vae.decode(whole.mean).sample
+    assert_close(model.decode(moments[:, 0], batch_size=2), decoded, rtol=1e-3, atol=1e-4)
+    model.vae.decoder.conv_out.bias[0] = torch.nan
+    with pytest.raises(UserError, match="--model"):
+        model.decode(moments[:, 0])
+
+
+def kl_autoencoder():
+    return Autoencoder(randomize(KLAutoencoder(ch=16, factor=2), scale=0.1), "cpu", "--autoencoder")
+
+
+def image_set(n=40, **changes):
+    """What encode_once looks at in a set of images."""
+    images = np.random.RandomState(0).randint(0, 256, (n, 8, 8, 3), np.uint8)
+    return SimpleNamespace(**{"images": images, "sha256": "a", "rows": None, **changes})
+
+
+def test_encoded_once(tmp_path, cpu, monkeypatch):
+    """Another run reads what one has kept; other content has a file of its own."""
+    args = Namespace(dataset="folder", data_dir=tmp_path / "x", pack_dir=tmp_path / "pack")
+    found = encode_once(kl_autoencoder(), image_set(), args, cpu)
+    assert isinstance(found, np.memmap) and found.dtype == np.float32
+    assert_close(torch.tensor(found), torch.from_numpy(kl_autoencoder().encode(image_set().images)),
+                 rtol=1e-4, atol=1e-5)
+    encode_once(kl_autoencoder(), image_set(sha256="b"), args, cpu)
+    encode_once(kl_autoencoder(), image_set(rows=np.arange(40)), args, cpu)
+    encode_once(Autoencoder(KLAutoencoder(ch=16, factor=2), "cpu", ""), image_set(), args, cpu)
+    assert len(list((tmp_path / "pack").iterdir())) == 4
+    monkeypatch.setattr(Autoencoder, "encode", None)
+    assert np.array_equal(encode_once(kl_autoencoder(), image_set(), args, cpu), found)
+
+
+def test_stopped_while_encoding(tmp_path, cpu, monkeypatch):
+    """Nothing is left that a later call would take for whole."""
+    args = Namespace(dataset="folder", data_dir=tmp_path / "x", pack_dir=tmp_path / "pack")
+    autoencoder, calls = kl_autoencoder(), []
+
+    def encode(images, encode=autoencoder.encode):
+        calls.append(len(images))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return encode(images)
+    autoencoder.encode = encode
+    with pytest.raises(KeyboardInterrupt):
+        encode_once(autoencoder, image_set(), args, cpu)
+    assert not list((tmp_path / "pack").iterdir())
+    encode_once(autoencoder, image_set(), args, cpu)
+    assert calls == [16, 16, 16, 16, 8]
+
+
+@pytest.mark.parametrize("limit", [0, None])
+def test_latents_are_drawn_anew_in_every_step(digits, limit, monkeypatch):
+    """mean + std noise of (seed, step), whether the moments are on the device or on the disk."""
+    if limit is not None:
+        monkeypatch.setattr("data.device_limit", lambda device: limit)
+    moments = np.random.RandomState(0).rand(len(digits.labels), 2, 4, 3, 3).astype(np.float32)
+    batches = LatentBatches(digits, moments, 8, 5, torch.device("cpu"))
+    assert batches.on_device == (limit is None)
+    x_0, y, condition = batches.at(3)
+    rows = batches.rows(3)
+    noise = torch.randn(8, 4, 3, 3, generator=generator("cpu", 5, "latent", 3))
+    mean, std = torch.from_numpy(moments[rows]).unbind(1)
+    assert_close(x_0, mean + std * noise)
+    assert y.tolist() == digits.labels[rows].tolist() and condition is None
+
+
+SCRIPT = """
+import sys
+from argparse import Namespace
+import numpy as np
+import torch
+import runtime
+from latent.autoencoder import Autoencoder, KLAutoencoder, encode_once
+rt = runtime.setup("cpu")
+torch.manual_seed(0)
+autoencoder = Autoencoder(KLAutoencoder(ch=16, factor=2), rt.device, "--autoencoder")
+pixels = np.random.RandomState(0).randint(0, 256, (40, 8, 8, 3), np.uint8)
+images = Namespace(images=pixels, sha256="a", rows=None)
+args = Namespace(dataset="folder", data_dir="x", pack_dir=sys.argv[1])
+found = encode_once(autoencoder, images, args, rt)
+assert np.abs(found - autoencoder.encode(pixels)).max() < 1e-5
+runtime.run(lambda: None)
+"""
+
+
+@pytest.mark.slow
+def test_each_process_encodes_its_share(tmp_path):
+    """Both have all of it, in the order of the images."""
+    (tmp_path / "script.py").write_text(SCRIPT)
+    p = torchrun(tmp_path / "script.py", tmp_path / "pack")
+    text = p.communicate(timeout=120)[0]
+    assert p.returncode == 0, text
+    assert len(list((tmp_path / "pack").iterdir())) == 1
+
+
+# --------------------------------------------------------------------------------------------------
+# The small one
+
+def test_shapes_and_moments():
+    net = randomize(KLAutoencoder(ch=16, factor=4), scale=0.1)
+    x = torch.randn(3, 3, 16, 16)
+    latent = net.encode(x).latent_dist
+    assert latent.mean.shape == latent.std.shape == (3, 4, 4, 4) and latent.std.min() > 0
+    assert net.decode(latent.mean).sample.shape == x.shape
+    eps = torch.randn(3, 4, 4, 4)
+    y, mean, std = net(x, eps)
+    assert_close(y, net.decode(mean + std * eps).sample)
+    with pytest.raises(ValueError, match="--factor 6"):
+        KLAutoencoder(factor=6)
+
+
+def test_reconstruction_is_the_error_and_the_divergence():
+    net = randomize(KLAutoencoder(ch=16, factor=2), scale=0.1)
+    x, eps = torch.randn(2, 3, 8, 8), torch.randn(2, 4, 4, 4)
+    total, terms, D = Reconstruction(net)(Pixels(x, eps, torch.zeros(2, dtype=int)))
+    y, mean, std = net(x, eps)
+    normal = torch.distributions.Normal
+    kl = torch.distributions.kl_divergence(normal(mean, std), normal(0.0, 1.0)).mean()
+    assert_close(terms["kl"], kl)
+    assert_close(terms["base"], (x - y).square().mean())
+    assert_close(total, terms["base"] + 1e-4 * kl)
+    assert D.tolist() == [0, 0]
+
+
+def test_the_scale_gives_latents_of_variance_1():
+    net = randomize(KLAutoencoder(ch=16, factor=2), scale=0.1)
+    x = torch.randn(64, 3, 8, 8)
+    scale = latent_scale(net, dict(net.named_parameters()), x)
+    latent = net.encode(x).latent_dist
+    z = scale * (latent.mean + latent.std * torch.randn_like(latent.std))
+    assert abs(z.var().item() - 1) < 0.05
