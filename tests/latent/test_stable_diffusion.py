@@ -132,7 +132,7 @@ def test_checkpointing_gives_the_same_gradients_with_less_memory(tiny_sd, cpu):
     for more in ([], ["--checkpointing"]):
         args = sd.make_train_parser().parse_args(
             [*FLAGS, *CM_RANK, *more, "--model", tiny_sd])
-        model, net = sd.load_model(args, cpu, images, vars(args), None)
+        model, net = sd.load_model(args, cpu, images, None)
         saved = []
 
         def keep(tensor, saved=saved):
@@ -195,7 +195,7 @@ def test_train_and_resume(run_of, whole, capsys):
 
 
 def test_grids_are_decoded_ema_samples(run_of, whole, tmp_path, monkeypatch):
-    """As the command sample makes them; they move no weight, and a killed run's is made up."""
+    """As the command sample makes them; they move no weight."""
     monkeypatch.setitem(sample_py.STEPS, "ddim", 6)
     run = run_of("grids", "--epochs", 3, "--lr", 0.01, "--sample-every", 4, "--keep-every", 4)
     a = disk.load(whole / "ckpt.pt", ["latent"])
@@ -209,11 +209,6 @@ def test_grids_are_decoded_ema_samples(run_of, whole, tmp_path, monkeypatch):
         call(sd.main, "sample", "--ckpt", run / f"ckpt-{step:07d}.pt", "--num", 30,
              "--out", tmp_path / str(step), "--device", "cpu", "--batch-size", 25)
         assert difference(grid, tmp_path / str(step) / "grid.png") <= 1
-        whole_grid = grid.read_bytes()
-        grid.unlink()
-        run_of("grids", "--epochs", 3, "--lr", 0.01, "--sample-every", 4)
-        assert grid.exists() == (step == 8)
-        assert step == 4 or grid.read_bytes() == whole_grid
     assert difference(tmp_path / "4/grid.png", tmp_path / "8/grid.png") > 10
 
 
