@@ -15,10 +15,9 @@ distance are then named FD and KD, never FID and KID.
 """
 import json
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import scipy
@@ -33,24 +32,15 @@ from metrics.image_sets import (compare, find_reference, fit_names, from_checkpo
 from metrics.scores import (FLOOR_IMAGES, IS_SPLITS, KID_SIZE, KID_SUBSETS, METRIC_SEED,
                             distance_of, floor_of, inception_score, kernel_distance, placed,
                             precision_recall)
-from runtime import Parser, UserError, integer, run
 from networks import KINDS
-from sample import add_sampling_flags, dtype_of, generate, prepare, sample_batch
+from runtime import Parser, UserError, integer, run
+from sample import add_sampling_flags, dtype_of, generate, prepare
 
 FEW = 2048          # with fewer images a Frechet distance depends mostly on their number
 
 
 # --------------------------------------------------------------------------------------------------
-# Features of both sides
-
-def refuse_non_finite(features, what, extractor):
-    """Raise UserError where features or logits of `what` are not finite; None on other ranks."""
-    for values in features:
-        if values is not None and not np.isfinite(values).all():
-            raise UserError(f"--features {extractor.name}: features of {what} are not finite "
-                            "numbers; no metric can be computed from them. Its weights, or the "
-                            "file of --save-stats, are damaged")
-
+# Images to features
 
 def make_extractor(args, subject, reference, rt):
     """The Extractor of --features; by default the reference's own one, or the protocol's."""
@@ -59,40 +49,42 @@ def make_extractor(args, subject, reference, rt):
         features = reference.about["made_by"]
         if features.startswith("inception"):
             features = "inception"
-    features = features or protocol_of(subject, reference)["features"]
+    features = features or protocol_of(subject.dataset or reference.name)["features"]
     if features != "inception":
-        weights = {"inception_weights": args.inception_weights,
-                   "trust_weights": args.trust_weights}
-        why = f"the features are those of {features}"
-        runtime.refuse_unused({name for name, value in weights.items() if value},
-                              dict.fromkeys(weights, why))
+        given = {name for name in ("inception_weights", "trust_weights") if getattr(args, name)}
+        runtime.refuse_unused(given, dict.fromkeys(given, f"the features are those of {features}"))
     return Extractor(features, rt, args.features_batch_size, args.inception_weights,
                      args.trust_weights)
 
 
 def extract_both(args, comparison, extractor, rt):
-    """Generate images where there are none yet; Features of both sides, on rank 0; the seconds."""
+    """Generate images where there are none yet; Features of both sides, on rank 0; the seconds.
+
+    Raises UserError where features or logits are not finite.
+    """
     subject, reference = comparison.subject, comparison.reference
     title = "features of the samples"
-    start = time.time()
+    start = sampled = time.time()
     if subject.images:
-        sampled = start
         fake = extractor.of(subject.images, title)
     else:
-        images = generate(subject.net, comparison.labels, comparison.indices, subject.shape, rt,
+        net = prepare(subject.net, rt, subject.shape, comparison.n, args.batch_size)
+        images = generate(net, comparison.labels, comparison.indices, subject.shape, rt,
                           subject.sampling, args.batch_size, gather=False)
         sampled = time.time()
         fake = extractor.extract(lambda rows: to_rgb(images[rows]), len(images), title,
                                  shared=False)
     real = extractor.of(reference, "features of the reference")
-    refuse_non_finite(fake, "the samples", extractor)
-    refuse_non_finite(real, "the reference", extractor)
+    for values in (*fake, *real):
+        if values is not None and not np.isfinite(values).all():        # None: not on rank 0
+            raise UserError(f"--features {extractor.name}: some features are not finite; its "
+                            "weights, or the file of --save-stats, are damaged")
     seconds = {"sampling": sampled - start, "features": time.time() - sampled}
     return Features(*fake, comparison.labels), Features(*real, reference.labels), seconds
 
 
 # --------------------------------------------------------------------------------------------------
-# Numbers
+# Features to numbers
 
 @dataclass
 class Metrics:
@@ -119,13 +111,16 @@ class Metrics:
         if score and len(fake.logits) >= IS_SPLITS:
             result["is"], result["is_std"] = inception_score(fake.logits)
         if self.output_classes is not None and fake.labels is not None:
-            predicted = self.output_classes[fake.logits.argmax(1)]
-            result["accuracy"] = float((predicted == fake.labels).mean())
+            result["accuracy"] = float(self.is_right(fake).mean())
         result["num"] = len(fake.features)
         result["num_real"] = len(real.features)
         if self.floor and len(real.features) >= FLOOR_IMAGES:
             result["floor"] = floor_of(reference, self.floor, real.labels)
         return result
+
+    def is_right(self, images):
+        """Which of the Features' images the classifier takes for their own class: (n,) bool."""
+        return self.output_classes[images.logits.argmax(1)] == images.labels
 
 
 def make_metrics(args, comparison, extractor, rt):
@@ -138,54 +133,18 @@ def make_metrics(args, comparison, extractor, rt):
     return Metrics(extractor.inception, args.k, args.floor, device, output_classes)
 
 
-def weak_classes(real, metrics, class_names):
-    """{class: accuracy} of the classes of which a classifier takes most real images for others.
-
-    real: Features of the reference. {} where the features are no classifier's of these classes.
-    """
-    if metrics.output_classes is None or real.labels is None:
-        return {}
-    right = metrics.output_classes[real.logits.argmax(1)] == real.labels
-    found = {class_names[c]: float(right[real.labels == c].mean()) for c in np.unique(real.labels)}
-    return {name: accuracy for name, accuracy in found.items() if accuracy < 0.5}
-
-
-def weak_words(weak, extractor):
-    """The warning about weak_classes, as a list of lines."""
-    if not weak:
-        return []
-    shown = first(f"{name} {accuracy:.0%}" for name, accuracy in weak.items())
-    return [f"warning: the classifier {extractor.name} knows fewer than half of the real images of "
-            f"some classes ({shown}): what it says of these says little; train one on balanced "
-            "images, or take --features torchvision:resnet50"]
-
-
-def rank_in_class(labels):
-    """For each image, how many of its class come before it: (N,)."""
-    counts = np.bincount(labels)
-    starts = np.cumsum(counts) - counts
-    ranks = np.empty(len(labels), int)
-    by_class = np.argsort(labels, kind="stable")
-    ranks[by_class] = np.arange(len(labels)) - np.repeat(starts, counts)
-    return ranks
-
-
 def balanced_rows(labels, n, num):
     """Rows of `num` of n images, the first ones of each class; without labels, of all."""
     if num == n:
         return slice(None)
     if labels is None:
         return slice(0, num)
-    in_turn = np.argsort(rank_in_class(labels), kind="stable")
+    rank = np.empty(n, int)             # how many of its class come before an image
+    for c in np.unique(labels):
+        mine = np.flatnonzero(labels == c)
+        rank[mine] = np.arange(len(mine))
+    in_turn = np.argsort(rank, kind="stable")
     return np.sort(in_turn[:num])       # class sizes differ by at most one, if there are enough
-
-
-class Part(NamedTuple):
-    """Images that are measured together: rows of what is measured, and of the reference."""
-    kind: str               # "overall", "groups" or "classes"
-    name: str
-    fake: np.ndarray | slice
-    real: np.ndarray | slice
 
 
 def why_left_out(members, fake, real):
@@ -198,88 +157,55 @@ def why_left_out(members, fake, real):
     return ""
 
 
-def parts_of(fake, real, num, groups, classes):
-    """The Parts that are measured (see measure_all), the overall one first; {left out: why}."""
-    labelled = fake.labels is not None and real.labels is not None
-    overall = balanced_rows(fake.labels, len(fake.features), num)
-    same_classes = np.isin(real.labels, fake.labels) if labelled else slice(None)
-    parts, left_out = [Part("overall", "overall", overall, same_classes)], {}
-    if not labelled:
-        return parts, left_out
-    single = {name: [c] for name, c in classes.items()}
-    for kind, sets in (("groups", groups), ("classes", single)):
-        for name, members in sets.items():
-            if why := why_left_out(members, fake, real):
-                left_out[name] = why
-                continue
-            parts.append(Part(kind, name, np.isin(fake.labels, members),
-                              np.isin(real.labels, members)))
-    return parts, left_out
-
-
 def measure_all(fake, real, num, groups, classes, metrics):
     """All numbers: overall on `num` images, the first ones of each class; per group and per class.
 
-    fake, real: Features. groups: {group: its classes}; classes: {name: class}. Groups and classes
-    are measured on all images that there are. One with a class that has no image, or with fewer
-    than two images on either side, is left out; "left_out" then says why, by name.
+    fake, real: Features. The overall numbers are against the real images of the samples' classes.
+    groups: {group: its classes}; classes: {name: class}. Both are measured on all images that there
+    are. One with a class that has no image, or with fewer than two images on either side, is left
+    out; "left_out" then says why, by name.
     """
-    numbers = {"overall": {}, "groups": {}, "classes": {}}
-    parts, left_out = parts_of(fake, real, num, groups, classes)
-    for part in runtime.progress(parts, desc="metrics", unit="group"):
-        score = metrics.inception and part.kind == "overall"
-        of_part = metrics.of(fake.take(part.fake), real.take(part.real), score)
-        numbers[part.kind][part.name] = of_part
-    overall = numbers.pop("overall")["overall"]
-    return {**overall, **numbers, **({"left_out": left_out} if left_out else {})}
+    labelled = fake.labels is not None and real.labels is not None
+    rows = balanced_rows(fake.labels, len(fake.features), num)
+    same_classes = np.isin(real.labels, fake.labels) if labelled else slice(None)
+    result = {**metrics.of(fake.take(rows), real.take(same_classes), score=metrics.inception),
+              "groups": {}, "classes": {}}
+    parts = [("groups", name, members) for name, members in groups.items()]
+    parts += [("classes", name, [c]) for name, c in classes.items()]
+    left_out = {}
+    for kind, name, members in runtime.progress(parts if labelled else [], desc="metrics"):
+        if why := why_left_out(members, fake, real):
+            left_out[name] = why
+        else:
+            result[kind][name] = metrics.of(*(side.take(np.isin(side.labels, members))
+                                              for side in (fake, real)))
+    return {**result, **({"left_out": left_out} if left_out else {})}
+
+
+def warnings_of(real, metrics, class_names, extractor):
+    """Lines about classes of whose real images a classifier takes more than half for others."""
+    if metrics.output_classes is None or real.labels is None:
+        return []
+    right = metrics.is_right(real)
+    shares = {class_names[c]: right[real.labels == c].mean() for c in np.unique(real.labels)}
+    weak = [f"{name} {share:.0%}" for name, share in shares.items() if share < 0.5]
+    return [f"warning: the classifier {extractor.name} knows fewer than half of the real images of "
+            f"some classes ({first(weak)}): what it says of these says little; train one on "
+            "balanced images, or take --features torchvision:resnet50"] if weak else []
 
 
 # --------------------------------------------------------------------------------------------------
 # What is printed
 
-def estimate(args, comparison, extractor, rt):
-    """Seconds that sampling and features will take, from a few images of each."""
-    subject, reference = comparison.subject, comparison.reference
-    on_cpu = rt.device.type == "cpu"
-    seconds = 0.0
-    if subject.net is not None:
-        n = min(args.batch_size, 8) if on_cpu else args.batch_size
-        one_step = replace(subject.sampling, steps=1, grid="uniform")
-        y = torch.zeros(n, dtype=torch.int64, device=rt.device)
-        per_step = time_of(lambda: sample_batch(subject.net, y, range(n), subject.shape, rt,
-                                                one_step).sum().item())
-        seconds += per_step * subject.sampling.steps * comparison.n / n
-    m = min(args.features_batch_size, 8) if on_cpu else args.features_batch_size
-    size = subject.shape[1] if subject.shape else extractor.size or 32
-    images = np.zeros((m, size, size, 3), np.uint8)
-    sides = [(reference.features, reference.n),
-             (subject.images and subject.images.features, comparison.n)]
-    missing = sum(n for features, n in sides if not features)
-    seconds += time_of(lambda: extractor.batch(images)) * missing / m
-    return seconds / rt.world
-
-
-def time_of(function):
-    """Seconds that the second of two calls takes: the first one warms up."""
-    function()
-    start = time.time()
-    function()
-    return time.time() - start
-
-
 def announce(args, comparison, extractor, rt):
-    """Say what will be measured, and how long it will take."""
+    """Say what will be measured, and what was taken for granted."""
     subject, reference = comparison.subject, comparison.reference
-    seconds = estimate(args, comparison, extractor, rt)
     labelled = comparison.labels is not None and reference.labels is not None
-    wanted = {"group": labelled and bool(comparison.groups), "class": labelled and args.per_class}
-    kinds = " and ".join(kind for kind, yes in wanted.items() if yes)
-    per = f", per {kinds}" if kinds else ""
-    processes = f" x {rt.world}" if rt.world > 1 else ""
+    per = ", per group" if labelled and comparison.groups else ""
+    per += ", per class" if labelled and args.per_class else ""
     rt.print(f"{comparison.n:,} images of {subject.words}: overall on {comparison.num:,}{per}, "
-             f"against {reference.words} ({reference.n:,} images), "
-             f"in features of {extractor.name}, float32; "
-             f"about {runtime.duration(seconds)} on {rt.device}{processes}")
+             f"against {reference.words} ({reference.n:,} images), in features of "
+             f"{extractor.name}, float32, on {rt.device} x {rt.world}")
     if comparison.used < reference.n:
         rt.print(f"the samples lack some classes of the reference: overall against its "
                  f"{comparison.used:,} images of the samples' classes")
@@ -287,79 +213,56 @@ def announce(args, comparison, extractor, rt):
         rt.print(f"labels {comparison.assumed['labels']}")
     if args.per_class and not labelled:
         rt.print("--per-class: one side has no labels; overall numbers only")
-    no_sizes = subject.data.get("class_counts") is None
-    if no_sizes and comparison.groups and comparison.labels is not None:
+    if per and comparison.groups and subject.data.get("class_counts") is None:
         rt.print("the samples come without class sizes: Many / Medium / Few are thirds of the "
                  "classes in the order of their numbers")
 
 
-def thousands(n):
-    """50000 -> "50k", 16500 -> "16.5k", 1488 -> "1,488"."""
-    return f"{n / 1000:g}k" if n >= 1000 and n % 100 == 0 else f"{n:,}"
+def print_result(result, k=3, floor=0):
+    """One line per group and class, then what is left out, and what weakens some numbers.
 
-
-def line_of(numbers, n):
-    """The numbers of one group in one line; n: the number of images, as text, after each metric."""
-    frechet, kernel = ("fid", "kid") if "fid" in numbers else ("fd", "kd")
-    kernels = []
-    if numbers["kid_subset_size"] == KID_SIZE:
-        kernels = [f"{kernel.upper()} ({n}) {numbers[kernel]:.5f} ± {numbers[f'{kernel}_std']:.5f}"]
-    words = [f"{frechet.upper()} ({n}) {numbers[frechet]:8.3f}",
-             *kernels,
-             f"precision ({n}) {numbers['precision']:.3f}",
-             f"recall ({n}) {numbers['recall']:.3f}"]
-    if "is" in numbers:
-        words.append(f"IS ({n}) {numbers['is']:.3f} ± {numbers['is_std']:.3f}")
-    if "accuracy" in numbers:
-        words.append(f"accuracy ({n}) {numbers['accuracy']:.1%}")
-    return "  ".join(words)
-
-
-def print_result(result, k, floor=0):
-    """One line per group and class, what is left out, and warnings; k, floor: of the flags."""
-    # A list: a class may be called like a group
+    k, floor: those of the flags.
+    """
     rows = [("overall", result), *result["groups"].items(), *result["classes"].items()]
     name_width = max(len(name) for name, _ in rows)
-    count_width = max(len(thousands(r["num"])) for _, r in rows)
-    for name, numbers in rows:
-        n = thousands(numbers["num"]).rjust(count_width)
-        print(f"{name:<{name_width}}  {line_of(numbers, n)}")
+    frechet, kernel = ("fid", "kid") if "fid" in result else ("fd", "kd")
+    for name, r in rows:
+        words = [f"{name:<{name_width}}  {r['num']:>6,} images",
+                 f"{frechet.upper()} {r[frechet]:8.3f}"]
+        if r["kid_subset_size"] == KID_SIZE:
+            words.append(f"{kernel.upper()} {r[kernel]:.5f} ± {r[f'{kernel}_std']:.5f}")
+        words.append(f"precision {r['precision']:.3f}  recall {r['recall']:.3f}")
+        if "is" in r:
+            words.append(f"IS {r['is']:.3f} ± {r['is_std']:.3f}")
+        if "accuracy" in r:
+            words.append(f"accuracy {r['accuracy']:.1%}")
+        print("  ".join(words))
     left_out = result.get("left_out", {})
-    why = [f"{first(name for name in left_out if left_out[name] == reason)} ({reason})"
-           for reason in dict.fromkeys(left_out.values())]
-    if why:
-        print(f"left out: {'; '.join(why)}")
-    print_warnings(rows, k)
-    if "fid" in result and "is" not in result:
-        print(f"note: no IS; it needs at least {IS_SPLITS} images")
-    no_floor = [name for name, r in rows if floor and "floor" not in r]
-    if no_floor:
-        print(f"note: --floor: none for {first(no_floor)}; the halves need at least "
-              f"{FLOOR_IMAGES} images of the reference")
+    for why in dict.fromkeys(left_out.values()):
+        print(f"left out: {first(name for name in left_out if left_out[name] == why)} ({why})")
+    notes = {
+        f"warning: fewer than {FEW:,} images on one side; a Frechet distance is then biased "
+        "upwards and can be compared only at equal counts; KID is not biased":
+            lambda r: min(r["num"], r["num_real"]) < FEW,
+        f"warning: precision and recall with fewer than {k} neighbours, since there are no more "
+        "images on one side; they do not compare":
+            lambda r: "k" in r,
+        f"note: no {kernel.upper()}; its subsets have {KID_SIZE:,} images, and one side fewer":
+            lambda r: r["kid_subset_size"] < KID_SIZE,
+        f"note: no IS; it needs at least {IS_SPLITS} images":
+            lambda r: r is result and "fid" in r and "is" not in r,
+        f"note: no --floor; the halves need at least {FLOOR_IMAGES} images of the reference":
+            lambda r: floor and "floor" not in r}
+    for words, holds in notes.items():
+        if names := [name for name, r in rows if holds(r)]:
+            kind, _, rest = words.partition(": ")
+            print(f"{kind}: {first(names)}: {rest}")
 
 
 def first(names):
     """The first six of some names, in words."""
     names = list(names)
     return ", ".join(names[:6]) + (" ..." if len(names) > 6 else "")
-
-
-def print_warnings(rows, k):
-    """Warn about small numbers of images; rows: [(name, its numbers)]; k: of --k."""
-    small = [name for name, r in rows if min(r["num"], r["num_real"]) < FEW]
-    if small:
-        print(f"warning: {first(small)}: fewer than {FEW:,} images on one side; a Frechet "
-              "distance is then biased upwards and can be compared only at equal counts; KID is "
-              "not biased")
-    kernel = "KID" if "kid" in rows[0][1] else "KD"
-    reduced = [name for name, r in rows if r["kid_subset_size"] < KID_SIZE]
-    if reduced:
-        print(f"note: no {kernel} of {first(reduced)}: one of its subsets has {KID_SIZE:,} images, "
-              "and one side has fewer")
-    fewer = [name for name, r in rows if "k" in r]
-    if fewer:
-        print(f"warning: {first(fewer)}: precision and recall with fewer than {k} "
-              "neighbours, since there are no more images on one side; they do not compare")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -386,7 +289,7 @@ def settings_of(args, comparison, extractor, rt):
 def is_result(path):
     """Whether a file is a result of this script."""
     result = disk.read_json(path)
-    return result is not None and {"settings", "num_real", "precision", "recall"} <= set(result)
+    return isinstance(result, dict) and {"settings", "num_real", "precision"} <= set(result)
 
 
 def about_stats(path):
@@ -398,38 +301,13 @@ def about_stats(path):
         return None
 
 
-def check_outputs(args, comparison):
+def check_outputs(out_json, stats):
     """Raise UserError where a result cannot be written, or would replace something else."""
-    out = args.out_json
-    disk.refuse_overwriting(out, is_result, "--out-json", "a result of evaluate.py")
-    if args.samples and out.resolve() == record_of(args.samples):
-        raise UserError(f"--out-json {out}: the record of the samples is looked for under this "
-                        "name; choose another name")
-    disk.check_writable(out, "--out-json")
-    if not args.save_stats:
-        return
-    stats = Path(args.save_stats)
-    disk.refuse_overwriting(stats, about_stats, "--save-stats", "a file of --save-stats")
-    read = [args.samples, comparison.reference.name, out]
-    if stats.resolve() in [Path(path).resolve() for path in read if path]:
-        raise UserError(f"--save-stats {stats}: this call also reads or writes this file under "
-                        "another flag; choose another name")
-    disk.check_writable(stats, "--save-stats")
-
-
-def record_of(samples):
-    """The JSON in which read_record looks for what made an .npz, or the folder of one."""
-    path = Path(samples)
-    if path.is_dir():
-        path = path / "samples.npz"
-    return path.with_suffix(".json").resolve() if path.is_file() else None
-
-
-def is_done(args, out_json, settings, comparison, extractor):
-    """Whether an earlier call with these settings wrote everything that this one would write."""
-    if args.save_stats and about_stats(args.save_stats) != stats_of(comparison, extractor):
-        return False
-    return disk.up_to_date(out_json, settings)
+    disk.refuse_overwriting(out_json, is_result, "--out-json", "a result of evaluate.py")
+    disk.check_writable(out_json, "--out-json")
+    if stats:
+        disk.refuse_overwriting(stats, about_stats, "--save-stats", "a file of --save-stats")
+        disk.check_writable(stats, "--save-stats")
 
 
 def stats_of(comparison, extractor):
@@ -441,9 +319,8 @@ def stats_of(comparison, extractor):
             "size": list(reference.size) if reference.size else None}
 
 
-def save_stats(path, real, comparison, extractor):
+def save_stats(path, real, about):
     """Write what --reference FILE reads: all that the metrics need of the reference."""
-    about = stats_of(comparison, extractor)
     arrays = {"features": real.features, "logits": real.logits,
               "about": np.array(json.dumps(about))}
     if real.labels is not None:
@@ -452,28 +329,27 @@ def save_stats(path, real, comparison, extractor):
     print(f"wrote {path}: name it with --reference")
 
 
-def keep_earlier(out_json, settings):
-    """Rename an earlier result of other settings, which may be hours of work: eval-1.json, ..."""
-    if not disk.read_json(out_json) or disk.up_to_date(out_json, settings):
-        return
-    names = (out_json.with_name(f"{out_json.stem}-{i}.json") for i in count(1))
-    kept = next(path for path in names if not path.exists())
-    out_json.rename(kept)
-    print(f"{out_json} had numbers of other settings; they are kept as {kept.name}")
-
-
 def write_result(out_json, result, settings, seconds, class_order):
-    """Write the numbers, and what is needed to get them again; class_order: see data.by_size."""
-    keep_earlier(out_json, settings)
+    """Write the numbers, and what is needed to get them again; class_order: see data.by_size.
+
+    An earlier result of other settings, which may be hours of work, is kept as eval-1.json, ...
+    """
+    if disk.read_json(out_json) and not disk.up_to_date(out_json, settings):
+        names = (out_json.with_name(f"{out_json.stem}-{i}.json") for i in count(1))
+        kept = next(path for path in names if not path.exists())
+        out_json.rename(kept)
+        print(f"{out_json} had numbers of other settings; they are kept as {kept.name}")
     disk.write_json(out_json, {
         **result, "settings": settings, "class_order": class_order, "git_commit": disk.git_commit(),
         "command": runtime.command_line("evaluate.py"),
         "seconds": {what: round(value, 1) for what, value in seconds.items()},
         "versions": {"torch": torch.__version__, "numpy": np.__version__,
                      "scipy": scipy.__version__}}, "--out-json")
+    print(f"wrote {out_json}")
 
 
 # --------------------------------------------------------------------------------------------------
+# The script
 
 def add_protocol_flags(parser):
     """The flags that choose the reference, the features and the numbers."""
@@ -489,7 +365,7 @@ def add_protocol_flags(parser):
                    "(default: the checkpoint's, or packed in --data-dir)")
     g.add_argument("--num", type=integer(2, 10_000_000), help="class-balanced images overall "
                    "(default: 50,000; digits: 2,000; or all there are)")
-    g.add_argument("--num-group", "--num-split", type=integer(0, 10_000_000), dest="num_group",
+    g.add_argument("--num-group", type=integer(0, 10_000_000),
                    help="images per group (Many, Medium, Few), at least "
                    "(default: 20,000; with --num, and on digits: what --num gives)")
     g.add_argument("--per-class", action="store_true", help="also each class by itself")
@@ -536,50 +412,38 @@ def make_parser():
     return parser
 
 
-def resolve(args, ckpt):
-    """Fill in the folders that depend on other flags or on the checkpoint."""
-    config = ckpt["config"] if ckpt else {}
-    args.data_dir = args.data_dir or config.get("data_dir") or "data"
-    args.pack_dir = args.pack_dir or config.get("pack_dir")
-    args.out = args.out or Path(args.ckpt or args.samples).parent
-    args.out_json = Path(args.out_json or Path(args.out) / "eval.json")
-
-
-def refuse_useless_flags(given, args):
-    """Raise UserError for flags that do nothing beside the others, by name."""
-    if args.samples:
-        sampling = ("sampler", "steps", "grid", "order", "eta", "guidance", "clip", "branch",
-                    "weights", "batch_size", "seed", "dtype", "num_group")
-        why = "says how --ckpt generates images, and those of --samples are there"
-        runtime.refuse_unused(given, dict.fromkeys(sampling, why))
-
-
 def main():
     """Find out what is measured and against what; measure; write."""
     parser = make_parser()
     args = parser.parse_args()
-    refuse_useless_flags(parser.given, args)
+    if args.samples:
+        sampling = ("sampler", "steps", "grid", "order", "eta", "guidance", "clip", "branch",
+                    "weights", "batch_size", "seed", "dtype", "num_group")
+        runtime.refuse_unused(parser.given, dict.fromkeys(
+            sampling, "says how --ckpt generates images, and those of --samples are there"))
     ckpt = disk.load(args.ckpt, KINDS) if args.ckpt else None
     # Features are always computed in float32, so a dtype is that of sampling
     rt = runtime.setup(args.device, dtype_of(args, ckpt) if ckpt else "float32")
-    resolve(args, ckpt)
+    config = ckpt["config"] if ckpt else {}
+    args.data_dir = args.data_dir or config.get("data_dir") or "data"
+    args.pack_dir = args.pack_dir or config.get("pack_dir")
+    out = Path(args.out or Path(args.ckpt or args.samples).parent)
+    out_json = Path(args.out_json or out / "eval.json")
 
-    # 1. What is measured: the images of --samples, or those that the network of --ckpt generates
+    # What is measured, against what, in which features
     subject = from_checkpoint(args, ckpt, rt) if ckpt else from_samples(args, rt)
-
-    # 2. Against what, and in which features
     reference = find_reference(args, subject, rt)
     extractor = make_extractor(args, subject, reference, rt)
     comparison = compare(args, subject, reference, extractor)
     settings = settings_of(args, comparison, extractor, rt)
-    if args.if_needed and is_done(args, args.out_json, settings, comparison, extractor):
-        return rt.print(f"{args.out_json}: up to date")
-    rt.on_rank_0(lambda: check_outputs(args, comparison))
-    if subject.net:
-        subject.net = prepare(subject.net, rt, subject.shape, comparison.n, args.batch_size)
+    about = stats_of(comparison, extractor)
+    saved = not args.save_stats or about_stats(args.save_stats) == about
+    if args.if_needed and saved and disk.up_to_date(out_json, settings):
+        return rt.print(f"{out_json}: up to date")
+    rt.on_rank_0(lambda: check_outputs(out_json, args.save_stats))
     announce(args, comparison, extractor, rt)
 
-    # 3. Measure; the metrics on rank 0 only
+    # Images to features to numbers, these on rank 0 only
     fake, real, seconds = extract_both(args, comparison, extractor, rt)
     if rt.rank > 0:
         return
@@ -589,19 +453,15 @@ def main():
     metrics = make_metrics(args, comparison, extractor, rt)
     result = measure_all(fake, real, comparison.num, comparison.groups, classes, metrics)
     seconds["metrics"] = time.time() - start
-    warnings = weak_words(weak_classes(real, metrics, comparison.class_names), extractor)
-    if warnings:
-        result["warnings"] = warnings
 
-    # 4. Print, and write: numbers of which one fails are not lost
-    try:
-        print_result(result, args.k, args.floor)
-        print("".join(line + "\n" for line in warnings), end="", flush=True)
-    finally:
-        write_result(args.out_json, result, settings, seconds, by_size(subject.data))
-    print(f"wrote {args.out_json}")
+    # Numbers to eval.json
+    if warnings := warnings_of(real, metrics, comparison.class_names, extractor):
+        result["warnings"] = warnings
+    print_result(result, args.k, args.floor)
+    print("".join(line + "\n" for line in warnings), end="", flush=True)
+    write_result(out_json, result, settings, seconds, by_size(subject.data))
     if args.save_stats:
-        save_stats(args.save_stats, real, comparison, extractor)
+        save_stats(args.save_stats, real, about)
 
 
 if __name__ == "__main__":

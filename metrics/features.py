@@ -16,7 +16,7 @@ from torch import nn
 import disk
 import runtime
 from data import to_float
-from metrics.inception import load_inception
+from metrics.inception import download, load_inception
 from recognition.resnet import features_and_logits, load_classifier
 from runtime import UserError
 
@@ -61,16 +61,8 @@ def load_pretrained(name, device):
         raise UserError(f"{flag}: torchvision has no such network for classification that can be "
                         "used here; torchvision:resnet50 is one")
     weights = torchvision.models.get_model_weights(name).DEFAULT
-    path = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rpartition("/")[2]
-    prefix = path.stem.rpartition("-")[2]       # as in resnet50-11ad3fa6.pth
-    if not path.is_file():
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(weights.url, str(path), hash_prefix=prefix)
-        except (OSError, RuntimeError) as e:
-            raise UserError(
-                f"{flag}: {path.name} is not there and cannot be downloaded ({e}); download it "
-                f"from {weights.url} and put it into {path.parent}") from e
+    prefix = Path(weights.url).stem.rpartition("-")[2]          # as in resnet50-11ad3fa6.pth
+    path = download(weights.url, prefix, flag)
     digest = disk.sha256(path)
     if not digest.startswith(prefix):
         raise UserError(f"{flag}: the SHA-256 of {path} is {digest[:16]}..., and the published "
@@ -119,38 +111,34 @@ class Extractor:
         else:
             self.use_classifier(features)
 
+    def use_classifier(self, path):
+        """Take a checkpoint of classify.py. Raises UserError where there is none."""
+        if not Path(path).is_file():
+            raise UserError(f"--features {path}: there is no such file; make one with: python -m "
+                            "recognition.classify --dataset NAME, or name inception or "
+                            "torchvision:resnet50")
+        self.net, ckpt = load_classifier(path, self.rt.device)
+        self.name = str(path)
+        self.sha256 = ckpt.sha256
+        self.channels = ckpt["network"]["channels"]
+        self.class_names = ckpt["data"]["class_names"]
+        self.size = ckpt["data"].get("resolution")
+
     def refuse_other_size(self, size):
         """Raise UserError for images of other pixels per side than a classifier's."""
         if self.size not in (None, size):
             raise UserError(f"--features {self.name}: a classifier of images of {self.size} "
                             f"pixels, and these have {size}")
 
-    def use_classifier(self, path):
-        """Take a checkpoint of classify.py."""
-        if not Path(path).is_file():
-            raise UserError(f"--features {path}: there is no such file; make one with: python "
-                            "classify.py --dataset NAME, or name inception or torchvision:resnet50")
-        self.net, ckpt = load_classifier(path, self.rt.device)
-        self.name = str(path)
-        self.sha256 = ckpt.sha256
-        self.channels = ckpt["network"]["channels"]
-        self.class_names = ckpt["data"]["class_names"]
-        outputs = ckpt["network"]["num_classes"]
-        if len(self.class_names) != outputs:
-            raise UserError(f"--features {path}: it has {len(self.class_names)} class names for "
-                            f"{outputs} outputs; train the classifier again with classify.py")
-        self.size = ckpt["data"].get("resolution")
-
-    def check(self, images):
-        """Raise UserError for images uint8 (n, H, W, 3) that the network was not made for."""
-        if self.channels == 1 and (images != images[..., :1]).any():
-            raise UserError("--features: this classifier takes grey images, "
-                            "and these are in colour")
-
     @torch.no_grad()
     def batch(self, images):
-        """uint8 (n, H, W, 3) -> features (n, D) and logits (n, K), float32 NumPy."""
-        self.check(images)
+        """uint8 (n, H, W, 3) -> features (n, D) and logits (n, K), float32 NumPy.
+
+        Raises UserError for images in colour where the classifier takes grey ones.
+        """
+        if self.channels == 1 and (images != images[..., :1]).any():
+            raise UserError("--features: this classifier takes grey images, and these are in "
+                            "colour")
         images = np.ascontiguousarray(images[..., :self.channels])
         x = torch.from_numpy(images).to(self.rt.device)
         with runtime.without_tf32():
@@ -166,21 +154,18 @@ class Extractor:
         shared: every process has all images and takes a share of them. If False, each process has
         images of its own, numbered from 0.
         """
-        rows = np.arange(n)
+        share = np.arange(n)
         if shared:
-            rows = np.array_split(rows, self.rt.world)[self.rt.rank]
-        batches = np.array_split(rows, max(1, -(-len(rows) // self.batch_size)))
-        features, logits = [], []
-        quiet = self.rt.rank > 0
-        with runtime.progress(total=len(rows), desc=title, unit="img", disable=quiet) as bar:
-            for batch in batches:
-                if not len(batch):
-                    continue            # more processes than images
-                of_batch = self.batch(at(batch))
-                features.append(of_batch[0])
-                logits.append(of_batch[1])
-                bar.update(len(batch))
-        return self.rt.gather(features), self.rt.gather(logits)
+            share = np.array_split(share, self.rt.world)[self.rt.rank]
+        count = max(1, -(-len(share) // self.batch_size))
+        parts = []
+        with runtime.progress(total=len(share), desc=title, unit="img",
+                              disable=self.rt.rank > 0) as bar:
+            for rows in np.array_split(share, count):
+                if len(rows):           # none where there are more processes than images
+                    parts.append(self.batch(at(rows)))
+                    bar.update(len(rows))
+        return tuple(self.rt.gather([part[k] for part in parts]) for k in (0, 1))
 
     def of(self, images, title):
         """Features and logits of Images: those that --save-stats kept, or extracted."""

@@ -58,7 +58,28 @@ def read_set(text, flag, args, split=None, resolution=None):
     Its `sha256` is the hash of a file, of the content of a data set, or of the names and content
     of a folder's files.
     """
-    found = find_set(text, flag, args, split, resolution)
+    dataset, _, own_split = text.partition(":")
+    path = Path(text)
+    if (path / "samples.npz").is_file():        # the folder of sample.py
+        path = path / "samples.npz"
+    if dataset in READERS:
+        if own_split not in ("", "train", "test"):
+            raise UserError(f"{flag} {text}: a data set's split is train or test, "
+                            f"as in {dataset}:test")
+        if own_split and split not in (None, own_split):
+            raise UserError(f"--reference-split {split}: {flag} {text} names another split; "
+                            "leave one of them out")
+        found = read_dataset(text, args, own_split or split, resolution)
+    elif split:
+        raise UserError(f"--reference-split {split}: {flag} {text} is no data set, and has no "
+                        "splits; leave it out")
+    elif path.is_dir():
+        found = read_folder(text, path, flag)
+    elif path.exists():
+        found = read_npz(text, path, flag)
+    else:
+        raise UserError(f"{flag} {text}: neither a file or folder nor a data set "
+                        f"({', '.join(READERS)}; for one of your own, name its file with --plugin)")
     if found.n < 2:
         raise UserError(f"{flag} {text}: fewer than two images; a distance needs many")
     if found.labels is not None and found.labels.min() < 0:
@@ -67,31 +88,6 @@ def read_set(text, flag, args, split=None, resolution=None):
     if found.at:
         found.size = found.at(np.arange(1)).shape[1:3]
     return found
-
-
-def find_set(text, flag, args, split, resolution):
-    """The Images of read_set, not checked yet."""
-    dataset, _, own_split = text.partition(":")
-    if dataset in READERS:
-        if own_split not in ("", "train", "test"):
-            raise UserError(f"{flag} {text}: a data set's split is train or test, "
-                            f"as in {dataset}:test")
-        if own_split and split not in (None, own_split):
-            raise UserError(f"--reference-split {split}: {flag} {text} names another split; "
-                            "leave one of them out")
-        return read_dataset(text, args, own_split or split, resolution)
-    path = Path(text)
-    if (path / "samples.npz").is_file():        # the folder of sample.py
-        path = path / "samples.npz"
-    if split and path.exists():
-        raise UserError(f"--reference-split: {flag} {text} is no data set, and has no splits; "
-                        "leave it out")
-    if path.is_dir():
-        return read_folder(text, path, flag)
-    if not path.exists():
-        raise UserError(f"{flag} {text}: neither a file or folder nor a data set "
-                        f"({', '.join(READERS)}; for one of your own, name its file with --plugin)")
-    return read_npz(text, path, flag)
 
 
 def read_dataset(name, args, split, resolution):
@@ -115,22 +111,14 @@ def read_npz(name, path, flag):
 
 
 def read_stats(name, content, path, flag):
-    """The content of a file that save_stats wrote, as Images."""
-    if not {"about", "logits"} <= set(content):
-        raise UserError(f"{flag} {path}: features without what --save-stats keeps beside them "
-                        f"(logits, about); make it with --save-stats")
-    about = parse_about(content["about"])
-    if about is None or min(content["features"].ndim, content["logits"].ndim) < 2:
-        raise UserError(f"{flag} {path}: not what --save-stats writes (its features, logits or "
-                        "about are of another kind); make it again with --save-stats")
-    class_names = about.pop("class_names")
+    """The content of a file that evaluate.save_stats wrote, as Images."""
+    about = parse_about(content.get("about"))
+    if about is None:
+        raise UserError(f"{flag} {path}: not what --save-stats writes; make it with --save-stats")
     features = content["features"], content["logits"]
-    labels = content.get("labels")
-    if {len(rows) for rows in content.values() if rows.ndim} != {len(features[0])}:
-        raise UserError(f"{flag} {path}: not as many features as logits or labels; "
-                        "make it again with --save-stats")
-    return Images(name, len(features[0]), None, labels, class_names, features, about,
-                  disk.sha256(path), tuple(about["size"]) if about.get("size") else None)
+    class_names, size = about.pop("class_names"), about.get("size")
+    return Images(name, len(features[0]), None, content.get("labels"), class_names, features, about,
+                  disk.sha256(path), tuple(size) if size else None)
 
 
 def parse_about(text):
@@ -157,24 +145,18 @@ def read_folder(name, root, flag):
                     f"{image.size[1]} pixels and {Path(paths[0]).name} {first[0]} x {first[1]}; "
                     f"bring them to one size first")
         return np.stack([np.asarray(image) for image in images])
-    return Images(name, len(paths), at, labels, names, sha256=hash_of_files(paths, root, flag))
+    return Images(name, len(paths), at, labels, names, sha256=hash_of_files(paths, root))
 
 
-def hash_of_files(paths, root, flag):
+def hash_of_files(paths, root):
     """A hash of the names and the content of a folder's files.
 
-    It costs one more read of each file. Sizes and times of change, as in disk.fingerprint, would
-    call a result up to date whose images were replaced by others of the same size and time.
+    Sizes and times of change, as in disk.fingerprint, would call a result up to date whose images
+    were replaced by others of the same size and time.
     """
     digest = hashlib.sha256()
     for path in paths:
-        try:
-            if not os.path.isfile(path):        # a pipe would be waited for
-                raise OSError("it is not a regular file")
-            content = disk.sha256(path)
-        except OSError as e:
-            raise UserError(f"{flag}: {path} cannot be read ({e}); fix or remove it") from e
-        digest.update(os.fsencode(f"{os.path.relpath(path, root)} {content}\n"))
+        digest.update(os.fsencode(f"{os.path.relpath(path, root)} {disk.sha256(path)}\n"))
     return digest.hexdigest()
 
 
@@ -211,7 +193,7 @@ class Subject:
     dataset: str | None     # its training set, the default of --reference
     images: Images | None = None
     net: torch.nn.Module | None = None
-    sampling: Sampling | None = None
+    sampling: Sampling | None = None    # how it generates them
     shape: tuple | None = None          # (C, H, W) of an image that the network generates
 
     @property
@@ -288,14 +270,9 @@ def find_reference(args, subject, rt):
         return read_set(name, "--reference", args, args.reference_split, resolution)
 
 
-def protocol_of_dataset(dataset):
-    """The defaults of a data set."""
+def protocol_of(dataset):
+    """The defaults of a data set: numbers of images, and the features."""
     return PROTOCOL.get(dataset, PROTOCOL["paper"])
-
-
-def protocol_of(subject, reference):
-    """The defaults of the data set that is measured."""
-    return protocol_of_dataset(subject.dataset or reference.name)
 
 
 def compare(args, subject, reference, extractor):
@@ -306,14 +283,15 @@ def compare(args, subject, reference, extractor):
     class_counts = subject.data.get("class_counts")
     reference = renumber(replace(reference, class_names=theirs), class_names, "--reference")
     refuse_long_tailed(reference, class_counts)
-    refuse_other_features(reference, extractor, "--reference")
-    if subject.images:
-        refuse_other_features(subject.images, extractor, "--samples")
+    for flag, images in (("--reference", reference), ("--samples", subject.images)):
+        if images and images.features and images.about["features_sha256"] != extractor.sha256:
+            raise UserError(f"{flag}: its features were made by {images.about['made_by']}, "
+                            f"not by {extractor.name}")
     refuse_other_sizes(subject, reference, extractor)
     groups = {}
     if class_names:
         groups = class_groups(class_counts or np.arange(len(class_names), 0, -1))
-    protocol = protocol_of(subject, reference)
+    protocol = protocol_of(subject.dataset or reference.name)
     num_group = args.num_group
     if num_group is None:
         num_group = 0 if args.num else protocol["num_group"]
@@ -341,35 +319,28 @@ def assumed_labels(subject, reference):
     labelled = subject.images is None or subject.images.labels is not None
     if not labelled or reference.labels is None:
         return {}
-    if subject.class_names is None and reference.class_names is None:
-        return {"labels": "of both sides without names: the same number is the same class"}
-    if subject.class_names is None:
-        return {"labels": "of the samples without names: taken in the order of the reference's"}
-    if reference.class_names is None:
-        return {"labels": "of the reference without names: taken in the order of the samples'"}
-    return {}
+    words = {
+        (False, False): "of both sides without names: the same number is the same class",
+        (False, True): "of the samples without names: taken in the order of the reference's",
+        (True, False): "of the reference without names: taken in the order of the samples'"}
+    named = (subject.class_names is not None, reference.class_names is not None)
+    return {"labels": words[named]} if named in words else {}
 
 
 def refuse_other_sizes(subject, reference, extractor):
     """Raise UserError for images that a classifier, which resizes none, was not made for."""
     if extractor.resizes:
         return
-    sizes = {"--reference": reference.size}
-    if subject.images:
-        sizes["--samples"] = subject.images.size
-    else:
-        sizes["--ckpt"] = subject.shape[1:]
-    sizes = {flag: tuple(size) for flag, size in sizes.items() if size}
-    for flag, (height, width) in sizes.items():
-        if extractor.size and (height, width) != (extractor.size, extractor.size):
-            raise UserError(f"--features {extractor.name}: this classifier was trained on images "
-                            f"of {extractor.size} pixels per side, and those of {flag} have "
-                            f"{width} x {height}; train one on images of this size, or measure "
-                            "images of its size")
-    if len(set(sizes.values())) > 1:
-        words = " and ".join(f"{flag} {w} x {h}" for flag, (h, w) in sizes.items())
-        raise UserError(f"--features {extractor.name}: a classifier compares images of one size, "
-                        f"and these have {words} pixels; bring them to one size first")
+    sizes = {"--reference": reference.size,
+             "--samples": subject.images.size if subject.images else subject.shape[1:]}
+    for flag, size in sizes.items():
+        wanted = extractor.size and (extractor.size, extractor.size)
+        wanted = wanted or reference.size or size       # a classifier may not say its own
+        if size and tuple(size) != tuple(wanted):
+            raise UserError(f"--features {extractor.name}: this classifier compares images of "
+                            f"{wanted[1]} x {wanted[0]} pixels, and those of {flag} have "
+                            f"{size[1]} x {size[0]}; train one on such images, or take features "
+                            "that resize")
 
 
 def renumber(images, class_names, flag):
@@ -390,13 +361,6 @@ def refuse_long_tailed(reference, class_counts):
         raise UserError(f"--reference {reference.name}: this is the long-tailed set that the model "
                         f"was trained on; the distance to it rewards the imbalance. "
                         f"Leave --reference out, or name balanced images")
-
-
-def refuse_other_features(images, extractor, flag):
-    """Raise UserError where --save-stats kept features of another network than the extractor's."""
-    if images.features and images.about["features_sha256"] != extractor.sha256:
-        raise UserError(f"{flag}: its features were made by {images.about['made_by']}, "
-                        f"not by {extractor.name}")
 
 
 def refuse_lacking(reference, labels, class_names):

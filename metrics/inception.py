@@ -236,37 +236,35 @@ class Inception(nn.Module):
 # --------------------------------------------------------------------------------------------------
 # The weights
 
-def find_weights(path=None):
-    """The weight file: `path`, or the file in torch.hub's cache, downloaded where it is missing.
+def download(url, sha256, flag):
+    """The path of a published weight file: in torch.hub's cache, put there where it is missing.
 
-    torch-fidelity uses the same cache.
+    sha256: its hash, or the beginning. Raises UserError, which names `flag`.
     """
-    if path:
-        if not Path(path).is_file():
-            raise UserError(f"--inception-weights {path}: there is no such file; "
-                            f"it can be downloaded from {URL}")
-        return Path(path)
-    cached = Path(torch.hub.get_dir()) / "checkpoints" / FILE
-    if not cached.is_file():
+    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
+    if not path.is_file():
         try:
-            cached.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(URL, str(cached), hash_prefix=SHA256)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256)
         except (OSError, RuntimeError) as e:
             raise UserError(
-                f"--inception-weights: {FILE} is not there and cannot be downloaded ({e}); "
-                f"download it from {URL}, then put it into {cached.parent} or name it with "
-                f"evaluate.py's --inception-weights; or measure in the features of a classifier "
-                f"with --features FILE, a checkpoint of classify.py") from e
-    return cached
+                f"{flag}: {path.name} is not there and cannot be downloaded ({e}); download it "
+                f"from {url} and put it into {path.parent}; or measure in the features of a "
+                "classifier with --features FILE, a checkpoint of classify.py") from e
+    return path
 
 
 def load_inception(path=None, device="cpu", trust=False):
     """(the network in eval mode, the SHA-256 of its weights).
 
+    path: the weight file; None for that in torch.hub's cache, which torch-fidelity uses, too.
     trust: accept a file with another hash, if it fits. Otherwise UserError is raised unless the
     weights are the published ones.
     """
-    path = find_weights(path)
+    path = Path(path or download(URL, SHA256, "--inception-weights"))
+    if not path.is_file():
+        raise UserError(f"--inception-weights {path}: there is no such file; it can be downloaded "
+                        f"from {URL}")
     digest = disk.sha256(path)
     if digest != SHA256 and not trust:
         raise UserError(
@@ -274,10 +272,6 @@ def load_inception(path=None, device="cpu", trust=False):
             f"{SHA256[:16]}...: the file is incomplete, or has other weights; numbers made with it "
             f"cannot be compared with published ones. --trust-weights accepts it as it is")
     net = Inception()
-    try:
-        net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    except Exception as e:      # torch.load raises many kinds for a file that is not such weights
-        raise UserError(f"--inception-weights {path}: not the weights of the 2015 Inception graph "
-                        f"({type(e).__name__}); get them from {URL}") from e
+    net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     net = net.to(device, memory_format=torch.channels_last).eval()
     return net.requires_grad_(False), digest

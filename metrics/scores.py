@@ -7,8 +7,7 @@
 
 Features are NumPy arrays, float32; FID and KID take tensors as well, and compute where these are
 (`placed`). Those of the generated images come first, those of the real images second.
-tests/test_evaluate.py compares each metric with torch-fidelity's and with a literal version of its
-definition.
+tests/metrics/test_scores.py compares each metric with torch-fidelity's, and with its definition.
 """
 import numpy as np
 import torch

@@ -20,7 +20,7 @@ import disk
 import runtime
 from data import class_groups, load, read_samples, to_rgb, training_images
 from metrics.features import Extractor
-from metrics.image_sets import protocol_of_dataset
+from metrics.image_sets import protocol_of
 from metrics.scores import radii, squared_distances
 from runtime import Parser, UserError, integer, run
 from networks import KINDS
@@ -156,7 +156,7 @@ def main():
     rt = runtime.setup(args.device, args.dtype)
     train = training_images(ckpt, args.data_dir)
     unseen = unseen_images(args, ckpt, train)
-    features = args.features or protocol_of_dataset(data["dataset"])["features"]
+    features = args.features or protocol_of(data["dataset"])["features"]
     extractor = Extractor(features, rt, args.batch_size)
     extractor.refuse_other_size(data["resolution"])
     groups = class_groups(data["class_counts"])
