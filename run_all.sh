@@ -379,7 +379,7 @@ show() {
   SHOWN+=(--column "$1=$run/$3/samples.npz")
 }
 
-# figure FILE [flags of figures.py]: the picture of the columns so far, as PNG and PDF
+# figure FILE [flags of figures.py]: the picture of the columns so far
 figure() {
   python -m pages.figures "${SHOWN[@]}" --data-dir "$DATA_DIR" "${@:2}" --out "$PAGES/$1.png"
   SHOWN=()

@@ -41,14 +41,6 @@ def test_every_pixel_is_where_it_belongs():
     assert small.height == 30 + 3 * 60
 
 
-def test_a_long_caption_is_wrapped():
-    columns = {"A": flat(np.arange(4), range(4))}
-    plain = sample.grid_image(columns, "abcd", None)
-    longer = sample.grid_image(columns, "abcd", None, caption="a long caption " * 18)
-    below = np.asarray(longer)[plain.height:]
-    assert len(below) == 5 * 18 + 6 and (below < 128).any() and (below[:, -4:] > 200).all()
-
-
 SETTINGS = {"seed": 0, "sampler": "ddim", "steps": 50, "guidance": 1.5, "clip": True, "num": 9,
             "ckpt": "a", "step": 3000, "branch": "full", "weights": "ema", "command": "x"}
 
