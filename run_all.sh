@@ -71,6 +71,13 @@ set_up() {
     return
   fi
   if ! has .venv/bin/python "$@"; then
+    if ! command -v uv >/dev/null && ! has python3; then
+      echo "error: Python 3.10 or later is needed, as python3; or install uv" >&2
+      exit 2
+    elif ! command -v uv >/dev/null && ! has python3 ensurepip; then
+      echo "error: python3 cannot make .venv; run: apt install python3-venv (or install uv)" >&2
+      exit 2
+    fi
     echo "Python packages are missing: installing those of $file into $PWD/.venv."
     echo "That takes two minutes on a fast line, and 6 GB of disk. To use another environment, stop"
     echo "this (Ctrl-C), activate it, and run: pip install -r $file"
@@ -83,12 +90,6 @@ set_up() {
     if command -v uv >/dev/null; then
       [[ -e .venv/bin/python ]] || uv venv --python ">=3.10" .venv
       uv pip install --python .venv/bin/python -r "$file"
-    elif ! has python3; then
-      echo "error: Python 3.10 or later is needed, as python3; or install uv" >&2
-      exit 2
-    elif ! has python3 ensurepip; then
-      echo "error: python3 cannot make .venv; run: apt install python3-venv (or install uv)" >&2
-      exit 2
     else
       python3 -m venv .venv
       .venv/bin/python -m pip install --disable-pip-version-check -r "$file"
