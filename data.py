@@ -358,8 +358,6 @@ def load_reference(name: str, data_dir: str | Path = "data", split: str | None =
         images = load(name, data_dir, chosen, resolution, None, pack_dir)
     words = {"train": "training set", "test": "test set"}[chosen]
     n = images.counts.min()
-    if split and images.counts.max() <= 1.5 * n:
-        return images, f"{split} set"
     if not n:
         empty = images.class_names[int(np.argmin(images.counts))]
         raise UserError(f"--data-dir {data_dir}: class {empty} has no image in the {words}")

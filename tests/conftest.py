@@ -14,6 +14,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:     # several threads of several workers
 
 import numpy as np
 import pytest
+import scipy.io
 import torch
 from PIL import Image
 
@@ -107,6 +108,54 @@ def wait_for(path, process):
     while not path.exists():
         assert process.poll() is None, process.stdout.read()
         time.sleep(0.02)
+
+
+def picture(path, seed, mode="RGB", size=(14, 12)):
+    """Write a random image file; return its path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.RandomState(seed).randint(0, 256, (size[1], size[0], 3), np.uint8)
+    Image.fromarray(pixels).convert(mode).save(path, quality=95)
+    return path
+
+
+def make_folder(root, sizes):
+    """A folder with a sub-folder of small images for each of {class name: number of images}."""
+    for c, (name, n) in enumerate(sizes.items()):
+        for i in range(n):
+            picture(root / name / f"{i:03d}.png", 100 * c + i)
+    return root
+
+
+def cub200(root):
+    top = root / "CUB_200_2011"
+    names = ["001.Black_footed_Albatross", "002.Laysan_Albatross", "003.Sooty_Albatross"]
+    rows = [(c, i) for c in range(3) for i in range(5)]
+    files = [f"{names[c]}/{names[c][4:]}_{i:04d}_{c}.jpg" for c, i in rows]
+    for k, f in enumerate(files):
+        picture(top / "images" / f, k, mode="L" if k == 3 else "RGB")
+
+    def write(name, values):
+        (top / name).write_text("".join(f"{k + 1} {v}\n" for k, v in enumerate(values)))
+
+    write("images.txt", files)
+    write("classes.txt", names)
+    write("image_class_labels.txt", [c + 1 for c, _ in rows])
+    write("train_test_split.txt", [int(i < 3) for _, i in rows])
+    return top / "images" / files[5]
+
+
+def flowers102(root):
+    for k in range(1, 13):
+        picture(root / "jpg" / f"image_{k:05d}.jpg", k)
+    labels = np.array([[1 + (k % 3) for k in range(12)]], np.uint8)
+    splits = {
+        "trnid": np.arange(1, 4)[None],
+        "valid": np.array([[4, 5, 6]]),
+        "tstid": np.arange(7, 13)[None],
+    }
+    scipy.io.savemat(root / "imagelabels.mat", {"labels": labels})
+    scipy.io.savemat(root / "setid.mat", splits)
+    return root / "jpg/image_00002.jpg"
 
 
 @pytest.fixture(scope="session")

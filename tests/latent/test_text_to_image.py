@@ -6,8 +6,8 @@ from argparse import Namespace
 import numpy as np
 import pytest
 import torch
-from conftest import assert_same_losses, call, pixels, randomize, torchrun, write_text_encoder
-from test_releases import cub200, flowers102
+from conftest import (assert_same_losses, call, cub200, flowers102, pixels, randomize, torchrun,
+                      write_text_encoder)
 from torch.testing import assert_close
 
 import disk
