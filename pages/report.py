@@ -312,9 +312,12 @@ def results_figure(rows, columns, paper, title, path):
 
 
 def conditions_of(rows, told=frozenset()):
-    """How the first row's numbers were made, and in what other rows, and seeds, differ."""
+    """How the first row's numbers were made, and in what other rows, and seeds, differ.
+
+    told: settings that the page says elsewhere.
+    """
     result = rows[0][1][0]
-    s = result["settings"]
+    s = {key: value for key, value in result["settings"].items() if key not in told}
     against = f"{result['num_real']:,} real images ({s.get('reference')})"
     text = f"{result['num']:,} images against {against}."
     if "sampler" in s:
@@ -484,7 +487,8 @@ def demo_figure(rows, path):
         ax.spines[["top", "right"]].set_visible(False)
         ax.set_title(f"guidance {strength:g}")
     axes[0, 0].set_ylabel("FD (classifier features), lower is better")
-    axes[0, 0].legend(fontsize=8)
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5,
+               fontsize=8)
     disk.save_figure(fig, path)
 
 

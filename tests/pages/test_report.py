@@ -10,6 +10,7 @@ from conftest import ROOT, call, refuses
 from PIL import Image
 
 import disk
+import evaluate
 import sample
 from pages import report
 
@@ -282,20 +283,23 @@ def test_demo_page(tmp_path):
     assert "(report.png)" in text and (tmp_path / "page/report.png").exists()
 
 
-def test_samples_side_by_side(cm_run, tmp_path, capsys):
+def test_samples_side_by_side(cm_run, classifier, data_dir, tmp_path, capsys):
     """A picture per guidance strength, of the files that were measured; theta_g beside theta."""
     rows = []
     for name in ("full", "general"):
         out = tmp_path / name
         call(sample.main, "--ckpt", cm_run / "ckpt.pt", "--branch", name, "--num", 20, "--steps", 1,
              "--device", "cpu", "--out", out)
-        rows.append(write_row(tmp_path, name, demo_result(
-            9.0, samples=str(out), samples_sha256=disk.sha256(out / "samples.npz"))))
+        call(evaluate.main, "--samples", out / "samples.npz", "--features", classifier,
+             "--data-dir", data_dir, "--floor", 2, "--device", "cpu")
+        rows.append(f"{name}={out}/eval.json")
     pair = [f"{tmp_path}/{name}/samples.npz" for name in ("general", "full")]
     text = make_page(tmp_path / "p.md", *rows, more=["--pair", *pair])
     for file in ("p-theta_g_theta.png", "p-samples-1.5.png"):
         assert f"({file})" in text and Image.open(tmp_path / file).height == 30 + 10 * 60
-    assert "Not shown" not in text
+    assert "Not shown" not in text and "Differs: general (branch general)." in text
+    result = disk.read_json(tmp_path / "full/eval.json")
+    assert f"| full | 1.5 | {result['fd']:.2f} | {result['groups']['Many']['fd']:.2f} |" in text
 
     # Named, not shown: gone, made again since, of other training images
     other = tmp_path / "other"
@@ -303,11 +307,10 @@ def test_samples_side_by_side(cm_run, tmp_path, capsys):
     record = disk.read_json(other / "samples.json")
     record["data"]["class_counts"][0] += 1
     disk.write_json(other / "samples.json", record)
-    digest = disk.sha256(other / "samples.npz")
-    rows += [write_row(tmp_path, name, demo_result(9.0, samples=str(tmp_path / folder),
-                                                   samples_sha256=sha256))
-             for name, folder, sha256 in (("gone", "no", digest), ("stale", "full", "of others"),
-                                          ("others", "other", digest))]
+    for name, change in (("gone", {"samples": "no.npz"}), ("stale", {"samples_sha256": "x"}),
+                         ("others", {"samples": str(other)})):
+        settings = {**result["settings"], **change}
+        rows.append(write_row(tmp_path, name, {**result, "settings": settings}))
     text = make_page(tmp_path / "p.md", *rows)
     assert "Not shown: gone, stale, others (" in text
     for wrong in (pair[::-1], pair[:1] * 2):
