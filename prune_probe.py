@@ -80,19 +80,9 @@ def prune(net, fraction, scope="global", tensors="weights"):
 # --------------------------------------------------------------------------------------------------
 # Losses on fixed images, noise and timesteps
 
-def squared_errors(net, x_t, t, y, eps, rt, batch_size):
-    """||eps_theta(x_t, t, y) - eps||^2 / (C H W) per image: an array (N,) float32."""
-    parts = []
-    for rows in torch.arange(len(x_t), device=rt.device).split(batch_size):
-        with rt.autocast():
-            predicted = net(x_t[rows], t[rows], y[rows]).float()
-        parts.append(distance(predicted, eps[rows]))
-    return torch.cat(parts).cpu().numpy()
-
-
 @torch.no_grad()
 def per_image_losses(net, images, labels, repeats, rt, seed=0, batch_size=500, title="losses"):
-    """The mean squared error of eps_theta per image, over `repeats` timesteps of it: (N,) float64.
+    """||eps_theta - eps||^2 / (C H W) per image, the mean over `repeats` timesteps: (N,) float64.
 
     images (N, H, W, C) uint8, labels (N,). Noise follows from seed and position alone.
     """
@@ -110,7 +100,12 @@ def per_image_losses(net, images, labels, repeats, rt, seed=0, batch_size=500, t
                 t = times[chunk, r].to(rt.device)
                 x_t = q_sample(x_0, t, eps, *roots)
                 x_t = x_t.contiguous(memory_format=torch.channels_last)
-                result[chunk] += squared_errors(net, x_t, t, y, eps, rt, batch_size) / repeats
+                errors = []
+                for rows in torch.arange(len(x_t), device=rt.device).split(batch_size):
+                    with rt.autocast():
+                        predicted = net(x_t[rows], t[rows], y[rows]).float()
+                    errors.append(distance(predicted, eps[rows]))
+                result[chunk] += torch.cat(errors).cpu().numpy() / repeats
                 bar.update(len(x_0))
     return result
 
@@ -140,12 +135,6 @@ def measure(net, images, labels, fractions, args, rt, name):
 # --------------------------------------------------------------------------------------------------
 # From losses per image to numbers per class and group
 
-def with_interval(value, samples):
-    """[value, low, high] with the central 95 % of the bootstrap's samples."""
-    low, high = np.percentile(samples, [2.5, 97.5])
-    return [float(value), float(low), float(high)]
-
-
 def bootstrap(raw, pruned, resamples=1000, seed=0):
     """Absolute and relative change of a mean loss, each [value, low, high].
 
@@ -159,16 +148,10 @@ def bootstrap(raw, pruned, resamples=1000, seed=0):
     rng = np.random.RandomState(seed)
     weights = rng.multinomial(n, np.full(n, 1 / n), resamples) / n
     means = weights @ np.stack([raw, pruned], 1)        # (resamples, 2): the same images in both
-    absolute = with_interval(pruned.mean() - raw.mean(), means[:, 1] - means[:, 0])
-    relative = with_interval(pruned.mean() / raw.mean() - 1, means[:, 1] / means[:, 0] - 1)
-    return absolute, relative
-
-
-def class_changes(raw, pruned, train_images, seed):
-    """The numbers of one class: raw, pruned (n,) are the losses of its images."""
-    absolute, relative = bootstrap(raw, pruned, seed=seed)
-    return {"train_images": int(train_images), "images": len(raw), "raw": float(raw.mean()),
-            "pruned": float(pruned.mean()), "absolute": absolute, "relative": relative}
+    absolute = pruned.mean() - raw.mean(), means[:, 1] - means[:, 0]
+    relative = pruned.mean() / raw.mean() - 1, means[:, 1] / means[:, 0] - 1
+    return tuple([float(x) for x in (value, *np.percentile(samples, [2.5, 97.5]))]
+                 for value, samples in (absolute, relative))
 
 
 def changes(raw, pruned, labels, class_names, counts):
@@ -180,8 +163,11 @@ def changes(raw, pruned, labels, class_names, counts):
     """
     classes = {}
     for c, name in enumerate(class_names):
-        mine = labels == c
-        classes[name] = class_changes(raw[mine], pruned[mine], counts[c], seed=c)
+        before, after = raw[labels == c], pruned[labels == c]
+        absolute, relative = bootstrap(before, after, seed=c)
+        classes[name] = {"train_images": int(counts[c]), "images": len(before),
+                         "raw": float(before.mean()), "pruned": float(after.mean()),
+                         "absolute": absolute, "relative": relative}
     groups = {name: {} for name in class_groups(counts)}
     spearman = {}
     for kind in ("absolute", "relative"):
@@ -221,13 +207,6 @@ def bars_of(result, kind, names):
     return value, np.stack([value - low, high - value])
 
 
-def legend_of(name, result, kind):
-    """A checkpoint's name, with its rank correlation where the bars are changes."""
-    if kind == "raw":
-        return name
-    return f"{name}: Spearman {correlation(result['spearman'][kind], 1)}"
-
-
 def bar_figure(kind, results, fraction, path):
     """One bar per class, the most populous class first; the checkpoints' bars side by side.
 
@@ -243,7 +222,9 @@ def bar_figure(kind, results, fraction, path):
     for k, (name, result) in enumerate(results.items()):
         x = np.arange(len(names)) + (k - (n - 1) / 2) * 0.8 / n
         heights, errors = bars_of(result, kind, names)
-        label = disk.in_figure(legend_of(name, result, kind))
+        if kind != "raw":
+            name += f": Spearman {correlation(result['spearman'][kind], 1)}"
+        label = disk.in_figure(name)
         ax.bar(x, heights, 0.8 / n, yerr=errors, label=label, error_kw={"linewidth": 0.7})
     if kind != "raw":
         ax.axhline(0, color="black", linewidth=0.7)
@@ -287,17 +268,13 @@ def curve_figure(results, path):
     disk.save_figure(fig, path)
 
 
-def write_figures(results, fractions, fraction, out, earlier=None):
-    """The bars of `fraction`, and the curve of several fractions; return the files' names.
-
-    earlier: the results of an earlier call into this folder, or None.
-    """
+def write_figures(results, fractions, fraction, out):
+    """The bars of `fraction`, and the curve of several fractions; return the files' names."""
     shown = {name: by_fraction[f"{fraction:g}"] for name, by_fraction in results.items()}
     for kind in BARS:
         bar_figure(kind, shown, fraction, out / f"{kind}.png")
     if len(fractions) == 1:
-        if any(len(by_fraction) > 1 for by_fraction in (earlier or {}).values()):
-            (out / "curve.png").unlink(missing_ok=True)     # that call's
+        (out / "curve.png").unlink(missing_ok=True)     # an earlier call's
         return [f"{kind}.png" for kind in BARS]
     curve_figure(results, out / "curve.png")
     return [f"{kind}.png" for kind in (*BARS, "curve")]
@@ -324,8 +301,13 @@ def fractions_of(text):
     return fractions
 
 
-def add_pruning_flags(parser):
-    """What is set to zero."""
+def make_parser():
+    """All flags."""
+    parser = Parser(__doc__)
+    parser.add_argument("--ckpt", nargs="+", required=True,
+                        help="checkpoints of one data set, side by side in the figures")
+    parser.add_argument("--names", nargs="+",
+                        help="what to call them (default: their folders' names)")
     g = parser.add_argument_group("pruning")
     g.add_argument("--fraction", type=number(above=0, high=0.999), default=0.1,
                    help="share of weights set to zero (default: 0.1)")
@@ -337,10 +319,6 @@ def add_pruning_flags(parser):
     g.add_argument("--tensors", choices=("weights", "all"), default="weights",
                    help="which parameters the share is of: weights of convolutions and linear "
                    "layers, or all: also biases, norms and label embeddings (default: weights)")
-
-
-def add_measurement_flags(parser):
-    """What the loss is measured on."""
     g = parser.add_argument_group("measurement")
     g.add_argument("--images", choices=("trained", "balanced", "test"), default="trained",
                    help="those that the network was trained on, evaluate.py's balanced reference, "
@@ -351,17 +329,6 @@ def add_measurement_flags(parser):
     g.add_argument("--weights", choices=("ema", "raw"), default="ema", help="default: ema")
     g.add_argument("--batch-size", type=integer(1), default=256,
                    help="images at a time; changes nothing (default: 256)")
-
-
-def make_parser():
-    """All flags."""
-    parser = Parser(__doc__)
-    parser.add_argument("--ckpt", nargs="+", required=True,
-                        help="checkpoints of one data set, side by side in the figures")
-    parser.add_argument("--names", nargs="+",
-                        help="what to call them (default: their folders' names)")
-    add_pruning_flags(parser)
-    add_measurement_flags(parser)
     parser.add_common("folder of probe.json and the figures (default: prune beside the first "
                       "checkpoint)")
     return parser
@@ -439,10 +406,9 @@ def main():
     print(f"{settings['images']}: {len(labels):,} images x {args.repeats} timesteps; {args.scope} "
           f"threshold over {args.tensors} ({numel:,} numbers)")
     print_results(results)
-    earlier = (disk.read_json(out / "probe.json") or {}).get("results")
     disk.write_json(out / "probe.json", {"results": results, "settings": settings,
                                          "seconds": round(time.time() - start, 1)})
-    pictures = write_figures(results, fractions, shown, out, earlier)
+    pictures = write_figures(results, fractions, shown, out)
     print(f"wrote {out}: {', '.join(['probe.json', *pictures])}")
 
 

@@ -310,32 +310,31 @@ def allocation(args, rt, ckpt, net):
 def read_quality(paths, ckpt):
     """(metric, {group: its Frechet distance with theta and with theta_g}): the two of Table 7.
 
-    paths: evaluate.py's JSON of --branch full, and of --branch general; both of this Checkpoint.
+    paths: evaluate.py's JSON of --branch full, and of --branch general; both of this Checkpoint,
+    and measured alike. Raises UserError.
     """
-    full, general = (disk.read_json(path) for path in paths)
-    key = "fid" if full and "fid" in full else "fd"
+    results = [disk.read_json(path) for path in paths]
     try:
-        branches = [result["settings"]["branch"] for result in (full, general)]
-        quality = {name: {"theta": part[key], "theta_g": general["groups"][name][key]}
-                   for name, part in full["groups"].items()}
-    except (KeyError, TypeError, AttributeError) as e:
-        raise UserError("--quality: give evaluate.py's JSON of --branch full and of --branch "
-                        "general, in the same features") from e
-    if branches != ["full", "general"]:
-        raise UserError(f"--quality: these are of --branch {branches[0]} and --branch "
-                        f"{branches[1]}; give full first, then general")
-    own = {"branch", "ckpt", "ckpt_sha256", "samples", "samples_sha256", "command"}
-    settings = [{k: v for k, v in r["settings"].items() if k not in own} for r in (full, general)]
-    different = [key for key in {**settings[0], **settings[1]}
-                 if settings[0].get(key) != settings[1].get(key)]
-    if different:
-        a, b = (s.get(different[0]) for s in settings)
-        raise UserError(f"--quality {paths[1]}: its {different[0]} is {b}, and {a} in {paths[0]}; "
-                        "the two must be measured alike")
-    for path, result in zip(paths, (full, general)):
-        if result["settings"].get("ckpt_sha256", ckpt.sha256) != ckpt.sha256:
+        settings = [result["settings"] for result in results]
+        key = "fid" if "fid" in results[0] else "fd"
+        quality = {name: {"theta": part[key], "theta_g": results[1]["groups"][name][key]}
+                   for name, part in results[0]["groups"].items()}
+    except (TypeError, KeyError) as e:
+        raise UserError("--quality: give evaluate.py's JSON of --branch full, then of --branch "
+                        "general, of the same features") from e
+    for path, of, branch in zip(paths, settings, ("full", "general")):
+        if of.get("branch") != branch:
+            raise UserError(f"--quality {path}: not of --branch {branch}; give full first, then "
+                            "general")
+        if of.get("ckpt_sha256", ckpt.sha256) != ckpt.sha256:
             raise UserError(f"--quality {path}: measured on another checkpoint than --ckpt; run "
                             "evaluate.py on this one")
+    own = {"branch", "ckpt", "ckpt_sha256", "samples", "samples_sha256", "command"}
+    for name in {**settings[0], **settings[1]}:
+        a, b = (of.get(name) for of in settings)
+        if a != b and name not in own:
+            raise UserError(f"--quality {paths[1]}: its {name} is {b}, and {a} in {paths[0]}; the "
+                            "two must be measured alike")
     return key, quality
 
 
