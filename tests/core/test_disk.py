@@ -1,0 +1,156 @@
+"""disk.py: files are whole or not there, folders have one writer, results name what made them."""
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ROOT, TINY_FLAGS, refuses
+
+import disk
+import train
+from runtime import UserError
+
+KILLS = """
+import os, random, signal, sys, time, torch, disk
+
+path = sys.argv[1]
+moments = random.Random(0)
+
+def save(step):
+    model = {str(i): torch.full((1000,), step) for i in range(50)}
+    disk.save(path, {"kind": "diffusion", "step": step, "model": model})
+
+save(0)
+for kill in range(20):
+    first = disk.load(path, ["diffusion"])["step"]
+    inode = os.stat(path).st_ino
+    child = os.fork()
+    if not child:
+        for step in range(first + 1, 10 ** 9):
+            save(step)
+    while os.stat(path).st_ino == inode:        # until the child has saved once
+        time.sleep(0.01)
+    time.sleep(0.05 * moments.random())
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    state = disk.load(path, ["diffusion"])
+    assert len(state["model"]) == 50 and state["step"] > first
+    assert all((v == state["step"]).all() for v in state["model"].values())
+    print(state["step"])
+"""
+
+
+def test_twenty_kills_while_saving(tmp_path):
+    """kill -9 at random moments: the checkpoint is always whole and goes forwards."""
+    done = subprocess.run([sys.executable, "-c", KILLS, tmp_path / "ckpt.pt"],
+                          capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and len(done.stdout.split()) == 20, done.stderr
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(capsys, data_dir, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    disk.save(run / "ckpt.pt", {"kind": "diffusion", "step": 1})
+    before = (run / "ckpt.pt").read_bytes()
+
+    def full_disk(value, f):
+        f.write(b"half of it")
+        raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(UserError, match="--out.*No space left"):
+        disk.save(run / "ckpt.pt", {"kind": "diffusion", "step": 2})
+    assert (run / "ckpt.pt").read_bytes() == before and len(list(run.iterdir())) == 1
+    (tmp_path / "file").write_text("in the way")
+    refuses(capsys, train.main, *TINY_FLAGS, "--data-dir", data_dir, "--steps", 2,
+            "--out", tmp_path / "file/run", says=["--out"])
+
+
+def test_a_checkpoint_is_plain_types(tmp_path):
+    """weights_only=True: nothing in a file is run."""
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "made"),)
+    disk.save(tmp_path / "x.pt", {"kind": "diffusion", "model": Evil()})
+    with pytest.raises(UserError, match="--ckpt"):
+        disk.load(tmp_path / "x.pt", ["diffusion"])
+    assert not (tmp_path / "made").exists()
+
+
+def test_a_checkpoint_has_its_hash(tmp_path):
+    disk.save(tmp_path / "x.pt", {"kind": "text", "step": 3})
+    ckpt = disk.load(tmp_path / "x.pt", ["diffusion", "text"])
+    assert ckpt["step"] == 3 and ckpt.sha256 == disk.sha256(tmp_path / "x.pt")
+    with pytest.raises(UserError, match="--ckpt"):
+        disk.load(tmp_path / "x.pt", ["diffusion"])
+
+
+def test_one_process_writes_to_a_folder(tmp_path):
+    code = ("import sys, disk\n"
+            "with disk.lock(sys.argv[1]): print('has it', flush=True); sys.stdin.read()")
+    other = subprocess.Popen([sys.executable, "-c", code, tmp_path], cwd=ROOT, text=True,
+                             stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert other.stdout.readline() == "has it\n"
+    with pytest.raises(UserError, match="--out"), disk.lock(tmp_path):
+        pass
+    with disk.lock(tmp_path, name=".other"):
+        pass
+    other.kill()                                # a killed process holds nothing
+    other.wait()
+    with disk.lock(tmp_path):
+        pass
+
+
+def test_a_folder_is_replaced_where_it_is_an_earlier_one(tmp_path):
+    folder = tmp_path / "export"
+
+    def write(text):
+        def fill(path):
+            (path / "deep").mkdir()
+            (path / "deep/x.txt").write_text(text)
+        disk.write_folder(folder, fill, "lora", "--lora", settings={"step": 1})
+    write("one")
+    write("two")
+    assert (folder / "deep/x.txt").read_text() == "two"
+    record = disk.read_json(folder / "export.json")
+    assert record["kind"] == "lora" and record["settings"] == {"step": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["export"]
+    # Half of it is not written; what another program or the user put there is not replaced
+    with pytest.raises(ZeroDivisionError):
+        disk.write_folder(folder, lambda path: 1 / 0, "lora", "--lora")
+    with pytest.raises(UserError, match="--pipeline"):
+        disk.write_folder(folder, lambda path: None, "pipeline", "--pipeline")
+    (folder / "mine.txt").write_text("notes")
+    with pytest.raises(UserError, match="--lora"):
+        write("three")
+    assert (folder / "deep/x.txt").read_text() == "two"
+    assert [p.name for p in tmp_path.iterdir()] == ["export"]
+
+
+def test_a_fingerprint_is_of_names_sizes_and_both_times(monkeypatch):
+    def fingerprint(name="a", **changed):
+        stat = {"st_size": 1, "st_mtime_ns": 2, "st_ctime_ns": 3, **changed}
+        with monkeypatch.context() as m:
+            m.setattr(os, "stat", lambda path: SimpleNamespace(**stat))
+            return disk.fingerprint([Path("/x") / name], "/x")
+    others = [fingerprint("b"), fingerprint(st_size=9), fingerprint(st_mtime_ns=9),
+              fingerprint(st_ctime_ns=9)]
+    assert len({fingerprint(), fingerprint(), *others}) == 5
+
+
+def test_up_to_date_compares_as_json(tmp_path):
+    path = tmp_path / "samples.json"
+    assert not disk.up_to_date(path, {})                 # no such file
+    disk.write_json(path, {"settings": {"classes": (1, 2)}})
+    assert disk.up_to_date(path, {"classes": (1, 2)})
+    assert not disk.up_to_date(path, {"classes": (1, 3)})
+    for content in ({}, [1], {"settings": None}):
+        disk.write_json(path, content)
+        assert not disk.up_to_date(path, {})
+
+
+def test_a_result_names_the_commit():
+    commit = disk.git_commit()
+    assert commit is None or len(commit.split("-")[0]) == 40
