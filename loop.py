@@ -182,7 +182,7 @@ def format_line(step, args, means, groups, lr, speed):
     words = [f"step {step:>{len(str(args.steps))}}/{args.steps}  "]
     words += [f"{k} {v:<8.4f} " for k, v in means.items()
               if not k.startswith("D_") and k != "grad_norm"]
-    if "con" in means:
+    if any(value for name, value in means.items() if name.startswith("D_")):
         D = [f"{means[f'D_{name}']:.1e}" if f"D_{name}" in means else "-" for name in groups]
         words.append(f"D {'/'.join(D)}  ")
     seconds_left = round((args.steps - step) * args.batch_size / speed)
@@ -252,7 +252,9 @@ class Training:
     record:    what a checkpoint holds besides, the same at every step; in it "config" and "data"
     old:       the checkpoint that the run goes on from, whose weights `net` has already, or None
     """
-    max_base = 10.0         # a base loss above this has diverged: predicting zero costs 1
+    averages = True             # whether weights are averaged, by --ema
+    broadcast_buffers = False   # whether all ranks go on from rank 0's buffers in every step
+    max_base = 10.0             # a base loss above this has diverged: predicting zero costs 1
 
     def __init__(self, args, rt, net, objective, batches, optimizer, record, old=None):
         self.args = args
@@ -264,7 +266,7 @@ class Training:
         self.record = record
         self.params = {name: p for name, p in net.named_parameters() if p.requires_grad}
         self.ema = {}
-        for name, p in self.params.items():
+        for name, p in self.params.items() if self.averages else ():
             source = old["ema"][name].to(rt.device) if old else p.detach()
             self.ema[name] = source.clone(memory_format=torch.preserve_format)
         data = record["data"]
@@ -319,8 +321,9 @@ class Training:
         else:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        decay = min(self.args.ema, (1 + self.step) / (10 + self.step))
-        get_ema_multi_avg_fn(decay)(list(self.ema.values()), list(self.params.values()), None)
+        if self.averages:
+            decay = min(self.args.ema, (1 + self.step) / (10 + self.step))
+            get_ema_multi_avg_fn(decay)(list(self.ema.values()), list(self.params.values()), None)
         return norm
 
     def refuse_divergence(self, means):
@@ -408,7 +411,7 @@ def agrees(step, args, rt):
     return often or step % 10 == 0
 
 
-def loop(training, samples, evaluation=None):
+def loop(training, samples=None, evaluation=None):
     """Train to args.steps, logging and saving; where a signal comes, save and leave the process.
 
     samples(state, labels, rt): images of a checkpoint, uint8 (N, H, W, C), for its grids.
@@ -424,7 +427,7 @@ def loop(training, samples, evaluation=None):
             module, warning = runtime.compile_or_not(
                 module, lambda compiled: compiled(training.batch())[0], rt)
         announce(training, module is not training.objective)
-        module = rt.parallel(module)
+        module = rt.parallel(module, training.broadcast_buffers)
         log = Log(training) if rt.rank == 0 else None
         if log and warning:
             log.write(training.step, {"warning": warning})

@@ -130,7 +130,7 @@ demo_samples() {
 
 demo() {
   # The feature classifier, on the balanced training set
-  python -m recognition.classify --dataset digits --epochs $EPOCHS --out $OUT/classifier --if-needed
+  python -m recognition.classify --dataset digits --epochs $EPOCHS --out $OUT/classifier
 
   # DDPM, OC, and CM on OC (the paper's default); a run whose step equals its steps is finished
   demo_train ddpm --base ddpm --no-cm
@@ -200,7 +200,7 @@ if [[ $SCALE == demo ]]; then
   ROOT=${ROOT:-out/paper-demo} FLAGS="--sample-every 0 $FLAGS"
   if [[ $DATASET == digits ]]; then
     FEATURES=$ROOT/classifier/ckpt.pt
-    python -m recognition.classify --dataset digits --epochs 10 --out "$ROOT/classifier" --if-needed
+    python -m recognition.classify --dataset digits --epochs 10 --out "$ROOT/classifier"
   fi
 else
   case $TARGET in
@@ -322,7 +322,7 @@ classes() {
   shift 2
   for seed in ${SEEDS//,/ }; do
     python -m recognition.classify "${DATA[@]}" ${EPOCHS:+--epochs "$EPOCHS"} "${@//@SEED/$seed}" \
-      --seed $seed --out "$RUNS/classify-$run-seed$seed" --if-needed
+      --seed $seed --out "$RUNS/classify-$run-seed$seed"
   done
   add_row "$name" "$RUNS/classify-$run-seed" /result.json
 }
@@ -366,7 +366,7 @@ text() {
 small_parts() {
   FEATURES=$RUNS/classifier/ckpt.pt
   python -m recognition.classify --dataset folder --ir 1 --data-dir "$DATA_DIR" \
-    --resolution "$RESOLUTION" --width 16 --epochs 30 --out "$RUNS/classifier" --if-needed
+    --resolution "$RESOLUTION" --width 16 --epochs 30 --out "$RUNS/classifier"
   python -m latent.text_to_image autoencoder "${DATA[@]}" --factor 4 --ch 16 --lr 2e-3 --warmup 50 \
     --ema 0.99 --batch-size 32 --steps 400 --sample-every 400 --out "$RUNS/autoencoder"
   PARTS=(--autoencoder "$RUNS/autoencoder/ckpt.pt" --text-encoder words

@@ -10,20 +10,14 @@ precision and macro recall on the balanced test set. The folder of a run holds c
 ResNet-18, CM merged: what `evaluate.py --features` takes), result.json, confusion.png and
 TensorBoard events. The same command resumes a stopped run.
 """
-import hashlib
 import math
-import sys
-import time
 from argparse import BooleanOptionalAction
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
-from torch.nn import functional as F
-from torch.utils.tensorboard import SummaryWriter
 
 import disk
 import runtime
@@ -31,19 +25,20 @@ from cm_layers import merge
 from data import (Batches, ImageSet, add_data_flags, by_size, class_groups, class_order_of,
                   images_of_npz, load, load_long_tailed, open_npz, read_record, refuse_other_data,
                   to_classes, to_float, unused_data_flags)
+from loop import RESUMABLE, Training, config_of, is_finished, loop, resume
 from losses import CMConfig, add_cm_flags
-from recognition.resnet import (DISTANCES, LOSSES, STAGES, ClassifierLoss, make_reserved,
-                                refuse_narrow)
+from recognition.resnet import (DISTANCES, LOSSES, STAGES, ClassifierLoss, load_classifier,
+                                make_reserved, refuse_narrow)
 from runtime import Parser, UserError, integer, number, run
 from sets.readers import NoSuchSplit
 
+CM_ONLY = ("w_con", "w_div", "div_bound", "distance")
 PRESETS = {     # the field's recipe, and what is different for the small digits
     "paper": {"epochs": 200, "weight_decay": 2e-4, "schedule": "steps", "nesterov": False,
               "width": 64},
     "digits": {"epochs": 30, "weight_decay": 5e-4, "schedule": "onecycle", "nesterov": True,
                "width": 16},
 }
-RESUMABLE = {"device", "out", "data_dir", "pack_dir", "compile", "if_needed", "save_every"}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -65,9 +60,13 @@ def make_parser():
     add_extra_flags(add_data_flags(parser, dataset="digits", ir=1))
     add_method_flags(parser.add_argument_group("method"))
     add_training_flags(parser.add_argument_group("training"))
-    add_output_flags(parser)
+    parser.add_argument("--group-rule", choices=("counts", "thirds"), default="counts",
+                        help="Many / Medium / Few by training images, over 100, 20 to 100, under "
+                             "20, as Table G.13 must have it; or thirds of the classes (default: "
+                             "counts)")
     parser.add_common("folder of the run (default: out/classifier-DATASET, and a name made of the "
                       "settings unless they are the defaults)")
+    parser.set_defaults(accumulate=1)
     return parser
 
 
@@ -120,17 +119,6 @@ def add_training_flags(group):
                        help="epochs between checkpoints (default: 10)")
 
 
-def add_output_flags(parser):
-    """What is reported, and when."""
-    parser.add_argument("--group-rule", "--split-rule", choices=("counts", "thirds"),
-                        default="counts",
-                        help="Many / Medium / Few by training images, over 100, 20 to 100, under "
-                             "20, as Table G.13 must have it; or thirds of the classes (default: "
-                             "counts)")
-    parser.add_argument("--if-needed", action="store_true",
-                        help="do nothing where --out was made with these settings already")
-
-
 def resolve(args, given=()):
     """Fill in the data set's defaults and the run's folder. Raises UserError for an unused flag.
 
@@ -142,9 +130,19 @@ def resolve(args, given=()):
     if args.out is None:
         args.out = default_folder(args)
     if args.reserve is None:
-        # Without --cm it means nothing: what older runs have there, so that they are still resumed
-        args.reserve = list(STAGES) if args.cm else ["layer3", "layer4"]
-    runtime.refuse_unused(given, {**unused_data_flags(args), **unused_flags(args)})
+        args.reserve = list(STAGES) if args.cm else []
+    unused = unused_data_flags(args)
+    if args.loss != "la":
+        unused["tau"] = "belongs to --loss la, which adds the prior"
+    if not args.extra:
+        unused["extra_per_class"] = "belongs to --extra"
+    if not args.cm:
+        unused.update(dict.fromkeys(("reserve", "rank_ratio", "lam", *CM_ONLY), "belongs to --cm"))
+    elif not args.lam:
+        unused.update(dict.fromkeys(CM_ONLY, "--lam 0 has no L_CM"))
+    runtime.refuse_unused(given, unused)
+    if args.extra and Path(args.extra).is_file():
+        args.extra_sha256 = disk.sha256(args.extra)
     return args
 
 
@@ -166,36 +164,13 @@ def default_folder(args):
         words.append("extra" + content)
     if args.seed != 0:
         words.append(f"seed{args.seed}")
-    named = RESUMABLE | {"dataset", "ir", "loss", "drw", "cm", "extra", "seed", "plugin"}
+    named = {"dataset", "ir", "loss", "drw", "cm", "extra", "seed", "plugin", "device", "out",
+             *RESUMABLE}
     for key, value in sorted(vars(args).items()):
         if key not in named and value != defaults[key]:
             text = "_".join(value) if isinstance(value, list) else str(value)
             words.append(key + text)
     return "out/" + "-".join(words).replace("/", "_")
-
-
-def unused_flags(args):
-    """{flag: why it does nothing}, of those that mean something only together with another one."""
-    unused = {}
-    if args.loss != "la":
-        unused["tau"] = "belongs to --loss la, which adds the prior"
-    if not args.extra:
-        unused["extra_per_class"] = "belongs to --extra"
-    if not args.cm:
-        keys = ("reserve", "lam", "w_con", "w_div", "div_bound", "distance", "rank_ratio")
-        unused.update({key: "belongs to --cm" for key in keys})
-    elif not args.lam:
-        unused.update({key: "--lam 0 has no L_CM" for key in
-                       ("w_con", "w_div", "div_bound", "distance")})
-    return unused
-
-
-def settings_of(args):
-    """What a run's result depends on: {name: value}, with a hash of the extra images' file."""
-    settings = {key: value for key, value in vars(args).items()
-                if key not in RESUMABLE | {"plugin"}}
-    return {**settings, **runtime.Plugins.record(),
-            "extra_sha256": args.extra and disk.sha256(args.extra)}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -276,139 +251,31 @@ def read_extra(path, images):
     return extra[..., :channels], labels.astype(np.int64)
 
 
-def random_shift(x, pad, g):
-    """Shift each image by up to `pad` pixels in all directions; x (N, C, H, W), g the generator.
-
-    What enters at the border is the background, -1.
-    """
-    N, _, H, W = x.shape
-    padded = F.pad(x, (pad,) * 4, value=-1.0)
-    dy, dx = torch.randint(2 * pad + 1, (2, N, 1, 1), generator=g, device=x.device)
-    image = torch.arange(N, device=x.device)[:, None, None]
-    row = torch.arange(H, device=x.device)[:, None] + dy
-    column = torch.arange(W, device=x.device) + dx
-    return padded[image, :, row, column].permute(0, 3, 1, 2)
-
-
-def augmented(x, flip, seed, step):
-    """The images x (B, C, H, W) of a step, shifted at random, and mirrored where `flip`.
-
-    A pure function of the global batch and (seed, step).
-    """
-    g = runtime.generator(x.device, seed, "augment", step)
-    x = random_shift(x, max(1, x.shape[-1] // 8), g)
-    if flip:
-        mirrored = torch.rand(len(x), 1, 1, 1, generator=g, device=x.device) < 0.5
-        x = torch.where(mirrored, x.flip(3), x)
-    return x
-
-
 # --------------------------------------------------------------------------------------------------
-# Set-up
+# Training
 
-@dataclass
-class Training:
-    """What a run's loop works on, and the step that it has reached."""
-    net: nn.Module
-    optimizer: torch.optim.SGD
-    batches: Batches
-    flip: bool                  # whether images are mirrored at random
-    steps_per_epoch: int
-    total: int                  # steps of the whole run
-    record: dict                # what every checkpoint of the run holds
-    step: int = 0
-    loss: nn.Module | None = None           # ClassifierLoss, perhaps compiled or parallel
-    board: SummaryWriter | None = None      # TensorBoard, on rank 0 only
+class ClassifierTraining(Training):
+    """A run with SGD's schedule, without clipping and averaged weights.
 
-    def state(self):
-        """What a checkpoint keeps so that the run can be resumed."""
-        return {"model": self.net.state_dict(), "optimizer": self.optimizer.state_dict(),
-                "step": self.step}
+    A checkpoint's "model" is merged, what its readers want; "reserved" is what was trained.
+    """
+    averages = False
+    broadcast_buffers = True        # batch norm's running statistics
+    max_base = math.inf
 
-    def restore(self, state):
-        """Take over what `state` returned."""
-        self.net.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.step = state["step"]
+    def weights(self):
+        merged = make_reserved(self.record["network"], self.args.reserve, self.args.rank_ratio)
+        merged.load_state_dict(self.net.state_dict())
+        reserved = {"reserved": self.net.state_dict()} if self.args.cm else {}
+        return {"model": merge(merged).state_dict(), **reserved}
 
+    def learning_rate(self, step):
+        return learning_rate(step, self.args.steps, self.args.steps_per_epoch, self.args)
 
-def reserved_stages(args):
-    """The stages that CM reserves: none without --cm."""
-    return args.reserve if args.cm else []
-
-
-def set_up(sets, settings, old, args, rt):
-    """The Training of a run: a new one, or the one of the checkpoint `old`, where it stopped."""
-    if old:
-        defaults = {**vars(make_parser().parse_args([])), **preset_of(args.dataset)}
-        disk.refuse_changes(old["config"], settings, args.out, defaults, RESUMABLE)
-        refuse_other_data(old["data"], sets.real.record(), args)
-    training = start(sets, settings, args, rt)
-    if old and old["training"]:
-        training.restore(old["training"])
-    if rt.rank == 0:
-        with disk.writing(args.out):
-            training.board = SummaryWriter(args.out, purge_step=training.step + 1)
-    training.loss = make_loss(training, sets.train.counts, args, rt)
-    announce(training, sets.train, args, rt)
-    return training
-
-
-def start(sets, settings, args, rt):
-    """The network, optimizer and batches of a new run, as a Training without its loss."""
-    channels = sets.train.images.shape[3]
-    network = {"channels": channels, "num_classes": len(sets.train.class_names),
-               "width": args.width, "normed": args.loss == "ldam"}
-    torch.manual_seed(runtime.seed_of(args.seed, "init"))
-    net = make_reserved(network, reserved_stages(args), args.rank_ratio)
-    net.to(rt.device, memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(net.parameters(), lr=args.lr, momentum=0.9,
-                                weight_decay=args.weight_decay, nesterov=args.nesterov)
-    N = len(sets.train.labels)
-    return Training(
-        net, optimizer, Batches(sets.train, args.batch_size, args.seed, rt.device),
-        flip=sets.train.flip,
-        steps_per_epoch=max(1, N // args.batch_size),
-        total=max(1, args.epochs * N // args.batch_size),
-        record={"kind": "classifier", "network": network, "config": settings,
-                "data": sets.real.record()})
-
-
-def make_loss(training, counts, args, rt):
-    """The ClassifierLoss of a run, compiled where --compile says so, for all processes."""
-    loss = ClassifierLoss(net=training.net, loss=args.loss, counts=counts,
-                          reserved=reserved_stages(args), cm=CMConfig.of(args), tau=args.tau,
-                          distance=args.distance).to(rt.device)
-    if runtime.wants_compile(args, rt):
-        trial = next_batch(training, args, rt)
-        loss, warning = runtime.compile_or_not(loss, lambda module: module(*trial)[0], rt)
-        if warning and training.board:
-            training.board.add_text("warning", warning, training.step)
-    # All processes go on from rank 0's running statistics, which are those of the checkpoint
-    return rt.parallel(loss, broadcast_buffers=True)
-
-
-def announce(training, images, args, rt):
-    """One line: the images, the method, and where the run starts."""
-    method = args.loss
-    if args.cm:
-        method += f" + CM on {' '.join(args.reserve)}"
-    if args.drw:
-        method += ", DRW"
-    verb = "resuming" if training.step else "starting"
-    rt.print(f"{images.summary()}; {method}; {verb} at step {training.step} of {training.total}")
-
-
-# --------------------------------------------------------------------------------------------------
-# The loop
-
-def next_batch(training, args, rt):
-    """This process's part of the next global batch: x (B, C, H, W) in [-1, 1], y (B,) int64."""
-    x, y = training.batches.at(training.step)
-    x = augmented(x, training.flip, args.seed, training.step)
-    B = args.batch_size // rt.world
-    own = slice(rt.rank * B, (rt.rank + 1) * B)
-    return x[own].contiguous(memory_format=torch.channels_last), y[own]
+    def check_weights(self):
+        """Raise UserError where weights or running statistics are not finite."""
+        if not all(value.isfinite().all() for value in self.net.state_dict().values()):
+            raise UserError(f"stopped at step {self.step}: the weights are not finite; lower --lr")
 
 
 def learning_rate(step, total, steps_per_epoch, args):
@@ -435,98 +302,26 @@ def learning_rate(step, total, steps_per_epoch, args):
     return cosine(args.lr, args.lr / 25e4, (step - rise) / (total - rise))
 
 
-def update(training, args, rt):
-    """One step of SGD; returns what the loss returned, (total, terms)."""
-    step = training.step
-    rate = learning_rate(step, training.total, training.steps_per_epoch, args)
-    for group in training.optimizer.param_groups:
-        group["lr"] = rate
-    x, y = next_batch(training, args, rt)
-    reweigh = args.drw and step >= 0.8 * training.total
-    with rt.autocast():
-        total, terms = training.loss(x, y, reweigh)
-    total.backward()
-    training.optimizer.step()
-    training.optimizer.zero_grad(set_to_none=True)
-    training.step += 1
-    return total, terms
-
-
-def log(training, total, terms, rt):
-    """Write the terms and the learning rate to TensorBoard; return the loss as a float.
-
-    Raises UserError, on all ranks, where the loss of one of them is not finite.
-    """
-    value = total.item()
-    if rt.maximum(int(not math.isfinite(value))):
-        raise UserError(f"stopped at step {training.step}: the loss is not finite; lower --lr")
-    if training.board:
-        rate = training.optimizer.param_groups[0]["lr"]
-        numbers = {**{name: term.item() for name, term in terms.items()}, "lr": rate}
-        write_board(training.board, numbers, training.step)
-    return value
-
-
-def write_board(board, numbers, step):
-    """Write {name: number} to TensorBoard's files."""
-    with disk.writing(board.log_dir):
-        for name, value in numbers.items():
-            board.add_scalar(name, value, step)
-        board.flush()
-
-
-def loop(training, args, rt):
-    """Train to the last step; or, after a signal, save and leave the process with 128 + signal."""
-    stop = runtime.StopSignal()
-    training.net.train()
-    with runtime.progress(total=training.total, initial=training.step, unit="step",
-                          desc="training the classifier", disable=rt.rank > 0) as bar:
-        while training.step < training.total:
-            total, terms = update(training, args, rt)
-            bar.update()
-            finished = training.step == training.total
-            saves = training.step % (args.save_every * training.steps_per_epoch) == 0
-            if training.step % 20 == 0 or saves or finished:
-                value = log(training, total, terms, rt)
-                bar.set_postfix(loss=f"{value:.3f}", refresh=False)
-            signal = rt.maximum(stop.number)
-            if signal or saves or finished:
-                refuse_non_finite(training)
-            if rt.rank == 0 and (signal or saves and not finished):
-                save(training, training.state(), args)
-            if signal:
-                rt.print(f"stopped by signal {signal} at step {training.step}; the same command "
-                         f"goes on from there")
-                sys.exit(128 + signal)
-
-
-def refuse_non_finite(training):
-    """Raise UserError where weights or running statistics are not finite, before they are saved."""
-    if not all(value.isfinite().all() for value in training.net.state_dict().values()):
-        raise UserError(f"stopped at step {training.step}: the weights are not finite; lower --lr")
-
-
-def weights_hash(state):
-    """A hash of the weights of a checkpoint, {name: tensor}: a result says which it belongs to."""
-    digest = hashlib.sha256()
-    for name, value in sorted(state.items()):
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def save(training, state, args):
-    """Write ckpt.pt; return the merged network, which is what readers of the file get.
-
-    state: what the run can be resumed from; None where it is finished.
-    """
-    stages = reserved_stages(args)
-    merged = make_reserved(training.record["network"], stages, args.rank_ratio)
-    merged.load_state_dict(training.net.state_dict())
-    merge(merged)
-    content = {**training.record, "model": merged.state_dict(), "training": state}
-    disk.save(Path(args.out) / "ckpt.pt", content)
-    return merged
+def make_training(sets, args, rt, config, old):
+    """The ClassifierTraining of a run, at its start or where the checkpoint `old` is."""
+    network = {"channels": sets.train.images.shape[3], "num_classes": len(sets.train.class_names),
+               "width": args.width, "normed": args.loss == "ldam"}
+    torch.manual_seed(runtime.seed_of(args.seed, "init"))
+    net = make_reserved(network, args.reserve, args.rank_ratio)
+    if old:
+        net.load_state_dict(old["reserved" if args.cm else "model"])
+    net.to(rt.device, memory_format=torch.channels_last).train()
+    objective = ClassifierLoss(
+        net=net, loss=args.loss, counts=sets.train.counts, reserved=args.reserve,
+        cm=CMConfig.of(args), tau=args.tau, distance=args.distance, flip=sets.train.flip,
+        drw_from=0.8 * args.steps if args.drw else math.inf).to(rt.device)
+    optimizer = torch.optim.SGD(net.parameters(), lr=args.lr, momentum=0.9,
+                                weight_decay=args.weight_decay, nesterov=args.nesterov)
+    record = {"kind": "classifier", "network": network, "config": config,
+              "command": runtime.command_line("-m recognition.classify"),
+              "data": sets.real.record()}
+    batches = Batches(sets.train, args.batch_size, args.seed, rt.device)
+    return ClassifierTraining(args, rt, net, objective, batches, optimizer, record, old)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -624,16 +419,14 @@ def report_test(net, sets, args, rt):
     return result
 
 
-def report(training, sets, args, rt):
-    """Save and measure the final network; returns what result.json says of the run."""
-    net = save(training, training.state(), args)
-    weights = weights_hash(net.state_dict())
-    net = net.to(rt.device).eval()
+def report(sets, args, rt, settings):
+    """Measure the network of a finished run's checkpoint; writes result.json."""
+    path = Path(args.out) / "ckpt.pt"
+    net, ckpt = load_classifier(path, rt.device, "--out")
     num = len(sets.train.labels)
     train_accuracy = float((predict(net, sets.train, rt) == sets.train.labels).mean())
-    result = {"train_accuracy": 100 * train_accuracy, "weights_sha256": weights,
-              "settings": result_settings(training.record["config"], sets),
-              "class_order": by_size(sets.real.record()),
+    result = {"command": ckpt["command"], "train_accuracy": 100 * train_accuracy,
+              "settings": settings, "class_order": by_size(sets.real.record()),
               "num": num, "num_real": 0, "classes": {}, "groups": {}}
     words = f"accuracy {train_accuracy:.1%} on {num:,} training images"
     if sets.test is None:
@@ -641,75 +434,40 @@ def report(training, sets, args, rt):
     else:
         result.update(report_test(net, sets, args, rt), num_real=len(sets.test.labels))
         words += f", {result['accuracy'] / 100:.1%} on {result['num_real']:,} test images"
-        numbers = {f"test/{name}": group["accuracy"] for name, group in result["groups"].items()}
-        numbers["test/accuracy"] = result["accuracy"]
-        write_board(training.board, numbers, training.total)
-    training.board.close()
     print(words)
-    return result
-
-
-def result_settings(config, sets):
-    """What a result depends on: the settings, and the content of the data."""
-    test = sets.test.sha256 if sets.test else None
-    return {**config, "data_sha256": sets.real.sha256, "test_sha256": test}
-
-
-def is_done(out, old, config, sets):
-    """Whether result.json is that of these settings and data, and of the checkpoint `old`."""
-    result = disk.read_json(out / "result.json")
-    if not disk.up_to_date(out / "result.json", result_settings(config, sets)):
-        return False
-    return result.get("weights_sha256") == weights_hash(old["model"])
-
-
-def check_outputs(out):
-    """Raise UserError where a file of the run cannot be written."""
-    for name in ("ckpt.pt", "result.json", "confusion.png"):
-        disk.check_writable(out / name)
-
-
-def train_and_report(sets, config, old, args, rt):
-    """Train to the end, from where the checkpoint `old` stopped; measure; write result.json.
-
-    The checkpoint can be resumed until the result is written.
-    """
-    begin = time.time()
-    out = Path(args.out)
-    training = set_up(sets, config, old, args, rt)
-    if rt.rank == 0:
-        (out / "result.json").unlink(missing_ok=True)
-    loop(training, args, rt)
-    if rt.rank > 0:
-        return
-    result = report(training, sets, args, rt)
-    result.update(command=runtime.command_line("-m recognition.classify"),
-                  seconds=round(time.time() - begin, 1))
-    disk.write_json(out / "result.json", result)
-    save(training, None, args)
-    print(f"wrote {out}: ckpt.pt, result.json")
+    disk.write_json(path.with_name("result.json"), result)
+    print(f"wrote {path.parent}: ckpt.pt, result.json")
 
 
 def main():
-    """Train, resuming where a run was stopped; then measure the merged network on the test set."""
+    """Settings, data, training; then the merged network is measured on the test set."""
     parser = make_parser()
     args = resolve(parser.parse_args(), parser.given)
-    out = Path(args.out)
-    old, rt = disk.resume(args, ["classifier"])
-    if rt.dtype == torch.float16:
-        raise UserError("--dtype float16: only train.py and stable_diffusion.py scale the loss for "
-                        "it; take float32")
-    if args.batch_size % rt.world:
-        raise UserError(f"--batch-size {args.batch_size}: not divisible by {rt.world} processes; "
-                        f"it counts the images of all of them")
+    old, rt = resume(args, ["classifier"])
     refuse_narrow(args.width, rt.device)
+    config = config_of(args)
     sets = load_sets(args, rt, old)
-    config = settings_of(args)
-    if old and (args.if_needed or not old["training"]) and is_done(out, old, config, sets):
-        return rt.print(f"{out}: {'up to date' if args.if_needed else 'finished'}")
-    with disk.lock(out, rt=rt):
-        rt.on_rank_0(lambda: check_outputs(out))
-        train_and_report(sets, config, old, args, rt)
+    if old:
+        refuse_other_data(old["data"], sets.real.record(), args)
+
+    N = len(sets.train.labels)
+    args.steps_per_epoch = max(1, N // args.batch_size)
+    args.steps = max(1, args.epochs * N // args.batch_size)
+    args.save_every *= args.steps_per_epoch
+    args.log_every = args.steps_per_epoch
+    args.keep_every = args.sample_every = None
+    args.grad_clip = math.inf
+    if not is_finished(old, args, rt):
+        method = args.loss + (f" + CM on {' '.join(args.reserve)}" if args.cm else "")
+        rt.print(f"{sets.train.summary()}; {method}{', DRW' if args.drw else ''}")
+        loop(make_training(sets, args, rt, config, old))
+
+    # A result is of these settings and of this content of the data
+    settings = {**{k: v for k, v in config.items() if k not in RESUMABLE},
+                "data_sha256": sets.real.sha256, "test_sha256": sets.test and sets.test.sha256}
+    result = Path(args.out) / "result.json"
+    if rt.rank == 0 and not disk.up_to_date(result, settings):
+        report(sets, args, rt, settings)
 
 
 if __name__ == "__main__":

@@ -6,17 +6,20 @@
 
 The paper does not say how L_CM is applied to a classifier; ClassifierLoss says what is done here.
 """
+import math
 from contextlib import contextmanager
 
+from typing import NamedTuple
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.resnet import BasicBlock, ResNet
 
 import disk
 from cm_layers import general_only, reserve
 from losses import CMConfig, class_weights, cm_terms
-from runtime import UserError
+from runtime import UserError, generator
 
 STAGES = ("conv1", "layer1", "layer2", "layer3", "layer4")      # all convolutions; conv1: the stem
 
@@ -140,6 +143,31 @@ def effective_number_weights(counts, beta=0.9999):
 
 
 # --------------------------------------------------------------------------------------------------
+# A step's images
+
+class Images(NamedTuple):
+    """One part of a step's images, with what loop.py looks at."""
+    x: Tensor               # (B, C, H, W) in [-1, 1]
+    y: Tensor               # (B,) int64
+    reweigh: bool = False   # whether classes are weighed by effective number (DRW)
+    cm_weight: None = None  # of L_CM: every image counts once
+
+
+def random_shift(x, pad, g):
+    """Shift each image by up to `pad` pixels in all directions; x (N, C, H, W), g the generator.
+
+    What enters at the border is the background, -1.
+    """
+    N, _, H, W = x.shape
+    padded = F.pad(x, (pad,) * 4, value=-1.0)
+    dy, dx = torch.randint(2 * pad + 1, (2, N, 1, 1), generator=g, device=x.device)
+    image = torch.arange(N, device=x.device)[:, None, None]
+    row = torch.arange(H, device=x.device)[:, None] + dy
+    column = torch.arange(W, device=x.device) + dx
+    return padded[image, :, row, column].permute(0, 3, 1, 2)
+
+
+# --------------------------------------------------------------------------------------------------
 # The training loss, with CM
 
 UNBOUNDED = CMConfig(div_bound=0.0)     # the squared distance of probabilities is at most 2
@@ -161,7 +189,7 @@ DISTANCES = {"probs": distance_of_probs, "logits": distance_of_logits}
 class ClassifierLoss(nn.Module):
     """The training loss of a ResNet, with L_CM where stages are reserved.
 
-    forward(x, y, reweigh) -> (total, a scalar; {name: scalar} of unweighted terms).
+    forward(Images) -> (total, a scalar; {name: scalar} of unweighted terms; zeros (B,)).
 
     net:      from make_resnet, with the stages in `reserved` reserved.
     loss:     a key of LOSSES.
@@ -169,6 +197,8 @@ class ClassifierLoss(nn.Module):
     cm:       lambda and the weights of Eq. (4), and the bound of L_Div; lam = 0: no L_CM.
     tau:      of the loss "la".
     distance: a key of DISTANCES.
+    flip:     whether images are mirrored at random.
+    drw_from: the step from which on classes are weighed by effective number (DRW).
 
     L_CM is Eq. (2)-(4) with D = ||p - p_g||^2. p and p_g are the softmax of the logits of theta and
     theta^g for the same input ("logits": the mean squared difference of the logits instead). The
@@ -178,7 +208,8 @@ class ClassifierLoss(nn.Module):
     theta updates batch norm's running ones.
     """
 
-    def __init__(self, *, net, loss, counts, reserved=(), cm=UNBOUNDED, tau=1.0, distance="probs"):
+    def __init__(self, *, net, loss, counts, reserved=(), cm=UNBOUNDED, tau=1.0, distance="probs",
+                 flip=False, drw_from=math.inf):
         super().__init__()
         self.net = net
         self.loss = LOSSES[loss]
@@ -186,6 +217,8 @@ class ClassifierLoss(nn.Module):
         self.cm = cm
         self.tau = tau
         self.distance = DISTANCES[distance]
+        self.flip = flip
+        self.drw_from = drw_from
         counts = torch.as_tensor(counts)
         w_con_y, w_div_y = class_weights(counts)
         constants = {"counts": counts.float(), "margins": ldam_margins(counts),
@@ -194,8 +227,23 @@ class ClassifierLoss(nn.Module):
         for name, value in constants.items():
             self.register_buffer(name, value, persistent=False)
 
-    def forward(self, x, y, reweigh=False):
-        """x (B, C, H, W) in [-1, 1], y (B,) int64; reweigh: by effective number (DRW)."""
+    @torch.no_grad()
+    def draw_batch(self, x, y, *, seed, step, part=0, parts=1):
+        """One part of a step's Images, shifted at random, and mirrored where `flip`.
+
+        A pure function of the global batch x (G, C, H, W), y (G,), and (seed, step).
+        """
+        g = generator(x.device, seed, "augment", step)
+        x = random_shift(x, max(1, x.shape[-1] // 8), g)
+        if self.flip:
+            mirrored = torch.rand(len(x), 1, 1, 1, generator=g, device=x.device) < 0.5
+            x = torch.where(mirrored, x.flip(3), x)
+        own = slice(part * len(x) // parts, (part + 1) * len(x) // parts)
+        return Images(x[own].contiguous(memory_format=torch.channels_last), y[own],
+                      step >= self.drw_from)
+
+    def forward(self, batch):
+        x, y, reweigh, _ = batch
         trunk, rest = self.trunk_and_rest()
         x = self.through(trunk, x)
         logits = self.through(rest, x).float()
@@ -208,7 +256,8 @@ class ClassifierLoss(nn.Module):
             terms.update(cm_terms(D, y, self.w_con_y, self.w_div_y, self.cm.div_bound))
             L_CM = self.cm.w_con * terms["con"] + self.cm.w_div * terms["div"]
             total = total + self.cm.lam * L_CM
-        return total, terms         # not detached: see losses.Objective
+        # Not detached: see losses.Objective
+        return total, terms, torch.zeros(len(y), device=y.device)
 
     def trunk_and_rest(self):
         """(the layers below the first reserved stage, the layers from it on), two lists."""
