@@ -45,13 +45,6 @@ IN_BLOCK = {    # theirs: of block B, residual block or attention number i of it
     "attention.proj": "{B}.attentions.{i}.to_out.0",
 }
 LABEL = "encoder.embedding.label.weight"
-FIXED = {       # settings of a UNet2DModel that our network has no others of
-    "center_input_sample": [False], "time_embedding_type": ["positional"], "freq_shift": [0],
-    "mid_block_type": ["UNetMidBlock2D"], "mid_block_scale_factor": [1], "downsample_padding": [1],
-    "downsample_type": ["conv"], "upsample_type": ["conv"], "act_fn": ["silu", "swish"],
-    "norm_num_groups": [32], "attn_norm_num_groups": [None, 32], "norm_eps": [1e-5],
-    "resnet_time_scale_shift": ["default"], "add_attention": [True], "class_embed_type": [None],
-}
 
 
 def package():
@@ -145,8 +138,9 @@ def refuse_difference(net, theirs, flag):
     expected = theirs.eval()(x, t, torch.tensor([0, null])).sample
     got = net(x, t, torch.tensor([0, -1]))
     if not (got - expected).abs().max() <= 1e-4 * expected.abs().max():    # nor if it is NaN
-        raise UserError(f"{flag}: the network and that of diffusers {package().__version__} do not "
-                        "predict the same; take another version of diffusers")
+        raise UserError(f"{flag}: our U-Net and that of diffusers {package().__version__} do not "
+                        "predict the same: theirs has a setting that ours has no other of, such as "
+                        "heads of attention, or this version computes otherwise")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -179,7 +173,7 @@ def their_network(net, size):
     theirs = package().UNet2DModel(
         sample_size=size, in_channels=cfg.channels, out_channels=cfg.channels,
         freq_shift=0, flip_sin_to_cos=False, down_block_types=down,
-        up_block_types=mirrored(down),
+        up_block_types=[name.replace("Down", "Up") for name in reversed(down)],
         block_out_channels=[cfg.ch * mult for mult in cfg.ch_mult],
         layers_per_block=cfg.num_res_blocks, dropout=cfg.dropout,
         attention_head_dim=None,            # one head, as wide as its block
@@ -208,7 +202,6 @@ def write(ckpt, net, path):
     diffusers = package()
     theirs = their_network(net, ckpt["data"]["resolution"])
     refuse_difference(net, theirs, "--format diffusers")
-
     pipeline = diffusers.DDIMPipeline(theirs, their_schedule())
     disk.write_folder(path, pipeline.save_pretrained, "diffusers", "--export",
                       checkpoint={key: ckpt[key] for key in KEPT})
@@ -237,40 +230,6 @@ def load_theirs(folder, flag):
     return unet.float(), schedule
 
 
-def refuse_theirs(unet, flag):
-    """Raise UserError, with the reason, where our U-Net cannot compute what theirs does."""
-    config = unet.config
-    down, up = list(config.down_block_types), list(config.up_block_types)
-    widths = list(config.block_out_channels)
-    heads = {m.heads for m in unet.modules() if hasattr(m, "heads")}
-    others = [key for key, values in FIXED.items() if config.get(key, values[0]) not in values]
-    if others:
-        key = others[0]
-        why = f"its network has {key} {config[key]!r}, and ours {FIXED[key][0]!r}"
-    elif not config.num_class_embeds or config.num_class_embeds < 2:
-        why = "its network takes no labels; num_class_embeds must be the classes and one for Null"
-    elif config.in_channels != config.out_channels:
-        why = (f"its network takes {config.in_channels} channels and predicts "
-               f"{config.out_channels}, as with a learned variance; ours predicts the noise only")
-    elif not set(down) <= {"DownBlock2D", "AttnDownBlock2D"} or up != mirrored(down):
-        why = (f"its blocks are {', '.join(down + up)}; known are DownBlock2D and AttnDownBlock2D, "
-               "and the same upwards in the opposite order")
-    elif any(width % widths[0] for width in widths):
-        why = f"its widths {widths} are not multiples of the first"
-    elif widths[0] < 128:
-        why = f"{widths[0]} channels; its group norms have 32 groups, and ours fewer below 128"
-    elif heads != {1}:
-        why = f"its attention has up to {max(heads)} heads (attention_head_dim), and ours one"
-    else:
-        return
-    raise UserError(f"{flag}: {why}")
-
-
-def mirrored(down):
-    """The types of the up blocks that belong to these down blocks."""
-    return [name.replace("Down", "Up") for name in reversed(down)]
-
-
 def refuse_schedule(schedule, flag):
     """Raise UserError where a network was not trained to predict the noise of our schedule."""
     kind = schedule.config.prediction_type
@@ -284,8 +243,15 @@ def refuse_schedule(schedule, flag):
 
 
 def translate(unet, flag):
-    """(the dict of a UNetConfig, our state dict) of a UNet2DModel. Raises UserError."""
+    """(the dict of a UNetConfig, our state dict) of a UNet2DModel.
+
+    Raises UserError where our network has other weights, or others of its settings: then it does
+    not predict the same.
+    """
     config = unet.config
+    if not config.num_class_embeds or config.num_class_embeds < 2:
+        raise UserError(f"{flag}: its network takes no labels; num_class_embeds must be the "
+                        "classes and one for Null")
     widths = config.block_out_channels
     network = UNetConfig(
         channels=config.in_channels, num_classes=config.num_class_embeds - 1, ch=widths[0],
@@ -316,7 +282,6 @@ def read(folder, flag="--from-diffusers"):
     Raises UserError for what is no such folder, and for a network that ours is not.
     """
     unet, schedule = load_theirs(folder, flag)
-    refuse_theirs(unet, f"{flag} {folder}")
     refuse_schedule(schedule, f"{flag} {folder}")
     network, state = translate(unet, f"{flag} {folder}")
     made = disk.read_json(Path(folder) / "export.json") or {}

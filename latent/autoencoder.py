@@ -1,7 +1,7 @@
 """Images to latents and back: Stable Diffusion's autoencoder, or a small one that is trained here.
 
-    autoencoder = Autoencoder(vae, device, "--model")           # diffusers' AutoencoderKL
-    autoencoder = Autoencoder(KLAutoencoder(ch=64, factor=4), device, "--autoencoder")
+    autoencoder = Autoencoder(vae, device)                      # diffusers' AutoencoderKL
+    autoencoder = Autoencoder(KLAutoencoder(ch=64, factor=4), device)
     moments = encode_once(autoencoder, images, args, rt)        # kept beside the packed images
     x_0, y = LatentBatches(images, moments, 64, seed=0, device=device).at(step=0)
 
@@ -194,14 +194,13 @@ def content_hash(modules, alphas_bar, scale):
 class Autoencoder:
     """Images to latents and back, by diffusers' AutoencoderKL or a network with its methods.
 
-    vae: that network, which becomes frozen, in float32, on `device`. flag: which names it.
-    multiple: what the sides of an image must be a multiple of.
+    vae: that network, which becomes frozen, in float32, on `device`. multiple: what the sides of an
+    image must be a multiple of.
     """
 
-    def __init__(self, vae, device, flag):
+    def __init__(self, vae, device):
         self.vae = vae.float().to(device).eval().requires_grad_(False)
         self.device = device
-        self.flag = flag
         self.factor = 2 ** (len(vae.config.block_out_channels) - 1)
         self.multiple = self.factor
 
@@ -214,8 +213,7 @@ class Autoencoder:
         pixels = torch.from_numpy(np.array(images)).to(self.device)
         latent = self.vae.encode(to_float(pixels)).latent_dist
         moments = torch.stack([latent.mean, latent.std], 1)
-        scaled = self.vae.config.scaling_factor * moments.float().cpu()
-        return self.finite(scaled, "encode").numpy()
+        return (self.vae.config.scaling_factor * moments.float().cpu()).numpy()
 
     @torch.no_grad()
     def decode(self, z, batch_size=16):
@@ -225,14 +223,7 @@ class Autoencoder:
         """
         scale = self.vae.config.scaling_factor
         parts = [self.vae.decode(part / scale).sample for part in z.split(batch_size)]
-        return self.finite(torch.cat(parts), "decode")
-
-    def finite(self, x, verb):
-        """x itself. Raises UserError where the autoencoder gave numbers that are not finite."""
-        if not x.isfinite().all():
-            raise UserError(f"{self.flag}: its autoencoder cannot {verb} these images (numbers "
-                            "that are not finite); take another model")
-        return x
+        return torch.cat(parts)
 
     def encoder_sha256(self):
         """A hash of all that `encode` computes with."""

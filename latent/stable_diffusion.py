@@ -207,13 +207,6 @@ def merge_adapters(net, branch="full"):
     return net
 
 
-@torch.no_grad()
-def load_adapters(net, values):
-    """Copy {name: tensor} of a checkpoint into a network's low-rank parts."""
-    for name, p in adapters(net).items():
-        p.copy_(values[name])
-
-
 # --------------------------------------------------------------------------------------------------
 # The pre-trained model
 
@@ -232,27 +225,23 @@ class Model(Autoencoder):
             return load_part("--model", name, kind, folder, **options)
         self.name = name
         self.unet = part("unet", diffusers.UNet2DConditionModel).float()    # perhaps float16
-        super().__init__(part("vae", diffusers.AutoencoderKL), device, "--model")
+        super().__init__(part("vae", diffusers.AutoencoderKL), device)
         self.text = part("text_encoder", transformers.CLIPTextModel).float().eval()
         self.tokenizer = part("tokenizer", transformers.CLIPTokenizer)
         self.schedule = part("scheduler", diffusers.DDIMScheduler)
-        self.refuse_other_kinds()
         self.multiple = self.factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
         self.alphas_bar = self.schedule.alphas_cumprod.double()
         self.sha256 = content_hash([self.unet, self.vae, self.text], self.alphas_bar,
                                    self.vae.config.scaling_factor)
-
-    def refuse_other_kinds(self):
-        """Raise UserError for a model that takes or predicts something else than LatentUNet."""
         predicts = self.schedule.config.prediction_type
         if predicts != "epsilon":
-            raise UserError(f"--model {self.name}: predicts {predicts}, and the losses here are "
-                            "for epsilon")
+            raise UserError(f"--model {name}: predicts {predicts}, and the losses here are for "
+                            "epsilon")
         others = [name for name in OTHER_INPUTS if getattr(self.unet, name, None) is not None]
         if others or self.unet.config.in_channels != self.vae.config.latent_channels:
             what = others[0] if others else f"{self.unet.config.in_channels} input channels"
-            raise UserError(f"--model {self.name}: its U-Net has {what}; take a plain Stable "
-                            "Diffusion, such as 1.x or miniSD")
+            raise UserError(f"--model {name}: its U-Net has {what}; take a plain Stable Diffusion, "
+                            "such as 1.x or miniSD")
 
     def refuse_other(self, ckpt):
         """Raise UserError where a checkpoint was trained on another model."""
@@ -279,7 +268,7 @@ class Model(Autoencoder):
         net = LatentUNet(self.unet, self.prompts(class_names, config["prompt"]))
         add_adapters(net, config["rank"], config["cm_rank"] if config["cm"] else None)
         if values:
-            load_adapters(net, values)
+            net.load_state_dict(values, strict=False)
         return net
 
 
@@ -428,10 +417,10 @@ def grid_samples(model, net, state, labels, rt):
     uint8 (N, H, W, 3). The network's own low-rank parts are put back.
     """
     before = {name: p.detach().clone() for name, p in adapters(net).items()}
-    load_adapters(net, state["ema"])
+    net.load_state_dict(state["ema"], strict=False)
     images = decoded(model, net, labels, state["data"]["resolution"], rt,
                      Sampling.of("latent", seed=state["config"]["seed"]), GRID_BATCH, "grid")
-    load_adapters(net, before)
+    net.load_state_dict(before, strict=False)
     return images
 
 

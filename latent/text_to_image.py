@@ -36,11 +36,11 @@ import disk
 import losses
 import runtime
 from cm_layers import merge, reserve
-from data import (Batches, load_reference, refuse_other_source, to_classes, to_float, to_uint8)
+from data import Batches, load_reference, refuse_other_source, to_classes, to_float, to_uint8
 from latent.autoencoder import (Autoencoder, KLAutoencoder, LatentBatches, Reconstruction,
                                 content_hash, encode_once, latent_scale, load_part, packages)
 from latent.captions import Table, captions_of, check_form
-from latent.stable_diffusion import (add_image_set_flags, load_images, resolve_data, run_name)
+from latent.stable_diffusion import add_image_set_flags, load_images, resolve_data, run_name
 from latent.text_dit import TextDiT, Texts, WordEncoder, Words, vocabulary_of
 from loop import (Training, add_step_flags, add_write_flags, config_of, is_finished, loop,
                   resume)
@@ -53,7 +53,6 @@ from train import add_own_flags
 
 PRETRAINED = "lambdalabs/miniSD-diffusers"      # its autoencoder and its text encoder, CLIP's
 WORDS = "words"                                 # --text-encoder: one that is trained here
-RESUMABLE = {"autoencoder", "text_encoder"}     # whose content must be the same
 WRITE_EVERY = {"save_every": 1000, "sample_every": 10_000, "log_every": 100}
 CM_ONLY = ("rank_ratio", "lam", "w_con", "w_div", "div_bound")
 BETAS = (0.9, 0.96)         # of AdamW
@@ -72,10 +71,10 @@ def load_autoencoder(name, device):
     if Path(name).is_file():
         ckpt = disk.load(name, ["autoencoder"], flag)
         net = KLAutoencoder(**ckpt["network"], scale=ckpt["scale"])
-        load_parameters(net, ckpt["ema"], f"{flag} {name}")
-        return Autoencoder(net, device, flag)
+        net.load_state_dict(ckpt["ema"])
+        return Autoencoder(net, device)
     diffusers, _ = packages()
-    return Autoencoder(load_part(flag, name, diffusers.AutoencoderKL, "vae"), device, flag)
+    return Autoencoder(load_part(flag, name, diffusers.AutoencoderKL, "vae"), device)
 
 
 class TrainedWords:
@@ -83,6 +82,7 @@ class TrainedWords:
     sha256 = None
 
     def __init__(self, vocabulary):
+        self.vocabulary = vocabulary
         self.words = Words(vocabulary)
 
     def ids(self, texts):
@@ -96,6 +96,7 @@ class TrainedWords:
 
 class FrozenCLIP:
     """The text encoder of a Stable Diffusion, with its tokenizer; it stays as it is."""
+    vocabulary = None
 
     def __init__(self, name):
         _, transformers = packages()
@@ -145,10 +146,11 @@ def refuse_other_parts(ckpt, autoencoder, text):
 # --------------------------------------------------------------------------------------------------
 # The network
 
-def build(network, rank_ratio, text, texts):
+def build(network, rank_ratio, text, texts, values=None):
     """A TextDiT of a checkpoint's "network", with capacity reserved unless rank_ratio is None.
 
-    text: a TrainedWords or FrozenCLIP. texts: those that y numbers. Raises UserError.
+    text: a TrainedWords or FrozenCLIP. texts: those that y numbers. values: the weights of a
+    checkpoint, {name: tensor} of all that is trained; None for initial ones. Raises UserError.
     """
     encoder, text_ch = text.module(network["ch"])
     sizes = {key: network[key] for key in ("channels", "size", "ch", "depth", "patch")}
@@ -158,33 +160,15 @@ def build(network, rank_ratio, text, texts):
         raise UserError(str(e)) from e
     if rank_ratio is not None:
         reserve(net.decoder, rank_ratio)
+    if values:
+        net.load_state_dict(values, strict=False)       # CLIP's are no part of a checkpoint
     return net
-
-
-def trained(net):
-    """{name: parameter} of what is trained: all but CLIP's."""
-    return {name: p for name, p in net.named_parameters() if p.requires_grad}
-
-
-@torch.no_grad()
-def load_parameters(net, values, flag):
-    """Copy {name: tensor} of a checkpoint into a network. Raises UserError where others are."""
-    found = trained(net)
-    for name in [*found, *values]:
-        ours = name in found and list(found[name].shape)
-        theirs = name in values and list(values[name].shape)
-        if ours != theirs:
-            raise UserError(f"{flag}: its weights do not fit the network that it describes "
-                            f"({name} is {theirs or 'not there'}, and should be "
-                            f"{ours or 'left out'})")
-    for name, p in found.items():
-        p.copy_(values[name])
 
 
 def load_network(ckpt, text, texts, weights="ema", branch="full", device="cpu"):
     """The network of a checkpoint for these texts, merged, without gradients: see build."""
-    net = build(ckpt["network"], ckpt["rank_ratio"], text, texts)
-    load_parameters(net, ckpt["ema" if weights == "ema" else "model"], "--ckpt")
+    values = ckpt["ema" if weights == "ema" else "model"]
+    net = build(ckpt["network"], ckpt["rank_ratio"], text, texts, values)
     return merge(net, branch).to(device).requires_grad_(False)
 
 
@@ -215,14 +199,7 @@ def make_autoencoder_parser():
     return parser
 
 
-class PartTraining(Training):
-    """A run whose checkpoints keep what is trained only: no frozen text encoder."""
-
-    def weights(self):
-        return {"model": self.params, "ema": self.ema}
-
-
-class AutoencoderTraining(PartTraining):
+class AutoencoderTraining(Training):
     """A run whose checkpoints also keep what scales latents to variance 1, measured on `images`."""
     images = None
 
@@ -237,13 +214,24 @@ def main_autoencoder(argv):
     resolve_data(args, parser.given)
     refuse_unused(parser.given, {"label_drop": "an autoencoder sees no labels"})
     args.out = args.out or run_name(args, "autoencoder", f"f{args.factor}")
-    old, rt = resume(args, ["autoencoder"], RESUMABLE)
+    old, rt = resume(args, ["autoencoder"])
     images = load_images(args, rt, old)
-    network = {"ch": args.ch, "factor": args.factor}
     if is_finished(old, args, rt):
         return
     rt.print(images.summary())
-    net = make_autoencoder(args, network, images, old).to(rt.device)
+    size = images.images.shape[1]
+    if size % args.factor:
+        raise UserError(f"--factor {args.factor}: does not divide {size} pixels; take a smaller "
+                        "one or another --resolution")
+    network = {"ch": args.ch, "factor": args.factor}
+    torch.manual_seed(runtime.seed_of(args.seed, "init"))
+    try:
+        net = KLAutoencoder(**network)
+    except ValueError as e:
+        raise UserError(f"{e}; see --factor and --ch") from e
+    if old:
+        net.load_state_dict(old["model"])
+    net.to(rt.device)
     record = {"kind": "autoencoder", "command": runtime.command_line("-m latent.text_to_image"),
               "config": config_of(args), "data": images.record(), "network": network}
     batches = Batches(images, args.batch_size, args.seed, rt.device)
@@ -253,22 +241,6 @@ def main_autoencoder(argv):
     first = torch.from_numpy(np.array(images.images[:SCALE_IMAGES]))
     training.images = to_float(first).to(rt.device)
     loop(training, partial(reconstructions, images))
-
-
-def make_autoencoder(args, network, images, old):
-    """The KLAutoencoder to train, at its start or of the checkpoint `old`. Raises UserError."""
-    size = images.images.shape[1]
-    if size % args.factor:
-        raise UserError(f"--factor {args.factor}: does not divide {size} pixels; take a smaller "
-                        "one or another --resolution")
-    torch.manual_seed(runtime.seed_of(args.seed, "init"))
-    try:
-        net = KLAutoencoder(**network)
-    except ValueError as e:
-        raise UserError(f"{e}; see --factor and --ch") from e
-    if old:
-        load_parameters(net, old["model"], "--out")
-    return net
 
 
 @torch.no_grad()
@@ -348,11 +320,18 @@ def resolve(args, given):
     return args
 
 
+class TextTraining(Training):
+    """A run whose checkpoints keep what is trained only: no frozen text encoder."""
+
+    def weights(self):
+        return {"model": self.params, "ema": self.ema}
+
+
 def main_train(argv):
     """Resume or start; images, captions, latents; network; loop: train.py's main, on latents."""
     parser = make_train_parser()
     args = resolve(parser.parse_args(argv), parser.given)
-    old, rt = resume(args, ["text"], RESUMABLE)
+    old, rt = resume(args, ["text"], {"autoencoder", "text_encoder"})   # their content is compared
     autoencoder = load_autoencoder(args.autoencoder, rt.device)
     images = load_images(args, rt, old)
     with rt.rank_0_first():
@@ -368,40 +347,27 @@ def main_train(argv):
     rt.print(images.summary())
     rt.print(f"texts: {len(table.texts):,}, such as \"{table.texts[0]}\"")
 
-    record = describe_run(args, images, table, autoencoder, text)
-    net = make_network(record, text, table, old).to(rt.device)
+    channels, size, _ = autoencoder.latent_shape(images.images.shape[1])
+    network = {"channels": channels, "size": size, "ch": args.ch, "depth": args.depth,
+               "patch": args.patch, "vocabulary": text.vocabulary}
+    rank_ratio = args.rank_ratio if args.cm else None
+    record = {"kind": "text", "command": runtime.command_line("-m latent.text_to_image"),
+              "config": config_of(args), "data": images.record(), "network": network,
+              "rank_ratio": rank_ratio, "autoencoder_sha256": autoencoder.encoder_sha256(),
+              "text_encoder_sha256": text.sha256, "captions_sha256": hash_of(table.texts)}
+    torch.manual_seed(runtime.seed_of(args.seed, "init"))
+    net = build(network, rank_ratio, text, table.texts, old and old["model"]).to(rt.device)
     objective = Objective(
         net=net, base=bind(args.base, vars(args)), counts=images.counts,
         alphas_bar=make_alphas_bar(), cm=CMConfig.of(args), label_drop=args.label_drop
     ).to(rt.device)
-    optimizer = torch.optim.AdamW(trained(net).values(), lr=args.lr, betas=BETAS,
-                                  weight_decay=args.weight_decay, fused=True)
+    trained = [p for p in net.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=args.lr, betas=BETAS, weight_decay=args.weight_decay,
+                                  fused=True)
     moments = encode_once(autoencoder, images, args, rt)
     batches = LatentBatches(images, moments, args.batch_size, args.seed, rt.device, table)
-    training = PartTraining(args, rt, net, objective, batches, optimizer, record, old)
+    training = TextTraining(args, rt, net, objective, batches, optimizer, record, old)
     loop(training, partial(grid_samples, autoencoder, text, table))
-
-
-def describe_run(args, images, table, autoencoder, text):
-    """What a checkpoint holds beside the weights; raises UserError for sizes that do not fit."""
-    channels, size, _ = autoencoder.latent_shape(images.images.shape[1])
-    vocabulary = text.words.vocabulary if isinstance(text, TrainedWords) else None
-    network = {"channels": channels, "size": size, "ch": args.ch, "depth": args.depth,
-               "patch": args.patch, "vocabulary": vocabulary}
-    return {"kind": "text", "command": runtime.command_line("-m latent.text_to_image"),
-            "config": config_of(args), "data": images.record(), "network": network,
-            "rank_ratio": args.rank_ratio if args.cm else None,
-            "autoencoder_sha256": autoencoder.encoder_sha256(),
-            "text_encoder_sha256": text.sha256, "captions_sha256": hash_of(table.texts)}
-
-
-def make_network(record, text, table, old):
-    """The TextDiT to train: initial weights, or those of the checkpoint `old`."""
-    torch.manual_seed(runtime.seed_of(record["config"]["seed"], "init"))
-    net = build(record["network"], record["rank_ratio"], text, table.texts)
-    if old:
-        load_parameters(net, old["model"], "--out")
-    return net
 
 
 def hash_of(texts):

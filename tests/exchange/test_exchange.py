@@ -236,14 +236,16 @@ def test_a_version_that_predicts_otherwise(ckpt, tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize("changes", [
     {"num_class_embeds": None}, {"num_class_embeds": 1}, {"out_channels": 2},
-    {"attention_head_dim": 8}, {"norm_eps": 1e-6}, {"resnet_time_scale_shift": "scale_shift"},
+    {"attention_head_dim": 8}, {"norm_num_groups": 16}, {"freq_shift": 1},
+    {"resnet_time_scale_shift": "scale_shift"}, {"add_attention": False},
     {"down_block_types": ("DownBlock2D", "SkipDownBlock2D")},
     {"block_out_channels": (128, 192), "attention_head_dim": None},
     {"block_out_channels": (64, 256)},
 ], ids=str)
 def test_networks_that_ours_is_not(changes):
+    """Also where all weights have the same shapes."""
     with pytest.raises(UserError, match="^here"):
-        diffusers_unet.refuse_theirs(UNet2DModel(**{**THEIRS, **changes}), "here")
+        diffusers_unet.translate(fill(UNet2DModel(**{**THEIRS, **changes})), "here")
 
 
 @pytest.mark.parametrize("changes", [
