@@ -11,6 +11,8 @@ a change that may move numbers; test_numbers.py compares with that.
 """
 import argparse
 import hashlib
+import importlib
+import importlib.util
 import json
 import os
 import shutil
@@ -52,7 +54,6 @@ CLASSIFIERS = {     # name: flags of classify.py
     "logits": "--ir 20 --cm --distance logits --reserve layer4 --div-bound 0.1".split(),
 }
 WINGS = {"classify": "recognition.classify", "capacity_probe": "probes.capacity"}
-OLD_WORDS = {"splits": "groups"}        # of results' keys
 
 
 # --------------------------------------------------------------------------------------------------
@@ -60,9 +61,8 @@ OLD_WORDS = {"splits": "groups"}        # of results' keys
 
 def call(script, *flags):
     """Run a script's main in this process."""
-    import importlib.util
     sys.argv = [script + ".py", *map(str, flags)]
-    # The checkout of before the move has all files at its top
+    # A checkout of before 2026-12 has all files at its top
     moved = script in WINGS and importlib.util.find_spec(WINGS[script].split(".")[0])
     importlib.import_module(WINGS[script] if moved else script).main()
 
@@ -79,7 +79,7 @@ def digest(tensors):
 def numbers_of(value, path=""):
     """{path: number} of all numbers in nested dicts and lists, without settings and times."""
     if isinstance(value, dict):
-        items = {OLD_WORDS.get(k, k): v for k, v in value.items()
+        items = {k: v for k, v in value.items()
                  if k not in ("settings", "seconds", "images_per_s", "versions")}
     elif isinstance(value, list):
         items = dict(enumerate(value))
@@ -121,17 +121,10 @@ def train_all(out, data, steps=10):
 def measure_all(runs, out, data):
     """Samples, metrics, classifiers and probes of the runs in a folder: {name: {...}}."""
     import numpy as np
-
-    import prune_probe
-    import sample
-    # Older checkouts never clip x_0, and have no flag for it
-    as_before = ["--no-clip"] if hasattr(sample, "to_range") else []
-    # Older checkouts always prune on the balanced images
-    balanced = ["--images", "balanced"] if hasattr(prune_probe, "images_of") else []
     result = {}
     for name, (run, flags) in SAMPLES.items():
         call("sample", "--ckpt", runs / run / "ckpt.pt", "--num", 20, "--seed", 5, *flags,
-             *as_before, "--device", "cpu", "--out", out / name)
+             "--no-clip", "--device", "cpu", "--out", out / name)
         with np.load(out / name / "samples.npz") as f:
             result[f"sample {name}"] = {"arrays": digest(dict(f))}
     for name, flags in CLASSIFIERS.items():
@@ -141,14 +134,14 @@ def measure_all(runs, out, data):
         result[f"classify {name}"] = {**weights_of(out / name), **numbers}
     measure = ["--features", out / "features/ckpt.pt", "--data-dir", data, "--device", "cpu"]
     call("evaluate", "--ckpt", runs / "oc-cm/ckpt.pt", "--num", 40, "--num-group", 24, "--steps", 5,
-         *as_before, "--per-class", "--floor", 2, *measure, "--out-json", out / "drawn.json")
+         "--no-clip", "--per-class", "--floor", 2, *measure, "--out-json", out / "drawn.json")
     call("evaluate", "--samples", out / "ddim/samples.npz", *measure, "--k", 2,
          "--out-json", out / "given.json", "--save-stats", out / "stats.npz")
     call("evaluate", "--samples", out / "dpm++/samples.npz", "--reference", out / "stats.npz",
          *measure, "--out-json", out / "kept.json")
     probe = ["--data-dir", data, "--device", "cpu"]
     call("prune_probe", "--ckpt", runs / "ddpm-no-cm/ckpt.pt", runs / "oc-cm/ckpt.pt", *probe,
-         *balanced, "--fractions", "0.1,0.3", "--repeats", 1, "--out", out / "prune")
+         "--images", "balanced", "--fractions", "0.1,0.3", "--repeats", 1, "--out", out / "prune")
     probe += ["--ckpt", runs / "oc-cm/ckpt.pt", "--out", out]
     call("capacity_probe", "allocation", *probe)
     call("capacity_probe", "dominance", *probe, "--repeats", 1)
@@ -171,9 +164,10 @@ def record(code, runs, out, steps):
 
 
 def machine():
-    """What the last bits depend on."""
+    """What the last bits depend on: {"torch": its version, "cpu": what the processor can do}."""
     import torch
-    return {"torch": torch.__version__, "capability": torch.backends.cpu.get_cpu_capability()}
+    can = torch.cpu.get_capabilities()
+    return {"torch": torch.__version__, "cpu": sorted(name for name in can if can[name] is True)}
 
 
 # --------------------------------------------------------------------------------------------------
