@@ -14,14 +14,14 @@ import numpy as np
 import torch
 
 import disk
-from data import (class_groups, images_of_npz, load_reference, open_npz, read_record, to_classes,
-                  to_rgb)
+from data import class_groups, load_reference, to_classes, to_rgb
 from metrics.features import DIGITS_CLASSIFIER
 from runtime import UserError
 from networks import load_network
 from sample import Sampling, describe, image_shape, sampling_in_words, sampling_of
 from sets.packing import open_image
 from sets.readers import READERS, image_folder
+from sets.samples import images_of_npz, open_npz, read_record
 
 PROTOCOL = {
     "paper": {"num": 50_000, "num_group": 20_000, "features": "inception"},

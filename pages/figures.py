@@ -17,11 +17,12 @@ from typing import NamedTuple
 import numpy as np
 
 import disk
-from data import read_samples, training_images
+from data import training_images
 from networks import KINDS
 from pages.page import named
 from runtime import Parser, UserError, integer, run
 from sample import chosen_classes, grid_image, sampling_in_words
+from sets.samples import read_samples
 
 DATA = ("class_names", "class_counts", "sha256")        # what the columns' records must agree in
 

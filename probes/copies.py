@@ -18,13 +18,14 @@ import torch
 
 import disk
 import runtime
-from data import class_groups, load, read_samples, to_rgb, training_images
+from data import class_groups, load, to_rgb, training_images
 from metrics.features import Extractor
 from metrics.image_sets import protocol_of
 from metrics.scores import radii, squared_distances
 from runtime import Parser, UserError, integer, run
 from networks import KINDS
 from sample import grid_image
+from sets.samples import read_samples
 
 BLOCK = 2048        # rows whose distances are in memory at once
 

@@ -23,7 +23,7 @@ import disk
 import runtime
 from cm_layers import merge
 from data import (Batches, ImageSet, add_data_flags, by_size, class_groups, class_order_of,
-                  images_of_npz, load, load_long_tailed, open_npz, read_record, refuse_other_data,
+                  load, load_long_tailed, refuse_other_data,
                   to_classes, to_float, unused_data_flags)
 from loop import RESUMABLE, Training, config_of, is_finished, loop, resume
 from losses import CMConfig, add_cm_flags
@@ -31,6 +31,7 @@ from recognition.resnet import (DISTANCES, LOSSES, STAGES, ClassifierLoss, load_
                                 make_reserved, refuse_narrow)
 from runtime import Parser, UserError, integer, number, run
 from sets.readers import NoSuchSplit
+from sets.samples import images_of_npz, open_npz, read_record
 
 CM_ONLY = ("w_con", "w_div", "div_bound", "distance")
 PRESETS = {     # the field's recipe, and what is different for the small digits

@@ -8,7 +8,7 @@ from PIL import Image
 
 import disk
 import sample
-from data import read_samples
+from sets.samples import read_samples
 from pages import figures
 from pages.figures import Samples
 
