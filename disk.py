@@ -319,21 +319,19 @@ def resume(args, kinds):
     return old, rt
 
 
-def refuse_changes(old, config, out, defaults, resumable):
+def refuse_changes(old, config, out, resumable):
     """Raise UserError for the first setting that is not the one of the run in `out`.
 
-    old, config: settings of the checkpoint and of this command; those of `old` that are no longer
-    known do not count. resumable: names of those that may change. defaults: what a flag was that
-    did not exist when the checkpoint was made.
+    old, config: settings of the checkpoint and of this command; those that only `old` has do not
+    count. resumable: names of those that may change. NAME_sha256 is the content of NAME's file.
     """
     for key, value in config.items():
-        was = old.get(key, defaults.get(key))
-        if key not in resumable and was != value:
-            name = key.removesuffix("_sha256")
-            flag = flag_of(name)
-            if name != key:
-                raise UserError(f"{flag} {config.get(name)}: not the file that the run in {out} "
-                                "was started with; put that one back, or choose another folder "
-                                "with --out")
-            raise UserError(f"{flag} {value}: the run in {out} was started with {was}; repeat that "
-                            "to resume it, or choose another folder with --out")
+        if key in resumable or old.get(key) == value:
+            continue
+        name = key.removesuffix("_sha256")
+        if name != key:
+            was, value = "another file of this name", config.get(name)
+        else:
+            was = old.get(key)
+        raise UserError(f"{flag_of(name)} {value}: the run in {out} was started with {was}; repeat "
+                        "that to resume it, or choose another folder with --out")

@@ -100,7 +100,7 @@ def resume(args, kinds, resumable=()):
     if getattr(args, "base", None) == "consistency" and args.ct_double is None:
         args.ct_double = old["config"]["ct_double"] if old else max(1, args.steps // 4)
     if old:
-        disk.refuse_changes(old["config"], config_of(args), args.out, {}, RESUMABLE | {*resumable})
+        disk.refuse_changes(old["config"], config_of(args), args.out, RESUMABLE | {*resumable})
     return old, rt
 
 

@@ -242,18 +242,6 @@ def progress(iterable=None, **kwargs):
     return tqdm(iterable, mininterval=interval, dynamic_ncols=True, **kwargs)
 
 
-def duration(seconds):
-    """A number of seconds in words, such as 40 s, 25 min, 3 h 20 min or 5 days."""
-    minutes = round(seconds / 60)
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    if minutes < 100:
-        return f"{minutes} min"
-    if minutes < 48 * 60:
-        return f"{minutes // 60} h {minutes % 60} min"
-    return f"{round(minutes / 60 / 24)} days"
-
-
 # --------------------------------------------------------------------------------------------------
 # Device, dtype, processes
 
@@ -424,12 +412,6 @@ def computes_bfloat16(device):
         has = torch.cpu.get_capabilities()
         return bool(has.get("avx512_bf16") or has.get("amx_bf16"))
     return False
-
-
-def synchronize(device):
-    """Wait until the device has done all its work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def add_compile_flag(group):

@@ -74,13 +74,14 @@ class Step(NamedTuple):
 def measured(f, device):
     """(seconds of one call, the device's work included; GiB that it needed of CUDA, else None)."""
     on_cuda = device.type == "cuda"
-    runtime.synchronize(device)
     if on_cuda:
+        torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
     start = time.perf_counter()
     f()
-    runtime.synchronize(device)
+    if on_cuda:
+        torch.cuda.synchronize(device)
     t = time.perf_counter() - start
     return t, (torch.cuda.max_memory_allocated(device) - before) / 2 ** 30 if on_cuda else None
 
