@@ -115,7 +115,8 @@ def write_folder(folder, write, kind, flag="--out", **record):
     refuse_other_folder(folder, kind, flag)
     new, old = (folder.with_name(f".{folder.name}.{word}") for word in ("new", "old"))
     with writing(folder, flag):
-        shutil.rmtree(new, ignore_errors=True)      # of a process that was killed
+        for left in (new, old):                     # by a process that was killed
+            shutil.rmtree(left, ignore_errors=True)
         new.mkdir(parents=True)
         try:
             write(new)
@@ -124,9 +125,9 @@ def write_folder(folder, write, kind, flag="--out", **record):
             if folder.exists():
                 os.replace(folder, old)
             os.replace(new, folder)
+            shutil.rmtree(old, ignore_errors=True)
         finally:
             shutil.rmtree(new, ignore_errors=True)
-            shutil.rmtree(old, ignore_errors=True)
 
 
 def refuse_other_folder(folder, kind, flag="--out"):
@@ -220,15 +221,15 @@ def up_to_date(path, settings):
 
 
 def git_commit():
-    """The commit of this checkout, "-dirty" where files differ; None outside one.
+    """The commit of this checkout, with -dirty where files differ; None outside one.
 
     It is written into results for a reader, and never compared.
     """
-    try:
-        words = ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
-        found = subprocess.run(words, cwd=Path(__file__).parent, capture_output=True, text=True)
-    except OSError:
+    root = Path(__file__).parent
+    if not (root / ".git").exists() or not shutil.which("git"):
         return None
+    words = ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+    found = subprocess.run(words, cwd=root, capture_output=True, text=True)
     return found.stdout.strip() or None
 
 
