@@ -12,7 +12,6 @@ a change that may move numbers; test_numbers.py compares with that.
 import argparse
 import hashlib
 import importlib
-import importlib.util
 import json
 import os
 import shutil
@@ -62,9 +61,9 @@ WINGS = {"classify": "recognition.classify", "capacity_probe": "probes.capacity"
 def call(script, *flags):
     """Run a script's main in this process."""
     sys.argv = [script + ".py", *map(str, flags)]
-    # A checkout of before 2026-12 has all files at its top
-    moved = script in WINGS and importlib.util.find_spec(WINGS[script].split(".")[0])
-    importlib.import_module(WINGS[script] if moved else script).main()
+    wing = WINGS.get(script, script)
+    moved = Path(sys.path[0], wing.replace(".", "/") + ".py").exists()  # older checkouts are flat
+    importlib.import_module(wing if moved else script).main()
 
 
 def digest(tensors):
