@@ -351,8 +351,14 @@ def write_result(out_json, result, settings, seconds, class_order):
 # --------------------------------------------------------------------------------------------------
 # The script
 
-def add_protocol_flags(parser):
-    """The flags that choose the reference, the features and the numbers."""
+def make_parser():
+    """All flags."""
+    parser = Parser(__doc__)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--ckpt", help="a checkpoint: sample the images that the protocol needs")
+    source.add_argument("--samples", help="an .npz (arr_0 N x H x W x 3 uint8, perhaps labels in "
+                        "arr_1), a folder of images (flat, or one folder per class), a data set's "
+                        "name (also NAME:test), or a file of --save-stats")
     g = parser.add_argument_group("protocol")
     g.add_argument("--reference", help="what to compare with, of the same kinds as --samples "
                    "(default: the balanced images of the set that was trained on)")
@@ -374,10 +380,6 @@ def add_protocol_flags(parser):
                    "class halved, the mean of R halvings (default: 0, none)")
     g.add_argument("--k", type=integer(1), default=3,
                    help="neighbours in precision and recall (default: 3)")
-
-
-def add_features_flags(parser):
-    """The flags that choose the network whose features are compared."""
     g = parser.add_argument_group("features")
     g.add_argument("--features", help='"inception", a checkpoint of classify.py, or a network '
                    'pre-trained on ImageNet, such as "torchvision:resnet50" '
@@ -391,18 +393,6 @@ def add_features_flags(parser):
                    help="images at a time in the extractor (default: 64)")
     g.add_argument("--save-stats", metavar="FILE",
                    help="keep the reference's features in FILE, for a later --reference FILE")
-
-
-def make_parser():
-    """All flags."""
-    parser = Parser(__doc__)
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--ckpt", help="a checkpoint: sample the images that the protocol needs")
-    source.add_argument("--samples", help="an .npz (arr_0 N x H x W x 3 uint8, perhaps labels in "
-                        "arr_1), a folder of images (flat, or one folder per class), a data set's "
-                        "name (also NAME:test), or a file of --save-stats")
-    add_protocol_flags(parser)
-    add_features_flags(parser)
     add_sampling_flags(parser)
     parser.add_argument("--out-json", help="the numbers and every setting that moves them "
                         "(default: eval.json in --out)")

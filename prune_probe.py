@@ -31,8 +31,8 @@ import runtime
 from data import class_groups, reference_images, to_float, training_images
 from model import (distance, make_alphas_bar, q_sample, signal_and_sigma,
                    stratified_timesteps)
-from runtime import Parser, UserError, integer, number, run
 from networks import load_network
+from runtime import Parser, UserError, integer, number, run
 from sample import dtype_of
 
 CHUNK = 256     # images whose noise is drawn at once, whatever --batch-size is: it changes nothing

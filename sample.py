@@ -437,8 +437,10 @@ def grid_image(columns, class_names, counts, classes=None, across=10, down=1, ti
     pen = ImageDraw.Draw(picture)
     for name, members in groups.items():
         rows = [r for r, c in enumerate(classes) if c in members]
-        if rows:
-            draw_bracket(pen, name, top + rows[0] * height, top + (rows[-1] + 1) * height - 4, font)
+        if rows:                                            # a bracket, and what it stands for
+            y_0, y_1 = top + rows[0] * height + 3, top + (rows[-1] + 1) * height - 7
+            pen.text((8, (y_0 + y_1) // 2), name, fill="black", anchor="lm", font=font)
+            pen.line([(88, y_0), (82, y_0), (82, y_1), (88, y_1)], "black", 2)
     for r, name in enumerate(names):
         where = (margin, top + r * height + (height - 4) // 2)
         pen.text(where, name, fill="black", anchor="lm", font=font)
@@ -456,12 +458,6 @@ def grid_image(columns, class_names, counts, classes=None, across=10, down=1, ti
     for k, line in enumerate(lines):
         pen.text((left, bottom + 18 * k + 4), line, fill="black", font=small)
     return picture
-
-
-def draw_bracket(pen, name, top, bottom, font):
-    """A bracket at the left of a grid from pixel row `top` to `bottom`, and what it stands for."""
-    pen.text((8, (top + bottom) // 2), name, fill="black", anchor="lm", font=font)
-    pen.line([(88, top + 3), (82, top + 3), (82, bottom - 3), (88, bottom - 3)], "black", 2)
 
 
 def printable(text):

@@ -16,8 +16,8 @@ import torch
 import disk
 from data import class_groups, load_reference, to_classes, to_rgb
 from metrics.features import DIGITS_CLASSIFIER
-from runtime import UserError
 from networks import load_network
+from runtime import UserError
 from sample import Sampling, describe, image_shape, sampling_in_words, sampling_of
 from sets.packing import open_image
 from sets.readers import READERS, image_folder
@@ -102,23 +102,19 @@ def read_npz(name, path, flag):
     """An .npz of images, with the JSON beside it if there is one; or a file of --save-stats."""
     content = open_npz(path, flag)
     if "features" in content:
-        return read_stats(name, content, path, flag)
+        about = parse_about(content.get("about"))
+        if about is None:
+            raise UserError(f"{flag} {path}: not what --save-stats writes; make it with "
+                            "--save-stats")
+        features = content["features"], content["logits"]
+        class_names, size = about.pop("class_names"), about.get("size")
+        return Images(name, len(features[0]), None, content.get("labels"), class_names, features,
+                      about, disk.sha256(path), tuple(size) if size else None)
     images, labels = images_of_npz(content, path, flag)
     record = read_record(path, flag)
     class_names = record.get("data", {}).get("class_names")
     return Images(name, len(images), lambda rows: to_rgb(images[rows]), labels, class_names,
                   about=record, sha256=disk.sha256(path))
-
-
-def read_stats(name, content, path, flag):
-    """The content of a file that evaluate.save_stats wrote, as Images."""
-    about = parse_about(content.get("about"))
-    if about is None:
-        raise UserError(f"{flag} {path}: not what --save-stats writes; make it with --save-stats")
-    features = content["features"], content["logits"]
-    class_names, size = about.pop("class_names"), about.get("size")
-    return Images(name, len(features[0]), None, content.get("labels"), class_names, features, about,
-                  disk.sha256(path), tuple(size) if size else None)
 
 
 def parse_about(text):
@@ -145,19 +141,11 @@ def read_folder(name, root, flag):
                     f"{image.size[1]} pixels and {Path(paths[0]).name} {first[0]} x {first[1]}; "
                     f"bring them to one size first")
         return np.stack([np.asarray(image) for image in images])
-    return Images(name, len(paths), at, labels, names, sha256=hash_of_files(paths, root))
-
-
-def hash_of_files(paths, root):
-    """A hash of the names and the content of a folder's files.
-
-    Sizes and times of change, as in disk.fingerprint, would call a result up to date whose images
-    were replaced by others of the same size and time.
-    """
+    # Not disk.fingerprint: others of the same sizes and times would be taken for these images
     digest = hashlib.sha256()
     for path in paths:
         digest.update(os.fsencode(f"{os.path.relpath(path, root)} {disk.sha256(path)}\n"))
-    return digest.hexdigest()
+    return Images(name, len(paths), at, labels, names, sha256=digest.hexdigest())
 
 
 def without_numbers(names):

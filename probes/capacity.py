@@ -28,8 +28,8 @@ from data import by_size, class_groups, reference_images, to_float, training_ima
 from losses import CMConfig, Masks, Objective, bind
 from model import (distance, make_alphas_bar, q_sample, signal_and_sigma,
                    stratified_timesteps)
-from runtime import Parser, UserError, integer, run
 from networks import load_unmerged
+from runtime import Parser, UserError, integer, run
 from sample import dtype_of
 
 KINDS = ("W", "W^g", "B", "A")      # of parameter matrices, in the order of the output

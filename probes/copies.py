@@ -22,8 +22,8 @@ from data import class_groups, load, to_rgb, training_images
 from metrics.features import Extractor
 from metrics.image_sets import protocol_of
 from metrics.scores import radii, squared_distances
-from runtime import Parser, UserError, integer, run
 from networks import KINDS
+from runtime import Parser, UserError, integer, run
 from sample import grid_image
 from sets.samples import read_samples
 
