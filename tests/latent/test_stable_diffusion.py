@@ -260,16 +260,6 @@ def test_sample(whole, tmp_path):
     assert (full != general).any()
 
 
-def test_sample_of_some_classes(whole, tmp_path):
-    """By number or name; image i has its own noise, whatever the classes."""
-    everything = sample(whole / "ckpt.pt", tmp_path / "all")
-    some = sample(whole / "ckpt.pt", tmp_path / "some", "--classes", "2,old_master")
-    assert np.load(tmp_path / "some/samples.npz")["arr_1"].tolist() == [2, 0, 2, 0, 2, 0]
-    assert disk.read_json(tmp_path / "some/samples.json")["settings"]["classes"] == [2, 0]
-    assert np.abs(some[3] - everything[3]).max() <= 1       # both of class 0
-    assert (some[0] != everything[0]).any()
-
-
 # --------------------------------------------------------------------------------------------------
 # Export
 
@@ -463,21 +453,6 @@ def test_a_model_that_lacks_weights(tiny_sd, tmp_path):
     save_file(weights, path, metadata={"format": "pt"})
     with pytest.raises(runtime.UserError, match="--model"):
         sd.Model(str(tmp_path / "sd"), torch.device("cpu"))
-
-
-def test_the_revision_reaches_the_hub(tiny_sd, monkeypatch):
-    import diffusers
-    import transformers
-    asked = []
-    kinds = (diffusers.UNet2DConditionModel, diffusers.AutoencoderKL, diffusers.DDIMScheduler,
-             transformers.CLIPTextModel, transformers.CLIPTokenizer)
-    for kind in kinds:
-        def from_the_hub(name, subfolder, revision, load=kind.from_pretrained, **options):
-            asked.append((name, revision))
-            return load(tiny_sd, subfolder=subfolder, **options)
-        monkeypatch.setattr(kind, "from_pretrained", from_the_hub)
-    sd.Model("someone/sd", torch.device("cpu"), "v2")
-    assert asked == [("someone/sd", "v2")] * 5
 
 
 def test_sample_refuses(plain, cm_run, capsys):
