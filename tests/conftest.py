@@ -25,12 +25,15 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import disk
 import runtime
 import train
-from data import load, long_tail
+from data import load, long_tail, to_float
 from recognition import classify
+from losses import BASES, Objective, bind, options_of
+from model import make_alphas_bar
 from networks import build
 
 TINY = {"channels": 1, "num_classes": 10, "ch": 16, "ch_mult": [1, 2], "attn": [1],
         "num_res_blocks": 1, "dropout": 0.1}
+COUNTS = [148, 106, 76, 54, 39, 28, 20, 14, 10, 7]      # of the long-tailed digits, IR 20
 TINY_FLAGS = ["--dataset", "digits", "--ch", "16", "--batch-size", "16", "--log-every", "1",
               "--sample-every", "0", "--device", "cpu"]
 
@@ -57,6 +60,19 @@ def randomize(net, seed=0, scale=0.05):
 def tiny_net(rank_ratio=0.1, **changes):
     """A small random UNet for digits; rank_ratio None leaves it plain."""
     return randomize(build({**TINY, **changes}, rank_ratio))
+
+
+def a_step(digits, base="ddpm", *, rank_ratio=0.1, dropout=0.0, cm=None, label_drop=0.1,
+           **options):
+    """An objective on a random tiny network, and a batch of 12 digits. options: the base's own."""
+    assert set(options) <= set(options_of(BASES[base]))
+    objective = Objective(net=tiny_net(rank_ratio, dropout=dropout), base=bind(base, options),
+                          counts=COUNTS, alphas_bar=make_alphas_bar(), cm=cm,
+                          label_drop=label_drop)
+    rows = np.linspace(0, len(digits.labels) - 1, 12).astype(int)
+    x_0 = to_float(torch.from_numpy(digits.images[rows]))
+    y = torch.from_numpy(digits.labels[rows])
+    return objective, objective.draw_batch(x_0, y, seed=0, step=3)
 
 
 def refuses(capsys, main, *flags, says):

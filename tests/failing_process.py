@@ -26,18 +26,18 @@ ERRORS = {
 def main():
     """Run train.py with one function replaced: the writing of a picture, or the second update."""
     _, how, rank, file, *flags = sys.argv
-    update = loop.update
+    update = loop.Training.update
 
     def fail(*args, **kwargs):
         Path(file).touch()
         raise ERRORS[how]
 
-    def second_fails(params, ema, optimizer, step, args, scaler):
-        return fail() if step else update(params, ema, optimizer, step, args, scaler)
+    def second_fails(training):
+        return fail() if training.step else update(training)
     if os.environ["RANK"] == rank and how == "disk":
         Image.Image.save = fail
     elif os.environ["RANK"] == rank:
-        loop.update = second_fails
+        loop.Training.update = second_fails
     call(train.main, *flags)
 
 

@@ -5,7 +5,6 @@ The compiler is the real one, and the networks are small, so that it has little 
 import shutil
 from collections import OrderedDict
 from contextlib import contextmanager
-from functools import partial
 
 import pytest
 import torch
@@ -20,6 +19,7 @@ from model import make_alphas_bar
 from recognition import resnet
 from variants import fused_norm
 
+pytestmark = pytest.mark.slow
 COUNTS = [9, 8, 7, 6, 5, 5, 4, 3, 2, 1]
 
 
@@ -63,7 +63,7 @@ def recognition(loss, cm):
         reserve(net.layer4, 0.3)
         stages = ("layer4",)
     objective = resnet.ClassifierLoss(net=net, loss=loss, counts=COUNTS, reserved=stages)
-    return objective, (torch.rand(8, 1, 8, 8) * 2 - 1, torch.arange(8))
+    return objective, (resnet.Images(torch.rand(8, 1, 8, 8) * 2 - 1, torch.arange(8)),)
 
 
 def twins(make, loss, cm):
@@ -150,20 +150,6 @@ def test_the_trial_leaves_buffers_and_gradients_alone(cpu):
     runtime.compile_or_not(objective, lambda m: m(*inputs)[0], cpu)
     assert all(torch.equal(b, before[name]) for name, b in objective.named_buffers())
     assert all(p.grad is None for p in objective.parameters())
-
-
-@pytest.mark.parametrize("flag", ["--compile", None])
-def test_a_warning_names_the_flag_that_asked_for_it(flag, cpu, monkeypatch, capsys):
-    """Sampling compiles without being asked, and has no flag to name."""
-    def broken(module, mode):
-        raise RuntimeError("no C++ compiler found")
-    monkeypatch.setattr(torch, "compile", lambda module, mode: partial(broken, mode=mode))
-    net = nn.Linear(2, 2)
-    same, warning = runtime.compile_or_not(net, lambda m: m(torch.ones(2)).sum(), cpu, flag=flag)
-    assert same is net and "no C++ compiler found), going on without" in warning
-    assert ("--no-compile" in warning) == bool(flag)
-    prefix = "--compile: " if flag else ""
-    assert capsys.readouterr().err == f"WARNING: {prefix}{warning}\n"
 
 
 def test_without_guards(cpu, monkeypatch):

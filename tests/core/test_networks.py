@@ -13,7 +13,7 @@ import train
 from cm_layers import count, general_only, merge, reserve, reserved
 from model import UNet, UNetConfig
 from probes import capacity
-from variants.dit import Block, DiT, positions
+from variants.dit import Block, DiT
 
 SMALL = {"channels": 1, "num_classes": 10, "size": 8, "ch": 16, "depth": 3, "patch": 2}
 FLAGS = [*TINY_FLAGS, "--network", "dit", "--depth", 2]
@@ -98,30 +98,6 @@ def test_an_untrained_network_predicts_zero_and_its_blocks_do_nothing():
     assert not any("positions" in key for key in net.state_dict())
 
 
-@pytest.mark.parametrize("ch", [6, 96, 100])
-def test_widths_that_a_block_does_not_have(ch):
-    with pytest.raises(ValueError, match=f"--ch {ch} has no heads of 64"):
-        DiT(**{**SMALL, "ch": ch})
-
-
-def test_the_vector_of_augmentation_reaches_the_network():
-    net = randomize(DiT(**SMALL, augment_dim=4), scale=0.2)
-    x_t, t, y = inputs()
-    plain, _ = net.encode(x_t, t, y)
-    assert (net.encode(x_t, t, y, (), torch.ones(4, 4))[0] - plain).abs().max() > 1e-4
-
-
-def test_each_half_has_masks_of_its_own_blocks():
-    encode, decode = DiT(**SMALL, dropout=0.5).draw_masks(4, 8, torch.Generator())
-    assert (len(encode), len(decode)) == (1, 2)
-
-
-def test_positions_differ():
-    p = positions(4, 16)
-    assert p.shape == (16, 16) and len(torch.unique(p, dim=0)) == 16
-    assert torch.equal(p[5, :8], p[6, :8]) and torch.equal(p[5, 8:], p[9, 8:])
-
-
 def test_dropout_masks_are_an_argument():
     net = randomize(DiT(**SMALL, dropout=0.5), scale=0.2)
     x_t, t, y = inputs()
@@ -176,19 +152,6 @@ def test_every_other_script_takes_it(run, tmp_path, data_dir):
     probe = [*common, "--data-dir", data_dir, "--out", tmp_path / "probe"]
     call(capacity.main, "allocation", *probe)
     call(prune_probe.main, *probe, "--repeats", 1)
-
-
-@pytest.mark.parametrize("flags, says", [
-    (["--network", "dit", "--attn", 1], "--attn: --network dit has none"),
-    (["--depth", 4], "--depth: --network unet has none"),
-    (["--network", "dit", "--patch", 3], "8 pixels have no patches of 3"),
-    (["--network", "dit", "--ch", 100], "--ch 100 has no heads"),
-    (["--network", "dit", "--depth", 1], "cannot be cut in two"),
-    (["--network", "dit", "--no-cm", "--experts", "group"], "--experts"),
-    (["--network", "unit"], "--network")])
-def test_mistakes(flags, says, tmp_path, data_dir, capsys):
-    refuses(capsys, train.main, *TINY_FLAGS, "--data-dir", data_dir, "--out", tmp_path / "run",
-            *flags, says=[says])
 
 
 def test_a_checkpoint_of_an_unknown_network(run, tmp_path, capsys):

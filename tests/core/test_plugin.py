@@ -1,10 +1,9 @@
 """--plugin: a file of one's own is imported before the flags are read, in every script."""
-import importlib
 import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, TINY_FLAGS, call
+from conftest import ROOT, TINY_FLAGS
 
 import disk
 import runtime
@@ -30,7 +29,6 @@ data.READERS["stripes"] = data.Source(read_stripes, resolution=8, flip=False)
 
 import train; train.run(train.main)
 """
-SCRIPTS = sorted(p.name for p in ROOT.glob("*.py") if "\n    run(main)" in p.read_text())
 
 
 def start(*words):
@@ -90,29 +88,6 @@ def unchanged(monkeypatch):
     monkeypatch.setattr(sys, "path", list(sys.path))
     yield
     sys.modules.pop("mine", None)
-
-
-def test_it_is_imported_before_main_and_once(tmp_path, unchanged, monkeypatch, capsys):
-    """By either form of the flag; a script that it starts does not start."""
-    (tmp_path / "mine.py").write_text(
-        "import runtime\nFLAG = '--of-mine'\nruntime.run(lambda: 1 / 0)\n")
-    for words in (["--plugin", str(tmp_path / "mine.py")], [f"--plugin={tmp_path / 'mine.py'}"]):
-        monkeypatch.setattr(runtime.Plugins, "found", [])
-        monkeypatch.setattr(sys, "argv", ["script", *words])
-        runtime.run(lambda: print(sys.modules["mine"].FLAG, runtime.Plugins.found))
-        digest = disk.sha256(tmp_path / "mine.py")[:16]
-        assert capsys.readouterr().out == f"--of-mine ['mine.py {digest}']\n"
-        del sys.modules["mine"]
-
-
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_every_script_has_the_flag(name, capsys):
-    module = importlib.import_module(name.removesuffix(".py"))
-    commands = getattr(module, "COMMANDS", {}) or {"": None}
-    for command in commands:
-        with pytest.raises(SystemExit):
-            call(module.main, *[command] * bool(command), "--help")
-        assert "--plugin" in capsys.readouterr().out, command
 
 
 def test_a_change_since_training_is_said(folder):

@@ -6,12 +6,12 @@ import pytest
 import torch
 from conftest import tiny_net
 from scipy.stats import kstest
-from test_losses import AB
 from torch.testing import assert_close
 from torchvision.transforms import functional as tv
 
 from data import Batches, to_float
 from losses import Objective, bind
+from model import make_alphas_bar
 from variants import augment
 
 
@@ -159,22 +159,6 @@ def test_the_operations_come_in_their_order():
     assert_close(middle(together, 16), middle(one_by_one, 16), atol=0.02, rtol=0)
 
 
-def test_resampling_is_sharper_than_bilinear():
-    """White noise moved by half a pixel: the energy of its upper frequencies."""
-    x = torch.randn(16, 1, 32, 32, generator=torch.Generator().manual_seed(0))
-    upper = torch.fft.fftfreq(24).abs() > 0.25
-    upper = upper[:, None] | upper
-
-    def energy(x):
-        return (torch.fft.fft2(middle(x, 4)).abs() ** 2 * upper).sum()
-    half = parameters(16, shift_x=0.5 / (32 * 0.125))
-    shares = [energy(y) / energy(x) for y in (augment.geometry(x, half), (x + x.roll(1, 3)) / 2)]
-    assert shares[0] > 1.5 * shares[1]
-    identity = torch.eye(2).expand(16, 2, 2)
-    same = augment.resample(x, identity, torch.zeros(16, 2))
-    assert_close(middle(same, 4), middle(x, 4), atol=1e-4, rtol=0)
-
-
 # --------------------------------------------------------------------------------------------------
 # Augmentation: in training
 
@@ -190,12 +174,12 @@ def test_the_network_gets_the_vector_and_samples_are_plain():
 
 def test_augmentation_is_the_same_for_parts_of_a_batch(digits):
     objective = Objective(net=tiny_net(None, augment_dim=augment.DIM, dropout=0.0), base=bind("oc"),
-                          counts=digits.counts, alphas_bar=AB, ada=0.5)
+                          counts=digits.counts, alphas_bar=make_alphas_bar(), ada=0.5)
     x_0 = to_float(torch.from_numpy(digits.images[:12]))
     y = torch.from_numpy(digits.labels[:12])
     whole = objective.draw_batch(x_0, y, seed=0, step=3)
     halves = [objective.draw_batch(x_0, y, seed=0, step=3, part=k, parts=2) for k in range(2)]
     assert torch.equal(whole.x_0, torch.cat([half.x_0 for half in halves]))
-    assert torch.equal(whole.a, torch.cat([half.a for half in halves]))
+    assert torch.equal(whole.augmentation, torch.cat([half.augmentation for half in halves]))
     assert torch.equal(whole.pool.x_0, halves[1].pool.x_0)
     assert not torch.equal(whole.x_0, x_0)

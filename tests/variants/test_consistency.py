@@ -4,21 +4,18 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_FLAGS, call, refuses
+from conftest import TINY_FLAGS, a_step, call
 from scipy.stats import chisquare, norm
-from test_losses import AB, setup
 from torch import nn
 
 import disk
-import evaluate
-import prune_probe
-import sample
 import train
 from losses import Predictions
-from model import q_sample
-from probes import capacity
+from model import make_alphas_bar, q_sample, signal_and_sigma
 from variants import consistency
 
+AB = make_alphas_bar()
+ROOTS = signal_and_sigma(AB)
 SIGMA = [math.sqrt((1 - a) / a) for a in AB.tolist()]
 
 
@@ -63,9 +60,9 @@ def literal_huber(difference):
 
 
 def test_loss(digits):
-    objective, batch = setup(digits, "consistency", rank_ratio=None, ct_double=1)
+    objective, batch = a_step(digits, "consistency", rank_ratio=None, ct_double=1)
     grid, _, weights = intervals_of(80)                         # at step 3
-    pairs = list(zip(batch.t.tolist(), batch.t_below.tolist()))
+    pairs = list(zip(batch.t.tolist(), batch.pair[0].tolist()))
     expected = []
     for x_0, eps, y, pair in zip(batch.x_0.double(), batch.eps.double(), batch.y_cond, pairs):
         f = []
@@ -90,28 +87,32 @@ def gradient(module):
 
 def test_only_the_noisier_prediction_is_trained(digits):
     """The gradient is that of the loss with the target as a constant."""
-    objective, batch = setup(digits, "consistency", rank_ratio=None)
+    objective, batch = a_step(digits, "consistency", rank_ratio=None)
     objective(batch)[0].backward()
     got = gradient(objective.net)
     objective.zero_grad()
 
     def f(t):
-        x_t = q_sample(batch.x_0, t, batch.eps, AB)
-        return consistency.to_x_0(objective.net(x_t, t, batch.y_cond), x_t, t, AB)
-    error = (f(batch.t) - f(batch.t_below).detach()).square().flatten(1).mean(1)
-    (batch.weight * ((error + 0.00054 ** 2).sqrt() - 0.00054)).mean().backward()
+        x_t = q_sample(batch.x_0, t, batch.eps, *ROOTS)
+        factors = objective.x_t_factor, objective.F_factor
+        return consistency.to_x_0(objective.net(x_t, t, batch.y_cond), x_t, t, *factors)
+    t_below, weight = batch.pair
+    error = (f(batch.t) - f(t_below).detach()).square().flatten(1).mean(1)
+    (weight * ((error + 0.00054 ** 2).sqrt() - 0.00054)).mean().backward()
     torch.testing.assert_close(got, gradient(objective.net), rtol=1e-3, atol=1e-5)
 
 
 def test_both_points_have_the_same_masks_and_the_same_augmentation(digits):
     """Where t' is t, the two predictions are one: nothing is left of the loss."""
-    objective, batch = setup(digits, "consistency", dropout=0.3)
+    objective, batch = a_step(digits, "consistency", dropout=0.3)
     net = objective.net
     net.encoder.embedding.augment = nn.Linear(4, 4 * net.cfg.ch, bias=False)
-    batch = batch._replace(a=torch.randn(12, 4), t_below=batch.t)
+    batch = batch._replace(augmentation=torch.randn(12, 4), pair=(batch.t, batch.pair[1]))
+    masks = batch.masks
     assert objective(batch)[1]["base"].item() == 0
-    for other in ({"masks_encode": []}, {"masks_decode": []}, {"a": None}):
-        x_t = q_sample(batch.x_0, batch.t, batch.eps, AB)
+    for other in ({"masks": masks._replace(encode=[])}, {"masks": masks._replace(decode=[])},
+                  {"augmentation": None}):
+        x_t = q_sample(batch.x_0, batch.t, batch.eps, *ROOTS)
         pred = Predictions(net, batch._replace(**other), x_t)
         assert consistency.loss(pred, batch, objective)[0] > 0
 
@@ -120,23 +121,13 @@ def test_boundary():
     """At t = 0 the function is the identity, whatever the network says."""
     x = torch.randn(3, 1, 4, 4)
     t = torch.zeros(3, dtype=torch.int64)
-    f = consistency.to_x_0(torch.randn_like(x) * 100, x, t, AB)
+    factors = [value.float() for value in consistency.constants(AB).values()]
+    f = consistency.to_x_0(torch.randn_like(x) * 100, x, t, *factors)
     torch.testing.assert_close(f, x / math.sqrt(AB[0]))
 
 
 # --------------------------------------------------------------------------------------------------
 # The curriculum
-
-def test_the_number_of_intervals_doubles():
-    expected = {0: 10, 499: 10, 500: 20, 1000: 40, 2999: 320, 3000: 640, 10 ** 6: 640}
-    assert {step: consistency.intervals(step, 500) for step in expected} == expected
-
-
-def test_karras_grid_spreads_the_pairs():
-    """Of 10 intervals the likeliest has a quarter of the pairs; in equal parts of t, a half."""
-    assert len(literal_grid(10, "karras")) == 11
-    assert intervals_of(10, "karras")[1].max() == pytest.approx(0.26, abs=0.01)
-    assert intervals_of(10)[1].max() == pytest.approx(0.48, abs=0.01)
 
 
 @pytest.mark.parametrize("kind", ["uniform", "karras"])
@@ -144,7 +135,7 @@ def test_karras_grid_spreads_the_pairs():
 def test_pairs_are_drawn_by_noise_level(step, N, kind):
     grid, probability, weights = intervals_of(N, kind)
     g = torch.Generator().manual_seed(step)
-    t, below, weight = consistency.draw_pairs(AB, 20_000, step, g, ct_double=100, ct_grid=kind)
+    t, (below, weight) = consistency.draw_pairs(AB, 20_000, step, g, ct_double=100, ct_grid=kind)
     assert weight.dtype == torch.float32
     assert set(zip(t.tolist(), below.tolist())) <= set(zip(grid[1:], grid[:-1]))
     intervals = np.searchsorted(grid, below.numpy())
@@ -164,10 +155,10 @@ def test_the_gradient_in_F_does_not_grow_with_the_curriculum(digits, kind):
     """
     norms = []
     for step in (0, 6):
-        objective, _ = setup(digits, "consistency", rank_ratio=None, ct_double=1, ct_grid=kind)
+        objective, _ = a_step(digits, "consistency", rank_ratio=None, ct_double=1, ct_grid=kind)
         x_0 = torch.randn(512, 1, 8, 8) / 2
         batch = objective.draw_batch(x_0, torch.arange(512) % 10, seed=0, step=step)
-        pred = Predictions(objective.net, batch, q_sample(batch.x_0, batch.t, batch.eps, AB))
+        pred = Predictions(objective.net, batch, q_sample(batch.x_0, batch.t, batch.eps, *ROOTS))
         base, _ = consistency.loss(pred, batch, objective)
         grad = torch.autograd.grad(base * 512, pred.eps)[0]
         norms.append(grad.flatten(1).norm(dim=1).mean().item() * 8)
@@ -265,43 +256,3 @@ def test_the_curriculum_is_that_of_the_steps_at_the_start(tmp_path, data_dir):
     for steps in (8, 12):                   # trained longer, it stays what it was
         train_here(data_dir, tmp_path, "--no-cm", "--steps", steps)
         assert load(tmp_path)["config"]["ct_double"] == 2
-
-
-def test_samples_and_metrics(runs, tmp_path, data_dir, classifier, capsys):
-    assert (runs / "cm/grid-0000012.png").exists()
-    for name, branch in (("plain", "full"), ("cm", "full"), ("cm", "general")):
-        call(sample.main, "--ckpt", runs / name / "ckpt.pt", "--branch", branch, "--num", 20,
-             "--out", tmp_path / name, "--device", "cpu")
-        settings = disk.read_json(tmp_path / name / "samples.json")["settings"]
-        assert settings["sampler"] == "consistency"
-        assert settings["steps"] == 2
-        assert settings["guidance"] == 0
-    call(evaluate.main, "--ckpt", runs / "cm/ckpt.pt", "--num", 40, "--steps", 1,
-         "--data-dir", data_dir, "--features", classifier, "--device", "cpu",
-         "--out-json", tmp_path / "e.json")
-    assert disk.read_json(tmp_path / "e.json")["settings"]["steps"] == 1
-
-
-def test_mistakes_in_sampling(runs, cm_run, capsys):
-    consistent = ("--ckpt", runs / "plain/ckpt.pt")
-    diffusion = ("--ckpt", cm_run / "ckpt.pt")
-    refuses(capsys, sample.main, *consistent, "--sampler", "ddim",
-            says=["--sampler ddim", "consistency"])
-    refuses(capsys, sample.main, *diffusion, "--sampler", "consistency",
-            says=["--sampler consistency", "diffusion"])
-    refuses(capsys, sample.main, *consistent, "--guidance", 1.5, says=["--guidance"])
-    refuses(capsys, sample.main, *consistent, "--steps", 32, says=["--steps 32"])
-    refuses(capsys, sample.main, *consistent, "--grid", "quad", says=["--grid"])
-    refuses(capsys, sample.main, *consistent, "--eta", 0.5, says=["--eta", "ddim"])
-
-
-def test_diffusion_only_refuses_a_consistency_model(runs, tmp_path, data_dir, capsys):
-    ckpt = runs / "plain/ckpt.pt"
-    refuses(capsys, prune_probe.main, "--ckpt", ckpt, says=["--ckpt", "not a diffusion"])
-    refuses(capsys, capacity.main, "dominance", "--ckpt", ckpt,
-            says=["--ckpt", "not a diffusion"])
-    common = (*TINY_FLAGS, "--base", "ddpm", "--data-dir", data_dir)
-    refuses(capsys, train.main, *common, "--no-cm", "--steps", 15, "--out", runs / "plain",
-            says=["--base ddpm", "consistency"])
-    refuses(capsys, train.main, *common, "--lora", "--init-from", ckpt, "--out", tmp_path / "x",
-            says=["--init-from", "not a diffusion"])
