@@ -14,6 +14,7 @@ from PIL import Image
 from torch.testing import assert_close
 
 import disk
+import losses
 import runtime
 import sample as sample_py
 from cm_layers import general_only, reserved
@@ -205,12 +206,17 @@ def test_the_defaults_are_those_of_sec_4_1():
     assert {name: args[name] for name in expected} == expected
 
 
-def test_the_weight_decay_is_adamws(run_of, monkeypatch):
-    """Without a gradient a step takes lr x weight decay off a parameter, and nothing else."""
+def test_what_is_trained_how(run_of, monkeypatch, model):
+    """The flags reach the loss and AdamW: without a gradient a step takes lr x weight decay off."""
     found = []
     monkeypatch.setattr(sd, "loop", lambda training, *_: found.append(training))
-    run_of("decay", "--epochs", 1, "--lr", 0.1, "--weight-decay", 0.5)
+    run_of("decay", "--epochs", 1, "--lr", 0.1, "--weight-decay", 0.5, "--label-drop", 0.3,
+           "--base", "cbdm", "--w-div", 0.5, "--seed", 7)
     training = found[0]
+    objective = training.objective
+    assert (objective.label_drop, objective.cm.w_div, training.batches.seed) == (0.3, 0.5, 7)
+    assert objective.base.loss.func is losses.cbdm and objective.counts.tolist() == COUNTS
+    assert_close(objective.alphas_bar, model.alphas_bar)
     params = list(training.params.values())
     before = [p.detach().clone() for p in params]
     for p in params:

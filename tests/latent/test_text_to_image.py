@@ -410,6 +410,20 @@ def test_mistakes_are_named(pictures, autoencoder, tmp_path, monkeypatch, more, 
     assert not (tmp_path / "run/ckpt.pt").exists()
 
 
+def test_what_is_trained_how(pictures, autoencoder, tmp_path, monkeypatch):
+    """The flags reach the loss and the optimizer."""
+    found = []
+    monkeypatch.setattr(text_to_image, "loop", lambda training, *_: found.append(training))
+    main(*train_flags(pictures, autoencoder, tmp_path, 2, "--label-drop", 0.3, "--lam", 2,
+                      "--weight-decay", 0.5, "--base", "focal", "--focal-gamma", 3, "--seed", 7))
+    objective, options = found[0].objective, found[0].optimizer.param_groups[0]
+    assert (objective.label_drop, objective.cm.lam, found[0].batches.seed) == (0.3, 2, 7)
+    assert objective.base.loss.keywords == {"focal_gamma": 3}
+    assert objective.counts.tolist() == [12, 6, 3]
+    assert (options["lr"], options["betas"], options["weight_decay"]) == (3e-3, (0.9, 0.96), 0.5)
+    assert isinstance(found[0].optimizer, torch.optim.AdamW)
+
+
 def test_general_needs_reserved_capacity(pictures, autoencoder, tmp_path):
     main(*train_flags(pictures, autoencoder, tmp_path / "run", 1, "--no-cm", "--sample-every", 0))
     with refused("--branch"):
