@@ -536,7 +536,8 @@ def samples_folder(args):
 def describe(args, ckpt, sampling, rt):
     """What made these images: everything that moves a number measured on them, for the JSON."""
     return {"ckpt": str(args.ckpt), "ckpt_sha256": ckpt.sha256, "step": ckpt["step"],
-            "command": ckpt["command"], "dataset": ckpt["config"]["dataset"],
+            "command": ckpt["command"], "config": ckpt["config"],
+            "dataset": ckpt["config"]["dataset"],
             "weights": args.weights, "branch": args.branch, **sampling.record(),
             "dtype": rt.dtype_name(), **runtime.Plugins.record()}
 

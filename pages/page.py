@@ -1,4 +1,4 @@
-"""What all pages share: tables in Markdown, and Markdown as one HTML file with its pictures inside.
+"""What all pages share: in what two results differ; tables; Markdown as one file of HTML.
 
 HTML pages fetch nothing from the network; their style is `style.css`.
 """
@@ -12,9 +12,13 @@ import markdown
 from PIL import Image
 
 import disk
+from loop import RESUMABLE
 from runtime import UserError
 
 FOLDER = Path(__file__).parent
+# Settings that say where files are, or move none of the numbers that are compared; seeds
+FREE = {"seed", "ckpt", "samples", "out", "command", "config", "per_class", "floor"}
+FILES = {"init_from", "extra"}          # of each seed its own: they differ where one has none
 PAGE = """<!doctype html>
 <html lang="en">
 <head>
@@ -40,6 +44,29 @@ def named(text, flag):
     if not name or not files:
         raise UserError(f"{flag} {text}: give NAME=FILE")
     return name, files
+
+
+def differences(a, b):
+    """{setting: (its value in a, in b)}: in what two experiments differ, but for seeds and paths.
+
+    a, b: "settings" of results or of samples. Those of training, "config" in them, count where
+    both have them.
+    """
+    trained = [{key: value for key, value in s.get("config", {}).items() if key not in RESUMABLE}
+               for s in (a, b)]
+    found = {}
+    for x, y in [trained, (a, b)] if all(trained) else [(a, b)]:
+        for key in {**x, **y}:
+            pair = x.get(key), y.get(key)
+            same = pair[0] == pair[1] or key in FILES and None not in pair
+            if not (same or key in FREE or key.endswith("sha256")):
+                found[key] = pair
+    return found
+
+
+def in_words(found):
+    """What differences found as text: "guidance 0.0 / 1.5, step 500 / 1000"."""
+    return ", ".join(f"{key} {a} / {b}" for key, (a, b) in found.items())
 
 
 def escaped(text):

@@ -12,10 +12,10 @@ and the floor. --pair shows samples of theta_g and of theta from the same noise,
 
 --paper makes one of the paper's tables, with the paper's number beside each of ours
 (paper_results.json). The best is in bold, the second best in italics. The page also says in which
-settings rows and seeds differ, and lists the commands behind each row.
+settings rows differ, and lists the commands behind each row. The files of one row may differ in
+seeds and paths only.
 """
 import glob
-import re
 import textwrap
 from pathlib import Path
 from typing import NamedTuple
@@ -27,7 +27,7 @@ import disk
 from metrics.scores import KID_SIZE
 from pages import page
 from pages.figures import fit_together, read_column
-from pages.page import escaped, markdown_table, named
+from pages.page import differences, escaped, in_words, markdown_table, named
 from runtime import Parser, UserError, run
 from sample import grid_image, sampling_in_words
 
@@ -36,7 +36,6 @@ HIGHER_IS_BETTER = {"recall", "precision", "is", "accuracy"}
 DIGITS = {"fid": 3, "kid": 4}       # after the point, as in the paper; else two
 IN_CAPITALS = {"fid", "kid", "fd", "kd", "is"}
 CLASSIFIER_KEYS = {"fid": "fd", "kid": "kd"}        # in a classifier's features
-UNTOLD = {"ckpt", "command", "samples", "out", "seed"}      # settings that any rows differ in
 MEANS_NOTE = "Mean ± standard deviation over seeds; best in bold, second best in italics."
 CLASSIFIER_NOTE = (
     "FD and KD are distances in the features of a small classifier, not FID and KID: do not "
@@ -64,7 +63,16 @@ def read_row(text):
     for result in results:
         if not isinstance(result, dict) or not {"settings", "groups", "num_real"} <= result.keys():
             raise UserError(f"--row {text}: not a result of evaluate.py or classify.py")
+    for result in results[1:]:
+        if found := differences(*(settings_of(r) for r in (results[0], result))):
+            raise UserError(f"--row {name}: its files are no seeds of one experiment, they differ "
+                            f"in {in_words(found)}; give each its own row")
     return name, results
+
+
+def settings_of(result):
+    """Everything that makes a result another experiment's, but for its groups."""
+    return {**result["settings"], "num": result["num"]}
 
 
 def refuse_other_measures(rows):
@@ -87,24 +95,15 @@ def refuse_other_measures(rows):
 
 
 def what_differs(rows, told):
-    """In which settings rows differ from the first one, or the seeds of one row; "" for none.
+    """In which settings rows differ from the first one; "" for none.
 
     told: settings that the page says elsewhere.
     """
-    def values_of(results):
-        every = [{**r["settings"], "num": r["num"], "k": r["settings"].get("k")} for r in results]
-        keys = dict.fromkeys(key for settings in every for key in settings
-                             if key not in UNTOLD | told and not key.endswith("sha256"))
-        # One value of all seeds, or one of each
-        found = {key: [str(settings.get(key)) for settings in every] for key in keys}
-        return {key: " / ".join(values if len(set(values)) > 1 else values[:1])
-                for key, values in found.items()}
-    first = values_of(rows[0][1])
+    (_, (first, *_)), *others = rows
     lines = []
-    for k, (name, results) in enumerate(rows):
-        words = [f"{key} {value}" for key, value in values_of(results).items()
-                 if (value != first.get(key) if k else " / " in value)]
-        if words:
+    for name, (result, *_) in others:
+        found = differences(settings_of(first), settings_of(result))
+        if words := [f"{key} {value}" for key, (_, value) in found.items() if key not in told]:
             lines.append(f"{escaped(name)} ({escaped(', '.join(words))})")
     return f"Differs: {'; '.join(dict.fromkeys(lines))}." if lines else ""
 
@@ -232,14 +231,10 @@ def without_cm(name):
 
 
 def seeds_of(results):
-    """(--seed of training, 0 where its command names none; that of the noise) of each result."""
-    found = []
-    for r in results:
-        command = r["settings"].get("command") or r.get("command") or ""
-        match = re.search(r"--seed[ =](\d+)", command)
-        noise = r["settings"].get("seed") if "sampler" in r["settings"] else None
-        found.append((int(match[1]) if match else 0, noise))
-    return found
+    """(--seed of training, that of the noise or None) of each result."""
+    every = [r["settings"] for r in results]
+    return [(s.get("config", s).get("seed"), s.get("seed") if "sampler" in s else None)
+            for s in every]
 
 
 def paired_differences(rows, columns):
@@ -312,7 +307,7 @@ def results_figure(rows, columns, paper, title, path):
 
 
 def conditions_of(rows, told=frozenset()):
-    """How the first row's numbers were made, and in what other rows, and seeds, differ.
+    """How the first row's numbers were made, and in what other rows differ.
 
     told: settings that the page says elsewhere.
     """

@@ -23,7 +23,7 @@ import disk
 import runtime
 from data import class_groups, load, to_rgb
 from pages.figures import fit_together, read_column
-from pages.page import escaped, markdown_table, named, png_uri
+from pages.page import differences, escaped, in_words, markdown_table, named, png_uri
 from runtime import Parser, UserError, integer, number, run, seed_of
 from sample import chosen_classes
 from sets.readers import READERS
@@ -137,6 +137,8 @@ def main_make(argv):
     print(f"wrote {out / 'study.html'}: {args.groups} questions on {', '.join(class_names)} and "
           f"{args.catch} catch trials, for the evaluators; and {out / 'key.json'}, which says what "
           "is which: keep it to yourself")
+    print(f"settings of {names[0]} / {names[1]} that differ: "
+          f"{in_words(differences(a.settings, b.settings)) or 'none'}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -297,7 +299,8 @@ def tally_page(result, key, least):
         "# Human study (Sec. G.4, Table G.7)\n",
         f"In how many trials each method was preferred. Study {key['study']}: {names['a']} against "
         f"{names['b']}, classes {escaped(', '.join(key['classes']))}; real images: "
-        f"{escaped(key['real'])}.\n",
+        f"{escaped(key['real'])}. Settings that differ: "
+        f"{escaped(in_words(result['differ'])) or 'none'}.\n",
         counts_table + "\n",
         f"The share of {names['b']}. The exact interval (Clopper and Pearson) takes all trials for "
         "independent, which trials of one evaluator are not; the other draws whole evaluators with "
@@ -323,7 +326,8 @@ def main_tally(argv):
         if evaluator.id in evaluators:
             raise UserError(f"tally {path}: of the same evaluator as another file; leave one out")
         evaluators[evaluator.id] = evaluator
-    result = tally(list(evaluators.values()), args.min_catch)
+    result = {"differ": differences(key["a"]["settings"], key["b"]["settings"]),
+              **tally(list(evaluators.values()), args.min_catch)}
     text = tally_page(result, key, args.min_catch)
     out = Path(args.out or Path(args.key).parent)
     disk.write_text(out / "tally.md", text)

@@ -43,7 +43,7 @@ def copies(images, train):
     """Which images are copies, (N,) bool, and each one's nearest training image, (N,).
 
     images (N, D), train (M, D), M at least 2: float64 tensors. An image is a copy where the nearest
-    training image x has no other training image as near as this one.
+    training image x has no other training image as near as this one; so train's rows are distinct.
     """
     index, distance = nearest(images, train)
     return distance < radii(train, 1, BLOCK)[index], index
@@ -163,7 +163,9 @@ def main():
     groups = class_groups(data["class_counts"])
 
     # Measure
-    real = to_rgb(train.images)
+    # Each image once: two of one have no distance, and nothing is nearer than that
+    distinct = {image.tobytes(): row for row, image in enumerate(train.images)}
+    real = to_rgb(train.images[list(distinct.values())])
     in_space = {"pixels": pixels_of(real),
                 "features": features_of(extractor, real, "training images")}
     if unseen:
@@ -179,7 +181,7 @@ def main():
 
     # Print and write
     print(f"share of images that are nearer to a training image than any other training image is "
-          f"({len(real):,} training images; features of {extractor.name})")
+          f"({len(real):,} distinct training images; features of {extractor.name})")
     print_shares(rows, groups)
     disk.write_json(out / "copies.json", {
         "rows": rows, "ckpt": args.ckpt, "data": data, "features": extractor.name,

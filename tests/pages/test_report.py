@@ -83,6 +83,7 @@ def fake_result(fid, seed, settings=None, **changes):
             "dataset": "cifar100", "step": 9, "sampler": "ddim", "steps": 50, "guidance": 1.5,
             "clip": True, "weights": "ema", "branch": "full", "reference": "r", "seed": seed,
             "features": "inception", "reference_sha256": "a",
+            "config": {"seed": seed, "lr": 2e-4, "save_every": seed},
             "command": f"python train.py --seed {seed}", **(settings or {})},
         **changes}
 
@@ -146,15 +147,42 @@ def test_a_dash_where_the_paper_has_no_number(tmp_path):
     assert "paper" not in text.split("\n")[4]
 
 
-def test_settings_in_which_rows_and_seeds_differ_are_shown(tmp_path):
-    """Not their seeds, commands and hashes; those of the first row only where its seeds differ."""
+def test_settings_in_which_rows_differ_are_shown(tmp_path):
+    """Of training and of sampling; not seeds, commands and hashes, nor what training may change."""
     first = write_row(tmp_path, "A", fake_result(9, 0, {"ckpt_sha256": "x"}), fake_result(9, 1))
-    other = write_row(tmp_path, "B", fake_result(8, 0, {"step": 300_000, "branch": "general"}),
-                      fake_result(8, 1, {"step": 300_000, "branch": "general", "guidance": 0.0}))
-    text = make_page(tmp_path / "p.md", first, other)
-    assert "Differs: B (step 300000, guidance 1.5 / 0.0, branch general)." in text
-    text = make_page(tmp_path / "p.md", other, first)
-    assert ("Differs: B (guidance 1.5 / 0.0); A (step 9, guidance 1.5, branch full)." in text)
+    other = write_row(tmp_path, "B", fake_result(8, 3, {
+        "step": 300_000, "branch": "general", "config": {"seed": 3, "lr": 1e-3, "ch": 64}}))
+    foreign = fake_result(7, 0)
+    del foreign["settings"]["config"]
+    text = make_page(tmp_path / "p.md", first, other, write_row(tmp_path, "C", foreign))
+    assert "Differs: B (lr 0.001, ch 64, step 300000, branch general)." in text
+
+
+@pytest.mark.parametrize("settings, changes, says", [
+    ({"config": {"seed": 1, "lr": 1e-3}}, {}, "lr"),
+    ({"config": {"seed": 1, "lr": 2e-4, "tail_seed": 1}}, {}, "tail_seed"),
+    ({"config": {"seed": 1, "lr": 2e-4, "init_from": "a.pt"}}, {}, "init_from"),
+    ({"guidance": 0.0}, {}, "guidance"), ({"steps": 20}, {}, "steps"), ({}, {"num": 10}, "num")])
+def test_other_experiments_are_no_seeds(tmp_path, capsys, settings, changes, says):
+    row = write_row(tmp_path, "CM", fake_result(9, 0), fake_result(8, 1, settings, **changes))
+    refuses(capsys, report.main, "--row", row, "--out", tmp_path / "p.md", says=["--row CM", says])
+
+
+def test_seeds_may_differ_in_paths(tmp_path):
+    """Such as what each goes on from, and where it is."""
+    results = [fake_result(9, k, {"ckpt": f"run{k}/ckpt.pt", "ckpt_sha256": str(k), "config": {
+        "seed": k, "init_from": f"run{k}.pt", "init_from_sha256": str(k), "data_dir": f"d{k}"}})
+        for k in range(2)]
+    assert "| A | 2 |" in make_page(tmp_path / "p.md", write_row(tmp_path, "A", *results))
+
+
+def test_a_side_of_few_images(tmp_path):
+    """A KID of smaller subsets than the protocol's is not shown, without --paper either."""
+    result = fake_result(9, 0, kid_subset_size=100)
+    for group in result["groups"].values():
+        group["kid_subset_size"] = 30
+    text = make_page(tmp_path / "p.md", write_row(tmp_path, "A", result))
+    assert "| Many FID | Medium FID | Few FID | FID | IS | recall |" in text and "KID" not in text
 
 
 @pytest.mark.parametrize("settings, numbers", [
@@ -183,7 +211,7 @@ def test_flags_that_are_refused(tmp_path, capsys, monkeypatch, flags, says):
 def test_seeds_are_paired_by_training_and_noise():
     def results(values, train, noise=(0, 0, 0)):
         return [{"fid": 0, "accuracy": value, "settings": {
-            "sampler": "ddim", "seed": n, "command": f"python train.py --seed {k}"}}
+            "sampler": "ddim", "seed": n, "config": {"seed": k}}}
             for value, k, n in zip(values, train, noise)]
     rows = [
         ("CE", results([10, 20, 30], [0, 1, 2])), ("CE + CM", results([12, 21, 33], [0, 1, 2])),

@@ -24,7 +24,8 @@ BROWSER = next(filter(None, map(shutil.which, CHROMES)), None)
 DRIVER = shutil.which("chromedriver")
 
 
-def write_samples(folder, seed, names=NAMES, size=8, counts=(60, 50, 40, 30, 20, 10), each=9):
+def write_samples(folder, seed, names=NAMES, size=8, counts=(60, 50, 40, 30, 20, 10), each=9,
+                  **settings):
     """A samples.npz with the JSON of sample.py: `each` images of noise of every class."""
     folder.mkdir(parents=True)
     rng = np.random.default_rng(seed)
@@ -33,7 +34,7 @@ def write_samples(folder, seed, names=NAMES, size=8, counts=(60, 50, 40, 30, 20,
     disk.write_npz(folder / "samples.npz", arr_0=images, arr_1=labels)
     data = {"class_names": names, "class_counts": list(counts), "resolution": size}
     disk.write_json(folder / "samples.json", {
-        "settings": {"seed": seed}, "data": data,
+        "settings": {"seed": seed, **settings}, "data": data,
         "npz_sha256": disk.sha256(folder / "samples.npz")})
 
 
@@ -41,8 +42,8 @@ def write_samples(folder, seed, names=NAMES, size=8, counts=(60, 50, 40, 30, 20,
 def inputs(tmp_path_factory):
     """A folder with samples a and b, and real images of another size, one folder per class."""
     root = tmp_path_factory.mktemp("study-inputs")
-    write_samples(root / "a", 0)
-    write_samples(root / "b", 1)
+    write_samples(root / "a", 0, guidance=0.0, config={"lr": 1e-3})
+    write_samples(root / "b", 1, guidance=1.5, config={"lr": 2e-3})
     rng = np.random.default_rng(2)
     for name in NAMES:
         (root / "real" / name).mkdir(parents=True)
@@ -265,6 +266,8 @@ def test_a_whole_tally(tallied):
     assert "| the paper's DDPM | 10 | 10 | 4 | 4 | 6 | 3 | 14 | 12 | 63 |" in lines
     assert "70.56 % (64.0 to 76.6)" in text and "Bo \\| &lt;i&gt;" in text
     assert "0 of 3, **careless**" in text
+    assert result["differ"] == {"lr": [0.001, 0.002], "guidance": [0.0, 1.5]}
+    assert "Settings that differ: lr 0.001 / 0.002, guidance 0.0 / 1.5." in text
     everyone, _ = tally_of(folder, "--min-catch", 0)
     assert everyone["careful"] == everyone["all"]
 
@@ -274,6 +277,14 @@ def test_a_whole_tally(tallied):
     result, text = tally_of(folder)
     assert result["careful"] is None and result["agreement"] is None
     assert f"Eval. 1: {7:016x}"[:15] in text
+
+
+def test_two_evaluators_of_one_name(tallied):
+    folder, key = tallied
+    disk.write_json(folder / "answers/9.json", answers_of(key, 9, side_of("b"), "Ana"))
+    result, text = tally_of(folder)
+    assert [e["name"] for e in result["evaluators"]] == ["Ana", "Bo | <i>", "Cy", "Ana"]
+    assert "Eval. 1: Ana" in text and "Eval. 4: Ana" in text
 
 
 def test_tally_refuses(tallied, capsys):

@@ -1,4 +1,6 @@
 """copies.py: what counts as a copy, on points whose neighbours are known; the whole command."""
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -85,6 +87,24 @@ def test_training_images_are_copies_and_noise_is_none(cm_run, classifier, data_d
         assert 0.2 < unseen[space]["all"] < 0.8
     assert generated["pixels"]["all"] < 0.2                 # two steps: noise
     assert (tmp_path / "pairs.png").is_file()
+
+
+def test_copies_of_training_images_that_are_there_twice(cm_run, classifier, data_dir, samples,
+                                                        digits, tmp_path, monkeypatch):
+    """Each training image is in the set two times: samples that are training images are copies."""
+    def twice(ckpt, data_dir, real=copies.training_images):
+        found = real(ckpt, data_dir)
+        return replace(found, images=np.concatenate([found.images] * 2),
+                       labels=np.concatenate([found.labels] * 2))
+    monkeypatch.setattr(copies, "training_images", twice)
+    perfect = tmp_path / "perfect/samples.npz"
+    disk.write_npz(perfect, arr_0=digits.images, arr_1=digits.labels)
+    disk.write_json(perfect.with_suffix(".json"), {
+        **disk.read_json(samples.with_suffix(".json")), "npz_sha256": disk.sha256(perfect)})
+    call(copies.main, "--ckpt", cm_run / "ckpt.pt", "--samples", perfect, "--features", classifier,
+         "--data-dir", data_dir, "--device", "cpu", "--out", tmp_path)
+    found = disk.read_json(tmp_path / "copies.json")["rows"][str(perfect)]
+    assert found["pixels"]["all"] == found["features"]["all"] == 1.0
 
 
 @pytest.mark.parametrize("key, value", [
