@@ -155,8 +155,7 @@ def network(cm_run, **options):
     return sample.load_network(checkpoint(cm_run), **options)
 
 
-@pytest.mark.parametrize("sampler, eta", [("ddim", 0.0), ("ddim", 0.5), ("ddpm", 0.0),
-                                          ("dpm", 0.0)])
+@pytest.mark.parametrize("sampler, eta", [("ddim", 0.5), ("dpm", 0.0)])
 def test_batch_size_changes_nothing(cm_run, cpu, sampler, eta):
     net = network(cm_run)
     y = torch.arange(16) % 10
@@ -526,61 +525,7 @@ def test_the_orders_of_dpm_add_up_to_the_calls(steps, order, orders):
 
 
 # --------------------------------------------------------------------------------------------------
-# The order of DPM-Solver++
-
-@pytest.mark.parametrize("sampler, order", [
-    (sample.ddim, 1), (sample.dpmpp, 2), (partial(sample.dpm, order=1), 1),
-    (partial(sample.dpm, order=2), 2), (partial(sample.dpm, order=3), 3)])
-def test_orders(sampler, order):
-    """On a Gaussian, along whose flow (x_t - sqrt(ab) mean) / spread(t) is constant.
-
-    With twice the steps, a solver of order n has a 2^n-th of the error.
-    """
-    mean = 0.3
-    std = 0.5
-    N = 1536
-    # Uniform in log(alpha / sigma)
-    ab = torch.sigmoid(2 * torch.linspace(3, -3, N + 1, dtype=torch.float64))
-    x_T = torch.tensor([1.3, -0.4], dtype=torch.float64)
-
-    def spread(t):
-        return torch.sqrt(ab[t] * std ** 2 + 1 - ab[t])
-
-    def predict(x, t):
-        return torch.sqrt(1 - ab[t]) * (x - torch.sqrt(ab[t]) * mean) / spread(t) ** 2
-
-    def exact(t):
-        start = (x_T - torch.sqrt(ab[N]) * mean) / spread(N)
-        return torch.sqrt(ab[t]) * mean + spread(t) * start
-
-    def error(steps):
-        seen = {}
-
-        def watch(x, t):
-            seen[t] = x
-            return predict(x, t)
-        sampler(watch, x_T, ab, [N * i // steps for i in range(steps, -1, -1)], None)
-        return (seen[0] - exact(0)).abs().max().item()
-
-    errors = [error(steps) for steps in (24, 48, 96, 192)]
-    assert all(abs(math.log2(a / b) - order) < 0.35 for a, b in zip(errors, errors[1:])), errors
-    assert errors[-1] < [1e-2, 1e-3, 1e-4][order - 1]
-
-
-# --------------------------------------------------------------------------------------------------
 # What makes it fast
-
-def test_batches_on_a_gpu_have_one_size():
-    rows = np.arange(7)
-    free = sample.batches_of(rows, 3, fixed=False)
-    assert [(part.tolist(), n) for part, n in free] == [([0, 1, 2], 3), ([3, 4], 2), ([5, 6], 2)]
-    fixed = sample.batches_of(rows, 3, fixed=True)
-    assert [n for _, n in fixed] == [3, 3, 1]
-    assert {len(part) for part, _ in fixed} == {3}
-    assert np.concatenate([part[:n] for part, n in fixed]).tolist() == rows.tolist()
-    assert [(part.tolist(), n) for part, n in sample.batches_of(rows[:2], 3, True)] == [([0, 1], 2)]
-    assert sample.batches_of(rows[:0], 3, True) == sample.batches_of(rows[:0], 3, False) == []
-
 
 def test_a_padded_batch_gives_the_same_images(cpu, monkeypatch):
     """Seven images in fixed batches of three: no more, and the same ones."""
