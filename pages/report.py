@@ -52,13 +52,17 @@ DEMO_NOTE = (
 
 
 def read_row(text):
-    """(name, results) from "NAME=FILE,FILE"; a FILE may have wildcards. Raises UserError."""
+    """(name, results, files that are not there) from "NAME=FILE,FILE"; a FILE may have wildcards.
+
+    Raises UserError.
+    """
     name, files = named(text, "--row")
     results = []
+    missing = []
     for pattern in filter(None, files.split(",")):
         paths = [pattern] if Path(pattern).is_file() else sorted(glob.glob(pattern))
         if not paths:
-            raise UserError(f"--row {text}: there is no file {pattern}; run evaluate.py first")
+            missing.append(pattern)
         results += [disk.read_json(path) for path in paths]
     for result in results:
         if not isinstance(result, dict) or not {"settings", "groups", "num_real"} <= result.keys():
@@ -67,7 +71,7 @@ def read_row(text):
         if found := differences(*(settings_of(r) for r in (results[0], result))):
             raise UserError(f"--row {name}: its files are no seeds of one experiment, they differ "
                             f"in {in_words(found)}; give each its own row")
-    return name, results
+    return name, results, missing
 
 
 def settings_of(result):
@@ -184,8 +188,11 @@ def show(number, column):
     return f"{number.mean:.{digits}f}{std}"
 
 
-def results_table(rows, columns, paper):
-    """Markdown: each row's numbers, each with the paper's beside it if paper is not None."""
+def results_table(rows, columns, paper, failed=()):
+    """Markdown: each row's numbers, each with the paper's beside it if paper is not None.
+
+    failed: {name of a row: its files that are not there}; at the end are rows without any.
+    """
     numbers = {(k, column): over_seeds(results, column)
                for k, (_, results) in enumerate(rows) for column in columns}
     marks = {}
@@ -202,7 +209,8 @@ def results_table(rows, columns, paper):
         head += [title_of(rows[0][1][0], column), *(["paper"] if paper else [])]
     lines = []
     for k, (name, results) in enumerate(rows):
-        line = [escaped(name), len(results)]
+        failures = f", {len(failed[name])} failed" if name in failed else ""
+        line = [escaped(name), f"{len(results)}{failures}"]
         for column in columns:
             number = numbers[k, column]
             mark = marks.get((column, number.mean), "") if number else ""
@@ -210,6 +218,8 @@ def results_table(rows, columns, paper):
             if paper:
                 line.append(show(paper_number(paper, name, column), column))
         lines.append(line)
+    lines += [[escaped(name), "failed", *["-"] * (len(head) - 2)] for name in failed
+              if name not in dict(rows)]
     return markdown_table(head, lines)
 
 
@@ -513,11 +523,15 @@ def main():
     args = make_parser().parse_args()
     if args.setting and not args.paper:
         raise UserError("--setting: belongs to --paper; leave it out")
-    rows = [read_row(text) for text in args.row]
+    given = [read_row(text) for text in args.row]
+    failed = {name: missing for name, _, missing in given if missing}
+    rows = [(name, results) for name, results, _ in given if results]
+    if not rows:
+        raise UserError(f"--row {args.row[0]}: there are no such files; run evaluate.py first")
     refuse_other_measures(rows)
     out = Path(args.out)
     pair = pair_part(args.pair, out)
-    if not args.paper and has_demo_numbers(rows):
+    if not args.paper and not failed and has_demo_numbers(rows):
         title, table = "Samples per group", demo_table(rows)
         notes = [conditions_of(rows, told={"guidance"}), DEMO_NOTE]
         demo_figure(rows, out)
@@ -529,7 +543,7 @@ def main():
                       paper.get("note", "")]
         if "fd" in rows[0][1][0]:
             notes.append(CLASSIFIER_NOTE)
-        table = "\n\n".join(filter(None, [results_table(rows, columns, paper),
+        table = "\n\n".join(filter(None, [results_table(rows, columns, paper, failed),
                                           paired_differences(rows, columns)]))
         results_figure(rows, columns, paper, title, out)
     page.write(out, "\n".join([
@@ -541,6 +555,9 @@ def main():
         *samples_parts(rows, out),
         *commands_part(rows)]))
     print(f"{table}\nwrote {out}, {out.with_suffix('.html').name}")
+    if failed:
+        files = ", ".join(file for missing in failed.values() for file in missing)
+        raise UserError(f"--row {', '.join(failed)}: shown as failed, since there is no {files}")
 
 
 if __name__ == "__main__":
