@@ -5,10 +5,9 @@
     python -m pages.report --paper table2 --setting cifar100-ir100 \\
         --row "CM=out/paper/cm-seed*/eval.json" --row ...
 
-Each number is the mean ± standard deviation over a row's files (one per seed). Rows that were
-measured with a classifier and --floor, one file each, become the demo's table, which has accuracies
-and the floor. --pair shows samples of theta_g and of theta from the same noise, side by side
-(Fig. G.4). For pictures alone see figures.py.
+Each number is the mean ± standard deviation over a row's files (one per seed). --pair shows samples
+of theta_g and of theta from the same noise, side by side (Fig. G.4). For pictures alone see
+figures.py.
 
 --paper makes one of the paper's tables, with the paper's number beside each of ours
 (paper_results.json). The best is in bold, the second best in italics. The page also says in which
@@ -38,13 +37,12 @@ IN_CAPITALS = {"fid", "kid", "fd", "kd", "is"}
 CLASSIFIER_KEYS = {"fid": "fd", "kid": "kd"}        # in a classifier's features
 MEANS_NOTE = "Mean ± standard deviation over seeds; best in bold, second best in italics."
 CLASSIFIER_NOTE = (
-    "FD and KD are distances in the features of a small classifier, not FID and KID: do not "
-    "compare them with the paper's numbers.")
-DEMO_NOTE = (
-    "FD is a Frechet distance in the features of a small classifier, not FID. Real against real "
-    "compares the halves of the reference, each class halved; with half as many images, it lies "
-    "above the distance of perfect samples. Accuracy is the share of samples that the classifier "
-    "takes for the class asked for.")
+    "FD and KD are distances in the features of a classifier, not FID and KID: do not compare them "
+    "with the paper's numbers. Accuracy is the per cent of the samples that the classifier takes "
+    "for the class asked for.")
+FLOOR_NOTE = (
+    "Real against real compares the halves of the reference, each class halved; with half as many "
+    "images, it lies above the distance of perfect samples. In the figure it is the dashed line.")
 
 # In this file a row is (name, results): results is a list of what evaluate.py or classify.py
 # wrote, one dict per seed. A column is a text such as "fid", "Few fid" or "Male fid": a metric, and
@@ -133,18 +131,41 @@ def title_of(result, column):
     return " ".join([*column.split()[:-1], key.upper() if key in IN_CAPITALS else key])
 
 
+def part_of(result, column):
+    """The part of a result that a column is about: all, a group or a class; {} for none."""
+    *group, _ = column.split()
+    return {**result["classes"], **result["groups"]}.get(group[0], {}) if group else result
+
+
 def value_of(result, column):
     """A column's number in a result, or None where it was not measured.
 
     A KID of smaller subsets than the protocol's is another number, and counts as not measured.
     """
-    part = result
-    *group, metric = column.split()
-    if group:
-        part = {**result["classes"], **result["groups"]}.get(group[0], {})
-    if metric == "kid" and part.get("kid_subset_size", KID_SIZE) < KID_SIZE:
+    part, key = part_of(result, column), key_of(result, column)
+    if column.endswith("kid") and part.get("kid_subset_size", KID_SIZE) < KID_SIZE:
         return None
-    return part.get(key_of(result, column))
+    # evaluate.py's accuracy is a share, classify.py's in per cent
+    scale = 100 if key == "accuracy" and {"fid", "fd"} & result.keys() else 1
+    return scale * part[key] if key in part else None
+
+
+def floor_of(result, column):
+    """The column's distance of real images from real ones; None without, or of another metric."""
+    return part_of(result, column).get("floor") if column.endswith("fid") else None
+
+
+def strengths_of(rows):
+    """The guidance strengths of the rows, rising."""
+    return sorted({r["settings"]["guidance"] for _, results, *_ in rows for r in results[:1]
+                   if "guidance" in r["settings"]})
+
+
+def label_of(rows, name, results):
+    """A row's name, with its guidance where the rows have several."""
+    strength = results[0]["settings"].get("guidance")
+    several = strength is not None and len(strengths_of(rows)) > 1
+    return f"{name}, guidance {strength:g}" if several else name
 
 
 def digits_of(column):
@@ -158,9 +179,9 @@ def is_higher_better(column):
 
 
 def over_seeds(results, column):
-    """The Number of a column over a row's results; None where one of them lacks it."""
+    """The Number of a column over a row's results; None for none, or where one of them lacks it."""
     values = [value_of(result, column) for result in results]
-    if None in values:
+    if None in values or not values:
         return None
     std = float(np.std(values, ddof=1)) if len(values) > 1 else None
     return Number(float(np.mean(values)), std)
@@ -188,13 +209,14 @@ def show(number, column):
     return f"{number.mean:.{digits}f}{std}"
 
 
-def results_table(rows, columns, paper, failed=()):
+def results_table(rows, columns, paper):
     """Markdown: each row's numbers, each with the paper's beside it if paper is not None.
 
-    failed: {name of a row: its files that are not there}; at the end are rows without any.
+    rows: what read_row gives; those without results say that they failed.
     """
+    first = next(results[0] for _, results, _ in rows if results)
     numbers = {(k, column): over_seeds(results, column)
-               for k, (_, results) in enumerate(rows) for column in columns}
+               for k, (_, results, _) in enumerate(rows) for column in columns}
     marks = {}
     for column in columns:
         means = {numbers[k, column].mean for k in range(len(rows)) if numbers[k, column]}
@@ -204,13 +226,19 @@ def results_table(rows, columns, paper, failed=()):
         if len(ordered) > 2:
             marks[column, ordered[1]] = "*"
 
-    head = ["", "seeds"]
+    guided = len(strengths_of(rows)) > 1
+    head = ["", "seeds", *(["guidance"] if guided else [])]
+    floors = ["real against real", *[""] * (len(head) - 1)]
     for column in columns:
-        head += [title_of(rows[0][1][0], column), *(["paper"] if paper else [])]
-    lines = []
-    for k, (name, results) in enumerate(rows):
-        failures = f", {len(failed[name])} failed" if name in failed else ""
-        line = [escaped(name), f"{len(results)}{failures}"]
+        floor = floor_of(first, column)
+        head += [title_of(first, column), *(["paper"] if paper else [])]
+        floors += ["" if floor is None else show(Number(floor), column), *([""] if paper else [])]
+    lines = [floors] if any(floors[1:]) else []
+    for k, (name, results, missing) in enumerate(rows):
+        seeds = [str(len(results))] * bool(results) + [f"{len(missing)} failed"] * bool(missing)
+        line = [escaped(name), ", ".join(seeds)]
+        if guided:
+            line += [f"{s:g}" for s in strengths_of([rows[k]])] or ["-"]
         for column in columns:
             number = numbers[k, column]
             mark = marks.get((column, number.mean), "") if number else ""
@@ -218,8 +246,6 @@ def results_table(rows, columns, paper, failed=()):
             if paper:
                 line.append(show(paper_number(paper, name, column), column))
         lines.append(line)
-    lines += [[escaped(name), "failed", *["-"] * (len(head) - 2)] for name in failed
-              if name not in dict(rows)]
     return markdown_table(head, lines)
 
 
@@ -250,17 +276,17 @@ def seeds_of(results):
 def paired_differences(rows, columns):
     """Markdown: for each row with CM, its difference to rows without; "" if there are none.
 
-    The mean over seeds and its 95 % t interval. Both rows must have the same seeds, of training and
-    of sampling, at least two, in the order of their files.
+    The mean over seeds and its 95 % t interval. Both rows must have one guidance and the same
+    seeds, of training and of sampling, at least two, in the order of their files.
     """
-    by_name = dict(rows)
     lines = []
-    for name, other in [(a, b) for a in by_name for b in without_cm(a) if b in by_name]:
-        results, others = by_name[name], by_name[other]
+    pairs = [(a, b) for a in rows for name in without_cm(a[0]) for b in rows if b[0] == name
+             and strengths_of([a]) == strengths_of([b])]
+    for (name, results), (other, others) in pairs:
         n = len(results)
         if n < 2 or seeds_of(results) != seeds_of(others):
             continue
-        line = [escaped(f"{name} against {other}")]
+        line = [escaped(f"{name} against {label_of(rows, other, others)}")]
         for column in columns:
             values = [(value_of(a, column), value_of(b, column)) for a, b in zip(results, others)]
             if any(None in pair for pair in values):
@@ -285,7 +311,8 @@ def paired_differences(rows, columns):
 def results_figure(rows, columns, paper, title, path):
     """Write a PNG and a PDF: one panel per FID column, or per column if there are none.
 
-    A bar per row, with the deviation over seeds; the paper's numbers as diamonds.
+    A bar per row, with the deviation over seeds; the paper's numbers as diamonds, the distance of
+    real images as a dashed line.
     """
     plt = disk.pyplot()
     columns = [column for column in columns if column.endswith("fid")] or columns
@@ -293,19 +320,25 @@ def results_figure(rows, columns, paper, title, path):
     down = -(-len(columns) // across)
     size = (across * (2 + 0.4 * len(rows)), 3.2 * down)
     fig, axes = plt.subplots(down, across, figsize=size, squeeze=False, constrained_layout=True)
-    names = [disk.in_figure(name) for name, _ in rows]
+    names = [disk.in_figure(label_of(rows, *row)) for row in rows]
+    order = list(dict(rows))
+    colors = [f"C{order.index(name) % 10}" for name, _ in rows]
     x = np.arange(len(rows))
     for ax, column in zip(axes.flat, columns):
         numbers = [over_seeds(results, column) for _, results in rows]
         heights = [number.mean if number else np.nan for number in numbers]
-        errors = [(number.std or 0) if number else 0 for number in numbers]
-        bars = ax.bar(x, heights, 0.7, yerr=errors, color=[f"C{i % 10}" for i in x], capsize=2)
+        errors = [number.std if number and number.std is not None else np.nan for number in numbers]
+        bars = ax.bar(x, heights, 0.7, yerr=errors, color=colors, capsize=2)
         labels = [f"{number.mean:.3g}" if number else "" for number in numbers]
         ax.bar_label(bars, labels, fontsize=7, padding=1)
         for i, (name, _) in enumerate(rows):
             if theirs := paper_number(paper, name, column):
                 ax.plot(i, theirs.mean, "kD", markersize=4, markerfacecolor="white")
         ax.set_xticks(x, names, rotation=40, ha="right", fontsize=8)
+        if floor := floor_of(rows[0][1][0], column):
+            ax.axhline(floor, color="black", linestyle="dashed")
+        if np.nanmax(heights) > 20 * np.nanmin(heights) > 0:
+            ax.set_yscale("log")
         better = "higher" if is_higher_better(column) else "lower"
         ax.set(title=title_of(rows[0][1][0], column), ylabel=f"{better} is better")
         ax.spines[["top", "right"]].set_visible(False)
@@ -380,10 +413,8 @@ def samples_parts(rows, out):
 
     Named, not shown: rows whose samples are not there, or do not fit those of the first one.
     """
-    strengths = sorted({r["settings"]["guidance"] for _, (r, *_) in rows
-                        if "guidance" in r["settings"]})
     parts = []
-    for strength in strengths:
+    for strength in strengths_of(rows):
         found = {name: samples_of(r) for name, (r, *_) in rows
                  if r["settings"].get("guidance") == strength}
         first = next(filter(None, found.values()), None)
@@ -409,7 +440,7 @@ def columns_of(args, rows):
     """(title, columns, the paper's numbers or None) of the table. Raises UserError.
 
     With --paper the paper's columns; without it every metric that a first file has, and the groups
-    in the first metric that they have.
+    in the first metric that they have and in accuracy.
     """
     if args.paper:
         tables = disk.read_json(PAPER)["tables"]
@@ -429,72 +460,9 @@ def columns_of(args, rows):
         return [c for c in columns if any(value_of(first, c) is not None for first in firsts)]
     metrics = known(["fid", "kid", "is", "recall", "precision", "accuracy"])
     by_metric = [known(f"{group} {metric}" for group in groups) for metric in metrics]
-    return "Results", next(filter(None, by_metric), []) + metrics, None
-
-
-# --------------------------------------------------------------------------------------------------
-# The demo's page
-
-def has_demo_numbers(rows):
-    """Whether the demo's table and figure can be made: one result a row, with all their numbers."""
-    groups = rows[0][1][0]["groups"].keys()
-    return bool(groups) and all(
-        len(results) == 1 and "guidance" in results[0]["settings"]
-        and results[0]["groups"].keys() == groups
-        and all({"floor", "fd", "accuracy"} <= part.keys()
-                for part in (results[0], *results[0]["groups"].values()))
-        for _, results in rows)
-
-
-def demo_table(rows):
-    """Markdown: FD and accuracy per row, overall and per group; the floor above them."""
-    first = rows[0][1][0]
-    groups = list(first["groups"])
-    head = ["", "guidance", "FD", *(f"FD {group}" for group in groups),
-            "accuracy", *(f"acc. {group}" for group in groups)]
-    floors = [f"{part['floor']:.2f}" for part in (first, *first["groups"].values())]
-    lines = [["real against real", "", *floors, *[""] * (len(groups) + 1)]]
-    for name, (result, *_) in rows:
-        parts = [result, *result["groups"].values()]
-        lines.append([escaped(name), f"{result['settings']['guidance']:g}",
-                      *(f"{part['fd']:.2f}" for part in parts),
-                      *(f"{part['accuracy']:.1%}" for part in parts)])
-    return markdown_table(head, lines)
-
-
-def demo_figure(rows, path):
-    """Write a PNG with one panel per guidance strength.
-
-    Bars of FD per group, one colour per row; each group's floor as a dashed line.
-    """
-    plt = disk.pyplot()
-    floors = {group: part["floor"] for group, part in rows[0][1][0]["groups"].items()}
-    strengths = sorted({result["settings"]["guidance"] for _, (result, *_) in rows})
-    fig, axes = plt.subplots(1, len(strengths), figsize=(5.2 * len(strengths), 3.8), sharey=True,
-                             squeeze=False, constrained_layout=True)
-    x = np.arange(len(floors))
-    for ax, strength in zip(axes[0], strengths):
-        panel = [(name, r) for name, (r, *_) in rows if r["settings"]["guidance"] == strength]
-        width = 0.8 / len(panel)
-        for k, (name, result) in enumerate(panel):
-            heights = [result["groups"][group]["fd"] for group in floors]
-            bars = ax.bar(x + (k - (len(panel) - 1) / 2) * width, heights, width,
-                          label=disk.in_figure(name))
-            # three digits at least; an exponent would be wider than a bar
-            written = [f"{h:.3g}" if h < 100 else f"{h:.0f}" for h in heights]
-            ax.bar_label(bars, written, fontsize=7, padding=2,      # readable also on a line
-                         bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6})
-        for i, floor in enumerate(floors.values()):
-            label = "real against real" if i == 0 else None         # once in the legend
-            ax.hlines(floor, i - 0.45, i + 0.45, "black", "dashed", label=label)
-        ax.set_yscale("log")
-        ax.set_xticks(x, [disk.in_figure(group) for group in floors])
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.set_title(f"guidance {strength:g}")
-    axes[0, 0].set_ylabel("FD (classifier features), lower is better")
-    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5,
-               fontsize=8)
-    disk.save_figure(fig, path)
+    columns = [*next(filter(None, by_metric), []), *metrics,
+               *known(f"{group} accuracy" for group in groups)]
+    return "Results", list(dict.fromkeys(columns)), None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -524,28 +492,25 @@ def main():
     if args.setting and not args.paper:
         raise UserError("--setting: belongs to --paper; leave it out")
     given = [read_row(text) for text in args.row]
-    failed = {name: missing for name, _, missing in given if missing}
     rows = [(name, results) for name, results, _ in given if results]
     if not rows:
         raise UserError(f"--row {args.row[0]}: there are no such files; run evaluate.py first")
     refuse_other_measures(rows)
     out = Path(args.out)
     pair = pair_part(args.pair, out)
-    if not args.paper and not failed and has_demo_numbers(rows):
-        title, table = "Samples per group", demo_table(rows)
-        notes = [conditions_of(rows, told={"guidance"}), DEMO_NOTE]
-        demo_figure(rows, out)
-    else:
-        title, columns, paper = columns_of(args, rows)
-        notes = [conditions_of(rows), MEANS_NOTE]
-        if paper:
-            notes += ["Beside each number is the paper's; in the figure it is a diamond.",
-                      paper.get("note", "")]
-        if "fd" in rows[0][1][0]:
-            notes.append(CLASSIFIER_NOTE)
-        table = "\n\n".join(filter(None, [results_table(rows, columns, paper, failed),
-                                          paired_differences(rows, columns)]))
-        results_figure(rows, columns, paper, title, out)
+    title, columns, paper = columns_of(args, rows)
+    guided = {"guidance"} if len(strengths_of(rows)) > 1 else set()     # a column of the table
+    notes = [conditions_of(rows, guided), MEANS_NOTE]
+    if paper:
+        notes += ["Beside each number is the paper's; in the figure it is a diamond.",
+                  paper.get("note", "")]
+    if "fd" in rows[0][1][0]:
+        notes.append(CLASSIFIER_NOTE)
+    if any(floor_of(rows[0][1][0], column) for column in columns):
+        notes.append(FLOOR_NOTE)
+    table = "\n\n".join(filter(None, [results_table(given, columns, paper),
+                                      paired_differences(rows, columns)]))
+    results_figure(rows, columns, paper, title, out)
     page.write(out, "\n".join([
         f"# {title}\n",
         " ".join(filter(None, notes)) + "\n",
@@ -555,8 +520,8 @@ def main():
         *samples_parts(rows, out),
         *commands_part(rows)]))
     print(f"{table}\nwrote {out}, {out.with_suffix('.html').name}")
-    if failed:
-        files = ", ".join(file for missing in failed.values() for file in missing)
+    if failed := [name for name, _, missing in given if missing]:
+        files = ", ".join(file for _, _, missing in given for file in missing)
         raise UserError(f"--row {', '.join(failed)}: shown as failed, since there is no {files}")
 
 

@@ -140,7 +140,7 @@ def test_rows_without_files_are_shown_as_failed(tmp_path, three_rows, capsys):
     refuses(capsys, report.main, *(word for row in rows for word in ("--row", row)), "--paper",
             "table2", "--setting", "cifar100-ir100", "--out", page, says=["--row CBDM, CM"])
     text = page.read_text()
-    assert "| CBDM | failed | - |" in text and "| DDPM | 3 | 11.000 ± 1.000 |" in text
+    assert "| CBDM | 1 failed | - |" in text and "| DDPM | 3 | 11.000 ± 1.000 |" in text
     assert "| CM | 3, 1 failed | **8.500 ± 0.500** |" in text
 
 
@@ -221,7 +221,7 @@ def test_flags_that_are_refused(tmp_path, capsys, monkeypatch, flags, says):
 
 def test_seeds_are_paired_by_training_and_noise():
     def results(values, train, noise=(0, 0, 0)):
-        return [{"fid": 0, "accuracy": value, "settings": {
+        return [{"accuracy": value, "settings": {
             "sampler": "ddim", "seed": n, "config": {"seed": k}}}
             for value, k, n in zip(values, train, noise)]
     rows = [
@@ -236,6 +236,16 @@ def test_seeds_are_paired_by_training_and_noise():
     assert f"| CE + CM against CE | +2.00 ({2 - half:+.2f} to {2 + half:+.2f}) |" in text
     assert "| CE + CM against CE, as long | +1.00 (+1.00 to +1.00) |" in text
     assert "LA" not in text and "LDAM" not in text and "X" not in text
+
+
+def test_differences_are_between_rows_of_one_guidance():
+    rows = [(name, [{"recall": value + k / 10, "settings": {
+        "sampler": "ddim", "guidance": guidance, "seed": k, "config": {"seed": k}}}
+        for k in range(2)]) for name, guidance, value in (
+            ("OC", 0.0, 0.1), ("CM", 0.0, 0.3), ("OC", 1.5, 0.1), ("CM", 1.5, 0.2))]
+    text = report.paired_differences(rows, ["recall"])
+    assert text.splitlines()[2:] == ["| CM against OC, guidance 0 | +0.20 (+0.20 to +0.20) |",
+                                     "| CM against OC, guidance 1.5 | +0.10 (+0.10 to +0.10) |"]
 
 
 @pytest.mark.parametrize("name, without", [
@@ -253,8 +263,9 @@ def test_the_number_of_a_row():
     number = report.Number(1.23456, 0.5)
     assert [report.show(number, column) for column in ("Few fid", "kid", "is")] == [
         "1.235 ± 0.500", "1.2346 ± 0.5000", "1.23 ± 0.50"]
-    lines = report.results_table([(name, [{"recall": value, "groups": {}, "classes": {}}])
-                                  for name, value in zip("ABC", (0.2, 0.4, 0.3))], ["recall"], None)
+    rows = [(name, [{"recall": value, "groups": {}, "classes": {}, "settings": {}}], [])
+            for name, value in zip("ABC", (0.2, 0.4, 0.3))]
+    lines = report.results_table(rows, ["recall"], None)
     assert re.findall(r"\*+[\d.]+\*+", lines) == ["**0.40**", "*0.30*"]      # higher is better
     same_name = {"fid": 1, "groups": {"Few": {"fid": 2}}, "classes": {"Few": {"fid": 3}}}
     assert report.value_of(same_name, "Few fid") == 2               # the group, not a class
@@ -299,7 +310,7 @@ def test_odd_names_are_text(tmp_path):
 
 
 # --------------------------------------------------------------------------------------------------
-# The demo's page
+# Classifiers, several guidance strengths, pictures
 
 def demo_result(fd, **settings):
     """What evaluate.py writes with a classifier's features and --floor."""
@@ -310,15 +321,15 @@ def demo_result(fd, **settings):
     return result
 
 
-def test_demo_page(tmp_path):
-    """Two guidance strengths; its settings, but for the guidance, which the table has."""
+def test_guidance_strengths_and_the_floor(tmp_path):
+    """Columns of the table; settings that differ are said, but for the guidance."""
     rows = [write_row(tmp_path, name, demo_result(fd, **settings)) for name, fd, settings in (
         ("DDPM", 9.0, {}), ("CM", 13156.2, {"branch": "general"}), ("CM0", 8.0, {"guidance": 0.0}))]
     text = make_page(tmp_path / "page/report.md", *rows)
-    assert text.startswith("# Samples per group\n")
-    assert "Differs: CM (branch general)." in text
-    assert "| real against real |  | 0.50 | 0.50 | 0.50 | 0.50 |  |" in text
-    assert "| CM0 | 0 | 8.00 | 8.00 | 8.00 | 8.00 | 62.5% |" in text
+    assert "Differs: CM (branch general)." in text and "Real against real" in text
+    assert "\n| real against real |  |  | 0.500 | 0.500 | 0.500 | 0.500 |  |" in text
+    assert "\n| CM0 | 1 | 0 | **8.000** | **8.000** | **8.000** | **8.000** | 9.00 | 0.50 |" in text
+    assert "| 62.50 | 62.50 | 62.50 | 62.50 |\n" in text
     assert "(report.png)" in text and (tmp_path / "page/report.png").exists()
 
 
@@ -338,7 +349,7 @@ def test_samples_side_by_side(cm_run, classifier, data_dir, tmp_path, capsys):
         assert f"({file})" in text and Image.open(tmp_path / file).height == 30 + 10 * 60
     assert "Not shown" not in text and "Differs: general (branch general)." in text
     result = disk.read_json(tmp_path / "full/eval.json")
-    assert f"| full | 1.5 | {result['fd']:.2f} | {result['groups']['Many']['fd']:.2f} |" in text
+    assert f"{result['groups']['Many']['fd']:.3f}" in text and f"{result['fd']:.3f}" in text
 
     # Named, not shown: gone, made again since, of other training images
     other = tmp_path / "other"
