@@ -2,7 +2,7 @@
 
 Every script's last line is `run(main)`: a user's mistake (UserError) becomes one line on stderr
 and exit code 2. Before it, the Python files that --plugin names are imported: they add entries to
-the tables losses.BASES, readers.READERS and networks.NETWORKS.
+the tables losses.BASES, data.READERS and networks.NETWORKS.
 """
 import argparse
 import hashlib

@@ -16,7 +16,6 @@ from cm_layers import reserve
 from losses import BASES, CMConfig, Objective, bind
 from metrics import features
 from model import UNet, UNetConfig, make_alphas_bar
-from recognition import classify
 from runtime import UserError
 
 COUNTS = [40, 9, 3]
@@ -209,12 +208,9 @@ def test_features_are_in_float32_whatever_the_dtype(cuda):
     assert seen == [(False, False)] and allowed() == (True, True)
 
 
-def test_dtypes_that_a_device_has_not(tmp_path, data_dir, monkeypatch):
+def test_dtypes_that_a_device_has_not(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="--dtype"):
         call(train.main, *TINY_FLAGS, "--dtype", "tf32", "--out", tmp_path)
-    with pytest.raises(UserError, match="--dtype"):         # its loss is not scaled
-        call(classify.main, "--dataset", "digits", "--data-dir", data_dir, "--dtype", "float16",
-             "--out", tmp_path / "c")
     monkeypatch.setattr(runtime, "find_device", lambda name: torch.device("mps"))
     with pytest.raises(UserError, match="--dtype"):
         runtime.setup(dtype="float16")
