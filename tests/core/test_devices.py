@@ -156,7 +156,8 @@ def test_gradients_that_always_overflow_end_the_run():
 
 def test_a_float16_run_goes_on_to_the_bit(tmp_path, data_dir):
     """Killed and resumed: the weights, and the scale, are those of an uninterrupted run."""
-    flags = (*TINY_FLAGS, "--dtype", "float16", "--data-dir", data_dir, "--save-every", 1)
+    flags = (*TINY_FLAGS, "--ch", 8, "--batch-size", 4, "--dtype", "float16", "--save-every", 1,
+             "--data-dir", data_dir)
     call(train.main, *flags, "--steps", 4, "--out", tmp_path / "whole")
     call(train.main, *flags, "--steps", 2, "--out", tmp_path / "parts")
     call(train.main, *flags, "--steps", 4, "--out", tmp_path / "parts")
