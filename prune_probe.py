@@ -185,12 +185,12 @@ def changes(raw, pruned, labels, class_names, counts):
 # Figures
 
 def per_cent(fraction):
-    """ "12.5%" for 0.125: with all digits, unlike :.0%."""
+    """A share in per cent, with all its digits: 12.5% for 0.125."""
     return f"{100 * fraction:g}%"
 
 
 def correlation(spearman, digits):
-    """ "+0.50 (p = 0.04)", or "undefined"; digits: of p."""
+    """Spearman's rho and p in words, such as +0.50 (p = 0.04), or "undefined"; digits: of p."""
     if spearman["rho"] is None:
         return "undefined"
     return f"{spearman['rho']:+.2f} (p = {spearman['p']:.{digits}g})"

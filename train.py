@@ -346,7 +346,7 @@ class Evaluation:
         self.labels = np.arange(args.eval_num) % len(names)
         own = DIGITS_CLASSIFIER if args.dataset == "digits" else "inception"
         self.extractor = Extractor(args.features or own, rt)
-        self.extractor.refuse_other_size(data["resolution"])
+        self.extractor.refuse_other_size((data["resolution"],) * 2, "--dataset")
         self.name = FRECHET[0] if self.extractor.inception else FRECHET[1]
         with rt.rank_0_first():
             images, words = load_reference(args.dataset, args.data_dir, None, data["resolution"],

@@ -124,11 +124,15 @@ class Extractor:
         self.class_names = ckpt["data"]["class_names"]
         self.size = ckpt["data"].get("resolution")
 
-    def refuse_other_size(self, size):
-        """Raise UserError for images of other pixels per side than a classifier's."""
-        if self.size not in (None, size):
-            raise UserError(f"--features {self.name}: a classifier of images of {self.size} "
-                            f"pixels, and these have {size}")
+    def refuse_other_size(self, size, flag):
+        """Raise UserError for images that a classifier, which resizes none, was not trained on.
+
+        size: (height, width), or None where it is not known. flag: what names the images.
+        """
+        if self.size and size and tuple(size) != (self.size, self.size):
+            raise UserError(f"--features {self.name}: this classifier was trained on images of "
+                            f"{self.size} pixels per side, and those of {flag} have {size[1]} x "
+                            f"{size[0]}; train one on such images, or take features that resize")
 
     @torch.no_grad()
     def batch(self, images):

@@ -74,7 +74,7 @@ def read_set(text, flag, args, split=None, resolution=None):
         raise UserError(f"--reference-split {split}: {flag} {text} is no data set, and has no "
                         "splits; leave it out")
     elif path.is_dir():
-        found = read_folder(text, path, flag)
+        found = read_image_files(text, path, flag)
     elif path.exists():
         found = read_npz(text, path, flag)
     else:
@@ -127,7 +127,7 @@ def parse_about(text):
     return about if isinstance(about, dict) and needed <= set(about) else None
 
 
-def read_folder(name, root, flag):
+def read_image_files(name, root, flag):
     """A folder of image files of one size: flat, or one sub-folder per class."""
     paths, labels, names = image_folder(root, flag)
     first = open_image(paths[0], flag).size
@@ -275,7 +275,9 @@ def compare(args, subject, reference, extractor):
         if images and images.features and images.about["features_sha256"] != extractor.sha256:
             raise UserError(f"{flag}: its features were made by {images.about['made_by']}, "
                             f"not by {extractor.name}")
-    refuse_other_sizes(subject, reference, extractor)
+    extractor.refuse_other_size(reference.size, "--reference")
+    extractor.refuse_other_size(subject.images.size if subject.images else subject.shape[1:],
+                                "--samples" if subject.images else "--ckpt")
     groups = {}
     if class_names:
         groups = class_groups(class_counts or np.arange(len(class_names), 0, -1))
@@ -313,22 +315,6 @@ def assumed_labels(subject, reference):
         (True, False): "of the reference without names: taken in the order of the samples'"}
     named = (subject.class_names is not None, reference.class_names is not None)
     return {"labels": words[named]} if named in words else {}
-
-
-def refuse_other_sizes(subject, reference, extractor):
-    """Raise UserError for images that a classifier, which resizes none, was not made for."""
-    if extractor.resizes:
-        return
-    sizes = {"--reference": reference.size,
-             "--samples": subject.images.size if subject.images else subject.shape[1:]}
-    for flag, size in sizes.items():
-        wanted = extractor.size and (extractor.size, extractor.size)
-        wanted = wanted or reference.size or size       # a classifier may not say its own
-        if size and tuple(size) != tuple(wanted):
-            raise UserError(f"--features {extractor.name}: this classifier compares images of "
-                            f"{wanted[1]} x {wanted[0]} pixels, and those of {flag} have "
-                            f"{size[1]} x {size[0]}; train one on such images, or take features "
-                            "that resize")
 
 
 def renumber(images, class_names, flag):

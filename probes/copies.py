@@ -159,7 +159,7 @@ def main():
     unseen = unseen_images(args, ckpt, train)
     features = args.features or protocol_of(data["dataset"])["features"]
     extractor = Extractor(features, rt, args.batch_size)
-    extractor.refuse_other_size(data["resolution"])
+    extractor.refuse_other_size((data["resolution"],) * 2, "--ckpt")
     groups = class_groups(data["class_counts"])
 
     # Measure
