@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Every experiment as plain commands. What is finished is skipped and what was stopped is resumed,
-# so it is safe to start this script again.
+# so it is safe to start this script again; pages and pictures are made anew, in seconds. Where a
+# run fails, the others go on, its row is marked, and the exit code is 1.
 #
 #   bash run_all.sh          the demo: DDPM, OC and CM on long-tailed digits;
 #                            about 20 minutes on two CPU cores
@@ -13,7 +14,7 @@
 #
 # Targets:
 #   tables     table1 table2 table3 table4 table5 table6 table7
-#              tableE2 tableG8 tableG9 tableG10 tableG11 tableG12 tableG13
+#              tableE2 tableG7 tableG8 tableG9 tableG10 tableG11 tableG12 tableG13
 #   figures    fig1b fig4a fig4b fig4c fig4d figures (1(a), 3, G.4 to G.12: samples)
 #   others     theory allocation dominance gain pictures
 # They share their runs, which are in out/paper.
@@ -21,8 +22,9 @@
 # Environment variables of these targets (the demo and the smoke run take none of them):
 #
 #   variable      default     meaning
-#   DATASET       cifar100    the data set (in table4 celebahq, in table5 imagenet-lt, in table6
-#                             artbench10, in tableG11 cub200 and then flowers102)
+#   DATASET       cifar100    the data set (table4: celebahq; table5: imagenet-lt; table6, tableG7:
+#                             artbench10; tableG11: all); all: every data set, ratio and resolution
+#                             that the paper has, one after the other
 #   IR            100         the imbalance ratio (cub200, flowers102: 10; folder: 1)
 #   SEEDS         0,1,2       one run per seed
 #   NGPU          1           how many GPUs; more than one: torchrun
@@ -37,17 +39,20 @@
 #
 #   ROOT          out/paper   the runs' folder, without "=" or comma; if given, pages are in it, too
 #   STEPS                     training steps
-#   FLAGS                     more flags of train.py (in tableG11 of text_to_image.py train), for
-#                             example "--ch 64 --lr 5e-4"; none that the target or a variable sets
-#   CM_FLAGS                  more flags of train.py for the runs with --cm: "--w-div 0.2"
+#   EPOCHS                    epochs of table6, tableG7 (default: 100), of classifiers, in tableG8
+#                             and tableG13 (200); of tableG11, in place of STEPS
+#   FLAGS                     more flags of what a target trains with (train.py; stable_diffusion.py
+#                             in table6, tableG7; text_to_image.py in tableG11; classify.py in
+#                             tableG13), for example "--ch 64"; none that a target or variable sets
+#   CM_FLAGS                  more of them for the runs with --cm: "--w-div 0.2"
 #   NUM                       how many images are evaluated, for example 10000
 #   FEATURES                  a checkpoint of classify.py to measure with (default: Inception)
-#   EPOCHS                    epochs in tableG8 and tableG13 (default: 200) and table6 (100)
 #   EXTRA         50000       how many generated images tableG8 adds to the training set
-#   CLASSES                   the rows of figures: cat,7,20-25 (if not given: ten, evenly spread)
+#   CLASSES                   the rows of figures: cat,7,20-25 (if not given: ten, evenly spread);
+#                             the classes of tableG7 (Few)
 #   TAIL          rarest      the class of which figures shows many images
-#   MODEL                     Stable Diffusion for table6 and, its autoencoder and text encoder,
-#                             for tableG11: a folder or a name on the hub
+#   MODEL                     Stable Diffusion for table6, tableG7, figures of artbench10 and, its
+#                             autoencoder and text encoder, tableG11: a folder or a name on the hub
 set -euo pipefail
 set -f                          # a * or [ in a variable is a character of a name, not a pattern
 cd "$(dirname "$0")"
@@ -177,38 +182,62 @@ esac
 # --------------------------------------------------------------------------------------------------
 # The paper's tables: settings
 
-SCALE=${SCALE:-paper}
-if [[ $TARGET == tableG11 && $SCALE == paper && -z ${DATASET:-} ]]; then
-  DATASET=cub200 bash run_all.sh tableG11
-  DATASET=flowers102 bash run_all.sh tableG11
-  exit
-fi
-NGPU=${NGPU:-1}
-FLAGS=${FLAGS:-}
-CM_FLAGS=${CM_FLAGS:-}
-PAGES=${ROOT:-out}
-PARTS=()                        # the autoencoder and the text encoder of tableG11
-
-if [[ $SCALE == demo ]]; then
-  if [[ $TARGET == tableG11 ]]; then
-    : "${DATA_DIR:?SCALE=demo: tableG11 is on a folder of images, one sub-folder per class}"
-    DATASET=folder IR=${IR:-10} PRESET=paper RESOLUTION=${RESOLUTION:-32} STEPS=${STEPS:-800}
-  else
-    DATASET=digits IR=${IR:-20} PRESET=digits STEPS=${STEPS:-300}
+# Of a target: its data set; all settings that the paper has, SET:IR:RESOLUTION; what trains, train,
+# classify or a script of latent/; which of four variables reach that
+SET=cifar100 ALL= KIND=train USED="STEPS PRESET"
+case $TARGET in
+  table1 | table3 | tableG9 | tableG10 | fig4d) ALL="cifar10:100 cifar100:100" ;;
+  table2 | fig4b) ALL="cifar10:100 cifar10:50 cifar100:100 cifar100:50" ;;
+  table4) SET=celebahq ALL="celebahq:100 celebahq:50" ;;
+  table5) SET=imagenet-lt ALL="imagenet-lt::32 imagenet-lt::64 inat2018::32 inat2018::64" ;;
+  table6) SET=artbench10 ALL="artbench10:100 artbench10:50" KIND=stable_diffusion ;;
+  tableG7) SET=artbench10 KIND=stable_diffusion ;;
+  tableG8) USED="STEPS PRESET EPOCHS" ;;
+  tableG11) SET=all ALL="cub200 flowers102" KIND=text_to_image USED="STEPS EPOCHS MODEL" ;;
+  tableG13) ALL="cifar100:200 cifar100:100" KIND=classify USED="EPOCHS" ;;
+  figures)                      # those of ArtBench-10 are of table6's networks
+    ALL="celebahq artbench10 cifar100 imagenet-lt inat2018"
+    [[ ${DATASET:-} != artbench10 ]] || KIND=stable_diffusion ;;
+esac
+[[ $KIND != stable_diffusion ]] || USED="EPOCHS MODEL"
+SCALE=${SCALE:-paper} DATASET=${DATASET:-$SET} FAILED=0
+for NAME in STEPS PRESET EPOCHS MODEL; do
+  if [[ $DATASET != all && -n ${!NAME:-} && " $USED " != *" $NAME "* ]]; then
+    echo "error: $NAME: $TARGET has no use for it; leave it out" >&2
+    exit 2
   fi
-  SEEDS=${SEEDS:-0} NUM=${NUM:-500} EPOCHS=${EPOCHS:-60} EXTRA=${EXTRA:-500}
-  ROOT=${ROOT:-out/paper-demo} FLAGS="--sample-every 0 $FLAGS"
+done
+for SIGNAL in 1 2 15; do        # the running command gets it, too, saves its state and ends
+  trap "exit $((128 + SIGNAL))" $SIGNAL
+done
+if [[ $SCALE == paper && $DATASET == all ]]; then
+  for ONE in ${ALL:?DATASET=all: the paper has one setting of $TARGET}; do
+    IFS=: read -r SET RATIO PIXELS <<< "$ONE"
+    env DATASET=$SET ${RATIO:+IR=$RATIO} ${PIXELS:+RESOLUTION=$PIXELS} bash run_all.sh $TARGET \
+      || FAILED=1
+  done
+  exit $FAILED
+fi
+
+NGPU=${NGPU:-1} FLAGS=${FLAGS:-} CM_FLAGS=${CM_FLAGS:-} PAGES=${ROOT:-out} QUIET=
+if [[ $SCALE == demo ]]; then
+  if [[ $KIND == stable_diffusion ]]; then
+    echo "error: SCALE=demo: there is no small Stable Diffusion for $TARGET" >&2
+    exit 2
+  elif [[ $TARGET == tableG11 ]]; then
+    : "${DATA_DIR:?SCALE=demo: tableG11 is on a folder of images, one sub-folder per class}"
+    DATASET=folder IR=${IR:-10} PRESET=paper RESOLUTION=${RESOLUTION:-32}
+    [[ -n ${EPOCHS:-} ]] || STEPS=${STEPS:-800}
+  else
+    DATASET=digits IR=${IR:-20} PRESET=digits STEPS=${STEPS:-300} EPOCHS=${EPOCHS:-60}
+  fi
+  SEEDS=${SEEDS:-0} NUM=${NUM:-500} EXTRA=${EXTRA:-500} ROOT=${ROOT:-out/paper-demo}
+  QUIET="--sample-every 0"
   if [[ $DATASET == digits ]]; then
     FEATURES=$ROOT/classifier/ckpt.pt
     python -m recognition.classify --dataset digits --epochs 10 --out "$ROOT/classifier"
   fi
 else
-  case $TARGET in
-    table4) DATASET=${DATASET:-celebahq} ;;
-    table5) DATASET=${DATASET:-imagenet-lt} ;;
-    table6) DATASET=${DATASET:-artbench10} ;;
-    *) DATASET=${DATASET:-cifar100} ;;
-  esac
   case $DATASET in              # as train.py's defaults
     imagenet-lt | inat2018) IR=1 RESOLUTION=${RESOLUTION:-64} ;;    # long-tailed as they are
     folder) IR=${IR:-1} ;;
@@ -221,19 +250,18 @@ DATA_DIR=${DATA_DIR:-data}
 
 # SETTING: the data set and its ratio, in names of folders and for report.py
 SETTING=$DATASET-ir$IR${RESOLUTION:+-$RESOLUTION}
-case $DATASET in
-  imagenet-lt | inat2018) SETTING=$DATASET-$RESOLUTION ;;
-esac
+case $DATASET in imagenet-lt | inat2018) SETTING=$DATASET-$RESOLUTION ;; esac
 case $PRESET in                 # as train.py's presets
   small) STEPS=${STEPS:-20000} SETTING+=-small ;;
   tiny) STEPS=${STEPS:-4000} SETTING+=-tiny ;;
 esac
-RUNS=$ROOT/$SETTING
+RUNS=$ROOT/$SETTING/             # and then the run's name
+case $KIND in stable_diffusion | text_to_image) RUNS+=$KIND- ;; esac
 
 # Some targets look at one network of each kind
 FIRST_SEED=${SEEDS%%,*}
 case $TARGET in
-  fig1b | dominance | allocation | pictures | figures) SEEDS=$FIRST_SEED ;;
+  fig1b | dominance | allocation | pictures | figures | tableG7) SEEDS=$FIRST_SEED ;;
 esac
 
 DATA=(--dataset "$DATASET" --ir "$IR" --data-dir "$DATA_DIR"
@@ -244,9 +272,22 @@ DATA=(--dataset "$DATASET" --ir "$IR" --data-dir "$DATA_DIR"
 
 ROWS=()                         # of a page: report.py's flags
 SHOWN=()                        # of a picture: figures.py's flags
+PARTS=()                        # flags of text_to_image.py in SCALE=demo
+BROKEN=                         # runs whose training failed
 
-# launch SCRIPT [flags], launch -m MODULE [flags]: start a script on one GPU, or on several
+# failed WHAT: note it, and go on with the rest
+failed() {
+  echo "error: $1 failed; going on with the rest" >&2
+  FAILED=1
+}
+
+# launch SCRIPT [flags], launch -m MODULE [flags]: start a script on one GPU, or on several; not
+# where a flag names a file of a broken run
 launch() {
+  local run
+  for run in $BROKEN; do
+    [[ "$*" != *"$RUNS$run/"* ]] || return 1
+  done
   if (( NGPU == 1 )); then
     python "$@"
   elif [[ $1 == -m ]]; then     # "--" since torchrun would read a script's --num as its own
@@ -256,140 +297,120 @@ launch() {
   fi
 }
 
-# train RUN SEED [flags of train.py]: train a run with a seed; @SEED in a flag stands for the seed
+# train RUN SEED [flags]: train a run with a seed; @SEED in a flag stands for the seed
 train() {
-  local run=$1 seed=$2 cm_flags=
+  local run=$1 seed=$2 script="-m latent.$KIND train" own cm_flags=
   shift 2
-  if [[ " $* " == *" --cm "* ]]; then
-    cm_flags=$CM_FLAGS
+  case $KIND in
+    train) script=train.py own=(--preset "$PRESET" ${STEPS:+--steps "$STEPS"} $QUIET) ;;
+    classify) script="-m recognition.classify" own=(${EPOCHS:+--epochs "$EPOCHS"}) ;;
+    stable_diffusion) own=(${MODEL:+--model "$MODEL"} ${EPOCHS:+--epochs "$EPOCHS"}) ;;
+    text_to_image)
+      own=(${MODEL:+--autoencoder "$MODEL" --text-encoder "$MODEL"} ${PARTS[@]+"${PARTS[@]}"}
+        ${STEPS:+--steps "$STEPS"} ${EPOCHS:+--epochs "$EPOCHS"} $QUIET) ;;
+  esac
+  [[ " $* " != *" --cm "* ]] || cm_flags=$CM_FLAGS
+  launch $script "${DATA[@]}" ${own[@]+"${own[@]}"} $FLAGS "${@//@SEED/$seed}" $cm_flags \
+    --seed $seed --out "$RUNS$run-seed$seed" && return
+  BROKEN+=" $run-seed$seed"
+  return 1
+}
+
+# sample RUN SEED FOLDER [flags]: samples of a run, in a folder of its own
+sample() {
+  local script=sample.py run=$RUNS$1-seed$2
+  [[ $KIND == train ]] || script="-m latent.$KIND sample"
+  launch $script --ckpt "$run/ckpt.pt" "${@:4}" --out "$run/$3" --if-needed
+}
+
+# measure RUN SEED FILE [flags of evaluate.py]: the metrics of a run, in a file of its folder
+measure() {
+  local run=$RUNS$1-seed$2 of
+  if [[ $KIND == classify || " fig1b dominance pictures figures " == *" $TARGET "* ]]; then
+    return 0                    # classify.py has measured; the others need no numbers
+  elif [[ $KIND == train ]]; then
+    of=(--ckpt "$run/ckpt.pt" --seed $2)
+  else
+    sample $1 $2 samples --num "${NUM:-50000}" --seed $2 || return
+    of=(--samples "$run/samples/samples.npz" --data-dir "$DATA_DIR")
   fi
-  launch train.py "${DATA[@]}" --preset "$PRESET" ${STEPS:+--steps "$STEPS"} $FLAGS \
-    "${@//@SEED/$seed}" $cm_flags --seed $seed --out "$RUNS/$run-seed$seed"
+  launch evaluate.py "${of[@]}" ${NUM:+--num "$NUM"} ${FEATURES:+--features "$FEATURES"} "${@:4}" \
+    --out-json "$run/$3" --if-needed
 }
 
-# add_row NAME START END: add a row to the page, of the JSON files START<seed>END of all seeds
-add_row() {
-  local files= seed
-  for seed in ${SEEDS//,/ }; do
-    files+="$2$seed$3,"
-  done
-  ROWS+=(--row "$1=$files")
-}
-
-# row NAME RUN [flags of train.py] [-- flags of evaluate.py]:
+# row NAME RUN [flags of the training] [-- flags of evaluate.py]:
 # train and evaluate a run with each seed, which is also that of the noise that is sampled,
 # and add a row to the page
 row() {
-  local name=$1 run=$2 train_flags=() evaluate_flags json seed folder
+  local name=$1 run=$2 train_flags=() json seed files=
   shift 2
   while (( $# )) && [[ $1 != -- ]]; do
     train_flags+=("$1")
     shift
   done
-  evaluate_flags=("${@:2}")
+  set -- "${@:2}"               # evaluate.py's
 
   # One file per way of evaluating: eval-plain.json, eval-__guidance_0.json, ...
-  json=eval-$(echo "${evaluate_flags[*]:-plain}" | tr -c 'a-z0-9.\n' _).json
+  json=eval-$(echo "${*:-plain}" | tr -c 'a-z0-9.\n' _).json
+  [[ $KIND != classify ]] || json=result.json
   for seed in ${SEEDS//,/ }; do
-    train $run $seed "${train_flags[@]}"
-    if [[ $TARGET == fig1b || $TARGET == dominance ]]; then
-      continue                # these need no samples
+    if train $run $seed "${train_flags[@]}" && measure $run $seed $json "$@"; then
+      files+=$RUNS$run-seed$seed/$json,
+    else
+      failed "$name, seed $seed"
+      files+=$RUNS$run-seed$seed/failed,        # report.py marks what has no file
     fi
-    folder=$RUNS/$run-seed$seed
-    launch evaluate.py --ckpt "$folder/ckpt.pt" \
-      --seed $seed ${NUM:+--num "$NUM"} ${FEATURES:+--features "$FEATURES"} \
-      ${evaluate_flags[@]+"${evaluate_flags[@]}"} --out-json "$folder/$json" --if-needed
   done
-  add_row "$name" "$RUNS/$run-seed" "/$json"
+  ROWS+=(--row "$name=$files")
 }
 
-# The rows that most tables have; flags of train.py or, after --, of evaluate.py may be given
+# The rows that most tables have; flags of the training or, after --, of evaluate.py may be given
 ddpm() { row DDPM ddpm --base ddpm --no-cm "$@"; }
 cbdm() { row CBDM cbdm --base cbdm --no-cm "$@"; }
 oc() { row OC oc --base oc --no-cm "$@"; }
 cm() { row CM cm --base oc --cm "$@"; }
 four() { ddpm "$@"; cbdm "$@"; oc "$@"; cm "$@"; }
 
-# with_and_without NAME RUN [flags of train.py]: a row without CM, and one with it
+# with_and_without NAME RUN [flags of the training]: a row without CM, and one with it
 with_and_without() {
   row "$1" $2 --no-cm "${@:3}"
   row "CM on $1" cm-$2 --cm "${@:3}"
 }
 
-# classes NAME RUN [flags of classify.py]: train a classifier with each seed, and add a row
+# classes NAME RUN [flags of classify.py]: a row of classifiers, on one GPU
 classes() {
-  local name=$1 run=$2 seed
-  shift 2
-  for seed in ${SEEDS//,/ }; do
-    python -m recognition.classify "${DATA[@]}" ${EPOCHS:+--epochs "$EPOCHS"} "${@//@SEED/$seed}" \
-      --seed $seed --out "$RUNS/classify-$run-seed$seed"
-  done
-  add_row "$name" "$RUNS/classify-$run-seed" /result.json
+  local flags=$FLAGS
+  [[ $TARGET != tableG8 ]] || flags=            # those of train.py
+  KIND=classify NGPU=1 FLAGS=$flags row "$1" classify-$2 "${@:3}"
 }
 
 # extra_images RUN [flags of train.py]: train a run with each seed; images for a classifier from it
 extra_images() {
-  local seed folder
+  local seed
   for seed in ${SEEDS//,/ }; do
-    folder=$RUNS/$1-seed$seed
-    train $1 $seed "${@:2}"
-    launch sample.py --ckpt "$folder/ckpt.pt" --num "${EXTRA:-50000}" --seed $seed \
-      --out "$folder/extra" --if-needed
+    train $1 $seed "${@:2}" && sample $1 $seed extra --num "${EXTRA:-50000}" --seed $seed \
+      || failed "$1, seed $seed"
   done
-}
-
-# latent MODULE NAME RUN [flags of its train]: train stable_diffusion.py or text_to_image.py with
-# each seed, sample, evaluate, and add a row
-latent() {
-  local module=latent.$1 name=$2 run=$1-$3 seed folder
-  shift 3
-  for seed in ${SEEDS//,/ }; do
-    folder=$RUNS/$run-seed$seed
-    launch -m $module train "${DATA[@]}" "$@" --seed $seed --out "$folder"
-    launch -m $module sample --ckpt "$folder/ckpt.pt" --num "${NUM:-50000}" --seed $seed \
-      --out "$folder/samples" --if-needed
-    launch evaluate.py --samples "$folder/samples/samples.npz" --data-dir "$DATA_DIR" \
-      ${NUM:+--num "$NUM"} ${FEATURES:+--features "$FEATURES"} --if-needed
-  done
-  add_row "$name" "$RUNS/$run-seed" /samples/eval.json
-}
-
-sd() {
-  latent stable_diffusion "$@" ${MODEL:+--model "$MODEL"} ${EPOCHS:+--epochs "$EPOCHS"}
-}
-
-text() {
-  latent text_to_image "$@" ${PARTS[@]+"${PARTS[@]}"} ${STEPS:+--steps "$STEPS"} $FLAGS
-}
-
-# small_parts: the demo's autoencoder, and a classifier to measure with, on the images of DATA_DIR
-small_parts() {
-  FEATURES=$RUNS/classifier/ckpt.pt
-  python -m recognition.classify --dataset folder --ir 1 --data-dir "$DATA_DIR" \
-    --resolution "$RESOLUTION" --width 16 --epochs 30 --out "$RUNS/classifier"
-  python -m latent.text_to_image autoencoder "${DATA[@]}" --factor 4 --ch 16 --lr 2e-3 --warmup 50 \
-    --ema 0.99 --batch-size 32 --steps 400 --sample-every 400 --out "$RUNS/autoencoder"
-  PARTS=(--autoencoder "$RUNS/autoencoder/ckpt.pt" --text-encoder words
-    --ch 64 --depth 6 --lr 1e-3 --warmup 50 --ema 0.99 --batch-size 32)
 }
 
 # show NAME RUN FOLDER [flags of sample.py]: sample the first seed of a run: a column of a picture
 show() {
-  local run=$RUNS/$2-seed$FIRST_SEED
-  launch sample.py --ckpt "$run/ckpt.pt" "${@:4}" --out "$run/$3" --if-needed
-  SHOWN+=(--column "$1=$run/$3/samples.npz")
+  sample $2 $FIRST_SEED "${@:3}" && SHOWN+=(--column "$1=$RUNS$2-seed$FIRST_SEED/$3/samples.npz") \
+    || failed "the column $1"
 }
 
 # figure FILE [flags of figures.py]: the picture of the columns so far
 figure() {
-  python -m pages.figures "${SHOWN[@]}" --data-dir "$DATA_DIR" "${@:2}" --out "$PAGES/$1.png"
+  python -m pages.figures ${SHOWN[@]+"${SHOWN[@]}"} --data-dir "$DATA_DIR" "${@:2}" \
+    --out "$PAGES/$1.png" || failed "$1.png"
   SHOWN=()
 }
 
 # page TABLE [FILE]: the page of one of the tables in paper_results.json, from the rows so far
 page() {
-  python -m pages.report --paper $1 --setting "$SETTING" "${ROWS[@]}" \
-    --out "$PAGES/$TARGET/$SETTING/${2:-report}.md"
+  local file=$PAGES/$TARGET/$SETTING/${2:-report}.md
+  python -m pages.report --paper $1 --setting "$SETTING" "${ROWS[@]}" --out "$file" \
+    || failed "a row of $file"
   ROWS=()
 }
 
@@ -400,7 +421,7 @@ case $TARGET in
   table1)                       # Low-rank variants of CBDM
     ddpm; cbdm
     row "CBDM (theta_g + theta_e)" cbdm-low-rank --base cbdm --cm --lam 0
-    row "CBDM (LoRA)" cbdm-lora --base cbdm --lora --init-from "$RUNS/cbdm-seed@SEED/ckpt.pt"
+    row "CBDM (LoRA)" cbdm-lora --base cbdm --lora --init-from "${RUNS}cbdm-seed@SEED/ckpt.pt"
     cm
     page table1 ;;
   table2)                       # Tables 2 and G.1: all baselines
@@ -420,10 +441,7 @@ case $TARGET in
     four
     page table5 ;;
   table6)                       # Tables 6 and G.3: Stable Diffusion on ArtBench-10,
-    sd DDPM ddpm --base ddpm --no-cm        # after pip install diffusers transformers
-    sd CBDM cbdm --base cbdm --no-cm
-    sd OC oc --base oc --no-cm
-    sd CM cm --base oc --cm
+    four                        # after pip install diffusers transformers
     page table6 ;;
   table7)                       # Tables 7, G.5, G.6: theta_g alone; without one of CM's two terms
     ddpm
@@ -439,12 +457,17 @@ case $TARGET in
     row "Group-Expert LoRA" experts --base ddpm --no-cm --experts group
     cm
     page tableE2 ;;
+  tableG7)                      # The human study, of table6's samples: study.html, and its key
+    ddpm; cm
+    NGPU=1 launch -m pages.study make --a "DDPM=${RUNS}ddpm-seed$FIRST_SEED/samples" \
+      --b "CM=${RUNS}cm-seed$FIRST_SEED/samples" --real "$DATASET" --data-dir "$DATA_DIR" \
+      ${CLASSES:+--classes "$CLASSES"} --out "$PAGES/tableG7/$SETTING" || failed "the study" ;;
   tableG8)                      # Classification with generated images in the training set
     classes "No augmentation" plain
     extra_images ddpm --base ddpm --no-cm
     extra_images cm --base oc --cm
-    classes DDPM ddpm --extra "$RUNS/ddpm-seed@SEED/extra/samples.npz"
-    classes CM cm --extra "$RUNS/cm-seed@SEED/extra/samples.npz"
+    classes DDPM ddpm --extra "${RUNS}ddpm-seed@SEED/extra/samples.npz"
+    classes CM cm --extra "${RUNS}cm-seed@SEED/extra/samples.npz"
     page tableG8 ;;
   tableG9)                      # Consistency models
     row "Consistency model" consistency --base consistency --no-cm
@@ -456,12 +479,17 @@ case $TARGET in
     page tableG10 ;;
   tableG11)                     # Text to image from scratch, as table6 with diffusers installed
     if [[ $SCALE == demo ]]; then
-      small_parts
-    elif [[ -n ${MODEL:-} ]]; then
-      PARTS=(--autoencoder "$MODEL" --text-encoder "$MODEL")
+      # The autoencoder, and a classifier to measure with, on the images of DATA_DIR
+      FEATURES=$ROOT/$SETTING/classifier/ckpt.pt AUTOENCODER=$ROOT/$SETTING/autoencoder
+      python -m recognition.classify --dataset folder --ir 1 --data-dir "$DATA_DIR" \
+        --resolution "$RESOLUTION" --width 16 --epochs 30 --out "$ROOT/$SETTING/classifier"
+      python -m latent.text_to_image autoencoder "${DATA[@]}" --factor 4 --ch 16 --lr 2e-3 \
+        --warmup 50 --ema 0.99 --batch-size 32 --steps 400 --sample-every 400 --out "$AUTOENCODER"
+      PARTS=(--autoencoder "$AUTOENCODER/ckpt.pt" --text-encoder words
+        --ch 64 --depth 6 --lr 1e-3 --warmup 50 --ema 0.99 --batch-size 32)
     fi
-    text "Latent diffusion" ddpm --base ddpm --no-cm
-    text CM cm-ddpm --base ddpm --cm $CM_FLAGS
+    row "Latent diffusion" ddpm --base ddpm --no-cm
+    row CM cm-ddpm --base ddpm --cm
     page tableG11 ;;
   tableG12)                     # Overlap optimisation
     ddpm
@@ -475,10 +503,10 @@ case $TARGET in
     done
     page tableG13 ;;
   fig1b)                        # Figures 1(b), G.1 and G.2: what pruning does to each class
-    ddpm; cm
-    python prune_probe.py \
-      --ckpt "$RUNS/ddpm-seed$FIRST_SEED/ckpt.pt" "$RUNS/cm-seed$FIRST_SEED/ckpt.pt" \
-      --fractions 0.05,0.1,0.2,0.3 --out "$PAGES/fig1b/$SETTING" ;;
+    ddpm; cm                    # the paper's are of DDPM alone
+    NGPU=1 launch prune_probe.py \
+      --ckpt "${RUNS}ddpm-seed$FIRST_SEED/ckpt.pt" "${RUNS}cm-seed$FIRST_SEED/ckpt.pt" \
+      --fractions 0.05,0.1,0.2,0.3 --out "$PAGES/fig1b/$SETTING" || failed "the probe" ;;
   fig4a)                        # CM on each baseline
     with_and_without DDPM ddpm --base ddpm
     with_and_without +ADA ada --base ddpm --ada 0.12
@@ -517,13 +545,15 @@ case $TARGET in
   allocation)                   # What the reserved part is and does
     row "CM (theta_g)" cm --base oc --cm -- --branch general
     cm
-    CM=$RUNS/cm-seed$FIRST_SEED
-    python -m probes.capacity allocation --ckpt "$CM/ckpt.pt" \
-      --quality "$CM/eval-plain.json" "$CM/eval-__branch_general.json" ;;
+    CM=${RUNS}cm-seed$FIRST_SEED
+    NGPU=1 launch -m probes.capacity allocation --ckpt "$CM/ckpt.pt" \
+      --quality "$CM/eval-plain.json" "$CM/eval-__branch_general.json" || failed "the probe" ;;
   dominance)                    # Theorem 2.1 on the gradients of a trained network
     ddpm; cm
-    python -m probes.capacity dominance --ckpt "$RUNS/ddpm-seed$FIRST_SEED/ckpt.pt"
-    python -m probes.capacity dominance --ckpt "$RUNS/cm-seed$FIRST_SEED/ckpt.pt" ;;
+    for RUN in ddpm cm; do
+      NGPU=1 launch -m probes.capacity dominance --ckpt "$RUNS$RUN-seed$FIRST_SEED/ckpt.pt" \
+        || failed "the probe of $RUN"
+    done ;;
   gain)     # Not in the paper: what CM adds to DDPM and to OC, without and with guidance
     # A step of CM takes as long as 1.7 steps without (bench.py)
     LONG=$((17 * ${STEPS:-300000} / 10))
@@ -537,31 +567,28 @@ case $TARGET in
       page table3 guidance-$OMEGA
     done ;;
   pictures)                     # Training images, and beside them samples of DDPM and of CM on it
-    train ddpm $FIRST_SEED --base ddpm --no-cm
-    train cm-ddpm $FIRST_SEED --base ddpm --cm
+    with_and_without DDPM ddpm --base ddpm
     show DDPM ddpm samples --num "${NUM:-400}"
     show "CM on DDPM" cm-ddpm samples --num "${NUM:-400}"
     figure pictures/$SETTING ;;
   figures)  # Figures 1(a), 3, G.4 to G.12: classes in rows, methods in columns, from the same noise
-    train ddpm $FIRST_SEED --base ddpm --no-cm
-    train cbdm $FIRST_SEED --base cbdm --no-cm
-    train oc $FIRST_SEED --base oc --no-cm
-    train cm $FIRST_SEED --base oc --cm
+    four
     ROWS_OF=(--num "${NUM:-400}" ${CLASSES:+--classes "$CLASSES"})
-    show DDPM ddpm figures/classes "${ROWS_OF[@]}"
-    show CBDM cbdm figures/classes "${ROWS_OF[@]}"
-    show OC oc figures/classes "${ROWS_OF[@]}"
-    show CM cm figures/classes "${ROWS_OF[@]}"
+    for METHOD in DDPM:ddpm CBDM:cbdm OC:oc CM:cm; do
+      show ${METHOD%:*} ${METHOD#*:} figures/classes "${ROWS_OF[@]}"
+    done
     figure figures/$SETTING/methods ${CLASSES:+--classes "$CLASSES"}
     # What theta_g lacks (Fig. G.4)
     show "theta_g alone" cm figures/classes-general --branch general "${ROWS_OF[@]}"
     show "theta = theta_g + BA" cm figures/classes "${ROWS_OF[@]}"
     figure figures/$SETTING/theta_g ${CLASSES:+--classes "$CLASSES"}
-    # How different the images of one rare class are (Fig. 3, G.5)
-    show DDPM ddpm figures/tail --classes "${TAIL:-rarest}" --num 25
-    show CM cm figures/tail --classes "${TAIL:-rarest}" --num 25
-    figure figures/$SETTING/tail --across 5 --down 5 ;;
+    # How different the images of one rare class are (Fig. 3, G.5 to G.7)
+    TAIL=${TAIL:-rarest}
+    show DDPM ddpm "figures/tail-$TAIL" --classes "$TAIL" --num 25
+    show CM cm "figures/tail-$TAIL" --classes "$TAIL" --num 25
+    figure "figures/$SETTING/tail-$TAIL" --across 5 --down 5 ;;
   *)
     echo "error: unknown target '$TARGET'; see the head of run_all.sh" >&2
     exit 2 ;;
 esac
+exit $FAILED

@@ -122,7 +122,8 @@ def main():
     caption = caption_of(columns, classes, args.across * args.down)
     shown = {name: (c.images, c.labels) for name, c in columns.items()}
     if args.real:
-        ckpt = disk.load(next(iter(columns.values())).settings.get("ckpt", ""), KINDS, "--real")
+        ckpt = disk.load(next(iter(columns.values())).settings.get("ckpt", ""),
+                         [*KINDS, "latent", "text"], "--real")
         real = training_images(ckpt, args.data_dir)
         shown = {"training images": (real.images, real.labels), **shown}
     picture = grid_image(shown, data["class_names"], data.get("class_counts"),

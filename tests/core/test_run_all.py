@@ -13,30 +13,47 @@ from conftest import ROOT, call
 
 import runtime
 
-TARGETS = ["demo", *re.findall(r"^  (\w+)\)  ", (ROOT / "run_all.sh").read_text(), re.M)]
+TARGETS = ["demo", *re.findall(r"^  (\w+)\)  ", (ROOT / "run_all.sh").read_text().split(
+    "one block per target")[1], re.M)]
 ENVIRONMENTS = {
     "demo": {"SCALE": "demo", "DATA_DIR": "my data"},
     "paper": {"NGPU": "2", "DATA_DIR": "my data", "SEEDS": "3,5", "CLASS_ORDER": "b c,a"},
     "inat2018": {"DATASET": "inat2018", "RESOLUTION": "32"},
-    "budget": {"ROOT": "my own", "STEPS": "7", "FLAGS": "--ch 64 --lr 5e-4",
+    "budget": {"ROOT": "my own", "STEPS": "7", "EPOCHS": "7", "FLAGS": "--lr 5e-4",
                "CM_FLAGS": "--w-div 0.2", "NUM": "99", "FEATURES": "c.pt", "DATASET": "folder",
                "SEEDS": "4", "MODEL": "my SD"},
     "tiny": {"PRESET": "tiny", "DATASET": "folder", "SEEDS": "4"},
 }
+PAPER = json.loads((ROOT / "pages/paper_results.json").read_text())["tables"]
+# Which of these variables a target has use for
+TRAINED_BY = {"table6": "EPOCHS MODEL", "tableG7": "EPOCHS MODEL", "tableG8": "STEPS PRESET EPOCHS",
+              "tableG11": "STEPS MODEL", "tableG13": "EPOCHS"}
+NO_DIGITS = ("table6", "tableG7")       # fine-tuned Stable Diffusion: in no demo
 
-# A function of bash's in place of a program, as `export -f` hands it on
+# A function of bash's in place of a program, as `export -f` hands it on; a call that holds $FAIL
+# fails, and one that holds $STOP sends the script a signal
 RECORDER = """() {{ {{ printf '%s\\t' {name} "$@"; echo; }} >> "$CALLS"
+if [[ -n ${{STOP:-}} && "$*" == *"$STOP"* ]]; then kill -TERM $$; fi
+[[ -z ${{FAIL:-}} || "$*" != *"$FAIL"* ]]
 }}"""
 
 
-def recorded(target, env, folder):
+def useful(env, target):
+    """The variables of an environment without those that a target refuses."""
+    used = TRAINED_BY.get(target, "STEPS PRESET").split()
+    return {name: value for name, value in env.items()
+            if name in used or name not in ("STEPS", "PRESET", "EPOCHS", "MODEL")}
+
+
+def recorded(target, env, folder, code=0):
     """Run a target with recorders for programs: [(script or module, its flags)] in order."""
     calls = folder / "calls"
     calls.write_text("")
     recorders = {f"BASH_FUNC_{name}%%": RECORDER.format(name=name)
                  for name in ("python", "torchrun")}
     env = {**os.environ, **env, **recorders, "CALLS": str(calls)}
-    subprocess.run(["bash", ROOT / "run_all.sh", target], env=env, check=True)
+    done = subprocess.run(["bash", ROOT / "run_all.sh", target], env=env)
+    assert done.returncode == code
     found = []
     for line in calls.read_text().splitlines():
         words = line.split("\t")[1:-1]
@@ -44,6 +61,13 @@ def recorded(target, env, folder):
             del words[0]
         found.append((words[0].removesuffix(".py"), words[1:]))
     return found
+
+
+def trained(calls, script="train"):
+    """Of the runs that a script trained, the flags in one line each."""
+    return [" ".join(flags) for name, flags in calls
+            if name == script and (script in ("train", "recognition.classify")
+                                   or flags[0] == "train")]
 
 
 def parse(monkeypatch, name, flags):
@@ -67,6 +91,7 @@ def test_targets():
     head = (ROOT / "run_all.sh").read_text().split("\nset -euo")[0]
     assert len(TARGETS) == len(set(TARGETS)) and set(TARGETS) - {"demo"} <= set(head.split())
     assert {"table2", "tableG8", "fig4d", "gain", "pictures"} <= set(TARGETS)
+    assert set(TRAINED_BY) <= set(TARGETS)
     done = subprocess.run(["bash", ROOT / "run_all.sh", "table99"], capture_output=True)
     assert done.returncode == 2
 
@@ -74,16 +99,82 @@ def test_targets():
 @pytest.mark.parametrize("name", ENVIRONMENTS)
 def test_every_command_is_understood(tmp_path, monkeypatch, name):
     calls = {(script, tuple(flags)) for target in TARGETS
-             for script, flags in recorded(target, ENVIRONMENTS[name], tmp_path)}
-    assert len({script for script, _ in calls}) >= 11
+             if not (name == "demo" and target in NO_DIGITS)
+             for script, flags in recorded(target, useful(ENVIRONMENTS[name], target), tmp_path)}
+    assert len({script for script, _ in calls}) >= 10
     for script, flags in calls:
         parse(monkeypatch, script, flags)
         line = " ".join(flags)
-        if name == "budget" and script == "train" and "--steps 2000" not in line:   # the demo's
-            assert "--ch 64 --lr 5e-4" in line and "--out my own/folder-ir1/" in line
-            assert ("--w-div 0.2" in line) == ("--cm" in flags)
         if name == "budget" and script == "evaluate" and "out/demo" not in line:
             assert "--num 99 --features c.pt" in line
+
+
+@pytest.mark.parametrize("target, script, own", [
+    ("table2", "train", "--preset paper --steps 7"),
+    ("table6", "latent.stable_diffusion", "--model my SD --epochs 7"),
+    ("tableG11", "latent.text_to_image", "--autoencoder my SD --text-encoder my SD --steps 7"),
+    ("tableG13", "recognition.classify", "--epochs 7")])
+def test_variables_reach_what_a_target_trains(tmp_path, target, script, own):
+    lines = trained(recorded(target, useful(ENVIRONMENTS["budget"], target), tmp_path), script)
+    assert lines and all(f"{own} --lr 5e-4" in line and "--out my own/folder-ir1/" in line
+                         for line in lines)
+    assert {("--w-div 0.2" in line) == ("--cm" in line.split()) for line in lines} == {True}
+    assert any("--w-div 0.2" in line for line in lines)
+
+
+@pytest.mark.parametrize("target, env", [
+    ("table6", {"STEPS": "7"}), ("table6", {"PRESET": "tiny"}), ("tableG13", {"STEPS": "7"}),
+    ("table2", {"EPOCHS": "7"}), ("table2", {"MODEL": "my SD"}), ("tableG11", {"PRESET": "tiny"}),
+    ("figures", {"DATASET": "artbench10", "STEPS": "7"}), ("tableG7", {"SCALE": "demo"})])
+def test_variables_without_use_are_refused(tmp_path, target, env):
+    assert recorded(target, {"DATASET": "folder", **env}, tmp_path, code=2) == []
+
+
+@pytest.mark.parametrize("target", [name for name, table in PAPER.items()
+                                    if len(table["settings"]) > 1])
+def test_all_settings(tmp_path, target):
+    """DATASET=all makes a page for each setting that the paper has."""
+    calls = recorded(target, {"DATASET": "all", "SEEDS": "0"}, tmp_path)
+    pages = [flags for script, flags in calls if script == "pages.report"]
+    settings = [flags[flags.index("--setting") + 1] for flags in pages]
+    assert sorted(settings) == sorted(PAPER[target]["settings"])
+
+
+def test_one_setting_is_all(tmp_path):
+    assert recorded("fig4c", {"DATASET": "all"}, tmp_path, code=1) == []
+
+
+def test_a_failed_row_does_not_stop_a_target(tmp_path):
+    """Its file is one that report.py does not find; what needs its checkpoint fails with it."""
+    env = {"SEEDS": "0,1", "FAIL": "/cbdm-seed1"}
+    calls = recorded("table1", env, tmp_path, code=1)
+    runs = [line.rsplit("/", 1)[1] for line in trained(calls)]
+    assert runs == [f"{run}-seed{seed}" for run in ("ddpm", "cbdm", "cbdm-low-rank", "cbdm-lora",
+                                                    "cm") for seed in "01"][:7] + [
+        "cm-seed0", "cm-seed1"]
+    (flags,) = [flags for script, flags in calls if script == "pages.report"]
+    rows = dict(word.split("=", 1) for flag, word in zip(flags, flags[1:]) if flag == "--row")
+    folder = "out/paper/cifar100-ir100"
+    assert rows["CBDM"] == f"{folder}/cbdm-seed0/eval-plain.json,{folder}/cbdm-seed1/failed,"
+    assert rows["CBDM (LoRA)"].endswith("cbdm-lora-seed1/failed,")
+    assert "failed" not in rows["DDPM"] + rows["CM"]
+
+
+@pytest.mark.parametrize("target", ["figures", "pictures", "fig1b", "dominance", "allocation",
+                                    "tableG7", "tableG8"])
+def test_nothing_looks_at_a_failed_run(tmp_path, target):
+    """Its checkpoint may be that of an earlier step."""
+    calls = recorded(target, {"SEEDS": "0", "FAIL": "--cm "}, tmp_path, code=1)
+    lines = [" ".join([script, *flags]) for script, flags in calls]
+    broken = [line.rsplit("/", 1)[1] for line in lines if "--cm " in line]
+    assert broken
+    for run in broken:
+        assert not [line for line in lines if f"{run}/" in line and "pages.report" not in line]
+
+
+def test_a_signal_ends_the_script(tmp_path):
+    calls = recorded("table2", {"SEEDS": "0", "STOP": "/ada-seed0"}, tmp_path, code=143)
+    assert len(calls) == 3 and calls[-1][0] == "train"      # DDPM is trained and measured, ADA
 
 
 def test_the_table_of_texts_is_of_both_sets(tmp_path):
@@ -113,3 +204,28 @@ def test_figures_have_the_same_labels_and_noise_in_each_column(tmp_path):
     methods = next(flags for script, flags in calls if script == "pages.figures")
     columns = [word.split("=")[0] for flag, word in zip(methods, methods[1:]) if flag == "--column"]
     assert columns == ["DDPM", "CBDM", "OC", "CM"]
+
+
+def test_figures_of_artbench_are_of_the_fine_tuned_runs(tmp_path):
+    """Those of table6, also by the names of their folders."""
+    env = {"DATASET": "artbench10", "SEEDS": "0", "MODEL": "my SD", "TAIL": "realism"}
+    calls = recorded("figures", env, tmp_path)
+    runs = trained(calls, "latent.stable_diffusion")
+    assert runs == trained(recorded("table6", {**env, "TAIL": ""}, tmp_path),
+                           "latent.stable_diffusion") and len(runs) == 4
+    assert {script for script, _ in calls} == {"latent.stable_diffusion", "pages.figures"}
+    files = [flags[-1] for script, flags in calls if script == "pages.figures"]
+    assert files == [f"out/figures/artbench10-ir100/{name}.png"
+                     for name in ("methods", "theta_g", "tail-realism")]
+
+
+def test_the_study_is_of_table6s_samples(tmp_path):
+    env = {"SEEDS": "0", "NUM": "99"}
+    calls = recorded("tableG7", env, tmp_path)
+    assert [call for call in calls[:-1]
+            if call not in recorded("table6", env, tmp_path)] == []
+    script, flags = calls[-1]
+    folder = "out/paper/artbench10-ir100/stable_diffusion"
+    assert script == "pages.study" and flags[:5] == [
+        "make", "--a", f"DDPM={folder}-ddpm-seed0/samples", "--b",
+        f"CM={folder}-cm-seed0/samples"]

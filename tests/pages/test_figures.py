@@ -92,6 +92,20 @@ def test_real_images_and_methods(sampled, digits, data_dir, tmp_path):
     assert Image.open(tmp_path / "tail.png").height >= 30 + 3 * 60 + 24
 
 
+@pytest.mark.parametrize("kind", ["latent", "text"])
+def test_training_images_of_latent_runs(sampled, cm_run, data_dir, tmp_path, kind):
+    shutil.copytree(sampled / "tail", tmp_path / "tail")
+    record = disk.read_json(tmp_path / "tail/samples.json")
+    record["settings"]["ckpt"] = str(tmp_path / "ckpt.pt")
+    disk.write_json(tmp_path / "tail/samples.json", record)
+    ckpt = disk.load(cm_run / "ckpt.pt", ["diffusion"])
+    disk.save(tmp_path / "ckpt.pt", {key: ckpt[key] for key in ("config", "data")}
+              | {"kind": kind}, "--out")
+    call(figures.main, "--column", f"CM={tmp_path}/tail", "--data-dir", data_dir, "--out",
+         tmp_path / "a.png")
+    assert (tmp_path / "a.png").exists()
+
+
 @pytest.mark.parametrize("flags, says", [
     (["--column", "nothing.npz"], "--column"), (["--column", "B=none.npz"], "--column"),
     (["--column", "B=other"], "--column"), (["--column", "B=high"], "--classes"),
