@@ -71,31 +71,6 @@ class Batch(NamedTuple):
     pair: tuple                     # what the base's draw_t gave besides t, (B,) each
 
 
-def choose(importance: Tensor, fraction: float,
-           generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """A random part of a batch that stands for all of it: (order (B,) int64, weight (m,)).
-
-    importance (B,), positive. The images order[:m], m = fraction B rounded and at least 1, are the
-    chosen ones. Image i is among them with probability p_i = min(1, c importance_i), where c makes
-    the p_i sum to m (systematic sampling: one uniform number shifts m ticks of distance 1 on the
-    line of all p_i). weight is m / (B p_i) of the chosen ones, so that the mean of weight_i f_i
-    over them has the mean of all f_i as its expectation.
-    """
-    B = len(importance)
-    m = max(1, round(fraction * B))
-    largest = importance.double().sort(descending=True).values
-    rest = largest.flip(0).cumsum(0).flip(0)                # the sums of largest[k:]
-    c = (m - torch.arange(B, device=rest.device)) / rest    # where the k largest are certain
-    k = (c * largest <= 1 + 1e-9).int().argmax()            # so many are
-    p = (c[k] * importance.double()).clamp(max=1)           # (B,)
-    u = torch.rand(1, generator=generator, device=p.device, dtype=torch.float64)
-    ticks = u + torch.arange(m, device=p.device)
-    chosen = torch.searchsorted(p.cumsum(0), ticks, right=True).clamp(max=B - 1)
-    left_out = torch.ones(B, dtype=torch.int8, device=p.device).index_fill(0, chosen, 0)
-    order = left_out.argsort(stable=True)
-    return order, (m / (B * p[order[:m]])).float()
-
-
 def uniform_t(alphas_bar: Tensor, n: int, step: int,
               generator: torch.Generator) -> tuple[Tensor, tuple]:
     """(t, ()): t (n,) uniform in [0, T), on the generator's device."""
@@ -346,6 +321,31 @@ def cm_terms(D: Tensor, y: Tensor, w_con_y: Tensor, w_div_y: Tensor, bound: floa
     if weight is not None:
         w_con, w_div = w_con * weight, w_div * weight
     return {"con": (w_con * D).mean(), "div": -(w_div * bounded).mean()}
+
+
+def choose(importance: Tensor, fraction: float,
+           generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """A random part of a batch that stands for all of it: (order (B,) int64, weight (m,)).
+
+    importance (B,), positive. The images order[:m], m = fraction B rounded and at least 1, are the
+    chosen ones. Image i is among them with probability p_i = min(1, c importance_i), where c makes
+    the p_i sum to m (systematic sampling: one uniform number shifts m ticks of distance 1 on the
+    line of all p_i). weight is m / (B p_i) of the chosen ones, so that the mean of weight_i f_i
+    over them has the mean of all f_i as its expectation.
+    """
+    B = len(importance)
+    m = max(1, round(fraction * B))
+    largest = importance.double().sort(descending=True).values
+    rest = largest.flip(0).cumsum(0).flip(0)                # the sums of largest[k:]
+    c = (m - torch.arange(B, device=rest.device)) / rest    # where the k largest are certain
+    k = (c * largest <= 1 + 1e-9).int().argmax()            # so many are
+    p = (c[k] * importance.double()).clamp(max=1)           # (B,)
+    u = torch.rand(1, generator=generator, device=p.device, dtype=torch.float64)
+    ticks = u + torch.arange(m, device=p.device)
+    chosen = torch.searchsorted(p.cumsum(0), ticks, right=True).clamp(max=B - 1)
+    left_out = torch.ones(B, dtype=torch.int8, device=p.device).index_fill(0, chosen, 0)
+    order = left_out.argsort(stable=True)
+    return order, (m / (B * p[order[:m]])).float()
 
 
 class Objective(nn.Module):
