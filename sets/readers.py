@@ -453,7 +453,7 @@ class Source:
                                 # so; others follow as they are numbered
 
 
-# The paper does not give ArtBench-10's full order. It has Realism in Few (Fig. 3, Sec. G.4),
+# The paper does not give ArtBench-10's full order. It has Realism in Few (Fig. 3, Fig. G.4),
 # Post-Impressionism in the tail (Fig. G.5) and Surrealism in Medium (Fig. G.7); the rest is
 # alphabetical.
 ARTBENCH10_ORDER = (

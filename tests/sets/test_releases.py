@@ -184,7 +184,7 @@ def test_artbench10_in_its_two_releases(tmp_path):
 
 
 def test_artbench10_order_agrees_with_the_paper(tmp_path):
-    """Fig. 3 and Sec. G.4: Realism is in Few; Fig. G.5: Post-Impressionism in the tail; Fig. G.7:
+    """Figs. 3 and G.4: Realism is in Few; Fig. G.5: Post-Impressionism in the tail; Fig. G.7:
     Surrealism in Medium. The folders come in alphabetical order.
     """
     styles = sorted(readers.READERS["artbench10"].order)
