@@ -6,7 +6,6 @@ eps. Eq. (2)'s divergence is printed without a bound.
 """
 import math
 from functools import partial
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,10 +15,9 @@ from scipy import stats
 from torch import nn
 
 from cm_layers import general_only, reserved
-from losses import (BASES, FLAGS, CMConfig, Objective, Pool, Predictions, bind, cbdm,
+from losses import (BASES, FLAGS, CMConfig, Objective, Predictions, bind, cbdm,
                     choose, class_weights, cm_terms, oc_target, options_of)
 from model import distance, make_alphas_bar, q_sample, signal_and_sigma
-from runtime import generator
 
 AB = make_alphas_bar()
 ROOTS = signal_and_sigma(AB)
@@ -124,36 +122,6 @@ def test_oc_target(digits, label_drop):
         assert np.allclose(target[i], expected, atol=1e-3)
         moved += j != i
     assert moved >= 3
-
-
-class Recorder:
-    """In place of a batch's Gumbel noise: it keeps the log-chances that it is added to."""
-
-    def __radd__(self, log_q):
-        self.log_q = log_q
-        return log_q
-
-
-def test_single_precision_hardly_moves_the_chances_of_a_reference():
-    """At 32 x 32, at the timesteps where the choice is open: against distances in float64."""
-    g = torch.Generator().manual_seed(0)
-    coarse = torch.rand(64, 3, 4, 4, generator=g) * 2 - 1
-    x_0 = torch.nn.functional.interpolate(coarse, size=32, mode="bilinear")
-    y = torch.arange(64) % len(COUNTS)
-    open_choices = 0
-    for step in (500, 600, 700, 800):
-        t = torch.full((64,), step)
-        x_t = q_sample(x_0, t, torch.randn(x_0.shape, generator=g), *ROOTS)
-        gap = torch.cdist(x_t.double().flatten(1), AB[step].sqrt() * x_0.double().flatten(1))
-        exact = (-gap.square() / (2 * (1 - AB[step]))).softmax(1)
-        batch = SimpleNamespace(t=t, y=y, pool=Pool(x_0, y, Recorder()), eps=x_t)
-        signal, sigma = ROOTS
-        oc_target(x_t, batch, SimpleNamespace(signal=signal, sigma=sigma,
-                                              counts=torch.tensor(COUNTS)))
-        difference = batch.pool.gumbel.log_q.double().softmax(1) - exact
-        assert difference.abs().sum(1).max() / 2 < 0.002
-        open_choices += int((exact.max(1).values < 0.9).sum())
-    assert open_choices > 64
 
 
 def test_choosing_oneself_gives_eps_and_as_printed_it_does_not(digits):
@@ -361,20 +329,6 @@ def test_cm_fraction_per_part_of_a_batch(digits):
                      cm=objective.cm).two_passes is False
 
 
-def test_the_choice_follows_the_larger_weight_and_changes_with_step_and_part(digits):
-    """Of Eq. (3)'s two weights of an image's own class."""
-    objective, batch = a_step(digits, cm=CMConfig(cm_fraction=0.5))
-    n = len(batch.pool.y) // 2
-    largest = torch.maximum(objective.w_con_y, objective.w_div_y)
-    for step, part in ((3, 0), (3, 1), (4, 1)):
-        g = generator("cpu", 0, "general", step, part)
-        order, scale = choose(largest[batch.pool.y[part * n:][:n]], 0.5, g)
-        got = objective.draw_batch(batch.pool.x_0, batch.pool.y, seed=0, step=step, part=part,
-                         parts=2)
-        assert torch.equal(got.y, batch.pool.y[part * n + order])
-        assert torch.equal(got.cm_weight, scale)
-
-
 def test_class_weights():
     cifar100 = [int(500 * 0.01 ** (c / 99)) for c in range(100)]
     con, div = class_weights(cifar100)
@@ -413,16 +367,6 @@ def big_batch(digits, *, n=400, step=0, part=0, parts=1, **options):
     return objective.draw_batch(x_0, y, seed=0, step=step, part=part, parts=parts), x_0
 
 
-def test_images_are_mirrored_with_probability_one_half(digits):
-    batch, x_0 = big_batch(digits, flip=True)
-    mirrored = (batch.x_0 == x_0.flip(3)).flatten(1).all(1)
-    assert ((batch.x_0 == x_0).flatten(1).all(1) ^ mirrored).all()
-    assert 160 < mirrored.sum() < 240
-    assert torch.equal(batch.pool.x_0, batch.x_0)
-    assert torch.equal(big_batch(digits)[0].x_0, x_0)
-    assert not torch.equal(big_batch(digits, flip=True, step=1)[0].x_0, batch.x_0)
-
-
 def test_what_a_batch_draws_has_its_distribution(digits):
     batch, _ = big_batch(digits)
     assert stats.kstest(batch.t / 1000, "uniform").pvalue > 1e-3
@@ -432,19 +376,6 @@ def test_what_a_batch_draws_has_its_distribution(digits):
     for y_other, shares in zip(many, (np.ones(10), np.array(COUNTS))):
         seen = np.bincount(y_other, minlength=10)
         assert stats.chisquare(seen, 2000 * shares / shares.sum()).pvalue > 1e-3
-
-
-def test_dropout_masks_and_augmentation_change_with_the_step_and_the_part(digits):
-    def drawn(**options):
-        batch = big_batch(digits, n=8, ada=0.5, **options)[0]
-        return [batch.masks.encode[0], batch.masks.decode[0], batch.augmentation]
-    first = drawn()
-    assert all(torch.equal(u, v) for u, v in zip(first, drawn()))
-    for u, v in zip(first, drawn(step=1)):
-        assert not torch.equal(u, v)
-    halves = [drawn(part=k, parts=2) for k in (0, 1)]
-    assert not torch.equal(halves[0][0], halves[1][0])
-    assert not torch.equal(halves[0][1], halves[1][1])
 
 
 def test_another_seed_draws_everything_anew(digits):

@@ -159,30 +159,3 @@ def test_a_checkpoint_of_an_unknown_network(run, tmp_path, capsys):
     disk.save(tmp_path / "x.pt", {**ckpt, "network": {**ckpt["network"], "network": "mine"}})
     refuses(capsys, sample.main, "--ckpt", tmp_path / "x.pt", "--device", "cpu",
             says=["'mine'", "unet, dit", "--plugin"])
-
-
-def test_a_network_without_augmentation_resumes(tmp_path, data_dir, monkeypatch):
-    """One's own need not know of --ada: 1 step and then another one are 2 steps."""
-    class Mine(torch.nn.Module):
-        def __init__(self, channels, num_classes, ch=8):
-            super().__init__()
-            self.encoder = torch.nn.Conv2d(channels, ch, 3, padding=1)
-            self.decoder = torch.nn.Conv2d(ch, channels, 3, padding=1)
-
-        def encode(self, x_t, t, y, masks=(), a=None):
-            return self.encoder(x_t),
-
-        def decode(self, h, masks=()):
-            return self.decoder(h)
-
-        def draw_masks(self, *_):
-            return [], []
-    monkeypatch.setitem(networks.NETWORKS, "mine", Mine)
-    flags = ["--dataset", "digits", "--network", "mine", "--batch-size", 8, "--sample-every", 0,
-             "--device", "cpu", "--dtype", "float32", "--data-dir", data_dir, "--out"]
-    call(train.main, *flags, tmp_path / "straight", "--steps", 2)
-    for steps in (1, 2):
-        call(train.main, *flags, tmp_path / "resumed", "--steps", steps)
-    weights = [disk.load(tmp_path / f"{name}/ckpt.pt", ["diffusion"])["ema"]
-               for name in ("straight", "resumed")]
-    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())

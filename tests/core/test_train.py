@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY_FLAGS, call, make_folder, read_log, refuses, wait_for
+from conftest import ROOT, TINY_FLAGS, call, read_log, refuses, wait_for
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import disk
@@ -17,7 +17,6 @@ import evaluate
 import loop
 import losses
 import runtime
-import sample
 import train
 from cm_layers import reserved
 from data import load_long_tailed
@@ -116,20 +115,6 @@ def test_what_a_run_does_not_go_on_with(cm_run, data_dir, capsys, flags, flag):
     refuses(capsys, train.main, *TINY_FLAGS, "--data-dir", data_dir, "--out", cm_run, *flags, *more,
             says=[flag])
     assert load(cm_run)["step"] == 30
-
-
-def test_a_folder_is_written_by_one_run_at_a_time(tmp_path, data_dir, capsys):
-    flags = [*TINY_FLAGS, "--data-dir", data_dir, "--out", tmp_path / "run", "--steps", 2]
-    with disk.lock(tmp_path / "run"):
-        refuses(capsys, train.main, *flags, says=["--out"])
-    call(train.main, *flags)
-
-
-def test_an_export_is_not_gone_on_with(cm_run, tmp_path, data_dir, capsys):
-    call(sample.main, "--ckpt", cm_run / "ckpt.pt", "--export", tmp_path / "ckpt.pt",
-         "--device", "cpu")
-    refuses(capsys, train.main, *TINY_FLAGS, "--data-dir", data_dir, "--steps", 40,
-            "--out", tmp_path, says=["--out"])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -414,13 +399,3 @@ def test_flags_that_do_nothing_are_refused(flags, flag, tmp_path, data_dir, caps
     refuses(capsys, train.main, *TINY_FLAGS, "--data-dir", data_dir, "--out", tmp_path / "run",
             *flags, says=[flag])
     assert not (tmp_path / "run").exists()
-
-
-def test_training_on_a_folder(tmp_path):
-    """tiny without a GPU; the set's own classes."""
-    root = make_folder(tmp_path / "set", {"cat": 5, "dog": 4, "owl": 3})
-    call(train.main, "--dataset", "folder", "--data-dir", root, "--resolution", 8, "--ch", 16,
-         "--ch-mult", 1, "--attn", "--batch-size", 4, "--steps", 2, "--sample-every", 0,
-         "--pack-dir", tmp_path / "packed", "--device", "cpu", "--out", tmp_path / "run")
-    ckpt = load(tmp_path / "run")
-    assert ckpt["data"]["class_counts"] == [5, 4, 3] and ckpt["config"]["preset"] == "tiny"

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, call, refuses
-from PIL import Image
 from torch.nn import functional as F
 from torch.testing import assert_close
 
@@ -40,11 +39,6 @@ def small(loss="ce", counts=COUNTS, stages=(), **options):
     return obj, resnet.Images(torch.randn(16, 1, 8, 8), torch.arange(16) % 10)
 
 
-def out_of(text):
-    """The default folder of a run with these flags."""
-    return classify.resolve(classify.make_parser().parse_args(text.split())).out
-
-
 # --------------------------------------------------------------------------------------------------
 # Losses
 
@@ -68,20 +62,6 @@ def test_losses_are_the_papers(loss):
     total = obj(batch)[0].item()
     assert total == pytest.approx(literal(loss, z, batch.y, COUNTS, 1.3), rel=1e-4)
     assert loss == "ce" or abs(total - F.cross_entropy(z, batch.y).item()) > 0.01
-
-
-def test_limit_of_ldam():
-    """Without margins: the cross-entropy of 30 cos. And the margins."""
-    obj, batch = small("ldam")
-    obj.margins.zero_()
-    assert_close(obj.eval()(batch)[0], F.cross_entropy(obj.net(batch.x), batch.y))
-    features, logits = resnet.features_and_logits(obj.net, batch.x)
-    cosine = F.cosine_similarity(features[:, None], obj.net.fc.weight[None], dim=2)
-    assert_close(logits, 30 * cosine, atol=1e-4, rtol=1e-4)
-    assert_close(resnet.ldam_margins(torch.tensor([50] * 10)), torch.full((10,), 0.5))
-    margins = resnet.ldam_margins(torch.tensor(COUNTS))
-    assert margins.max() == 0.5 and margins.argmax() == 9
-    assert margins[0] == pytest.approx(0.5 * (7 / 148) ** 0.25)
 
 
 def test_deferred_reweighting():
@@ -267,16 +247,6 @@ def test_learning_rate_in_one_cycle():
         theirs.step()
 
 
-def test_default_folders(tmp_path):
-    """No run of other settings in a run's folder."""
-    for name in "ab":
-        (tmp_path / name).write_text(name)
-    names = [out_of(words) for words in
-             ("", "--tau 2 --loss la", "--loss la", "--cm", "--cm --lam 2", "--epochs 7",
-              f"--extra {tmp_path}/a", f"--extra {tmp_path}/b")]
-    assert names[0] == "out/classifier-digits" and len(set(names)) == len(names)
-
-
 @pytest.mark.slow
 def test_two_processes_train(tmp_path, data_dir):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -364,22 +334,6 @@ def test_extra_files_that_are_refused(extra, data_dir, tmp_path, capsys):
                 "--data-dir", data_dir, "--out", tmp_path / "y", says=["--extra"])
 
 
-def test_a_class_without_test_images(tmp_path, capsys):
-    def add(name):
-        path = tmp_path / f"{name}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (9, 9)).save(path)
-    for name in ("train/a/1", "train/b/1", "train/c/1", "test/a/1", "test/c/1"):
-        add(name)
-    flags = ("--dataset", "folder", "--data-dir", tmp_path, "--pack-dir", tmp_path / "p",
-             "--resolution", 8, "--out", tmp_path / "o", "--device", "cpu")
-    refuses(capsys, classify.main, *flags, says=["--dataset"])
-    test = load("folder", tmp_path, "test", 8, pack_dir=tmp_path / "p")
-    assert test.counts.tolist() == [1, 0, 1]        # the classes of train/
-    add("test/d/1")
-    refuses(capsys, classify.main, *flags, says=["--data-dir"])
-
-
 # --------------------------------------------------------------------------------------------------
 # Nothing silently wrong, nothing lost
 
@@ -409,13 +363,6 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path, data_dir, capsys, m
     monkeypatch.setattr(classify.ClassifierTraining, "update", poisoned)
     refuses(capsys, classify.main, *FAST, "--data-dir", data_dir, "--out", tmp_path, says=["--lr"])
     assert not (tmp_path / "ckpt.pt").exists()
-
-
-def test_outputs_that_are_not_finite_are_no_prediction(digits, cpu):
-    net = resnet.make_resnet(1, 10, 8).eval()
-    net.fc.bias.data[3] = math.nan
-    with pytest.raises(UserError):
-        classify.predict(net, digits, cpu)
 
 
 def test_classifiers_that_cannot_be_used(tmp_path):

@@ -147,18 +147,6 @@ def test_stretching_has_an_axis():
     assert_close(diagonal, middle(turned), atol=0.02, rtol=0)
 
 
-def test_the_operations_come_in_their_order():
-    """Scaled, turned, stretched, shifted: one at a time gives what all of them at once give."""
-    x = smooth(size=48)
-    values = {"scale": 0.7, "turn": 0.4, "stretch": 1.2, "axis": 0.9, "shift_x": 0.3}
-    together = augment.geometry(x, parameters(2, **values))
-    one_by_one = x
-    for names in (["scale"], ["turn"], ["stretch", "axis"], ["shift_x"]):
-        some = {name: values[name] for name in names}
-        one_by_one = augment.geometry(one_by_one, parameters(2, **some))
-    assert_close(middle(together, 16), middle(one_by_one, 16), atol=0.02, rtol=0)
-
-
 # --------------------------------------------------------------------------------------------------
 # Augmentation: in training
 
