@@ -324,10 +324,12 @@ def refuse_changes(old, config, out, resumable):
     """Raise UserError for the first setting that is not the one of the run in `out`.
 
     old, config: settings of the checkpoint and of this command; those that only `old` has do not
-    count. resumable: names of those that may change. NAME_sha256 is the content of NAME's file.
+    count, and one that only `config` has was off. resumable: names of those that may change.
+    NAME_sha256 is the content of NAME's file.
     """
     for key, value in config.items():
-        if key in resumable or old.get(key) == value:
+        was_off = key not in old and not value
+        if key in resumable or was_off or old.get(key) == value:
             continue
         name = key.removesuffix("_sha256")
         if name != key:

@@ -13,6 +13,7 @@ A step is the backward pass of objective(batch)[0], and an update:
     objective(batch)      (total, a scalar; {name: scalar to log}; D per image, zeros without CM)
 """
 import json
+import math
 import sys
 import time
 from contextlib import nullcontext
@@ -55,6 +56,9 @@ def add_step_flags(group, **defaults):
         "--ema": (number(0, 1), "decay of the averaged weights; (1 + s) / (10 + s) while smaller"),
         "--label-drop": (number(0, 1), "probability that an image's label, or text, is Null"),
     }, batch_size=64, accumulate=1, grad_clip=1.0, label_drop=0.1)
+    group.add_argument("--lr-decay", action="store_true",
+                       help="the learning rate falls to 0 at --steps, by half a cosine: a short "
+                       "run then needs about half of the steps")
     runtime.add_compile_flag(group)
 
 
@@ -100,7 +104,10 @@ def resume(args, kinds, resumable=()):
     if getattr(args, "base", None) == "consistency" and args.ct_double is None:
         args.ct_double = old["config"]["ct_double"] if old else max(1, args.steps // 4)
     if old:
-        disk.refuse_changes(old["config"], config_of(args), args.out, RESUMABLE | {*resumable})
+        may_change = RESUMABLE | {*resumable}
+        if getattr(args, "lr_decay", False):        # what each step was depends on their number
+            may_change -= {"steps", "epochs"}
+        disk.refuse_changes(old["config"], config_of(args), args.out, may_change)
     return old, rt
 
 
@@ -301,8 +308,15 @@ class Training:
             part=rt.rank * args.accumulate + k, parts=rt.world * args.accumulate)
 
     def learning_rate(self, step):
-        """That of a step: linear warm-up from lr / warmup at step 0, then constant."""
-        return self.args.lr * min(1.0, (step + 1) / max(1, self.args.warmup))
+        """That of a step: linear warm-up from lr / warmup at step 0, then constant.
+
+        With --lr-decay times (1 + cos(pi step / steps)) / 2.
+        """
+        args = self.args
+        rate = args.lr * min(1.0, (step + 1) / max(1, args.warmup))
+        if args.lr_decay:
+            rate *= (1 + math.cos(math.pi * step / args.steps)) / 2
+        return rate
 
     def update(self):
         """All that follows backward: clip, optimizer, averaged weights.

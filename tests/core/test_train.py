@@ -382,6 +382,16 @@ def test_an_update_is_clipping_adam_and_averaging(monkeypatch, data_dir, tmp_pat
     assert all(torch.equal(state["model"][name], x) for name, x in training.params.items())
 
 
+def test_lr_decay_is_half_a_cosine_and_fixes_the_steps(monkeypatch, data_dir, tmp_path, capsys):
+    flags = ["--lr", 0.01, "--warmup", 2, "--lr-decay", "--steps", 8]
+    training = started(monkeypatch, data_dir, tmp_path, *flags)
+    rates = [0.01 / 2, *(0.01 * (0.5 + 0.5 * np.cos(np.pi * step / 8)) for step in range(1, 8))]
+    assert [training.learning_rate(step) for step in range(8)] == pytest.approx(rates)
+    disk.save(tmp_path / "ckpt.pt", training.state())
+    refuses(capsys, train.main, *TINY_FLAGS, *flags[:-1], 9, "--data-dir", data_dir,
+            "--out", tmp_path, says=["--steps"])
+
+
 @pytest.mark.parametrize("flags, flag", [
     (["--lora"], "--lora"),
     (["--lora", "--init-from", "x", "--lam", 1], "--lam"),
