@@ -81,19 +81,16 @@ def refuse_other_measures(rows):
     """Raise UserError for a row that was measured in other features or on other images."""
     def measure(result):
         s = result["settings"]
-        distance = next((key for key in ("fid", "fd") if key in result), "no distance")
-        return {"features": (distance, s.get("features"), s.get("features_sha256")),
-                "reference": (s.get("reference"), s.get("reference_sha256"), s.get("test_sha256"),
-                              result["num_real"])}
+        return {"distance": next((key for key in ("fid", "fd") if key in result), "none"),
+                "features": s.get("features"), "content of features": s.get("features_sha256"),
+                "reference": s.get("reference"), "real images": result["num_real"],
+                "content of them": s.get("reference_sha256", s.get("test_sha256"))}
     first_name, (first, *_) = rows[0]
     for name, results in rows:
         for result in results:
-            for what, value in measure(result).items():
-                expected = measure(first)[what]
-                if value != expected:
-                    a, b = next(pair for pair in zip(value, expected) if pair[0] != pair[1])
-                    raise UserError(f"--row {name}: its {what} ({a}) is not that of {first_name} "
-                                    f"({b}); measure them alike, or make a page for each")
+            if found := differences(measure(first), measure(result)):
+                raise UserError(f"--row {name}: measured otherwise than {first_name}: "
+                                f"{in_words(found)}; measure alike, or make a page for each")
 
 
 def what_differs(rows, told):
@@ -292,10 +289,9 @@ def paired_differences(rows, columns):
             if any(None in pair for pair in values):
                 line.append("-")
                 continue
-            differences = np.array([a - b for a, b in values])
-            mean = differences.mean()
-            half = float(stats.t.ppf(0.975, n - 1) * differences.std(ddof=1) / n ** 0.5)
-            digits = digits_of(column)
+            gains = np.array([a - b for a, b in values])
+            mean, digits = gains.mean(), digits_of(column)
+            half = float(stats.t.ppf(0.975, n - 1) * gains.std(ddof=1) / n ** 0.5)
             line.append(f"{mean:+.{digits}f} ({mean - half:+.{digits}f} to "
                         f"{mean + half:+.{digits}f})")
         lines.append(line)
@@ -373,30 +369,29 @@ def commands_part(rows):
     lines = [f"{command}    # {name}" for name, (first, *_) in rows
              for command in (first["settings"].get("command"), first.get("command")) if command]
     text = "\n".join(dict.fromkeys(lines))
-    return [f"## The first seed's commands\n\n```bash\n{text}\n```\n"]
+    return f"## The first seed's commands\n\n```bash\n{text}\n```\n"
+
+
+def picture_part(title, columns, path, across):
+    """Write the picture of {name: Samples}, a row per class; the page's part with it."""
+    data = next(iter(columns.values())).data
+    shown = {name: (c.images, c.labels) for name, c in columns.items()}
+    disk.write_png(path, grid_image(shown, data["class_names"], data.get("class_counts"),
+                                    across=across))
+    return f"## {title}\n\n![{title}]({path.name})\n"
 
 
 def pair_part(files, out):
-    """Write the picture of --pair's two files, if it is given; its part of the page.
-
-    Raises UserError.
-    """
-    if not files:
-        return []
+    """The page's part with --pair's two files. Raises UserError."""
     general, full = (read_column(file, "--pair") for file in files)
     branches = [column.settings.get("branch") for column in (general, full)]
     one = [{**column.settings, "branch": None} for column in (general, full)]
     if branches != ["general", "full"] or one[0] != one[1]:
         raise UserError(f"--pair {' '.join(files)}: give samples of --branch general, then those "
                         "of the full network with the same settings and noise")
-    shown = {f"theta_g alone, guidance {full.settings.get('guidance', 0):g}":
-             (general.images, general.labels),
-             "theta = theta_g + BA, the same noise": (full.images, full.labels)}
-    file = f"{out.stem}-theta_g_theta.png"
-    disk.write_png(out.with_name(file), grid_image(
-        shown, full.data["class_names"], full.data.get("class_counts"), across=6))
-    return ["## Samples of theta_g and of theta from the same noise\n\n"
-            f"![theta_g and theta]({file})\n"]
+    return picture_part("Samples of theta_g and of theta from the same noise", {
+        f"theta_g alone, guidance {full.settings.get('guidance', 0):g}": general,
+        "theta = theta_g + BA, the same noise": full}, out.with_name(f"{out.stem}-pair.png"), 6)
 
 
 def samples_of(result):
@@ -409,7 +404,7 @@ def samples_of(result):
 
 
 def samples_parts(rows, out):
-    """Write a picture for each guidance strength, methods side by side; their parts of the page.
+    """The page's parts with the samples of the rows side by side, for each guidance strength.
 
     Named, not shown: rows whose samples are not there, or do not fit those of the first one.
     """
@@ -418,18 +413,13 @@ def samples_parts(rows, out):
         found = {name: samples_of(r) for name, (r, *_) in rows
                  if r["settings"].get("guidance") == strength}
         first = next(filter(None, found.values()), None)
-        if first is None:
-            continue
-        shown = {name: (c.images, c.labels) for name, c in found.items()
-                 if c and fit_together(first, c)}
-        file = f"{out.stem}-samples-{strength:g}.png"
-        disk.write_png(out.with_name(file), grid_image(
-            shown, first.data["class_names"], first.data.get("class_counts"), across=4))
-        parts.append(f"## Samples, guidance {strength:g}\n\n![one class per row]({file})\n")
-        missing = [escaped(name) for name in found if name not in shown]
-        if missing:
-            parts.append(f"Not shown: {', '.join(missing)} (no samples here, or of other training "
-                         "images).\n")
+        shown = {name: c for name, c in found.items() if c and fit_together(first, c)}
+        if shown:
+            parts.append(picture_part(f"Samples, guidance {strength:g}", shown,
+                                      out.with_name(f"{out.stem}-samples-{strength:g}.png"), 4))
+            if missing := [escaped(name) for name in found if name not in shown]:
+                parts.append(f"Not shown: {', '.join(missing)} (no samples here, or of other "
+                             "training images).\n")
     return parts
 
 
@@ -497,7 +487,7 @@ def main():
         raise UserError(f"--row {args.row[0]}: there are no such files; run evaluate.py first")
     refuse_other_measures(rows)
     out = Path(args.out)
-    pair = pair_part(args.pair, out)
+    pair = [pair_part(args.pair, out)] if args.pair else []
     title, columns, paper = columns_of(args, rows)
     guided = {"guidance"} if len(strengths_of(rows)) > 1 else set()     # a column of the table
     notes = [conditions_of(rows, guided), MEANS_NOTE]
@@ -518,7 +508,7 @@ def main():
         f"![the table as bars]({out.stem}.png)\n",
         *pair,
         *samples_parts(rows, out),
-        *commands_part(rows)]))
+        commands_part(rows)]))
     print(f"{table}\nwrote {out}, {out.with_suffix('.html').name}")
     if failed := [name for name, _, missing in given if missing]:
         files = ", ".join(file for _, _, missing in given for file in missing)

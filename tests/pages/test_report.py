@@ -345,7 +345,7 @@ def test_samples_side_by_side(cm_run, classifier, data_dir, tmp_path, capsys):
         rows.append(f"{name}={out}/eval.json")
     pair = [f"{tmp_path}/{name}/samples.npz" for name in ("general", "full")]
     text = make_page(tmp_path / "p.md", *rows, more=["--pair", *pair])
-    for file in ("p-theta_g_theta.png", "p-samples-1.5.png"):
+    for file in ("p-pair.png", "p-samples-1.5.png"):
         assert f"({file})" in text and Image.open(tmp_path / file).height == 30 + 10 * 60
     assert "Not shown" not in text and "Differs: general (branch general)." in text
     result = disk.read_json(tmp_path / "full/eval.json")
