@@ -39,20 +39,17 @@
 #
 #   ROOT          out/paper   the runs' folder, without "=" or comma; if given, pages are in it, too
 #   STEPS                     training steps
-#   EPOCHS                    epochs of table6, tableG7 (default: 100), of classifiers, in tableG8
-#                             and tableG13 (200); of tableG11, in place of STEPS
-#   FLAGS                     more flags of what a target trains with (train.py; stable_diffusion.py
-#                             in table6, tableG7; text_to_image.py in tableG11; classify.py in
-#                             tableG13), for example "--ch 64"; none that a target or variable sets
+#   EPOCHS                    of table6, tableG7 (default: 100), tableG8, tableG13 (200), tableG11
+#   FLAGS                     more flags of what trains (train.py; in tableG13 classify.py, else a
+#                             script of latent/): "--ch 64"; none that a target or variable sets
 #   CM_FLAGS                  more of them for the runs with --cm: "--w-div 0.2"
 #   NUM                       how many images are evaluated, for example 10000
 #   FEATURES                  a checkpoint of classify.py to measure with (default: Inception)
 #   EXTRA         50000       how many generated images tableG8 adds to the training set
-#   CLASSES                   the rows of figures: cat,7,20-25 (if not given: ten, evenly spread);
-#                             the classes of tableG7 (Few)
+#   CLASSES                   of figures (default: ten) and of tableG7 (those of Few): cat,7,20-25
 #   TAIL          rarest      the class of which figures shows many images
-#   MODEL                     Stable Diffusion for table6, tableG7, figures of artbench10 and, its
-#                             autoencoder and text encoder, tableG11: a folder or a name on the hub
+#   MODEL                     the Stable Diffusion of table6, tableG7, tableG11 and figures of
+#                             artbench10: a folder or a name on the hub
 set -euo pipefail
 set -f                          # a * or [ in a variable is a character of a name, not a pattern
 cd "$(dirname "$0")"
@@ -270,16 +267,11 @@ DATA=(--dataset "$DATASET" --ir "$IR" --data-dir "$DATA_DIR"
 # --------------------------------------------------------------------------------------------------
 # The paper's tables: how runs become rows, and rows become a page
 
-ROWS=()                         # of a page: report.py's flags
-SHOWN=()                        # of a picture: figures.py's flags
-PARTS=()                        # flags of text_to_image.py in SCALE=demo
-BROKEN=                         # runs whose training failed
+# Flags: of report.py, of figures.py, of text_to_image.py in a demo. Runs whose training failed
+ROWS=() SHOWN=() PARTS=() BROKEN=
 
 # failed WHAT: note it, and go on with the rest
-failed() {
-  echo "error: $1 failed; going on with the rest" >&2
-  FAILED=1
-}
+failed() { echo "error: $1 failed; going on with the rest" >&2; FAILED=1; }
 
 # launch SCRIPT [flags], launch -m MODULE [flags]: start a script on one GPU, or on several; not
 # where a flag names a file of a broken run
@@ -440,8 +432,8 @@ case $TARGET in
   table5)                       # DATASET=imagenet-lt or inat2018, RESOLUTION=32 or 64
     four
     page table5 ;;
-  table6)                       # Tables 6 and G.3: Stable Diffusion on ArtBench-10,
-    four                        # after pip install diffusers transformers
+  table6)                       # Tables 6 and G.3, after pip install diffusers transformers
+    four
     page table6 ;;
   table7)                       # Tables 7, G.5, G.6: theta_g alone; without one of CM's two terms
     ddpm
