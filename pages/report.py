@@ -102,7 +102,11 @@ def what_differs(rows, told):
     lines = []
     for name, (result, *_) in others:
         found = differences(settings_of(first), settings_of(result))
-        if words := [f"{key} {value}" for key, (_, value) in found.items() if key not in told]:
+        words = [f"{key} {value}" for key, (_, value) in found.items()
+                 if key not in told and value is not None]
+        if lacking := [key for key, (_, value) in found.items() if value is None]:
+            words.append(f"without {', '.join(lacking)}")
+        if words:
             lines.append(f"{escaped(name)} ({escaped(', '.join(words))})")
     return f"Differs: {'; '.join(dict.fromkeys(lines))}." if lines else ""
 

@@ -164,9 +164,11 @@ def test_settings_in_which_rows_differ_are_shown(tmp_path):
     other = write_row(tmp_path, "B", fake_result(8, 3, {
         "step": 300_000, "branch": "general", "config": {"seed": 3, "lr": 1e-3, "ch": 64}}))
     foreign = fake_result(7, 0)
-    del foreign["settings"]["config"]
+    for key in ("config", "sampler", "steps"):
+        del foreign["settings"][key]
     text = make_page(tmp_path / "p.md", first, other, write_row(tmp_path, "C", foreign))
-    assert "Differs: B (lr 0.001, ch 64, step 300000, branch general)." in text
+    assert ("Differs: B (lr 0.001, ch 64, step 300000, branch general); C (without sampler, steps)."
+            in text)
 
 
 @pytest.mark.parametrize("settings, changes, says", [
