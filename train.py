@@ -334,19 +334,24 @@ def ema_samples(state, labels, rt, gather=True):
 class Evaluation:
     """--eval-every: Frechet distances of EMA samples to the reference, overall and per group.
 
-    Reference, features and distances are evaluate.py's.
+    Reference, features and distances are evaluate.py's. old: the checkpoint that the run goes on
+    from, or None.
     """
 
-    def __init__(self, args, rt, data):
+    def __init__(self, training, old):
         from metrics.features import DIGITS_CLASSIFIER, Extractor
-        self.args = args
-        self.rt = rt
-        self.data = data
+        self.args = args = training.args
+        self.rt = rt = training.rt
+        self.data = data = training.record["data"]
         names = data["class_names"]
         self.labels = np.arange(args.eval_num) % len(names)
         own = DIGITS_CLASSIFIER if args.dataset == "digits" else "inception"
         self.extractor = Extractor(args.features or own, rt)
         self.extractor.refuse_other_size((data["resolution"],) * 2, "--dataset")
+        if old and old.get("features_sha256", self.extractor.sha256) != self.extractor.sha256:
+            raise UserError(f"--features: the distances in {args.out}/log.jsonl are in those of "
+                            "another file; name that one, or choose another folder with --out")
+        training.record["features_sha256"] = self.extractor.sha256
         self.name = FRECHET[0] if self.extractor.inception else FRECHET[1]
         with rt.rank_0_first():
             images, words = load_reference(args.dataset, args.data_dir, None, data["resolution"],
@@ -428,7 +433,7 @@ def main():
               "command": runtime.command_line("train.py"), "config": config_of(args),
               "data": images.record(), **described}
     training = Training(args, rt, net, objective, batches, optimizer, record, old)
-    evaluation = Evaluation(args, rt, record["data"]) if args.eval_every else None
+    evaluation = Evaluation(training, old) if args.eval_every else None
     loop(training, ema_samples, evaluation)
 
 

@@ -283,7 +283,7 @@ class ClassifierLoss(nn.Module):
 
 @contextmanager
 def frozen_statistics(layers):
-    """Within, batch norms in train mode use the batch's statistics and keep their running ones."""
+    """Let batch norms in train mode use the batch's statistics and keep their running ones."""
     modules = [module for layer in layers for module in layer.modules()]
     norms = [module for module in modules if isinstance(module, nn.BatchNorm2d)]
     before = [norm.track_running_stats for norm in norms]

@@ -109,10 +109,9 @@ def test_settings_that_no_longer_exist_do_not_count(cm_run, data_dir, tmp_path):
 
 @pytest.mark.parametrize("flags, flag", [
     (["--steps", 8], "--steps"), (["--steps", 40, "--lr", 0.5], "--lr"),
-    (["--steps", 40, "--no-cm"], "--cm"), (["--steps", 40, "--features", "other"], "--features")])
+    (["--steps", 40, "--no-cm"], "--cm")])
 def test_what_a_run_does_not_go_on_with(cm_run, data_dir, capsys, flags, flag):
-    more = ["--eval-every", 100] if "--features" in flags else []
-    refuses(capsys, train.main, *TINY_FLAGS, "--data-dir", data_dir, "--out", cm_run, *flags, *more,
+    refuses(capsys, train.main, *TINY_FLAGS, "--data-dir", data_dir, "--out", cm_run, *flags,
             says=[flag])
     assert load(cm_run)["step"] == 30
 
@@ -217,10 +216,15 @@ def test_snapshots_and_grids(tmp_path, data_dir):
     assert grid[:4] == image.encoded_image_string[:4]
 
 
-def test_distances_during_training(tmp_path, data_dir, classifier):
-    """Those that evaluate.py measures on the same samples, overall and per group."""
-    call(train.main, *TINY_FLAGS, "--steps", 5, "--eval-every", 3, "--eval-num", 60, "--features",
-         classifier, "--keep-every", 3, "--data-dir", data_dir, "--out", tmp_path)
+def test_distances_during_training(tmp_path, data_dir, classifier, capsys):
+    """Those that evaluate.py measures on the same samples; in other features is another curve."""
+    flags = [*TINY_FLAGS, "--eval-every", 3, "--eval-num", 60, "--keep-every", 3, "--data-dir",
+             data_dir, "--out", tmp_path]
+    call(train.main, *flags, "--steps", 5, "--features", classifier)
+    other = disk.load(classifier, ["classifier"])
+    disk.save(tmp_path / "other.pt", {**other, "step": 0})
+    refuses(capsys, train.main, *flags, "--steps", 7, "--features", tmp_path / "other.pt",
+            says=["--features"])
     records = [r for r in read_log(tmp_path) if "FD" in r]
     assert [r["step"] for r in records] == [3, 5] and records[0]["eval_num"] == 60
     call(evaluate.main, "--ckpt", tmp_path / "ckpt-0000003.pt", "--num", 60, "--features",
