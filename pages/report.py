@@ -23,6 +23,7 @@ import numpy as np
 from scipy import stats
 
 import disk
+from evaluate import FEW
 from metrics.scores import KID_SIZE
 from pages import page
 from pages.figures import fit_together, read_column
@@ -40,6 +41,9 @@ CLASSIFIER_NOTE = (
     "FD and KD are distances in the features of a classifier, not FID and KID: do not compare them "
     "with the paper's numbers. Accuracy is the per cent of the samples that the classifier takes "
     "for the class asked for.")
+FEW_NOTE = (
+    f"With fewer than {FEW:,} images on a side, Frechet distances are too high and Inception "
+    "scores too low: they compare at equal counts only.")
 FLOOR_NOTE = (
     "Real against real compares the halves of the reference, each class halved; with half as many "
     "images, it lies above the distance of perfect samples. In the figure it is the dashed line.")
@@ -500,6 +504,9 @@ def main():
                   paper.get("note", "")]
     if "fd" in rows[0][1][0]:
         notes.append(CLASSIFIER_NOTE)
+    if any(min(r["num"], r["num_real"]) < FEW for _, results in rows for r in results
+           if {"fid", "fd"} & r.keys()):
+        notes.append(FEW_NOTE)
     if any(floor_of(rows[0][1][0], column) for column in columns):
         notes.append(FLOOR_NOTE)
     table = "\n\n".join(filter(None, [results_table(given, columns, paper),

@@ -190,12 +190,13 @@ def test_seeds_may_differ_in_paths(tmp_path):
 
 
 def test_a_side_of_few_images(tmp_path):
-    """A KID of smaller subsets than the protocol's is not shown, without --paper either."""
+    """A KID of smaller subsets than the protocol's is not shown, without --paper either; a note."""
     result = fake_result(9, 0, kid_subset_size=100)
     for group in result["groups"].values():
         group["kid_subset_size"] = 30
     text = make_page(tmp_path / "p.md", write_row(tmp_path, "A", result))
     assert "| Many FID | Medium FID | Few FID | FID | IS | recall |" in text and "KID" not in text
+    assert "Inception scores too low" in text
 
 
 @pytest.mark.parametrize("settings, numbers", [
