@@ -40,7 +40,8 @@ class LowRank(nn.Module):
     form:       how a convolution becomes a matrix.
                 "flat": d = out, k = in * kh * kw, full rank min(d, k).
                 "kernel", the authors' release: B is (out kh) x (r kh), A is (r kh) x (in kw),
-                full rank min(out, in). For a Linear both are the same.
+                full rank min(out, in), and A is Kaiming-normal. The shapes for a Linear are the
+                same.
     rank:       r itself, at most the full rank, in place of the ratio.
     Raises ValueError where the ratio or the form is out of range.
     """
@@ -69,7 +70,8 @@ class LowRank(nn.Module):
         self.rank = min(rank, full)
         self.A = nn.Parameter(weight.new_empty(self.rank * copies, k))
         self.B = nn.Parameter(weight.new_zeros(d, self.rank * copies))
-        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+        kaiming = nn.init.kaiming_uniform_ if form == "flat" else nn.init.kaiming_normal_
+        kaiming(self.A, a=math.sqrt(5))
         self.general_only = False
         # For what stands below the line at the end of this file
         self.was_general = False    # whether theta^g has been computed since the start

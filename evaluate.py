@@ -407,8 +407,8 @@ def main():
     parser = make_parser()
     args = parser.parse_args()
     if args.samples:
-        sampling = ("sampler", "steps", "grid", "order", "eta", "guidance", "clip", "branch",
-                    "weights", "batch_size", "seed", "dtype", "num_group")
+        sampling = ("sampler", "steps", "grid", "order", "eta", "last_step", "guidance", "clip",
+                    "branch", "weights", "batch_size", "seed", "dtype", "num_group")
         runtime.refuse_unused(parser.given, dict.fromkeys(
             sampling, "says how --ckpt generates images, and those of --samples are there"))
     ckpt = disk.load(args.ckpt, KINDS) if args.ckpt else None

@@ -36,6 +36,9 @@ FRECHET = ("FID", "FD")     # what a Frechet distance is called in Inception's f
 RESUMABLE = {               # settings that may change when a run goes on
     "steps", "save_every", "keep_every", "sample_every", "log_every", "compile", "data_dir",
     "pack_dir", "accumulate", "eval_every", "eval_num", "features"}
+EARLIER = {                 # what runs did before these were settings
+    "recipe": "ours", "reserve": "all", "form": "flat", "equal_weights": False, "lr_decay": False,
+    "drop_batch": False, "warmup_from": 1, "ema_ramp": True, "attention_gain": 1e-5}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -107,8 +110,16 @@ def resume(args, kinds, resumable=()):
         may_change = RESUMABLE | {*resumable}
         if getattr(args, "lr_decay", False):        # what each step was depends on their number
             may_change -= {"steps", "epochs"}
-        disk.refuse_changes(old["config"], config_of(args), args.out, may_change)
+        disk.refuse_changes(whole(old["config"]), config_of(args), args.out, may_change)
     return old, rt
+
+
+def whole(config):
+    """The settings of a checkpoint, with those that it may be older than."""
+    config = {**EARLIER, **config}
+    words = {True: "decoder", False: "none"}        # --independent-dropout was on or off
+    masks = config.get("independent_dropout")
+    return {**config, "independent_dropout": words.get(masks, masks)}
 
 
 def is_finished(old, args, rt):
@@ -310,10 +321,12 @@ class Training:
     def learning_rate(self, step):
         """That of a step: linear warm-up from lr / warmup at step 0, then constant.
 
-        With --lr-decay times (1 + cos(pi step / steps)) / 2.
+        With --lr-decay times (1 + cos(pi step / steps)) / 2; with the setting warmup_from 0 in
+        place of 1 it is 0 at step 0.
         """
         args = self.args
-        rate = args.lr * min(1.0, (step + 1) / max(1, args.warmup))
+        first = getattr(args, "warmup_from", 1)
+        rate = args.lr * (min(1.0, (step + first) / args.warmup) if args.warmup else 1.0)
         if args.lr_decay:
             rate *= (1 + math.cos(math.pi * step / args.steps)) / 2
         return rate
@@ -336,7 +349,9 @@ class Training:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.averages:
-            decay = min(self.args.ema, (1 + self.step) / (10 + self.step))
+            decay = self.args.ema
+            if getattr(self.args, "ema_ramp", True):
+                decay = min(decay, (1 + self.step) / (10 + self.step))
             get_ema_multi_avg_fn(decay)(list(self.ema.values()), list(self.params.values()), None)
         return norm
 

@@ -43,6 +43,7 @@ class Masks(NamedTuple):
     encode: list        # for encode, which theta and theta^g share,
     decode: list        # for decode with theta,
     general: list       # and with theta^g: the same tensors unless they are independent
+    general_encode: list | None = None      # where theta^g does not share encode: for its own
 
 
 class Pool(NamedTuple):
@@ -91,12 +92,18 @@ class Predictions:
 
     def general(self) -> Tensor:
         """eps_{theta^g}(x_t, t, y) float32: (B, C, H, W), or (m, C, H, W), see Batch.cm_weight."""
-        encoded, masks = self.encoded, self.batch.masks.general
-        if self.batch.cm_weight is not None:
-            m = len(self.batch.cm_weight)
-            encoded, masks = tree_map_only(Tensor, lambda values: values[:m], (encoded, masks))
+        b = self.batch
+        m = None if b.cm_weight is None else len(b.cm_weight)
+
+        def first(tree):
+            return tree if m is None else tree_map_only(Tensor, lambda values: values[:m], tree)
+        if b.masks.general_encode is None:
+            encoded = first(self.encoded)
+        else:
+            encoded = self.net.encode(*first((self.x_t, b.t, b.y_cond, b.masks.general_encode,
+                                              b.augmentation)))
         with general_only(self.net.decoder):
-            return self.net.decode(*encoded, masks).float()
+            return self.net.decode(*encoded, first(b.masks.general)).float()
 
     def under(self, y: Tensor) -> Tensor:
         """eps_theta(x_t, t, y) for other labels y (B,), the same dropout masks: (B, C, H, W)."""
@@ -267,18 +274,23 @@ def bind(name: str, options: dict | None = None) -> Base:
 # --------------------------------------------------------------------------------------------------
 # Capacity manipulation
 
+DROPOUT = ("none", "decoder", "all")    # where theta and theta^g see different dropout masks
+
+
 class CMConfig(NamedTuple):
     """The constants of L_CM: L_Total = L_base + lam (w_con L_Con + w_div L_Div), Eq. (4)."""
     lam: float = 1.0
     w_con: float = 1.0
     w_div: float = 1.0
     div_bound: float = 0.01             # L_Div saturates per image at this distance; 0: never
-    independent_dropout: bool = False   # theta and theta^g see different dropout masks
+    independent_dropout: str = "none"   # one of DROPOUT
     cm_fraction: float = 1.0            # of a batch, which theta^g sees
+    rank_ratio: float = 0.1             # 0: L_CM without reserved capacity
+    equal_weights: bool = False         # each class weighs 1, and not as Eq. (3) has it
 
     @classmethod
     def of(cls, args: Namespace) -> "CMConfig":
-        """The constants that a script's flags give."""
+        """The constants that a script's flags give, or the config of a checkpoint."""
         return cls(**{k: v for k, v in vars(args).items() if k in cls._fields})
 
 
@@ -352,12 +364,14 @@ class Objective(nn.Module):
     """L_Total = L_base + lam (w_con L_Con + w_div L_Div), Eq. (4), of a UNet.
 
     net:        a model.UNet, or another network with its encode, decode and draw_masks; L_CM is
-                added where its decoder is reserved and cm.lam is not 0 (else no second pass)
+                added where its decoder is reserved, or cm.rank_ratio is 0, and cm.lam is not (else
+                no second pass)
     base:       the base loss, from `bind`
     counts:     (C,) training images per class
     alphas_bar: (T,) the noise schedule
     cm:         the constants of L_CM (default: CMConfig's)
     label_drop: probability that an image's label is Null
+    drop_batch: whether the labels of a batch are Null together, and not each by itself
     flip:       whether each image is mirrored with probability 1/2
     ada:        augment.py's probability; 0: no augmentation
     y_other:    how y' is drawn: "uniform", the mean over Y of Eq. (D.1), or "train", by class
@@ -367,19 +381,21 @@ class Objective(nn.Module):
     """
 
     def __init__(self, *, net: nn.Module, base: Base, counts: ArrayLike, alphas_bar: Tensor,
-                 cm: CMConfig | None = None, label_drop: float = 0.1, flip: bool = False,
-                 ada: float = 0.0, y_other: str = "uniform"):
+                 cm: CMConfig | None = None, label_drop: float = 0.1, drop_batch: bool = False,
+                 flip: bool = False, ada: float = 0.0, y_other: str = "uniform"):
         super().__init__()
         self.net = net
         self.base = base
         self.cm = cm or CMConfig()
         self.label_drop = label_drop
+        self.drop_batch = drop_batch
         self.flip = flip
         self.ada = ada
-        self.two_passes = self.cm.lam != 0 and is_reserved(net.decoder)
+        self.two_passes = self.cm.lam != 0 and (is_reserved(net.decoder) or not self.cm.rank_ratio)
         self.alphas_bar = alphas_bar        # stays on the CPU: some devices have no float64
         counts = torch.as_tensor(counts)
-        w_con_y, w_div_y = class_weights(counts)
+        sizes = torch.ones_like(counts) if self.cm.equal_weights else counts
+        w_con_y, w_div_y = class_weights(sizes)
         signal, sigma = signal_and_sigma(alphas_bar)
         buffers = {
             "counts": counts, "w_con_y": w_con_y.float(), "w_div_y": w_div_y.float(),
@@ -409,6 +425,8 @@ class Objective(nn.Module):
         t, pair = self.base.draw_t(self.alphas_bar, G, step, g)
         eps = torch.randn(x_0.shape, generator=g, device=device)
         dropped = torch.rand(G, generator=g, device=device) < self.label_drop
+        if self.drop_batch:
+            dropped = dropped[:1]
         mirrored = torch.rand(G, generator=g, device=device) < 0.5
         y_other = torch.multinomial(self.y_other_weights.to(device), G, replacement=True,
                                     generator=g)
@@ -425,8 +443,10 @@ class Objective(nn.Module):
         g = generator(device, seed, "masks", step, part)
         encode, decode = self.net.draw_masks(B, x_0.shape[-1], g)
         masks = Masks(encode, decode, decode)
-        if self.cm.independent_dropout:
-            masks = Masks(encode, decode, self.net.draw_masks(B, x_0.shape[-1], g)[1])
+        if self.cm.independent_dropout != "none":
+            general_encode, general = self.net.draw_masks(B, x_0.shape[-1], g)
+            apart = self.cm.independent_dropout == "all" and general_encode
+            masks = Masks(encode, decode, general, general_encode if apart else None)
 
         own = torch.arange(part * B, (part + 1) * B, device=device)
         cm_weight = None

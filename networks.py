@@ -15,6 +15,7 @@ which the data give, augment_dim (what --ada adds), and flags of train.py by the
 import inspect
 
 import torch
+from torch import nn
 
 from cm_layers import merge, reserve
 from data import class_groups
@@ -38,6 +39,12 @@ FLAGS = {       # flags of train.py, {setting: (type, help)}; the defaults are t
     "depth": (integer(1), "blocks of --network dit"),
     "patch": (integer(1), "pixels of the side of a patch of --network dit"),
 }
+RESERVE = {     # which matrices of a decoder are split by Eq. (1), by their name and layer
+    "all": lambda name, layer: True,
+    # The authors' release: of the residual blocks and the up-samplings, and not of the output
+    "conv3x3": lambda name, layer: (name.startswith("up.") and isinstance(layer, nn.Conv2d)
+                                    and layer.kernel_size == (3, 3)),
+}
 
 
 def options_of(name):
@@ -52,7 +59,7 @@ def settings_of(name, values):
     return settings if name == "unet" else {"network": name, **settings}
 
 
-def build(network, rank_ratio=None, experts=None):
+def build(network, rank_ratio=None, experts=None, form="flat", where="all"):
     """An untrained network from a dict of `settings_of`, with add_low_rank's parts if any.
 
     Without a name it is a U-Net. Raises UserError for a network that is not in the table, and what
@@ -63,19 +70,20 @@ def build(network, rank_ratio=None, experts=None):
     if name not in NETWORKS:
         raise UserError(f"--ckpt: its network is {name!r}, and known are {', '.join(NETWORKS)}; "
                         "name the file that has it with --plugin")
-    return add_low_rank(NETWORKS[name](**settings), rank_ratio, experts)
+    return add_low_rank(NETWORKS[name](**settings), rank_ratio, experts, form, where)
 
 
-def add_low_rank(net, rank_ratio=None, experts=None):
+def add_low_rank(net, rank_ratio=None, experts=None, form="flat", where="all"):
     """Reserve capacity in a plain network's decoder, or give a UNet group experts; return it.
 
     rank_ratio: None for neither. experts: the training set's class counts where the decoder has one
-    low-rank expert for each of Many, Medium and Few in place of CM's one; else None.
+    low-rank expert for each of Many, Medium and Few in place of CM's one; else None. form: of
+    LowRank. where: a key of RESERVE. Raises ValueError where no matrix is one of these.
     """
     if experts is not None:
         add_group_experts(net, list(class_groups(experts).values()), rank_ratio)
     elif rank_ratio is not None:
-        reserve(net.decoder, rank_ratio)
+        reserve(net.decoder, rank_ratio, form, RESERVE[where])
     return net
 
 
@@ -96,7 +104,8 @@ def load_unmerged(ckpt, weights="ema", device="cpu", flag="--ckpt"):
             print(f"warning: --plugin {name}: it has changed since the checkpoint was trained; its "
                   "network may be another one")
     try:
-        net = build(ckpt["network"], ckpt["rank_ratio"], ckpt["experts"])
+        net = build(ckpt["network"], ckpt["rank_ratio"], ckpt["experts"],
+                    ckpt.get("form", "flat"), ckpt.get("where", "all"))
         net.load_state_dict(ckpt["ema" if weights == "ema" else "model"])
     except (RuntimeError, TypeError, ValueError, AssertionError, IndexError) as e:
         why = (str(e).strip() or type(e).__name__).splitlines()[-1].strip()

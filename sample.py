@@ -99,12 +99,16 @@ def predict_x_0(predict, x, t, ab, limit):
     return x_0, eps
 
 
-def ddim(predict, x, alphas_bar, timesteps, noise, limit=None, eta=0.0):
+def ddim(predict, x, alphas_bar, timesteps, noise, limit=None, eta=0.0, last_step="x_0"):
     """DDIM (Song et al., 2021a, Eq. 12); x (N, C, H, W) standard normal.
 
-    eta = 0 is deterministic, eta = 1 ancestral with the posterior variance.
+    eta = 0 is deterministic, eta = 1 ancestral with the posterior variance. last_step "identity",
+    the authors' release: from t = 0 to t = 0, with coefficients 1 of x and 0 of eps, so the network
+    is not called, and noise of standard deviation 0.01 stays.
     """
     for t, ab, ab_next in pairs(alphas_bar, timesteps):
+        if ab_next == 1 and last_step == "identity":
+            return x
         x_0, eps = predict_x_0(predict, x, t, ab, limit)
         sigma = eta * ((1 - ab_next) / (1 - ab) * (1 - ab / ab_next)) ** 0.5
         x = ab_next ** 0.5 * x_0 + (1 - ab_next - sigma ** 2) ** 0.5 * eps
@@ -202,6 +206,9 @@ STEPS = {"ddim": 50, "ddpm": 1000, "dpm": 15, "dpm++": 15, "consistency": 2}
 DEFAULTS = {        # per kind of model, where they are not Sampling's; latents have no range
     "diffusion": {"clip": True}, "consistency": {"sampler": "consistency", "guidance": 0.0},
     "latent": {}, "text": {}}
+RECIPES = {         # per --recipe of train.py, where they are others yet
+    "release": {"clip": False, "last_step": "identity"}}
+LAST_STEPS = ("x_0", "identity")
 COMPILED_FROM = 2000        # images per process: fewer take less time than compiling does
 
 
@@ -212,20 +219,24 @@ class Sampling:
     steps: int = 50             # calls of the network, or pairs of them with guidance
     grid: str = "uniform"       # of the timesteps, see make_timesteps
     order: int = 3              # of dpm
-    eta: float = 0.0            # of ddim
+    eta: float = 0.0            # of ddim, and so is
+    last_step: str = "x_0"      # to alphas_bar = 1, or none
     guidance: float = 1.5       # omega in eps + omega (eps - eps_null); 0: no second call
     clip: bool = False          # the predicted x_0 of every step to [-1, 1]
     seed: int = 0
 
     @classmethod
-    def of(cls, kind, **given):
+    def of(cls, kind, recipe=None, **given):
         """The defaults for a kind of model (a key of DEFAULTS), but for what is given.
 
-        None counts as not given. Raises UserError for settings that this kind of model, or the
-        sampler, has no use for, and where there are not as many timesteps.
+        recipe: that of its training, or None. None counts as not given. Raises UserError for
+        settings that this kind of model, or the sampler, has no use for, and where there are not as
+        many timesteps.
         """
         given = {name: value for name, value in given.items() if value is not None}
-        values = {"sampler": cls.sampler, **DEFAULTS[kind], **given}
+        values = {"sampler": cls.sampler, **DEFAULTS[kind], **RECIPES.get(recipe, {}), **given}
+        if values["sampler"] != "ddim" and "last_step" not in given:
+            values["last_step"] = cls.last_step
         sampling = cls(**{"steps": STEPS[values["sampler"]], **values})
         sampler, of_consistency = sampling.sampler, sampling.sampler == "consistency"
         unfit = {"sampler": of_consistency != (kind == "consistency"),
@@ -234,7 +245,8 @@ class Sampling:
                  "grid": sampling.grid != "uniform" and of_consistency
                          or sampling.grid == "quad" and sampler != "ddim",
                  "order": "order" in given and sampler != "dpm",
-                 "eta": sampling.eta and sampler != "ddim"}
+                 "eta": sampling.eta and sampler != "ddim",
+                 "last_step": sampling.last_step != "x_0" and sampler != "ddim"}
         for name, wrong in unfit.items():
             if wrong:
                 value = getattr(sampling, name)
@@ -258,10 +270,15 @@ class Sampling:
         return make_timesteps(alphas_bar, self.steps, self.grid)
 
     def record(self):
-        """What results keep of it: a dict, with the order where the sampler has one."""
+        """What results keep of it: a dict, with the order where the sampler has one.
+
+        And with the last step where it is not the usual one.
+        """
         settings = asdict(self)
         if self.sampler != "dpm":
             del settings["order"]
+        if self.last_step == "x_0":
+            del settings["last_step"]
         return settings
 
 
@@ -305,7 +322,7 @@ def sample_batch(net, y, indices, shape, rt, sampling, alphas_bar=None):
     options = {} if sampling.sampler == "consistency" else {
         "limit": to_range if sampling.clip else None}
     if sampling.sampler == "ddim":
-        options["eta"] = sampling.eta
+        options |= {"eta": sampling.eta, "last_step": sampling.last_step}
     if sampling.sampler == "dpm":
         options["order"] = sampling.order
     return SAMPLERS[sampling.sampler](predict, x_T, alphas_bar, sampling.timesteps(alphas_bar),
@@ -551,7 +568,8 @@ def sampling_in_words(settings):
     found = [text.format(settings[key]) for key, text in words.items() if key in settings]
     if settings.get("sampler", "consistency") != "consistency":
         found.append("x_0 clipped" if settings.get("clip") else "x_0 not clipped")
-    usual = {"eta": 0, "grid": "uniform", "order": 3, "weights": "ema", "branch": "full"}
+    usual = {"eta": 0, "grid": "uniform", "order": 3, "last_step": "x_0", "weights": "ema",
+             "branch": "full"}
     found += [f"{key} {settings[key]}" for key, value in usual.items()
               if settings.get(key, value) != value]
     return ", ".join(found)
@@ -574,12 +592,15 @@ def add_sampling_flags(parser):
     g.add_argument("--order", type=int, choices=(1, 2, 3), help="of --sampler dpm (default: 3)")
     g.add_argument("--eta", type=number(0, 1),
                    help="noise of DDIM (default: 0, deterministic)")
+    g.add_argument("--last-step", choices=LAST_STEPS,
+                   help="of ddim: to alphas_bar = 1, or none, as in the authors' release "
+                   "(default: x_0; of train.py's --recipe release: identity)")
     g.add_argument("--guidance", type=number(0), metavar="OMEGA",
                    help="eps + omega (eps - eps_null); 0: none, and half the time (default: 1.5, "
                    "the authors' release; a consistency model has none)")
     g.add_argument("--clip", action=BooleanOptionalAction, default=None,
                    help="clip the predicted x_0 of every step to [-1, 1] (default: yes; of "
-                   "consistency and latent models: no)")
+                   "consistency and latent models, and of train.py's --recipe release: no)")
     add_weights_flags(g)
     g.add_argument("--batch-size", type=integer(1), default=250,
                    help="images at a time per process (default: 250)")
@@ -593,9 +614,13 @@ def add_weights_flags(group):
     group.add_argument("--weights", choices=("ema", "raw"), default="ema", help="default: ema")
 
 
-def sampling_of(args, kind):
-    """The Sampling of add_sampling_flags's flags and --seed, for this kind of model."""
-    return Sampling.of(kind, **{f.name: getattr(args, f.name) for f in fields(Sampling)})
+def sampling_of(args, kind, config=None):
+    """The Sampling of add_sampling_flags's flags and --seed, for this kind of model.
+
+    config: its checkpoint's settings.
+    """
+    recipe = (config or {}).get("recipe")
+    return Sampling.of(kind, recipe, **{f.name: getattr(args, f.name) for f in fields(Sampling)})
 
 
 def add_image_flags(parser):
@@ -698,7 +723,7 @@ def main():
         return export(args, parser.given)
     refuse_unused(parser.given, {"format": "belongs to --export"})
     ckpt = disk.load(args.ckpt, KINDS)
-    sampling = sampling_of(args, ckpt["kind"])
+    sampling = sampling_of(args, ckpt["kind"], ckpt["config"])
     classes = chosen_classes(args, ckpt["data"])
     labels = labels_in_turn(classes, args.num)
     rt = runtime.setup(args.device, dtype_of(args, ckpt))

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import cm_layers
 import disk
 import losses
 import networks
@@ -25,7 +26,7 @@ from data import (Batches, add_data_flags, class_groups, load_long_tailed, load_
 from loop import (FRECHET, RESUMABLE, Training, add_step_flags, add_write_flags, config_of,
                   is_finished, loop, resume)
 from losses import BASES, CMConfig, Objective, add_cm_flags, bind
-from model import make_alphas_bar
+from model import Attention, init_layer, make_alphas_bar
 from networks import KINDS, NETWORKS, add_low_rank, load_network
 from runtime import Parser, UserError, integer, number, refuse_unused, run
 from sample import Sampling, generate, image_shape, prepare
@@ -50,16 +51,33 @@ PRESETS = {     # defaults by size; what one does not have is the paper's
                "warmup": 100, "ema": 0.999, "save_every": 500, "sample_every": 500,
                "log_every": 50, "dtype": "float32"},
 }
+RECIPES = {     # defaults by what is followed; what one does not have is as in "ours"
+    "ours": {"w_div": 1.0, "div_bound": 0.01, "independent_dropout": "none", "reserve": "all",
+             "form": "flat",
+             # Without a flag: whether the labels of a batch are dropped together, the warm-up's
+             # numerator at step 0, whether --ema rises to its value, and the gain of the initial
+             # weights of the attention's output
+             "drop_batch": False, "warmup_from": 1, "ema_ramp": True, "attention_gain": 1e-5},
+    "paper": {"div_bound": 0.0},        # Eq. (2) as printed
+    # The authors' release; --preset paper on CIFAR-10: 200,000 steps. sample.py has its sampler
+    "release": {"w_div": 0.2, "div_bound": 0.0, "independent_dropout": "all", "reserve": "conv3x3",
+                "form": "kernel", "drop_batch": True, "warmup_from": 0, "ema_ramp": False,
+                "attention_gain": 1.0},
+}
 IR = {          # --ir by data set; 100 for the others
     "digits": 20.0, "cub200": 10.0, "flowers102": 10.0,         # small ones
     "folder": 1.0, "imagenet-lt": 1.0, "inat2018": 1.0}         # as they are
 NETWORK_FLAGS = ("ch", "ch_mult", "attn", "num_res_blocks", "dropout")      # and networks.FLAGS
-CM_ONLY = ("lam", "w_con", "w_div", "div_bound", "independent_dropout", "cm_fraction")
+CM_ONLY = ("lam", "w_con", "w_div", "div_bound", "equal_weights", "independent_dropout",
+           "cm_fraction")
 
 
 def make_parser():
-    """All flags; those in PRESETS have their default filled in by `resolve`."""
+    """All flags; those in PRESETS and RECIPES have their default filled in by `resolve`."""
     parser = Parser(__doc__)
+    parser.add_argument("--recipe", choices=RECIPES, default="ours",
+                        help="what is followed where the paper, the authors' release and this "
+                        "project differ (default: ours)")
     parser.add_argument("--preset", choices=PRESETS,
                         help="sizes and lengths: paper; small, 32 pixels, hours on a CPU; tiny, 16 "
                         "pixels, minutes; flags of your own go before it (default: paper; "
@@ -75,6 +93,8 @@ def make_parser():
             if action.dest != "resolution":
                 action.help += preset_words(str(PRESETS["paper"][action.dest]), {
                     name: preset.get(action.dest) for name, preset in PRESETS.items()})
+        if action.dest in RECIPES["ours"]:
+            action.default = None
         if action.dest == "ir":
             action.help += preset_words("100", IR)
     return parser
@@ -108,14 +128,24 @@ def add_method_flags(parser):
     g.add_argument("--cm", action=BooleanOptionalAction, default=True,
                    help="reserve capacity and add L_CM (default: on)")
     add_cm_flags(g)
-    g.add_argument("--independent-dropout", action="store_true",
-                   help="theta and theta^g see different dropout masks")
+    g.add_argument("--equal-weights", action="store_true",
+                   help="all classes weigh the same in L_CM, in place of Eq. (3)")
+    g.add_argument("--independent-dropout", choices=losses.DROPOUT, nargs="?", const="decoder",
+                   help="where theta and theta^g see different dropout masks; all: each has a "
+                   "whole pass of its own (default: none; release: all)")
     g.add_argument("--cm-fraction", type=number(above=0, high=1), default=1.0,
                    help="share of a batch on which L_CM is evaluated, chosen at random so that "
                    "its expectation is the same; with 0.5 a step takes 1.37 in place of 1.73 "
                    "times the operations of one without CM (default: 1)")
-    g.add_argument("--rank-ratio", type=number(above=0, high=1), default=0.1,
-                   help="r / min(d, k) of Eq. (1) (default: 0.1)")
+    g.add_argument("--rank-ratio", type=number(0, 1), default=0.1,
+                   help="r / min(d, k) of Eq. (1); 0: L_CM without reserved capacity, where "
+                   "theta^g differs by its dropout masks alone (default: 0.1)")
+    g.add_argument("--reserve", choices=networks.RESERVE,
+                   help="which matrices of the decoder Eq. (1) splits: all, or the 3 x 3 "
+                   "convolutions before the output (default: all; release: conv3x3)")
+    g.add_argument("--form", choices=cm_layers.FORMS,
+                   help="how a convolution is a matrix: flat, out x (in kh kw), or the release's "
+                   "kernel, (out kh) x (in kw) (default: flat; release: kernel)")
     g.add_argument("--cbdm-y", choices=("uniform", "train"), default="uniform",
                    help="how y' is drawn: uniformly, as in Eq. (D.1), or by class frequency, as in "
                    "CBDM's code (default: uniform)")
@@ -183,11 +213,14 @@ def resolve(args, given=()):
         on_cpu = runtime.find_device(args.device).type == "cpu"
         tiny = args.dataset == "folder" and on_cpu
         args.preset = "digits" if args.dataset == "digits" else "tiny" if tiny else "paper"
-    defaults = {**PRESETS["paper"], **PRESETS[args.preset], "ir": IR.get(args.dataset, 100.0)}
+    defaults = {**PRESETS["paper"], **PRESETS[args.preset], "ir": IR.get(args.dataset, 100.0),
+                **RECIPES["ours"], **RECIPES[args.recipe]}
+    if (args.recipe, args.preset, args.dataset) == ("release", "paper", "cifar10"):
+        defaults["steps"] = 200_000
     if args.dataset not in READERS or not READERS[args.dataset].files:
         defaults["resolution"] = None           # the set has one of its own
     for key, value in defaults.items():
-        if getattr(args, key) is None:
+        if getattr(args, key, None) is None:
             setattr(args, key, value)
     check_network(args, given)
     check_method(args, given)
@@ -217,6 +250,9 @@ def check_network(args, given):
                         "done to an image; leave it out")
     if args.experts and args.network != "unet":
         raise UserError(f"--experts: made for the U-Net, not for --network {args.network}")
+    if args.cm and args.reserve != "all" and args.network != "unet":
+        raise UserError(f"--reserve {args.reserve}: made for the U-Net, not for --network "
+                        f"{args.network}; take --reserve all")
 
 
 def check_method(args, given):
@@ -247,8 +283,15 @@ def check_method(args, given):
             raise UserError("--cm: --experts takes its place; leave one of the two out")
         args.cm = False
     if not args.cm:
-        unused = CM_ONLY if args.experts else (*CM_ONLY, "rank_ratio")
+        unused = (*CM_ONLY, "reserve", "form", *([] if args.experts else ["rank_ratio"]))
         refuse_unused(given, {name: "means something with --cm only" for name in unused})
+    if not args.rank_ratio:
+        if args.lora or args.experts:
+            raise UserError("--rank-ratio 0: leaves nothing to train; take more")
+        if args.lam and not (args.dropout and args.independent_dropout != "none"):
+            raise UserError("--rank-ratio 0: theta and theta^g are then the same; give them "
+                            "different masks with --independent-dropout and --dropout")
+        refuse_unused(given, dict.fromkeys(("reserve", "form"), "--rank-ratio 0 reserves nothing"))
 
 
 def run_name(args, defaults):
@@ -269,7 +312,10 @@ def run_name(args, defaults):
     words.append(f"seed{args.seed}")
     if args.preset not in ("paper", args.dataset):
         words.append(args.preset)
-    named = {"dataset", "ir", "base", "cm", "seed", "preset", "plugin", "device", "out", *RESUMABLE}
+    if args.recipe != "ours":
+        words.append(args.recipe)
+    named = {"dataset", "ir", "base", "cm", "seed", "preset", "recipe", "plugin", "device", "out",
+             *RESUMABLE}
     defaults = {**vars(make_parser().parse_args([])), **defaults}
     for key, value in sorted(vars(args).items()):
         if key not in named and value != defaults[key]:
@@ -297,13 +343,17 @@ def make_network(args, images, old):
     settings = networks.settings_of(args.network, {
         **vars(args), "channels": images.images.shape[3], "num_classes": len(images.class_names),
         "size": resolution, "augment_dim": augment.DIM if args.ada else 0})
-    low_rank = {"rank_ratio": args.rank_ratio if args.cm or args.experts else None,
-                "experts": images.counts.tolist() if args.experts else None}
+    low_rank = {"rank_ratio": args.rank_ratio or None if args.cm or args.experts else None,
+                "experts": images.counts.tolist() if args.experts else None,
+                "form": args.form, "where": args.reserve}
     torch.manual_seed(runtime.seed_of(args.seed, "init"))
     try:
         net = networks.build(settings)
     except ValueError as e:
         raise UserError(f"--network {args.network}: {e}; see --ch, and --ch-mult or --patch") from e
+    for layer in net.modules():
+        if isinstance(layer, Attention) and args.attention_gain != 1e-5:
+            init_layer(layer.proj, args.attention_gain)
     if args.init_from and not old:
         source = load_network(disk.load(args.init_from, KINDS, "--init-from"), flag="--init-from")
         try:
@@ -327,7 +377,8 @@ def ema_samples(state, labels, rt, gather=True):
     """
     shape = image_shape(state)
     net = prepare(load_network(state, device=rt.device), rt, shape, len(labels), batch_size=250)
-    sampling = Sampling.of(state["kind"], seed=state["config"]["seed"])
+    config = state["config"]
+    sampling = Sampling.of(state["kind"], config["recipe"], seed=config["seed"])
     return generate(net, labels, range(len(labels)), shape, rt, sampling, title=None, gather=gather)
 
 
@@ -426,7 +477,8 @@ def main():
     objective = Objective(
         net=net, base=bind(args.base, vars(args)), counts=images.counts,
         alphas_bar=make_alphas_bar(), cm=CMConfig.of(args), label_drop=args.label_drop,
-        flip=flip and not args.ada, ada=args.ada, y_other=args.cbdm_y).to(rt.device)
+        drop_batch=args.drop_batch, flip=flip and not args.ada, ada=args.ada,
+        y_other=args.cbdm_y).to(rt.device)
     optimizer = torch.optim.Adam([p for p in net.parameters() if p.requires_grad], lr=args.lr,
                                  betas=(0.9, 0.999), fused=True)
     record = {"kind": "consistency" if args.base == "consistency" else "diffusion",

@@ -193,7 +193,7 @@ class Subject:
 
 def from_checkpoint(args, ckpt, rt):
     """The Subject that --ckpt names."""
-    sampling = sampling_of(args, ckpt["kind"])
+    sampling = sampling_of(args, ckpt["kind"], ckpt["config"])
     net = load_network(ckpt, args.weights, args.branch, rt.device)
     made = describe(args, ckpt, sampling, rt)
     data = ckpt["data"]

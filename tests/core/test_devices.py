@@ -67,7 +67,7 @@ def meta():
 @pytest.mark.parametrize("fraction", (1.0, 0.5))
 @pytest.mark.parametrize("base", BASES)
 def test_a_step_needs_no_float64_of_the_device(meta, base, fraction):
-    objective = make_objective(base, cm_fraction=fraction, independent_dropout=True)
+    objective = make_objective(base, cm_fraction=fraction, independent_dropout="all")
     batch = objective.draw_batch(*OneBatch().at(0), seed=0, step=0)     # on the CPU, as for MPS
     objective.to(meta)
     batch = tree_map_only(torch.Tensor, lambda values: values.to(meta), batch)

@@ -256,7 +256,7 @@ def test_d_is_exactly_zero_while_b_is_zero(digits):
     for _, _, part in reserved(objective.net.decoder):
         nn.init.zeros_(part.B)
     assert (objective(batch)[2] == 0).all()             # the same masks in both passes
-    objective.cm = CMConfig(independent_dropout=True)
+    objective.cm = CMConfig(independent_dropout="decoder")
     again = objective.draw_batch(batch.pool.x_0, batch.pool.y, seed=0, step=3)
     assert (objective(again)[2] > 0).all()              # independent masks put a floor under D
 

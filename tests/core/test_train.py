@@ -325,10 +325,10 @@ def test_sets_that_may_be_mirrored_are(monkeypatch, data_dir, tmp_path):
 def test_flags_reach_the_step(monkeypatch, data_dir, tmp_path):
     training = started(
         monkeypatch, data_dir, tmp_path, "--w-div", 0.2, "--div-bound", 0, "--lam", 0.5,
-        "--independent-dropout", "--label-drop", 0.3, "--cbdm-y", "train", "--base", "cbdm",
+        "--independent-dropout", "all", "--label-drop", 0.3, "--cbdm-y", "train", "--base", "cbdm",
         "--ada", 0.4, "--rank-ratio", 0.5)
     objective = training.objective
-    assert objective.cm == losses.CMConfig(0.5, 1.0, 0.2, 0.0, True)
+    assert objective.cm == losses.CMConfig(0.5, 1.0, 0.2, 0.0, "all", 1.0, 0.5)
     assert (objective.label_drop, objective.ada) == (0.3, 0.4)
     counts = load_long_tailed(training.args).counts
     assert objective.counts.tolist() == counts.tolist()
