@@ -91,7 +91,7 @@ def test_sampling_needs_no_float64_of_the_device(meta):
 
 def a_training(dtype):
     args = Namespace(seed=0, steps=9, accumulate=1, lr=1e-3, warmup=1, grad_clip=1.0, ema=0.9,
-                     out="nowhere", cm=True, div_bound=0.01)
+                     out="nowhere", cm=True, div_bound=0.01, lr_decay=False)
     rt = runtime.Runtime(torch.device("cpu"), dtype)
     objective = make_objective()
     optimizer = torch.optim.Adam(objective.net.parameters(), lr=args.lr, fused=True)
