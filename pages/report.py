@@ -136,28 +136,24 @@ def title_of(result, column):
     return " ".join([*column.split()[:-1], key.upper() if key in IN_CAPITALS else key])
 
 
-def part_of(result, column):
-    """The part of a result that a column is about: all, a group or a class; {} for none."""
-    *group, _ = column.split()
-    return {**result["classes"], **result["groups"]}.get(group[0], {}) if group else result
-
-
 def value_of(result, column):
     """A column's number in a result, or None where it was not measured.
 
     A KID of smaller subsets than the protocol's is another number, and counts as not measured.
     """
-    part, key = part_of(result, column), key_of(result, column)
-    if column.endswith("kid") and part.get("kid_subset_size", KID_SIZE) < KID_SIZE:
+    *group, metric = column.split()
+    part = {**result["classes"], **result["groups"]}.get(group[0], {}) if group else result
+    if metric == "kid" and part.get("kid_subset_size", KID_SIZE) < KID_SIZE:
         return None
+    value = part.get(key_of(result, column))
     # evaluate.py's accuracy is a share, classify.py's in per cent
-    scale = 100 if key == "accuracy" and {"fid", "fd"} & result.keys() else 1
-    return scale * part[key] if key in part else None
+    is_share = metric == "accuracy" and value is not None and {"fid", "fd"} & result.keys()
+    return 100 * value if is_share else value
 
 
 def floor_of(result, column):
     """The column's distance of real images from real ones; None without, or of another metric."""
-    return part_of(result, column).get("floor") if column.endswith("fid") else None
+    return value_of(result, column.replace("fid", "floor")) if column.endswith("fid") else None
 
 
 def strengths_of(rows):
@@ -341,7 +337,8 @@ def results_figure(rows, columns, paper, title, path):
         ax.set_xticks(x, names, rotation=40, ha="right", fontsize=8)
         if floor := floor_of(rows[0][1][0], column):
             ax.axhline(floor, color="black", linestyle="dashed")
-        if np.nanmax(heights) > 20 * np.nanmin(heights) > 0:
+        means = [number.mean for number in numbers if number]
+        if means and max(means) > 20 * min(means) > 0:
             ax.set_yscale("log")
         better = "higher" if is_higher_better(column) else "lower"
         ax.set(title=title_of(rows[0][1][0], column), ylabel=f"{better} is better")
@@ -353,11 +350,9 @@ def results_figure(rows, columns, paper, title, path):
     disk.save_figure(fig, path, ("png", "pdf"))
 
 
-def conditions_of(rows, told=frozenset()):
-    """How the first row's numbers were made, and in what other rows differ.
-
-    told: settings that the page says elsewhere.
-    """
+def conditions_of(rows):
+    """How the first row's numbers were made, and in what other rows differ."""
+    told = {"guidance"} if len(strengths_of(rows)) > 1 else set()       # a column of the table
     result = rows[0][1][0]
     s = {key: value for key, value in result["settings"].items() if key not in told}
     against = f"{result['num_real']:,} real images ({s.get('reference')})"
@@ -497,8 +492,7 @@ def main():
     out = Path(args.out)
     pair = [pair_part(args.pair, out)] if args.pair else []
     title, columns, paper = columns_of(args, rows)
-    guided = {"guidance"} if len(strengths_of(rows)) > 1 else set()     # a column of the table
-    notes = [conditions_of(rows, guided), MEANS_NOTE]
+    notes = [conditions_of(rows), MEANS_NOTE]
     if paper:
         notes += ["Beside each number is the paper's; in the figure it is a diamond.",
                   paper.get("note", "")]
