@@ -4,11 +4,12 @@
     torchrun --nproc_per_node=8 train.py --dataset cifar100     # the same run on eight GPUs
     python train.py --dataset digits                            # minutes on a laptop
     python train.py --dataset digits --base ddpm --no-cm        # the plain baseline
+    python train.py --dataset cifar100 --recipe release         # CM as its authors released it
 
 --batch-size counts the images of all processes. The defaults are the paper's (Sec. 4.1, G.1);
-digits, and folders of images where there is no GPU, have others (see PRESETS). The folder of a run
-holds ckpt.pt, config.json, log.jsonl, TensorBoard events and grids of samples. The same command
-resumes a stopped run, bit for bit on a CPU.
+digits, and folders of images where there is no GPU, have others (see PRESETS and RECIPES). A run
+leaves ckpt.pt, config.json, log.jsonl, TensorBoard events and grids of samples in its folder. The
+same command resumes a stopped run, bit for bit on a CPU.
 """
 from argparse import BooleanOptionalAction
 from pathlib import Path
