@@ -8,8 +8,8 @@ set to zero (in memory: the file is not touched). The loss E ||eps_theta - eps||
 class on the long-tailed training images, as the paper measures "the original training loss"
 (Sec. G.2); `--images balanced` measures it on images of which the network has not seen most of the
 rare classes'. Both times are the same images, noise and timesteps: R timesteps per image, one in
-each R-th of 0 ... T - 1, labels on, no dropout, EMA weights, CM merged. Intervals are bootstraps
-over images.
+each R-th of 0 ... T - 1, labels on, no dropout, EMA weights, CM merged, in float32: bfloat16 rounds
+by more than what a tenth of the weights changes. Intervals are bootstraps over images.
 
 "10 % of its parameters with the smallest L1-norm" is read as single numbers, all in one order. The
 paper does not say which tensors they come from: `--tensors weights` takes the weights of
@@ -268,16 +268,20 @@ def curve_figure(results, path):
     disk.save_figure(fig, path)
 
 
+def figures_of(fractions):
+    """The names of the figures of so many fractions: bars, and a curve of several fractions."""
+    return [f"{kind}.png" for kind in (*BARS, *(["curve"] if len(fractions) > 1 else []))]
+
+
 def write_figures(results, fractions, fraction, out):
-    """The bars of `fraction`, and the curve of several fractions; return the files' names."""
+    """The bars of `fraction`, and the curve of several fractions."""
     shown = {name: by_fraction[f"{fraction:g}"] for name, by_fraction in results.items()}
     for kind in BARS:
         bar_figure(kind, shown, fraction, out / f"{kind}.png")
     if len(fractions) == 1:
         (out / "curve.png").unlink(missing_ok=True)     # an earlier call's
-        return [f"{kind}.png" for kind in BARS]
-    curve_figure(results, out / "curve.png")
-    return [f"{kind}.png" for kind in (*BARS, "curve")]
+    else:
+        curve_figure(results, out / "curve.png")
 
 
 def print_results(results):
@@ -329,8 +333,11 @@ def make_parser():
     g.add_argument("--weights", choices=("ema", "raw"), default="ema", help="default: ema")
     g.add_argument("--batch-size", type=integer(1), default=256,
                    help="images at a time; changes nothing (default: 256)")
+    parser.add_argument("--if-needed", action="store_true",
+                        help="do nothing where --out was made with these settings already")
     parser.add_common("folder of probe.json and the figures (default: prune beside the first "
                       "checkpoint)")
+    parser.set_defaults(dtype="float32")
     return parser
 
 
@@ -385,6 +392,18 @@ def main():
     fractions = args.fractions or [args.fraction]
     out = Path(args.out or Path(args.ckpt[0]).parent / "prune")
     disk.check_writable(out / "probe.json")
+    shown = args.fraction if args.fraction in fractions else fractions[0]
+    pictures = figures_of(fractions)
+    settings = {"ckpt": [str(path) for path in args.ckpt], "names": names,
+                "ckpt_sha256": [ckpt.sha256 for ckpt in ckpts],
+                "images": words, "images_sha256": images.sha256, "num": len(labels),
+                "repeats": args.repeats, "scope": args.scope, "tensors": args.tensors,
+                "fractions": fractions, "shown": shown, "weights": args.weights,
+                "seed": args.seed, "dtype": rt.dtype_name()}
+    if (args.if_needed and disk.up_to_date(out / "probe.json", settings)
+            and all((out / name).exists() for name in pictures)):
+        print(f"{out}: up to date")
+        return
 
     # Measure
     results = {}
@@ -394,21 +413,15 @@ def main():
         results[name] = {f"{f:g}": changes(raw, losses, labels, class_names, counts)
                          for f, losses in pruned.items()}
 
-    # Print and write
-    shown = args.fraction if args.fraction in fractions else fractions[0]
+    # Print and write; the JSON last, since it says that all is there
     numel = sum(p.numel() for p in prunable(net, args.tensors).values())
-    settings = {"ckpt": [str(path) for path in args.ckpt],
-                "ckpt_sha256": [ckpt.sha256 for ckpt in ckpts],
-                "images": words, "images_sha256": images.sha256, "num": len(labels),
-                "repeats": args.repeats, "scope": args.scope, "tensors": args.tensors,
-                "pruned_of": numel, "weights": args.weights, "seed": args.seed,
-                "dtype": rt.dtype_name()}
-    print(f"{settings['images']}: {len(labels):,} images x {args.repeats} timesteps; {args.scope} "
+    print(f"{words}: {len(labels):,} images x {args.repeats} timesteps; {args.scope} "
           f"threshold over {args.tensors} ({numel:,} numbers)")
     print_results(results)
+    write_figures(results, fractions, shown, out)
     disk.write_json(out / "probe.json", {"results": results, "settings": settings,
+                                         "pruned_of": numel,
                                          "seconds": round(time.time() - start, 1)})
-    pictures = write_figures(results, fractions, shown, out)
     print(f"wrote {out}: {', '.join(['probe.json', *pictures])}")
 
 

@@ -498,7 +498,8 @@ case $TARGET in
     ddpm; cm                    # the paper's are of DDPM alone
     NGPU=1 launch prune_probe.py \
       --ckpt "${RUNS}ddpm-seed$FIRST_SEED/ckpt.pt" "${RUNS}cm-seed$FIRST_SEED/ckpt.pt" \
-      --fractions 0.05,0.1,0.2,0.3 --out "$PAGES/fig1b/$SETTING" || failed "the probe" ;;
+      --fractions 0.05,0.1,0.2,0.3 --out "$PAGES/fig1b/$SETTING" --if-needed \
+      || failed "the probe" ;;
   fig4a)                        # CM on each baseline
     with_and_without DDPM ddpm --base ddpm
     with_and_without +ADA ada --base ddpm --ada 0.12
@@ -538,13 +539,13 @@ case $TARGET in
     row "CM (theta_g)" cm --base oc --cm -- --branch general
     cm
     CM=${RUNS}cm-seed$FIRST_SEED
-    NGPU=1 launch -m probes.capacity allocation --ckpt "$CM/ckpt.pt" \
+    NGPU=1 launch -m probes.capacity allocation --ckpt "$CM/ckpt.pt" --if-needed \
       --quality "$CM/eval-plain.json" "$CM/eval-__branch_general.json" || failed "the probe" ;;
   dominance)                    # Theorem 2.1 on the gradients of a trained network
     ddpm; cm
     for RUN in ddpm cm; do
       NGPU=1 launch -m probes.capacity dominance --ckpt "$RUNS$RUN-seed$FIRST_SEED/ckpt.pt" \
-        || failed "the probe of $RUN"
+        --if-needed || failed "the probe of $RUN"
     done ;;
   gain)     # Not in the paper: what CM adds to DDPM and to OC, without and with guidance
     # A step of CM takes as long as 1.7 steps without (bench.py)

@@ -404,6 +404,8 @@ def make_parser():
                         help="images at a time (default: 64)")
     parser.add_argument("--quality", nargs=2, metavar=("FULL", "GENERAL"),
                         help="allocation: evaluate.py's JSON of each branch (Table 7)")
+    parser.add_argument("--if-needed", action="store_true",
+                        help="do nothing where --out was made with these settings already")
     parser.add_common("folder of dominance.json or allocation.json (default: probe beside the "
                       "checkpoint)")
     return parser
@@ -424,6 +426,12 @@ def main():
     written = str(out / f"{args.what}.json")
     disk.check_writable(written)
     rt = runtime.setup(args.device, dtype_of(args, ckpt))
+    settings = {"ckpt_sha256": ckpt.sha256, "weights": args.weights, "repeats": args.repeats,
+                "quality_sha256": [disk.sha256(path) for path in args.quality or []],
+                "seed": args.seed, "batch_size": args.batch_size, "dtype": rt.dtype_name()}
+    if args.if_needed and disk.up_to_date(written, settings):
+        print(f"{written}: up to date")
+        return
     net = load_unmerged(ckpt, args.weights, rt.device).eval()
 
     # Measure and print
@@ -437,15 +445,12 @@ def main():
             print_quality(*quality)
             result["quality"] = quality[1]
 
-    # Write
-    disk.write_json(written, {**result, "ckpt": args.ckpt, "weights": args.weights,
-                              "settings": {"seed": args.seed, "batch_size": args.batch_size,
-                                           "dtype": rt.dtype_name()},
-                              "ckpt_sha256": ckpt.sha256, "class_order": by_size(ckpt["data"]),
-                              "seconds": round(time.time() - start, 1)})
+    # Write; the JSON last, since it says that all is there
     if args.what == "allocation":
         allocation_figure(result, out / "allocation.png", ckpt["config"].get("div_bound"))
-        written += " and allocation.png"
+    disk.write_json(written, {**result, "ckpt": args.ckpt, "settings": settings,
+                              "class_order": by_size(ckpt["data"]),
+                              "seconds": round(time.time() - start, 1)})
     print(f"wrote {written}")
 
 

@@ -204,12 +204,30 @@ def test_prune_probe_end_to_end(cm_run, data_dir, tmp_path):
     probe = disk.read_json(tmp_path / "probe.json")
     assert probe["results"]["a"] == probe["results"]["b"]
     assert set(probe["results"]["a"]) == {"0.1", "0.4"}
-    # The checkpoint's dtype, whatever this machine is fast in
-    assert probe["settings"]["dtype"] == "float32"
     little, much = (probe["results"]["a"][fraction]["classes"] for fraction in ("0.1", "0.4"))
     assert all(little[c]["raw"] == much[c]["raw"] for c in "0123456789")
     total = [sum(abs(c["absolute"][0]) for c in classes.values()) for classes in (little, much)]
     assert total[1] > total[0]
+
+
+def test_prune_probe_in_float32_and_once(cm_run, data_dir, tmp_path, capsys, monkeypatch):
+    """Also for a network that was trained in bfloat16; with --if-needed not again."""
+    ckpt = disk.load(cm_run / "ckpt.pt", ["diffusion"])
+    disk.save(tmp_path / "ckpt.pt", {**ckpt, "config": {**ckpt["config"], "dtype": "bfloat16"}},
+              "--out")
+    flags = ("--ckpt", tmp_path / "ckpt.pt", "--data-dir", data_dir, "--repeats", 1, "--device",
+             "cpu", "--images", "test", "--if-needed")
+    call(pp.main, *flags)
+    assert disk.read_json(tmp_path / "prune/probe.json")["settings"]["dtype"] == "float32"
+    monkeypatch.setattr(pp, "measure", None)
+    capsys.readouterr()
+    call(pp.main, *flags)
+    assert "up to date" in capsys.readouterr().out
+    with pytest.raises(TypeError):
+        call(pp.main, *flags, "--fraction", 0.2)
+    (tmp_path / "prune/raw.png").unlink()
+    with pytest.raises(TypeError):
+        call(pp.main, *flags)
 
 
 @pytest.mark.parametrize("counts, rises", [([9, 9, 9], [0, 1, 2]), ([9, 8, 7], [0, 0, 0])])
@@ -475,6 +493,12 @@ def test_allocation_end_to_end(cm_run, data_dir, tmp_path, capsys, monkeypatch):
     assert len(result["layers"]) == len(list(reserved(tiny_net(0.1).decoder)))
     assert "Few 10.00 / 4.00 = 2.50" in capsys.readouterr().out
     assert (tmp_path / "allocation.png").exists()
+    flags = ("--ckpt", cm_run / "ckpt.pt", "--device", "cpu", "--out", tmp_path, "--if-needed")
+    monkeypatch.setattr(cp, "allocation", None)
+    call(cp.main, "allocation", *flags, *quality(tmp_path, cm_run / "ckpt.pt"))
+    assert "up to date" in capsys.readouterr().out
+    with pytest.raises(TypeError):              # another measurement
+        call(cp.main, "allocation", *flags)
 
 
 @pytest.mark.parametrize("other", [
