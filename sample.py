@@ -2,20 +2,21 @@
 
     python sample.py --ckpt out/NAME/ckpt.pt --classes 6-9 --num 64   # samples.npz, .json, grid.png
     python sample.py --ckpt out/NAME/ckpt.pt --branch general         # theta^g alone, without BA
+    python sample.py --ckpt out/NAME/ckpt.pt --classes null           # p(x | Null), Sec. 2.1
     python sample.py --ckpt out/NAME/ckpt.pt --export merged.pt       # theta as a plain U-Net
     python sample.py --ckpt out/NAME/ckpt.pt --export DIR --format diffusers        # for diffusers
 
 Image i is a pure function of (checkpoint, --seed, --dtype, i): its label is the i-th of the classes
 in turn, its noise is drawn from (seed, i), so the batch size and the number of processes change
 nothing. samples.npz has the layout of the ADM evaluator: arr_0 N x H x W x 3 uint8 (grey images
-repeated), arr_1 N labels.
+repeated), arr_1 N labels; without arr_1 where no class was asked for.
 """
 import math
 import re
 import textwrap
 import time
 from argparse import BooleanOptionalAction
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -490,7 +491,7 @@ def write_pngs(images, labels, class_names, folder):
     for i, (image, c) in enumerate(zip(images, labels)):
         name = re.sub(r"[/\\]", "_", printable(class_names[c]))
         name = name.encode()[:100].decode(errors="ignore")
-        path = folder / f"{c:04d}-{name}" / f"{i:06d}.png"
+        path = folder / (name if c < 0 else f"{c:04d}-{name}") / f"{i:06d}.png"
         disk.write_png(path, Image.fromarray(image.squeeze()))
 
 
@@ -500,12 +501,15 @@ def write_samples(out, images, labels, record, data, seconds, png=False):
     images: (N, H, W, C) uint8. labels: a list of N. record, data: what made them, and the record of
     the training data. samples.json goes first and comes last: it names the content of samples.npz.
     """
-    names = data["class_names"]
+    names, counts = data["class_names"], data.get("class_counts")
+    arrays = {"arr_0": to_rgb(images), "arr_1": np.array(labels)}
+    if labels[0] == -1:             # --classes null
+        names, counts = ["null"], None
+        del arrays["arr_1"]
     (out / "samples.json").unlink(missing_ok=True)
-    disk.write_npz(out / "samples.npz", arr_0=to_rgb(images), arr_1=np.array(labels))
+    disk.write_npz(out / "samples.npz", **arrays)
     classes = list(dict.fromkeys(labels))
-    disk.write_png(out / "grid.png", grid_image({"": (images, labels)}, names,
-                                                data.get("class_counts"),
+    disk.write_png(out / "grid.png", grid_image({"": (images, labels)}, names, counts,
                                                 None if len(classes) > 10 else classes))
     if png:
         disk.write_folder(out / "png", lambda folder: write_pngs(images, labels, names, folder),
@@ -626,8 +630,8 @@ def sampling_of(args, kind, config=None):
 def add_image_flags(parser):
     """--classes and --num, the same for stable_diffusion.py."""
     parser.add_argument("--classes",
-                        help="numbers, ranges or names: 6-9 or 0,3,cat; or rarest, the smallest "
-                        "one of the training set (default: all)")
+                        help="numbers, ranges or names: 6-9 or 0,3,cat; rarest, the smallest one "
+                        "of the training set; or null, none: p(x | Null) (default: all)")
     parser.add_argument("--num", type=integer(1, 10_000_000), default=100,
                         help="images, over all classes (default: 100)")
 
@@ -652,6 +656,19 @@ def chosen_classes(args, data):
                             "class had; name the class")
         return [names.index(by_size(data)[-1])]
     return resolve_classes(args.classes, names)
+
+
+def asked_for(args, ckpt, sampling):
+    """(class numbers, Sampling) of --classes: chosen_classes's, or [-1] for null, Null itself.
+
+    Guidance from Null towards Null moves nothing, so it is left out. Raises UserError.
+    """
+    if args.classes != "null" or "null" in ckpt["data"]["class_names"]:
+        return chosen_classes(args, ckpt["data"]), sampling
+    if ckpt["config"].get("label_drop") == 0:
+        raise UserError("--classes null: this network was trained with --label-drop 0, so it does "
+                        "not know Null; name classes")
+    return [-1], replace(sampling, guidance=0.0)
 
 
 def labels_in_turn(classes, num):
@@ -723,8 +740,7 @@ def main():
         return export(args, parser.given)
     refuse_unused(parser.given, {"format": "belongs to --export"})
     ckpt = disk.load(args.ckpt, KINDS)
-    sampling = sampling_of(args, ckpt["kind"], ckpt["config"])
-    classes = chosen_classes(args, ckpt["data"])
+    classes, sampling = asked_for(args, ckpt, sampling_of(args, ckpt["kind"], ckpt["config"]))
     labels = labels_in_turn(classes, args.num)
     rt = runtime.setup(args.device, dtype_of(args, ckpt))
     net = load_network(ckpt, args.weights, args.branch, rt.device)

@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw
 from torch.testing import assert_close
 
 import disk
+import evaluate
 import networks
 import runtime
 import sample
@@ -297,6 +298,25 @@ def test_if_needed(cm_run, tmp_path):
     for name in ("grid.png", "samples.json", "samples.npz"):
         (tmp_path / name).unlink()
         assert made_again("--seed", 1), name
+
+
+def test_null(cm_run, classifier, cpu, data_dir, tmp_path, capsys):
+    """p(x | Null): images without labels, of y = -1; guidance moves nothing."""
+    flags = ("--num", 4, "--steps", 2, "--device", "cpu")
+    call(sample.main, "--ckpt", cm_run / "ckpt.pt", "--classes", "null", "--png", "--out",
+         tmp_path / "null", *flags)
+    npz = np.load(tmp_path / "null/samples.npz")
+    plain = sample.generate(network(cm_run), [-1] * 4, range(4), SHAPE, cpu,
+                            sample.Sampling.of("diffusion", steps=2, guidance=0.0))
+    assert npz.files == ["arr_0"] and (npz["arr_0"][..., :1] == plain).all()
+    assert [p.name for p in (tmp_path / "null/png").iterdir() if p.is_dir()] == ["null"]
+    call(evaluate.main, "--samples", tmp_path / "null/samples.npz", "--features", classifier,
+         "--data-dir", data_dir, "--device", "cpu")
+    ckpt = disk.load(cm_run / "ckpt.pt", ["diffusion"])
+    disk.save(tmp_path / "ckpt.pt", {**ckpt, "config": {**ckpt["config"], "label_drop": 0.0}},
+              "--out")
+    refuses(capsys, sample.main, "--ckpt", tmp_path / "ckpt.pt", "--classes", "null", *flags,
+            says=["--classes null"])
 
 
 def test_pngs_of_an_earlier_call_are_replaced_and_others_are_not(cm_run, tmp_path, capsys):
