@@ -3,9 +3,10 @@
 # so it is safe to start this script again; pages and pictures are made anew, in seconds. Where a
 # run fails, the others go on, its row is marked, and the exit code is 1.
 #
-#   bash run_all.sh          the demo: DDPM, OC and CM on long-tailed digits;
-#                            about 20 minutes on two CPU cores
-#   bash run_all.sh smoke    the commands of the demo with a few steps of everything: a minute
+#   bash run_all.sh          the demo: DDPM, and CM on it, on long-tailed digits;
+#                            about five minutes on two CPU cores
+#   bash run_all.sh demo-full    a larger network, also OC and CM on it, guidance, pruning
+#   bash run_all.sh smoke    the commands of both with a few steps of everything: two minutes
 #   bash run_all.sh tests    the lint and the tests
 #   bash run_all.sh table2   one of the paper's tables; out/table2/SETTING/report.md shows its
 #                            numbers with the paper's beside them
@@ -112,11 +113,15 @@ set_up requirements.txt torch torchvision scipy PIL tensorboard tqdm matplotlib 
 # --------------------------------------------------------------------------------------------------
 # The demo and the smoke run
 
-# demo_train RUN [flags]: train a run
-demo_train() {
-  local run=$1
-  shift
-  python train.py --dataset digits --steps $STEPS "$@" --sample-every $GRIDS --out $OUT/$run
+# stage DONE WORDS: say which part of the demo begins, and, from the per cent of its time that are
+# done before it, how long the rest takes
+stage() {
+  local left="about $MINUTES minutes on two cores"
+  if (( $1 > 5 )); then
+    left="about $(( SECONDS * (100 - $1) / $1 )) s left"
+  fi
+  STAGE=$(( STAGE + 1 ))
+  echo "=== $STAGE of 9: $2 ($left) ==="
 }
 
 # demo_samples NAME RUN BRANCH OMEGA: sample a run, measure the samples, and add a row to the page
@@ -124,54 +129,82 @@ demo_samples() {
   local name=$1 run=$2 branch=$3 omega=$4
   local folder=$OUT/$run/$branch-$omega
   python sample.py --ckpt $OUT/$run/ckpt.pt --branch $branch --guidance $omega \
-    --num $NUM --steps $DDIM --out $folder --if-needed
+    --num $NUM $SAMPLER --out $folder --if-needed
   python evaluate.py --samples $folder/samples.npz --features $OUT/classifier/ckpt.pt \
     --floor 10 --if-needed
   ROWS+=(--row "$name=$folder/eval.json")
 }
 
+# demo: DDPM, and CM on it, without guidance
 demo() {
-  # The feature classifier, on the balanced training set
+  MINUTES=5 STAGE=0 SECONDS=0 ROWS=()
+  local train="train.py --dataset digits --ch 16 --lr 4e-3 --lr-decay --ema 0.997 --sample-every 0"
+  stage 0 "a classifier, whose features measure the samples"
   python -m recognition.classify --dataset digits --epochs $EPOCHS --out $OUT/classifier
 
-  # DDPM, OC, and CM on OC (the paper's default); a run whose step equals its steps is finished
-  demo_train ddpm --base ddpm --no-cm
-  demo_train oc --base oc --no-cm
-  demo_train cm --base oc --cm
+  stage 6 "training DDPM"
+  python $train --steps $STEPS --base ddpm --no-cm --out $OUT/ddpm
+  stage 33 "samples of DDPM; to look at: $OUT/ddpm/full-0/grid.png"
+  demo_samples "DDPM" ddpm full 0
 
-  # Samples of each, and of theta_g alone from the same noise, without and with guidance
-  local omega
+  stage 40 "training CM on DDPM"
+  python $train --steps $STEPS --base ddpm --cm --out $OUT/cm
+  stage 80 "samples of CM: theta"
+  demo_samples "CM" cm full 0
+  stage 85 "samples of CM: theta_g alone, without the reserved part, from the same noise"
+  demo_samples "CM, theta_g alone" cm general 0
+
+  stage 90 "where the reserved part is used"
+  python -m probes.capacity allocation --ckpt $OUT/cm/ckpt.pt \
+    --quality $OUT/cm/full-0/eval.json $OUT/cm/general-0/eval.json
+  stage 93 "the theorems, compared with simulation"
+  python theory_sim.py --trials $TRIALS --out $OUT/theory
+  stage 97 "the page"
+  python -m pages.figures --column DDPM=$OUT/ddpm/full-0 --column CM=$OUT/cm/full-0 \
+    --out $OUT/images.png
+  python -m pages.report --out $OUT/report.md "${ROWS[@]}" --summary \
+    --pair $OUT/cm/general-0/samples.npz $OUT/cm/full-0/samples.npz \
+    --picture "Training images, DDPM, CM=$OUT/images.png" \
+    --picture "Where the reserved part is used=$OUT/cm/allocation.png" \
+    --picture "Theorem 2.1=$OUT/theory/theory.png"
+}
+
+# demo_full: on a larger network, with OC and CM on it, with guidance, and the pruning of Fig. 1(b)
+demo_full() {
+  local omega train="train.py --dataset digits --sample-every 0"
   ROWS=()
+  python -m recognition.classify --dataset digits --epochs $EPOCHS --out $OUT/classifier
+  python $train --steps $STEPS --base ddpm --no-cm --out $OUT/ddpm
+  python $train --steps $STEPS --base oc --no-cm --out $OUT/oc
+  python $train --steps $STEPS --base oc --cm --out $OUT/cm
   for omega in 0 1.5; do
     demo_samples "DDPM" ddpm full $omega
     demo_samples "OC" oc full $omega
     demo_samples "CM (on OC)" cm full $omega
     demo_samples "CM, theta_g alone" cm general $omega
   done
-  python -m pages.report --out $OUT/report.md "${ROWS[@]}" \
-    --pair $OUT/cm/general-1.5/samples.npz $OUT/cm/full-1.5/samples.npz
-
-  # The pruning probe of Fig. 1(b)
   python prune_probe.py --ckpt $OUT/ddpm/ckpt.pt $OUT/cm/ckpt.pt \
     --fractions 0.1,0.2,0.3 --repeats $REPEATS --out $OUT/prune
-
-  # Where CM's reserved part is used
-  python -m probes.capacity allocation --ckpt $OUT/cm/ckpt.pt \
-    --quality $OUT/cm/full-1.5/eval.json $OUT/cm/general-1.5/eval.json
-
-  # The theorems, compared with simulation
-  python theory_sim.py --trials $TRIALS --out $OUT/theory
+  python -m pages.report --out $OUT/report.md "${ROWS[@]}" \
+    --pair $OUT/cm/general-1.5/samples.npz $OUT/cm/full-1.5/samples.npz
 }
 
 case $TARGET in
   demo)
-    OUT=out/demo EPOCHS=30 STEPS=2000 GRIDS=500 NUM=2000 DDIM=50 REPEATS=10 TRIALS=20000
+    OUT=out/demo EPOCHS=30 STEPS=2500 NUM=2000 SAMPLER="--sampler dpm" TRIALS=4000
     demo
     exit ;;
+  demo-full)
+    OUT=out/demo-full EPOCHS=30 STEPS=2000 NUM=2000 SAMPLER="--steps 50" REPEATS=10
+    demo_full
+    exit ;;
   smoke)
-    OUT=out/smoke EPOCHS=1 STEPS=8 GRIDS=0 NUM=100 DDIM=3 REPEATS=1 TRIALS=500
-    rm -rf $OUT
+    EPOCHS=1 STEPS=8 NUM=100 SAMPLER="--steps 3" REPEATS=1 TRIALS=500
+    rm -rf out/smoke
+    OUT=out/smoke/demo
     demo
+    OUT=out/smoke/demo-full
+    demo_full
     exit ;;
 esac
 

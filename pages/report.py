@@ -15,6 +15,7 @@ settings rows differ, and lists the commands behind each row. The files of one r
 seeds and paths only.
 """
 import glob
+import os
 import textwrap
 from pathlib import Path
 from typing import NamedTuple
@@ -426,6 +427,29 @@ def samples_parts(rows, out):
     return parts
 
 
+def summary(rows):
+    """What the first three rows say: a baseline, CM on it, CM's theta_g alone. Three sentences.
+
+    One run against one: below 15 % a difference says nothing.
+    """
+    def of(group, k):
+        return over_seeds(rows[k][1], f"{group} fd").mean
+
+    def compared(group):
+        change = of(group, 1) / of(group, 0) - 1
+        if abs(change) < 0.15:
+            return "no difference that one run could show (15 %)"
+        words = "lower, which is better" if change < 0 else "higher, which is worse"
+        return f"{abs(change):.0%} {words}; another seed may say otherwise"
+    few, many = (of(group, 2) / of(group, 1) for group in ("Few", "Many"))
+    holds = "holds more" if few > 1.15 * max(1, many) else "does not hold more"
+    return [
+        *(f"{words}: FD {of(group, 1):.1f} with CM, {of(group, 0):.1f} without: {compared(group)}."
+          for words, group in (("Rare classes (Few)", "Few"), ("Frequent classes (Many)", "Many"))),
+        f"Without the reserved part, CM's FD is {few:.1f} times as large on Few and {many:.1f} "
+        f"times on Many: that part {holds} of the rare classes than of the frequent ones."]
+
+
 # --------------------------------------------------------------------------------------------------
 # A table of the paper's, or of rows of one's own: means over seeds
 
@@ -467,6 +491,11 @@ def make_parser():
                         help="a row of the table, with a file per seed; repeatable")
     parser.add_argument("--pair", nargs=2, metavar=("GENERAL", "FULL"),
                         help="samples.npz of theta_g and of theta")
+    parser.add_argument("--summary", action="store_true",
+                        help="three sentences on the first three rows, which must be a baseline, "
+                        "CM, and CM's theta_g alone")
+    parser.add_argument("--picture", action="append", default=[], metavar="TITLE=FILE",
+                        help="a picture that is shown below the others; repeatable")
     parser.add_argument("--paper", metavar="TABLE",
                         help="make this table of the paper: table2, fig4b, ... "
                         "(see paper_results.json)")
@@ -506,15 +535,20 @@ def main():
     table = "\n\n".join(filter(None, [results_table(given, columns, paper),
                                       paired_differences(rows, columns)]))
     results_figure(rows, columns, paper, title, out)
+    said = summary(rows) if args.summary else []
+    pictures = [named(text, "--picture") for text in args.picture]
     page.write(out, "\n".join([
         f"# {title}\n",
+        *(f"- {line}" for line in said), "",
         " ".join(filter(None, notes)) + "\n",
         table + "\n",
         f"![the table as bars]({out.stem}.png)\n",
         *pair,
         *samples_parts(rows, out),
+        *(f"## {name}\n\n![{name}]({os.path.relpath(file, out.parent)})\n"
+          for name, file in pictures),
         commands_part(rows)]))
-    print(f"{table}\nwrote {out}, {out.with_suffix('.html').name}")
+    print("\n".join([table, *said, f"wrote {out}, {out.with_suffix('.html').name}"]))
     if failed := [name for name, _, missing in given if missing]:
         files = ", ".join(file for _, _, missing in given for file in missing)
         raise UserError(f"--row {', '.join(failed)}: shown as failed, since there is no {files}")
