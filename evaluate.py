@@ -26,9 +26,10 @@ import torch
 import disk
 import runtime
 from data import by_size, to_rgb
-from metrics.features import DIGITS_CLASSIFIER, Extractor, Features
+from metrics.features import DIGITS_CLASSIFIER, INCEPTION, Extractor, Features
 from metrics.image_sets import (compare, find_reference, fit_names, from_checkpoint, from_samples,
                                 parse_about, protocol_of)
+from metrics.inception import INPUTS
 from metrics.scores import (FLOOR_IMAGES, IS_SPLITS, KID_SIZE, KID_SUBSETS, METRIC_SEED,
                             distance_of, floor_of, inception_score, kernel_distance, placed,
                             precision_recall)
@@ -46,11 +47,9 @@ def make_extractor(args, subject, reference, rt):
     """The Extractor of --features; by default the reference's own one, or the protocol's."""
     features = args.features
     if not features and reference.features:
-        features = reference.about["made_by"]
-        if features.startswith("inception"):
-            features = "inception"
+        features = reference.about["made_by"].replace(INCEPTION, "inception")
     features = features or protocol_of(subject.dataset or reference.name)["features"]
-    if features != "inception":
+    if features not in INPUTS:
         given = {name for name in ("inception_weights", "trust_weights") if getattr(args, name)}
         runtime.refuse_unused(given, dict.fromkeys(given, f"the features are those of {features}"))
     return Extractor(features, rt, args.features_batch_size, args.inception_weights,
@@ -381,8 +380,9 @@ def make_parser():
     g.add_argument("--k", type=integer(1), default=3,
                    help="neighbours in precision and recall (default: 3)")
     g = parser.add_argument_group("features")
-    g.add_argument("--features", help='"inception", a checkpoint of classify.py, or a network '
-                   'pre-trained on ImageNet, such as "torchvision:resnet50" '
+    g.add_argument("--features", help='"inception"; "inception:pytorch-fid", the same with '
+                   "pytorch-fid's resize, as in the authors' release; a checkpoint of classify.py; "
+                   'or a network pre-trained on ImageNet, such as "torchvision:resnet50" '
                    f"(default: inception; digits: {DIGITS_CLASSIFIER})")
     g.add_argument("--inception-weights", metavar="FILE",
                    help="weights-inception-2015-12-05-6726825d.pth "

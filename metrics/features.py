@@ -16,10 +16,11 @@ from torch import nn
 import disk
 import runtime
 from data import to_float
-from metrics.inception import download, load_inception
+from metrics.inception import INPUTS, download, load_inception
 from recognition.resnet import features_and_logits, load_classifier
 from runtime import UserError
 
+INCEPTION = "inception-2015-12-05"
 DIGITS_CLASSIFIER = "out/classifier-digits/ckpt.pt"
 TORCHVISION = "torchvision:"
 UNFIT = ("googlenet", "inception", "squeezenet")    # other inputs, or no Linear at the end
@@ -86,23 +87,25 @@ class Features(NamedTuple):
 class Extractor:
     """Features and logits by a network in eval mode.
 
-    features: "inception", "torchvision:NAME", or a checkpoint of classify.py. The first two resize
-    images themselves (resizes). name, sha256: of the network's file. class_names, size: of a
-    classifier's outputs, and of its training images in pixels; else None.
+    features: "inception", "inception:pytorch-fid", "torchvision:NAME", or a checkpoint of
+    classify.py. All but the last resize images themselves (resizes). name, sha256: of the network's
+    file. class_names, size: of a classifier's outputs, and of its training images in pixels; else
+    None.
     """
 
     def __init__(self, features, rt, batch_size=64, inception_weights=None, trust_weights=False):
         self.rt = rt
         self.batch_size = batch_size
-        self.inception = features == "inception"
+        self.inception = features in INPUTS
         self.resizes = self.inception or features.startswith(TORCHVISION)
         self.channels = 3
         self.class_names = None
         self.size = None
         if self.inception:
             with rt.rank_0_first():         # which downloads the weights, and not every process
-                self.net, self.sha256 = load_inception(inception_weights, rt.device, trust_weights)
-            self.name = "inception-2015-12-05"
+                self.net, self.sha256 = load_inception(inception_weights, rt.device, trust_weights,
+                                                       features)
+            self.name = features.replace("inception", INCEPTION)
         elif self.resizes:
             with rt.rank_0_first():
                 self.net, self.sha256 = load_pretrained(features.removeprefix(TORCHVISION),

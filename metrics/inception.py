@@ -51,6 +51,19 @@ def resize(x, size=SIZE):
     return rows @ x @ columns.T
 
 
+def graphs_input(images):
+    """uint8 (N, 3, H, W) -> what the graph's first layer gets, and torch-fidelity's."""
+    return (resize(images.float()) - 128) / 128
+
+
+def pytorch_fids_input(images):
+    """uint8 (N, 3, H, W) -> what the first layer gets in pytorch-fid: half-pixel centres."""
+    return 2 * F.interpolate(images.float() / 255, (SIZE, SIZE), mode="bilinear") - 1
+
+
+INPUTS = {"inception": graphs_input, "inception:pytorch-fid": pytorch_fids_input}   # of --features
+
+
 # --------------------------------------------------------------------------------------------------
 # Layers and blocks
 
@@ -186,11 +199,12 @@ def block_e(in_ch, pool):
 class Inception(nn.Module):
     """Images uint8 (N, 3, H, W) -> features (N, 2048) and logits (N, 1008), float32.
 
-    Features are averaged over the positions; logits are without the bias.
+    Features are averaged over the positions; logits are without the bias. to_input: of INPUTS.
     """
 
-    def __init__(self):
+    def __init__(self, to_input=graphs_input):
         super().__init__()
+        self.to_input = to_input
         self.Conv2d_1a_3x3 = ConvNorm(3, 32, 3, stride=2)
         self.Conv2d_2a_3x3 = ConvNorm(32, 32, 3, padded=False)
         self.Conv2d_2b_3x3 = ConvNorm(32, 64, 3)
@@ -211,7 +225,7 @@ class Inception(nn.Module):
 
     def forward(self, images):
         """Images (N, 3, H, W) in 0 ... 255 -> features (N, 2048) and logits (N, 1008)."""
-        x = (resize(images.float()) - 128) / 128            # (N, 3, 299, 299)
+        x = self.to_input(images)                           # (N, 3, 299, 299)
         x = x.contiguous(memory_format=torch.channels_last)
         x = self.Conv2d_1a_3x3(x)
         x = self.Conv2d_2a_3x3(x)
@@ -254,8 +268,8 @@ def download(url, sha256, flag):
     return path
 
 
-def load_inception(path=None, device="cpu", trust=False):
-    """(the network in eval mode, the SHA-256 of its weights).
+def load_inception(path=None, device="cpu", trust=False, features="inception"):
+    """(the network in eval mode, the SHA-256 of its weights); features: a key of INPUTS.
 
     path: the weight file; None for that in torch.hub's cache, which torch-fidelity uses, too.
     trust: accept a file with another hash, if it fits. Otherwise UserError is raised unless the
@@ -271,7 +285,7 @@ def load_inception(path=None, device="cpu", trust=False):
             f"--inception-weights {path}: its SHA-256 is {digest[:16]}..., not the published "
             f"{SHA256[:16]}...: the file is incomplete, or has other weights; numbers made with it "
             f"cannot be compared with published ones. --trust-weights accepts it as it is")
-    net = Inception()
+    net = Inception(INPUTS[features])
     net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     net = net.to(device, memory_format=torch.channels_last).eval()
     return net.requires_grad_(False), digest

@@ -1,6 +1,8 @@
 """scores.py and inception.py: equal to torch-fidelity's, and to their definitions."""
 import numpy as np
 import pytest
+import pytorch_fid.fid_score
+import pytorch_fid.inception
 import torch
 import torch_fidelity
 from conftest import call, refuses
@@ -12,6 +14,7 @@ from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d
 import disk
 import evaluate
 from metrics import inception, scores
+from metrics.features import Extractor
 
 
 # --------------------------------------------------------------------------------------------------
@@ -191,6 +194,53 @@ def test_resize_features_and_logits_equal_torch_fidelitys(weights, size):
         assert (a - b).abs().max() < 1e-4 * b.abs().max() and b.std() > 0.01
     alone = net(images[:1])[0]              # the batch size does not matter
     assert (alone - got[0][:1]).abs().max() < 1e-5 * got[0].abs().max()
+
+
+@pytest.mark.parametrize("size", [(8, 8), (32, 32), (600, 320)])
+def test_features_with_pytorch_fids_resize_equal_pytorch_fids(weights, size, monkeypatch, cpu):
+    monkeypatch.setattr(pytorch_fid.inception, "load_state_dict_from_url",
+                        lambda *_, **__: torch.load(weights, weights_only=True))
+    images = random_images(2, *size)
+    extractor = Extractor("inception:pytorch-fid", cpu, 64, weights, True)
+    assert extractor.inception and extractor.name == "inception-2015-12-05:pytorch-fid"
+    got, _ = extractor.batch(images)
+    with torch.no_grad():
+        theirs = pytorch_fid.inception.InceptionV3([3]).eval()(
+            torch.from_numpy(images).permute(0, 3, 1, 2) / 255)[0].squeeze().numpy()
+    assert np.abs(got - theirs).max() < 1e-4 * np.abs(theirs).max() and theirs.std() > 0.01
+    usual = Extractor("inception", cpu, 64, weights, True)
+    assert usual.name == "inception-2015-12-05"
+    assert np.abs(usual.batch(images)[0] - theirs).max() > 1e-3 * np.abs(theirs).max()
+
+
+def test_fid_in_these_features_equals_pytorch_fids(weights, monkeypatch, tmp_path):
+    """Of evaluate.py, from 8-bit files; and features kept by --save-stats go with their resize."""
+    monkeypatch.setattr(pytorch_fid.inception, "load_state_dict_from_url",
+                        lambda *_, **__: torch.load(weights, weights_only=True))
+    sides = {name: random_images(30, 16, 16, seed) for seed, name in enumerate(("a", "b"))}
+    sides["b"] = sides["b"] // 2
+    activations = []
+    model = pytorch_fid.inception.InceptionV3([3])
+    for name, images in sides.items():
+        for i, image in enumerate(images):
+            (tmp_path / name).mkdir(exist_ok=True)
+            Image.fromarray(image).save(tmp_path / name / f"{i:02d}.png")
+        files = sorted((tmp_path / name).iterdir())
+        activations.append(pytorch_fid.fid_score.get_activations(files, model, 30, num_workers=0))
+    statistics = [(x.mean(0), np.cov(x, rowvar=False)) for x in activations]
+    (mu_1, sigma_1), (mu_2, sigma_2) = statistics
+    roots = np.linalg.eigvals(sigma_1 @ sigma_2).real.clip(0) ** 0.5
+    expected = ((mu_1 - mu_2) ** 2).sum() + np.trace(sigma_1 + sigma_2) - 2 * roots.sum()
+    own = ["--inception-weights", weights, "--trust-weights", "--device", "cpu"]
+    call(evaluate.main, "--samples", tmp_path / "a", "--reference", tmp_path / "b", *own,
+         "--features", "inception:pytorch-fid", "--out-json", tmp_path / "a.json",
+         "--save-stats", tmp_path / "b.npz")
+    assert disk.read_json(tmp_path / "a.json")["fid"] == pytest.approx(expected, rel=1e-4)
+    call(evaluate.main, "--samples", tmp_path / "a", "--reference", tmp_path / "b.npz", *own,
+         "--out-json", tmp_path / "again.json")
+    again = disk.read_json(tmp_path / "again.json")
+    assert again["fid"] == pytest.approx(expected, rel=1e-4)
+    assert again["settings"]["features"] == "inception-2015-12-05:pytorch-fid"
 
 
 class Pictures(torch.utils.data.Dataset):
