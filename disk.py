@@ -12,7 +12,8 @@ import os
 import shutil
 import subprocess
 import sys
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -54,7 +55,9 @@ def writing(path, flag="--out"):
         yield
     except (OSError, RuntimeError) as e:
         # torch.save raises a RuntimeError while it handles the disk's own error
-        why = e.__context__ if isinstance(e.__context__, OSError) else e
+        why = e if isinstance(e, OSError) else e.__context__
+        if not isinstance(why, OSError):
+            raise
         raise UserError(f"{flag}: cannot write {path} ({why}); free some space or choose another "
                         f"folder with {flag}") from e
 
@@ -96,37 +99,38 @@ def in_figure(text):
     return f" {text}" if text.startswith("_") else text
 
 
-def save_figure(fig, path, suffixes=("png",), dpi=120):
+def save_figure(fig, path, suffixes=("png",)):
     """Write a matplotlib figure beside `path` once per suffix, atomically, and close it."""
     for suffix in suffixes:
-        def write(temporary, suffix=suffix):
-            fig.savefig(temporary, dpi=dpi, format=suffix)
-        write_atomic(Path(path).with_suffix("." + suffix), write)
+        write_atomic(Path(path).with_suffix("." + suffix),
+                     partial(fig.savefig, dpi=120, format=suffix))
     pyplot().close(fig)
 
 
 def write_folder(folder, write, kind, flag="--out", **record):
     """Make a whole folder: write(path) fills an empty one beside it, which is then renamed.
 
-    Its export.json says the kind, the names of its files and `record`. Raises UserError as
-    refuse_other_folder.
+    Its export.json says the kind, the names of its files and `record`. Whatever fails, the folder
+    that it replaces remains. Raises UserError as refuse_other_folder.
     """
     folder = Path(os.path.abspath(folder))
     refuse_other_folder(folder, kind, flag)
     new, old = (folder.with_name(f".{folder.name}.{word}") for word in ("new", "old"))
     with writing(folder, flag):
-        for left in (new, old):                     # by a process that was killed
-            shutil.rmtree(left, ignore_errors=True)
+        shutil.rmtree(new, ignore_errors=True)      # of a process that was killed
         new.mkdir(parents=True)
         try:
             write(new)
             write_json(new / "export.json", {"format": FORMAT, "kind": kind, **record,
                                              "files": files_in(new)}, flag)
             if folder.exists():
+                shutil.rmtree(old, ignore_errors=True)
                 os.replace(folder, old)
             os.replace(new, folder)
             shutil.rmtree(old, ignore_errors=True)
         finally:
+            if old.exists() and not folder.exists():
+                os.replace(old, folder)
             shutil.rmtree(new, ignore_errors=True)
 
 
@@ -156,30 +160,22 @@ def lock(folder, flag="--out", rt=None, name=".lock", wait=False):
     Where another process has it: UserError, or with `wait` a line and patience. rt: the Runtime of
     several processes that write together; rank 0 takes the lock, and all leave where it cannot.
     """
-    held = []
-
     def take():
         with writing(folder, flag):
             Path(folder).mkdir(parents=True, exist_ok=True)
-            held.append(open(Path(folder) / name, "a"))
+            file = held.enter_context(open(Path(folder) / name, "a"))
         try:
             if fcntl:
-                fcntl.flock(held[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as e:
             if not wait:
                 raise UserError(f"{flag} {folder}: another process is writing there; wait for it, "
                                 "or choose another folder") from e
             print(f"waiting for another process that writes to {folder}", file=sys.stderr)
-            fcntl.flock(held[0], fcntl.LOCK_EX)
-    try:
-        if rt:
-            rt.on_rank_0(take)
-        else:
-            take()
+            fcntl.flock(file, fcntl.LOCK_EX)
+    with ExitStack() as held:
+        rt.on_rank_0(take) if rt else take()
         yield
-    finally:
-        for file in held:
-            file.close()
 
 
 def check_writable(path, flag="--out"):
@@ -245,15 +241,11 @@ def sha256(path):
 def fingerprint(paths, root):
     """A hash of the names, sizes and times of change of files: the identity of a folder's content.
 
-    Both times: a program can set the first one back, not the second. Raises UserError for a file
-    that is not there.
+    Both times: a program can set the first one back, not the second.
     """
     digest = hashlib.sha256()
     for path in paths:
-        try:
-            stat = os.stat(path)
-        except OSError as e:
-            raise UserError(f"{path} cannot be read ({e.strerror}); fix or remove it") from e
+        stat = os.stat(path)
         name = os.path.relpath(path, root)
         digest.update(os.fsencode(f"{name} {stat.st_size} {stat.st_mtime_ns} "
                                   f"{stat.st_ctime_ns}\n"))
@@ -288,11 +280,8 @@ def load(path, kinds, flag="--ckpt"):
     kinds: what may stand under "kind" in the file, such as ["diffusion", "consistency"]. Raises
     UserError with `flag`.
     """
-    if Path(path).is_dir():
-        fix = "remove it" if flag == "--out" else "name the ckpt.pt in it"
-        raise UserError(f"{flag}: {path} is a folder; {fix}")
-    if not Path(path).exists():
-        raise UserError(f"{flag} {path}: there is no such file")
+    if not Path(path).is_file():
+        raise UserError(f"{flag} {path}: there is no such file; name the ckpt.pt of a run")
     try:
         value = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:      # of many kinds: torch passes on what it meets in the file

@@ -344,7 +344,7 @@ def figure(points, path):
         ax.axis("off")
     axes.flat[-1].legend(entries.values(), entries.keys(), loc="center", frameon=False)
     fig.supylabel("share of matrices that class 1 dominates")
-    disk.save_figure(fig, path, suffixes=("png", "pdf"), dpi=110)
+    disk.save_figure(fig, path, suffixes=("png", "pdf"))
 
 
 def print_summary(points, seconds):

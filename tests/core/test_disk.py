@@ -60,12 +60,27 @@ def test_a_full_disk_leaves_the_old_checkpoint(capsys, data_dir, tmp_path, monke
         f.write(b"half of it")
         raise OSError(errno.ENOSPC, "No space left on device")
     monkeypatch.setattr(torch, "save", full_disk)
-    with pytest.raises(UserError, match="--out.*No space left"):
+    with pytest.raises(UserError, match="--out"):
         disk.save(run / "ckpt.pt", {"kind": "diffusion", "step": 2})
     assert (run / "ckpt.pt").read_bytes() == before and len(list(run.iterdir())) == 1
     (tmp_path / "file").write_text("in the way")
     refuses(capsys, train.main, *TINY_FLAGS, "--data-dir", data_dir, "--steps", 2,
             "--out", tmp_path / "file/run", says=["--out"])
+
+
+def test_what_is_no_failure_of_the_disk_keeps_its_name(tmp_path):
+    def out_of_memory(path):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    with pytest.raises(torch.OutOfMemoryError):
+        disk.write_atomic(tmp_path / "x", out_of_memory)
+
+    def of_the_disk(path):
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        finally:
+            raise RuntimeError("unexpected pos 64 vs 0")
+    with pytest.raises(UserError, match="--out"):
+        disk.write_atomic(tmp_path / "x", of_the_disk)
 
 
 def test_a_checkpoint_is_plain_types(tmp_path):
@@ -103,7 +118,7 @@ def test_one_process_writes_to_a_folder(tmp_path):
         pass
 
 
-def test_a_folder_is_replaced_where_it_is_an_earlier_one(tmp_path):
+def test_a_folder_is_replaced_where_it_is_an_earlier_one(tmp_path, monkeypatch):
     folder = tmp_path / "export"
 
     def write(text):
@@ -120,6 +135,13 @@ def test_a_folder_is_replaced_where_it_is_an_earlier_one(tmp_path):
     # Half of it is not written; what another program or the user put there is not replaced
     with pytest.raises(ZeroDivisionError):
         disk.write_folder(folder, lambda path: 1 / 0, "lora", "--lora")
+    def fails_for_the_new_one(source, target, replace=os.replace):
+        if Path(source).name == ".export.new":
+            raise OSError(errno.EIO, "Input/output error")
+        replace(source, target)
+    with monkeypatch.context() as m, pytest.raises(UserError, match="--lora"):
+        m.setattr(os, "replace", fails_for_the_new_one)
+        write("three")
     with pytest.raises(UserError, match="--pipeline"):
         disk.write_folder(folder, lambda path: None, "pipeline", "--pipeline")
     (folder / "mine.txt").write_text("notes")
