@@ -9,9 +9,9 @@
     python -m latent.stable_diffusion export --ckpt out/NAME/ckpt.pt --lora FOLDER   # for diffusers
     python -m latent.stable_diffusion export --ckpt out/NAME/ckpt.pt --pipeline FOLDER # merged
 
-As in Sec. 4.1: W = W_0 + B_1 A_1 + B A on the attention projections. W_0 is the frozen model.
-B_1 A_1 is a LoRA of rank 128, which belongs to theta^g. BA is the reserved part, theta^e, of rank
-8, in the up-sampling half. An image's text is "a {class} painting", Null is the empty text.
+As in Sec. 3.3 and 4.2: W = W_0 + B_1 A_1 + B A on the attention projections. W_0 is the frozen
+model. B_1 A_1 is a LoRA of rank 128, which belongs to theta^g. BA is the reserved part, theta^e, of
+rank 8, in the up-sampling half. An image's text is "a {class} painting", Null is the empty text.
 
 The paper leaves open which layers carry the LoRA (here those that LoRA is usually put on), what has
 a "dropout rate of 0.1" (here the text) and whether weights are averaged (here as in train.py).
@@ -51,8 +51,8 @@ from loop import (Training, add_step_flags, add_write_flags, config_of, is_finis
 from losses import CMConfig, Objective, add_cm_flags, bind
 from runtime import Parser, UserError, integer, number, refuse_unused, run
 from sample import (Sampling, add_image_flags, add_output_flags, add_sampling_flags,
-                    add_weights_flags, chosen_classes, describe, dtype_of, generate,
-                    labels_in_turn, make_samples, sampling_of)
+                    add_weights_flags, asked_for, describe, dtype_of, generate, labels_in_turn,
+                    make_samples, sampling_of)
 from sets.readers import READERS
 from train import IR, preset_words
 
@@ -477,8 +477,7 @@ def main_sample(argv):
     """Generate the images that the flags ask for: sample.py's main, through the autoencoder."""
     args = make_sample_parser().parse_args(argv)
     ckpt = disk.load(args.ckpt, ["latent"])
-    sampling = sampling_of(args, "latent")
-    classes = chosen_classes(args, ckpt["data"])
+    classes, sampling = asked_for(args, ckpt, sampling_of(args, "latent"))
     labels = labels_in_turn(classes, args.num)
     refuse_general(args, ckpt)
     rt = runtime.setup(args.device, dtype_of(args, ckpt))

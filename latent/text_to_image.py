@@ -25,6 +25,7 @@ command.
 """
 import hashlib
 import json
+import math
 from argparse import BooleanOptionalAction, Namespace
 from functools import partial
 from pathlib import Path
@@ -286,6 +287,8 @@ def make_train_parser():
     g = parser.add_argument_group("optimisation")
     g.add_argument("--steps", type=integer(1), default=100_000,
                    help="training steps; may be raised to train longer (default: 100,000)")
+    g.add_argument("--epochs", type=integer(1),
+                   help="passes over the training images, in place of --steps; may be raised")
     add_step_flags(g, lr=4.5e-4, warmup=5000, ema=0.9996)
     g.add_argument("--weight-decay", type=number(0), default=0.045,
                    help="AdamW's (default: 0.045)")
@@ -313,6 +316,8 @@ def resolve(args, given):
                           for name in losses.FLAGS if name not in own})
     if not args.cm:
         refuse_unused(given, {name: "means something with --cm only" for name in CM_ONLY})
+    if args.epochs:
+        refuse_unused(given, {"steps": "--epochs says how long"})
     if args.prompt is not None:
         check_form(args.prompt)
     words = [args.base, "cm"] if args.cm else [args.base]
@@ -331,9 +336,12 @@ def main_train(argv):
     """Resume or start; images, captions, latents; network; loop: train.py's main, on latents."""
     parser = make_train_parser()
     args = resolve(parser.parse_args(argv), parser.given)
-    old, rt = resume(args, ["text"], {"autoencoder", "text_encoder"})   # their content is compared
+    # The content of both parts is compared below
+    old, rt = resume(args, ["text"], {"autoencoder", "text_encoder", "epochs"})
     autoencoder = load_autoencoder(args.autoencoder, rt.device)
     images = load_images(args, rt, old)
+    if args.epochs:
+        args.steps = math.ceil(args.epochs * len(images.labels) / args.batch_size)
     with rt.rank_0_first():
         table = Table(captions_of(images, args, "train"), images.labels)
     if old and old["captions_sha256"] != hash_of(table.texts):

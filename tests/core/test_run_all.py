@@ -122,6 +122,13 @@ def test_variables_reach_what_a_target_trains(tmp_path, target, script, own):
     assert any("--w-div 0.2" in line for line in lines)
 
 
+def test_epochs_of_the_table_of_texts(tmp_path, monkeypatch):
+    calls = recorded("tableG11", {"DATASET": "cub200", "EPOCHS": "400"}, tmp_path)
+    lines = trained(calls, "latent.text_to_image")
+    assert len(lines) == 6 and all("--epochs 400" in line for line in lines)
+    parse(monkeypatch, *calls[0])
+
+
 @pytest.mark.parametrize("target, env", [
     ("table6", {"STEPS": "7"}), ("table6", {"PRESET": "tiny"}), ("tableG13", {"STEPS": "7"}),
     ("table2", {"EPOCHS": "7"}), ("table2", {"MODEL": "my SD"}), ("tableG11", {"PRESET": "tiny"}),

@@ -197,7 +197,7 @@ def difference(a, b):
     return np.abs(a - b).max()
 
 
-def test_the_defaults_are_those_of_sec_4_1():
+def test_the_defaults_are_those_of_sec_4_2():
     args = vars(sd.resolve(sd.make_train_parser().parse_args([]), ()))
     expected = {"model": "lambdalabs/miniSD-diffusers", "prompt": "a {} painting", "rank": 128,
                 "cm_rank": 8, "lr": 3e-4, "weight_decay": 1e-6, "epochs": 100, "batch_size": 64,
@@ -264,6 +264,8 @@ def test_sample(whole, tmp_path):
     assert full.shape == (6, 16, 16, 3)
     assert np.abs(full - small_batches).max() <= 1
     assert (full != general).any()
+    null = sample(whole / "ckpt.pt", tmp_path / "null", "--classes", "null")
+    assert (full != null).any() and np.load(tmp_path / "null/samples.npz").files == ["arr_0"]
 
 
 # --------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """text_to_image.py: captions, the text-conditioned transformer, training and sampling offline."""
 import json
+import math
 import shutil
 from argparse import Namespace
 
@@ -307,6 +308,20 @@ def test_a_resumed_run_is_the_uninterrupted_one(pictures, autoencoder, tmp_path)
         main(*train_flags(pictures, autoencoder, tmp_path / "parts", 6, *quiet, "--ch", 32))
     with refused("--prompt"):
         main(*train_flags(pictures, autoencoder, tmp_path / "parts", 6, *quiet, "--prompt", "{}"))
+
+
+def test_epochs(pictures, autoencoder, tmp_path):
+    """In place of steps; a run may be trained for more of them."""
+    flags = train_flags(pictures, autoencoder, tmp_path, 1, "--sample-every", 0)
+    at = flags.index("--steps")
+    flags = flags[:at] + flags[at + 2:]
+    for epochs in (1, 2):
+        main(*flags, "--epochs", epochs)
+    ckpt = disk.load(tmp_path / "ckpt.pt", ["text"])
+    images, batch_size = sum(ckpt["data"]["class_counts"]), ckpt["config"]["batch_size"]
+    assert ckpt["step"] == math.ceil(2 * images / batch_size)
+    with refused("--steps"):
+        main(*flags, "--epochs", 1, "--steps", 3)
 
 
 def test_a_resumed_autoencoder_is_the_uninterrupted_one(pictures, autoencoder, tmp_path):
