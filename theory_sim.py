@@ -12,7 +12,6 @@ grad_g / ||E grad_g|| + alpha_r grad_e / ||E grad_e||. Here grad_e is the sum ov
 drawn once and used in both parts, because the samples of class K reach both W^g and W^e.
 """
 import math
-import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -123,31 +122,18 @@ def orthogonal_means(K, tilt=0.0):
     return means
 
 
-def sums(counts, means, sigma, trials, rng, literal=False):
-    """The sum of each class's gradients, (K, trials, DIMENSION).
-
-    Each sum is one Gaussian with N_k times the variance; literal: N_k Gaussians, added up.
-    """
-    result = []
-    for n, mean in zip(counts, means):
-        if literal:
-            total = np.zeros((trials, DIMENSION))
-            for _ in range(int(n)):
-                total += mean + sigma * rng.standard_normal((trials, DIMENSION))
-        else:
-            noise = math.sqrt(n) * sigma * rng.standard_normal((trials, DIMENSION))
-            total = n * mean + noise
-        result.append(total)
-    return np.stack(result)
+def sums(counts, means, sigma, trials, rng):
+    """The sum of each class's gradients, (K, trials, DIMENSION): one Gaussian for each sum."""
+    return np.stack([n * mean + math.sqrt(n) * sigma * rng.standard_normal((trials, DIMENSION))
+                     for n, mean in zip(counts, means)])
 
 
-def simulate(counts, means, sigma, trials, rng, alpha=None, literal=False):
+def simulate(counts, means, sigma, trials, rng, alpha=None):
     """In how many of `trials` the update points to class 1 rather than to class K.
 
     alpha: the strength alpha_r of the low-rank part; None leaves that part out.
     """
-    counts = np.asarray(counts, float)
-    classes = sums(counts, means, sigma, trials, rng, literal)
+    classes = sums(counts, means, sigma, trials, rng)
     update = classes.sum(0)
     if alpha is not None:
         general = update / np.linalg.norm(counts @ means)
@@ -176,7 +162,6 @@ SWEEPS = {      # Theorem 2.1. name: (label, values)
     "ratio": ("sigma / mu", np.geomspace(1.3, 20, 10)),
     "N": ("samples N", np.geomspace(10, 600, 10).round()),
 }
-LOG_TICKS = {"ratio": [2, 5, 10, 20], "N": [10, 30, 100, 300]}
 MINORITY_SIZES = {      # Theorem 3.1. alpha_r: values of N_2, of 100 samples in all
     0.3: [1, 2, 5, 10, 20, 30, 40, 45, 49, 50],
     1.0: [1, 5, 10, 20, 30, 40, 45, 50],
@@ -188,11 +173,9 @@ def cases_2_1():
     """Theorem 2.1: two classes, no low-rank part."""
     for name, (_, values) in SWEEPS.items():
         for x in values:
-            setting = {**BASE, name: math.radians(x) if name == "angle" else x}
-            N = setting["N"]
-            ratio = setting["ratio"]
-            angle = setting["angle"]
-            n_1 = round(setting["a"] * N)       # whole samples, and a is the share that they make
+            a, N, ratio, angle = {
+                **BASE, name: math.radians(x) if name == "angle" else x}.values()
+            n_1 = round(a * N)                  # whole samples, and a is the share that they make
             theory = theorem_2_1(n_1 / N, N, ratio, angle)
             counts = np.array([n_1, N - n_1])
             yield Case(f"Theorem 2.1: {name}", x, counts, two_means(angle), ratio,
@@ -243,27 +226,22 @@ def cases_f2():
             yield case_with_bound(sweep, alpha, LONG_TAIL, means, alpha)
 
 
-def point(case, trials, rng):
-    """Simulate one case: the share of `trials` with its exact 95 % binomial interval, as a dict."""
-    hits = simulate(case.counts, case.means, case.sigma, trials, rng, case.alpha)
-    interval = binomtest(hits, trials).proportion_ci(0.95, "exact")
-    return {
-        "sweep": case.sweep,
-        "x": float(case.x),
-        "simulated": hits / trials,
-        "low": float(interval.low),
-        "high": float(interval.high),
-        "hits": hits,
-        "trials": trials,
-        **{name: float(value) for name, value in case.closed_forms.items()},
-    }
-
-
 def results(trials, seed):
-    """All points of all sweeps: a list of dicts of `point`. Each has its own random numbers."""
-    cases = [*cases_2_1(), *cases_3_1(), *cases_f1(), *cases_f2()]
-    return [point(case, trials, np.random.default_rng([seed, index]))
-            for index, case in enumerate(cases)]
+    """All points of all sweeps: a list of dicts. Each point has its own random numbers.
+
+    "simulated" is a share of `trials`, and "low" to "high" its exact 95 % binomial interval.
+    """
+    points = []
+    for case in (*cases_2_1(), *cases_3_1(), *cases_f1(), *cases_f2()):
+        rng = np.random.default_rng([seed, len(points)])
+        hits = simulate(case.counts, case.means, case.sigma, trials, rng, case.alpha)
+        interval = binomtest(hits, trials).proportion_ci(0.95, "exact")
+        points.append({
+            "sweep": case.sweep, "x": float(case.x), "simulated": hits / trials,
+            "low": float(interval.low), "high": float(interval.high), "hits": hits,
+            "trials": trials,
+            **{name: float(value) for name, value in case.closed_forms.items()}})
+    return points
 
 
 def violations(points, bound="bound"):
@@ -286,40 +264,29 @@ def table(points):
     ]
     for p in points:
         other = p.get("bound", p.get("simplified"))
-        other = "" if other is None else f"{other:.4f}"
-        tighter = f"{p['tighter']:.4f}" if "tighter" in p else ""
-        interval = f"{p['low']:.4f} to {p['high']:.4f}"
-        lines.append(f"| {p['sweep']} | {p['x']:.4g} | {p['theory']:.4f} | {other} | "
-                     f"{tighter} | {p['simulated']:.4f} | {interval} |")
+        other, tighter = ("" if value is None else f"{value:.4f}"
+                          for value in (other, p.get("tighter")))
+        lines.append(f"| {p['sweep']} | {p['x']:.4g} | {p['theory']:.4f} | {other} | {tighter} | "
+                     f"{p['simulated']:.4f} | {p['low']:.4f} to {p['high']:.4f} |")
     return "\n".join(lines)
 
 
 def plot_sweep(ax, sweep, points):
     """One panel: closed form and bound as lines, the simulation as points with intervals."""
-    from matplotlib.ticker import NullFormatter, ScalarFormatter
-
-    def column(key):
-        return np.array([p[key] for p in points])
-
-    x, y = column("x"), column("simulated")
-    ax.plot(x, column("theory"), color="tab:blue", label="closed form")
-    if "bound" in points[0]:
-        ax.plot(x, column("bound"), color="tab:red", linestyle="--", label="bound, as printed")
-        ax.plot(x, column("tighter"), color="tab:red", linestyle=":", label="line before, (F.14)")
-    if "simplified" in points[0]:
-        ax.plot(x, column("simplified"), color="tab:orange", linestyle="--",
-                label="simplified, (F.16)")
-    interval = [y - column("low"), column("high") - y]
-    ax.errorbar(x, y, interval, fmt="k.", capsize=2, label="simulation")
+    x, y, low, high = (np.array([p[key] for p in points])
+                       for key in ("x", "simulated", "low", "high"))
+    for key, style, label in (("theory", "-", "closed form"),
+                              ("bound", "--", "bound, as printed"),
+                              ("tighter", ":", "line before, (F.14)"),
+                              ("simplified", "--", "simplified, (F.16)")):
+        if key in points[0]:
+            ax.plot(x, [p[key] for p in points], style, label=label)
+    ax.errorbar(x, y, [y - low, high - y], fmt="k.", capsize=2, label="simulation")
     theorem, _, name = sweep.partition(": ")
-    xlabel = SWEEPS[name][0] if name in SWEEPS else name.replace(", ", ",\n")
-    ax.set(title=theorem, xlabel=xlabel, ylim=(-0.03, 1.03))
-    if name in LOG_TICKS:
-        ax.set_xscale("log")
-        ax.set_xticks(LOG_TICKS[name])
-        ax.xaxis.set_minor_formatter(NullFormatter())
-        ax.xaxis.set_major_formatter(ScalarFormatter())
-    ax.spines[["top", "right"]].set_visible(False)
+    label = SWEEPS[name][0] if name in SWEEPS else name.replace(", ", ",\n")
+    ax.set(title=theorem, xlabel=label, ylim=(-0.03, 1.03),
+           xscale="log" if name in ("ratio", "N") else "linear")
+    ax.legend(fontsize=7)
 
 
 FIGURES = {     # name: the theorems in it, those without and those with a low-rank part
@@ -329,35 +296,13 @@ FIGURES = {     # name: the theorems in it, those without and those with a low-r
 
 
 def figure(points, path):
-    """Plot the sweeps of these points, one panel each and a legend; written as PNG and PDF."""
-    plt = disk.pyplot()
-    sweeps = list(dict.fromkeys(p["sweep"] for p in points))
-    columns = 3
-    rows = len(sweeps) // columns + 1           # at least one cell is left for the legend
-    fig, axes = plt.subplots(rows, columns, figsize=(3 * columns, 2.7 * rows),
-                             constrained_layout=True)
-    for ax, sweep in zip(axes.flat, sweeps):
+    """Plot the five sweeps of these points, one panel each; written as PNG and PDF."""
+    fig, axes = disk.pyplot().subplots(2, 3, figsize=(9, 5.4), constrained_layout=True)
+    for ax, sweep in zip(axes.flat, dict.fromkeys(p["sweep"] for p in points)):
         plot_sweep(ax, sweep, [p for p in points if p["sweep"] == sweep])
-    entries = {label: handle for ax in axes.flat for handle, label in
-               zip(*ax.get_legend_handles_labels())}
-    for ax in axes.flat[len(sweeps):]:
-        ax.axis("off")
-    axes.flat[-1].legend(entries.values(), entries.keys(), loc="center", frameon=False)
+    axes.flat[-1].remove()
     fig.supylabel("share of matrices that class 1 dominates")
     disk.save_figure(fig, path, suffixes=("png", "pdf"))
-
-
-def print_summary(points, seconds):
-    """Print the largest gap between closed form and simulation, and each point above its bound."""
-    gap = max(abs(p["simulated"] - p["theory"]) for p in points)
-    print(f"\n{len(points)} points, largest gap between closed form and simulation {gap:.4f}; "
-          f"{seconds:.0f} s")
-    above = violations(points)
-    bounded = sum("bound" in p for p in points)
-    print(f"points above the printed bound: {len(above)} of {bounded}; above the line before it in "
-          f"(F.14): {len(violations(points, 'tighter'))}")
-    for p in above:
-        print(f"  {p['sweep']}, {p['x']:.2g}: {p['simulated']:.3f} > {p['bound']:.3f}")
 
 
 def main():
@@ -370,7 +315,6 @@ def main():
     parser.add_argument("--out", default="out/theory",
                         help="folder of the results (default: out/theory)")
     args = parser.parse_args()
-    start = time.time()
     out = Path(args.out)
     disk.check_writable(out / "theory.json")
     points = results(args.trials, args.seed)
@@ -380,10 +324,11 @@ def main():
     disk.write_text(out / "table.md", text + "\n")
     settings = {"trials": args.trials, "seed": args.seed}
     disk.write_json(out / "theory.json", {"settings": settings, "points": points})
-    print(text)
-    print_summary(points, time.time() - start)
-    pictures = ", ".join(f"{name}.png, {name}.pdf" for name in FIGURES)
-    print(f"wrote {out}: table.md, theory.json, {pictures}")
+    gap = max(abs(p["simulated"] - p["theory"]) for p in points)
+    print(f"{text}\n\n{len(points)} points, largest gap between closed form and simulation "
+          f"{gap:.4f}; of {sum('bound' in p for p in points)} points above the printed bound: "
+          f"{len(violations(points))}, above the line before it in (F.14): "
+          f"{len(violations(points, 'tighter'))}; wrote {out}")
 
 
 if __name__ == "__main__":
