@@ -184,16 +184,10 @@ def changes(raw, pruned, labels, class_names, counts):
 # --------------------------------------------------------------------------------------------------
 # Figures
 
-def per_cent(fraction):
-    """A share in per cent, with all its digits: 12.5% for 0.125."""
-    return f"{100 * fraction:g}%"
-
-
-def correlation(spearman, digits):
-    """Spearman's rho and p in words, such as +0.50 (p = 0.04), or "undefined"; digits: of p."""
-    if spearman["rho"] is None:
-        return "undefined"
-    return f"{spearman['rho']:+.2f} (p = {spearman['p']:.{digits}g})"
+def correlation(spearman):
+    """Spearman's rho and p in words, such as "+0.50 (p = 0.04)", or "undefined"."""
+    rho, p = spearman["rho"], spearman["p"]
+    return "undefined" if rho is None else f"{rho:+.2f} (p = {p:.2g})"
 
 
 def bars_of(result, kind, names):
@@ -212,33 +206,25 @@ def bar_figure(kind, results, fraction, path):
 
     kind: one of BARS. results: {name of the checkpoint: what `changes` returned for `fraction`}.
     """
-    plt = disk.pyplot()
     classes = next(iter(results.values()))["classes"]
     sizes = {name: c["train_images"] for name, c in classes.items()}
     names = sorted(sizes, key=lambda name: -sizes[name])
     n = len(results)
     size = (max(6, 0.09 * len(names) * n + 3), 3.6)
-    fig, ax = plt.subplots(figsize=size, constrained_layout=True)
+    fig, ax = disk.pyplot().subplots(figsize=size, constrained_layout=True)
     for k, (name, result) in enumerate(results.items()):
         x = np.arange(len(names)) + (k - (n - 1) / 2) * 0.8 / n
         heights, errors = bars_of(result, kind, names)
         if kind != "raw":
-            name += f": Spearman {correlation(result['spearman'][kind], 1)}"
-        label = disk.in_figure(name)
-        ax.bar(x, heights, 0.8 / n, yerr=errors, label=label, error_kw={"linewidth": 0.7})
+            name += f": Spearman {correlation(result['spearman'][kind])}"
+        ax.bar(x, heights, 0.8 / n, yerr=errors, label=disk.in_figure(name))
     if kind != "raw":
-        ax.axhline(0, color="black", linewidth=0.7)
+        ax.set_title(f"{100 * fraction:g}% of the weights set to zero; 95 % intervals over images")
     step = max(1, len(names) // 25)                 # no more labels than can be read
     ticks = [disk.in_figure(f"{name} ({sizes[name]})") for name in names]
     ax.set_xticks(np.arange(len(names))[::step], ticks[::step], rotation=90, fontsize=7)
     ax.set(ylabel=BARS[kind], xlabel="class (training images), the most populous first")
-    if kind != "raw":
-        ax.set_title(f"{per_cent(fraction)} of the weights set to zero\n"
-                     "with 95 % intervals over the images", fontsize=10)
-    low, high = ax.get_ylim()
-    ax.set_ylim(low, high + (0.06 + 0.08 * n) * (high - low))   # room for the legend above bars
-    ax.legend(fontsize=8, loc="upper right")
-    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(fontsize=8)
     disk.save_figure(fig, path)
 
 
@@ -247,30 +233,22 @@ def curve_figure(results, path):
 
     One line each for Many, Medium and Few, or for each class where there are too few for groups.
     """
-    plt = disk.pyplot()
-    fig, axes = plt.subplots(1, len(results), figsize=(4.2 * len(results), 3.4),
-                             constrained_layout=True, squeeze=False, sharey=True)
+    fig, axes = disk.pyplot().subplots(1, len(results), figsize=(4.2 * len(results), 3.4),
+                                       constrained_layout=True, squeeze=False, sharey=True)
     for ax, (name, by_fraction) in zip(axes[0], results.items()):
-        fractions = [float(f) for f in by_fraction]
-        first = next(iter(by_fraction.values()))
-        for group in first["groups"]:
-            values = [r["groups"][group]["relative"] for r in by_fraction.values()]
-            ax.plot(fractions, [100 * v for v in values], "o-", label=disk.in_figure(group))
-        if not first["groups"]:
-            for c in first["classes"]:
-                values = [r["classes"][c]["relative"][0] for r in by_fraction.values()]
-                ax.plot(fractions, [100 * v for v in values], "o-", label=disk.in_figure(c))
-        ax.set(title=disk.in_figure(name), xlabel="weights set to zero")
-        ax.set_xticks(fractions, [per_cent(f) for f in fractions])
+        lines = {}
+        for result in by_fraction.values():
+            relative = ({g: v["relative"] for g, v in result["groups"].items()}
+                        or {c: v["relative"][0] for c, v in result["classes"].items()})
+            for label, value in relative.items():
+                lines.setdefault(label, []).append(100 * value)
+        percents = [100 * float(f) for f in by_fraction]
+        for label, values in lines.items():
+            ax.plot(percents, values, "o-", label=disk.in_figure(label))
+        ax.set(title=disk.in_figure(name), xlabel="weights set to zero (%)")
         ax.legend(fontsize=8)
-        ax.spines[["top", "right"]].set_visible(False)
     axes[0, 0].set_ylabel("relative loss change (%), mean over classes")
     disk.save_figure(fig, path)
-
-
-def figures_of(fractions):
-    """The names of the figures of so many fractions: bars, and a curve of several fractions."""
-    return [f"{kind}.png" for kind in (*BARS, *(["curve"] if len(fractions) > 1 else []))]
 
 
 def write_figures(results, fractions, fraction, out):
@@ -278,9 +256,7 @@ def write_figures(results, fractions, fraction, out):
     shown = {name: by_fraction[f"{fraction:g}"] for name, by_fraction in results.items()}
     for kind in BARS:
         bar_figure(kind, shown, fraction, out / f"{kind}.png")
-    if len(fractions) == 1:
-        (out / "curve.png").unlink(missing_ok=True)     # an earlier call's
-    else:
+    if len(fractions) > 1:
         curve_figure(results, out / "curve.png")
 
 
@@ -289,8 +265,8 @@ def print_results(results):
     for name, by_fraction in results.items():
         for fraction, result in by_fraction.items():
             groups = "  ".join(f"{g} {v['relative']:+.2%}" for g, v in result["groups"].items())
-            print(f"{name}, {per_cent(float(fraction))} pruned: relative loss change {groups}  "
-                  f"Spearman with class size {correlation(result['spearman']['relative'], 2)}")
+            print(f"{name}, {100 * float(fraction):g}% pruned: relative loss change {groups}  "
+                  f"Spearman with class size {correlation(result['spearman']['relative'])}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -298,10 +274,8 @@ def print_results(results):
 def fractions_of(text):
     """An argparse type: a list of different fractions in (0, 1) from "0.05,0.1"."""
     fractions = [number(above=0, high=0.999)(word) for word in text.split(",")]
-    shown = [f"{f:g}" for f in fractions]       # as in probe.json
-    for word in shown:
-        if shown.count(word) > 1:
-            raise argparse.ArgumentTypeError(f"{word} is there twice")
+    if len({f"{f:g}" for f in fractions}) < len(fractions):       # as in probe.json
+        raise argparse.ArgumentTypeError("must differ")
     return fractions
 
 
@@ -341,39 +315,13 @@ def make_parser():
     return parser
 
 
-def names_of(args):
-    """One name per checkpoint: --names, else its folder's name, or its path where names repeat."""
-    names = args.names or [Path(path).parent.name for path in args.ckpt]
-    if args.names is None and len(set(names)) < len(names):
-        names = [str(path) for path in args.ckpt]
-    n = len(args.ckpt)
-    if len(names) != n or len(set(names)) != n:
-        raise UserError(f"--names: give {n} different ones, one per checkpoint")
-    return names
-
-
 def refuse_different_data(paths, ckpts):
     """Raise UserError where a checkpoint was trained on other data than the first one."""
-    def essentials(ckpt):
-        keys = ("dataset", "class_counts", "class_names", "resolution")
-        return [ckpt["data"][key] for key in keys] + [ckpt["config"]["tail_seed"]]
-
+    keys = ("dataset", "class_counts", "class_names", "resolution", "sha256")
     for path, ckpt in zip(paths, ckpts):
-        hashes = {c["data"]["sha256"] for c in (ckpt, ckpts[0]) if c["data"].get("sha256")}
-        if essentials(ckpt) != essentials(ckpts[0]) or len(hashes) > 1:
+        if (any(ckpt["data"][key] != ckpts[0]["data"][key] for key in keys)
+                or ckpt["config"]["tail_seed"] != ckpts[0]["config"]["tail_seed"]):
             raise UserError(f"--ckpt {path}: trained on other data than {paths[0]}")
-
-
-def images_of(args, ckpt):
-    """What the loss is measured on: (ImageSet, labels as in the checkpoint, what they are).
-
-    Raises UserError where they are not of the checkpoint's data set.
-    """
-    if args.images == "trained":
-        images = training_images(ckpt, args.data_dir)
-        words = f"{images.name}, training images, as long-tailed as they were"
-        return images, images.labels, words
-    return reference_images(ckpt, args.data_dir, "test" if args.images == "test" else None)
 
 
 def main():
@@ -384,24 +332,30 @@ def main():
     # What is measured, and on which images
     ckpts = [disk.load(path, ["diffusion"]) for path in args.ckpt]
     rt = runtime.setup(args.device, dtype_of(args, ckpts[0]))
-    names = names_of(args)
+    names = args.names or [Path(path).parent.name for path in args.ckpt]
+    if len(set(names)) != len(ckpts) or len(names) != len(ckpts):
+        raise UserError(f"--names: give {len(ckpts)} different ones, one per checkpoint")
     refuse_different_data(args.ckpt, ckpts)
-    images, labels, words = images_of(args, ckpts[0])
+    if args.images == "trained":
+        images = training_images(ckpts[0], args.data_dir)
+        labels = images.labels
+        words = f"{images.name}, training images, as long-tailed as they were"
+    else:
+        split = "test" if args.images == "test" else None
+        images, labels, words = reference_images(ckpts[0], args.data_dir, split)
     class_names = ckpts[0]["data"]["class_names"]
     counts = np.array(ckpts[0]["data"]["class_counts"])
     fractions = args.fractions or [args.fraction]
     out = Path(args.out or Path(args.ckpt[0]).parent / "prune")
     disk.check_writable(out / "probe.json")
     shown = args.fraction if args.fraction in fractions else fractions[0]
-    pictures = figures_of(fractions)
     settings = {"ckpt": [str(path) for path in args.ckpt], "names": names,
                 "ckpt_sha256": [ckpt.sha256 for ckpt in ckpts],
                 "images": words, "images_sha256": images.sha256, "num": len(labels),
                 "repeats": args.repeats, "scope": args.scope, "tensors": args.tensors,
                 "fractions": fractions, "shown": shown, "weights": args.weights,
                 "seed": args.seed, "dtype": rt.dtype_name()}
-    if (args.if_needed and disk.up_to_date(out / "probe.json", settings)
-            and all((out / name).exists() for name in pictures)):
+    if args.if_needed and disk.up_to_date(out / "probe.json", settings):
         print(f"{out}: up to date")
         return
 
@@ -422,7 +376,7 @@ def main():
     disk.write_json(out / "probe.json", {"results": results, "settings": settings,
                                          "pruned_of": numel,
                                          "seconds": round(time.time() - start, 1)})
-    print(f"wrote {out}: {', '.join(['probe.json', *pictures])}")
+    print(f"wrote {out}")
 
 
 if __name__ == "__main__":

@@ -140,11 +140,9 @@ def compare(one, last, aggregate, n_1, n_K, s2, repeats):
     s2 / n of each mean, is subtracted from mu^2 (the mean of the two squared norms) and from
     ||m_1 - m_K||^2 = 2 mu^2 (1 - cosine).
     """
-    m_1 = one.flatten().double() / n_1
-    m_K = last.flatten().double() / n_K
+    m_1, m_K = one.flatten().double() / n_1, last.flatten().double() / n_K
     g = aggregate.flatten().double()
-    norm_1 = float(m_1.norm())
-    norm_K = float(m_K.norm())
+    norm_1, norm_K = float(m_1.norm()), float(m_K.norm())
     if norm_1 == 0 or norm_K == 0:
         return None
     points = float(g @ m_1) / norm_1 > float(g @ m_K) / norm_K
@@ -165,10 +163,9 @@ def compare_kinds(names, one, last, aggregate, sigma2, repeats):
     names: of the M matrices. one, last: (M tensors, n), as `together` returns them. sigma2 (M,).
     """
     found = {kind: [] for kind in KINDS}
-    sums_1, n_1 = one
-    sums_K, n_K = last
-    for k, name in enumerate(names):
-        compared = compare(sums_1[k], sums_K[k], aggregate[k], n_1, n_K, float(sigma2[k]), repeats)
+    (sums_1, n_1), (sums_K, n_K) = one, last
+    for name, m_1, m_K, g, s2 in zip(names, sums_1, sums_K, aggregate, sigma2.tolist()):
+        compared = compare(m_1, m_K, g, n_1, n_K, s2, repeats)
         if compared is not None:
             found[kind_of(name)].append(compared)
     result = {}
@@ -185,9 +182,7 @@ def members_of(counts):
 
     Class 1 and class K, and where there are Many, Medium and Few, what remains of them.
     """
-    order = np.argsort(-counts, kind="stable")
-    first = order[0]
-    last = order[-1]
+    first, *_, last = np.argsort(-counts, kind="stable")
     members = {"class 1": [first], "class K": [last]}
     if groups := class_groups(counts):
         members["rest of Many"] = [c for c in groups["Many"] if c != first]
@@ -229,9 +224,9 @@ def print_dominance(result):
     """One line per pair of groups and kind of matrix."""
     for words, kinds in result["pairs"].items():
         for kind, r in kinds.items():
-            print(f"{words}: {kind:<3} the aggregated gradient points to the larger in "
-                  f"{r['share']:.1%} of {r['matrices']} matrices; Theorem 2.1 gives "
-                  f"{r['theorem_2_1']:.1%}; mean cosine of the two means {r['cosine']:+.2f}")
+            print(f"{words}: {kind:<3} {r['share']:.1%} of {r['matrices']} aggregated gradients "
+                  f"point to the larger; Theorem 2.1 gives {r['theorem_2_1']:.1%}; mean cosine of "
+                  f"the two means {r['cosine']:+.2f}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -298,14 +293,12 @@ def allocation(args, rt, ckpt, net):
     # First, since it refuses weights that are not finite, which have no singular values
     D = distances(net, images.images, labels, GRID, rt, args.seed, args.batch_size)
     layers = layers_of(net)
-    groups = class_groups(data["class_counts"])
-    if not groups:
-        groups = {name: [c] for c, name in enumerate(data["class_names"])}
+    groups = (class_groups(data["class_counts"])
+              or {name: [c] for c, name in enumerate(data["class_names"])})
     per_group = {name: D[np.isin(labels, classes)].mean(0).tolist()
                  for name, classes in groups.items()}
-    return {"layers": layers, "timesteps": GRID, "distance": per_group,
-            "images": words, "images_sha256": images.sha256,
-            "num": len(labels)}
+    return {"layers": layers, "timesteps": GRID, "distance": per_group, "images": words,
+            "images_sha256": images.sha256, "num": len(labels)}
 
 
 def read_quality(paths, ckpt):
@@ -323,17 +316,15 @@ def read_quality(paths, ckpt):
     except (TypeError, KeyError) as e:
         raise UserError("--quality: give evaluate.py's JSON of --branch full, then of --branch "
                         "general, of the same features") from e
-    for path, of, branch in zip(paths, settings, ("full", "general")):
-        if of.get("branch") != branch:
-            raise UserError(f"--quality {path}: not of --branch {branch}; give full first, then "
-                            "general")
-        if of.get("ckpt_sha256", ckpt.sha256) != ckpt.sha256:
-            raise UserError(f"--quality {path}: measured on another checkpoint than --ckpt; run "
-                            "evaluate.py on this one")
+    if [of.get("branch") for of in settings] != ["full", "general"]:
+        raise UserError("--quality: give the JSON of --branch full first, then of --branch general")
+    if any(of.get("ckpt_sha256", ckpt.sha256) != ckpt.sha256 for of in settings):
+        raise UserError("--quality: measured on another checkpoint than --ckpt; run evaluate.py on "
+                        "this one")
     own = {"branch", "ckpt", "ckpt_sha256", "samples", "samples_sha256", "command"}
-    for name in {**settings[0], **settings[1]}:
+    for name in {**settings[0], **settings[1]}.keys() - own:
         a, b = (of.get(name) for of in settings)
-        if a != b and name not in own:
+        if a != b:
             raise UserError(f"--quality {paths[1]}: its {name} is {b}, and {a} in {paths[0]}; the "
                             "two must be measured alike")
     return key, quality
@@ -349,16 +340,13 @@ def print_allocation(result):
           "the reserved one")
     for name, values in result["distance"].items():
         by_timestep = " ".join(f"{v:.1e}" for v in values)
-        print(f"{name:<7} D over {len(values)} timesteps: mean {np.mean(values):.2e}; by timestep "
-              f"{by_timestep}")
+        print(f"{name:<7} D: mean {np.mean(values):.2e}; by timestep {by_timestep}")
 
 
 def print_quality(metric, quality):
     """The ratio of theta_g's distance to theta's, per group."""
-    groups = []
-    for name, v in quality.items():
-        ratio = v["theta_g"] / v["theta"]
-        groups.append(f"{name} {v['theta_g']:.2f} / {v['theta']:.2f} = {ratio:.2f}")
+    groups = [f"{name} {v['theta_g']:.2f} / {v['theta']:.2f} = {v['theta_g'] / v['theta']:.2f}"
+              for name, v in quality.items()]
     print(f"{metric.upper()} of theta_g / of theta: {'  '.join(groups)}")
 
 
@@ -367,25 +355,20 @@ def allocation_figure(result, path, bound=0):
 
     bound: --div-bound of the run, shown as a line; 0 for none.
     """
-    plt = disk.pyplot()
     names = [r["layer"].removeprefix("decoder.") for r in result["layers"]]
     size = (9, max(3.8, 0.17 * len(names) + 1))
-    fig, (left, right) = plt.subplots(1, 2, figsize=size, constrained_layout=True)
+    fig, (left, right) = disk.pyplot().subplots(1, 2, figsize=size, constrained_layout=True)
     left.barh(range(len(names)), [r["ratio"] for r in result["layers"]])
     left.set_yticks(range(len(names)), names, fontsize=7)
     left.invert_yaxis()                 # from the middle of the network down to its output
-    left.axvline(0, color="black", linewidth=2, label="before training: B = 0")
-    left.set(xlabel="||BA|| / ||W||", title="size of the reserved part of each weight")
-    left.legend(fontsize=8, loc="lower right")
+    left.set(xlabel="||BA|| / ||W||, 0 before training", title="size of the reserved parts")
     if bound:
         right.axhline(bound, color="black", linestyle=":", label=f"bound of L_Div, {bound:g}")
     for name, values in result["distance"].items():
         right.plot(result["timesteps"], values, "o-", label=disk.in_figure(name))
-    right.set(xlabel="timestep t", ylabel="D between theta and theta_g", yscale="log",
-              title="what it changes in the prediction\n(before training D = 0)")
+    right.set(xlabel="timestep t", ylabel="D, 0 before training", yscale="log",
+              title="what they change in the prediction")
     right.legend(fontsize=8)
-    for ax in (left, right):
-        ax.spines[["top", "right"]].set_visible(False)
     disk.save_figure(fig, path)
 
 
@@ -423,7 +406,7 @@ def main():
     # What is measured
     ckpt = disk.load(args.ckpt, ["diffusion"])
     quality = read_quality(args.quality, ckpt) if args.quality else None
-    written = str(out / f"{args.what}.json")
+    written = out / f"{args.what}.json"
     disk.check_writable(written)
     rt = runtime.setup(args.device, dtype_of(args, ckpt))
     settings = {"ckpt_sha256": ckpt.sha256, "weights": args.weights, "repeats": args.repeats,
@@ -434,7 +417,7 @@ def main():
         return
     net = load_unmerged(ckpt, args.weights, rt.device).eval()
 
-    # Measure and print
+    # Measure, print and write; the JSON last, since it says that all is there
     if args.what == "dominance":
         result = dominance(args, rt, ckpt, net)
         print_dominance(result)
@@ -444,9 +427,6 @@ def main():
         if quality:
             print_quality(*quality)
             result["quality"] = quality[1]
-
-    # Write; the JSON last, since it says that all is there
-    if args.what == "allocation":
         allocation_figure(result, out / "allocation.png", ckpt["config"].get("div_bound"))
     disk.write_json(written, {**result, "ckpt": args.ckpt, "settings": settings,
                               "class_order": by_size(ckpt["data"]),
