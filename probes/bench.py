@@ -129,28 +129,19 @@ def noise_images():
     return ImageSet("noise", pixels, labels, [str(c) for c in range(100)])
 
 
-def make_network(method, network=NETWORK):
-    """An untrained network for a method, with capacity reserved where it is CM's."""
-    torch.manual_seed(0)
-    return build(network, METHODS[method][1] and 0.1)
-
-
-def make_objective(method, net, images):
-    """The Objective of a method."""
-    base, fraction = METHODS[method]
-    return Objective(net=net, base=bind(base), counts=images.counts, alphas_bar=make_alphas_bar(),
-                     cm=CMConfig(cm_fraction=fraction or 1.0), flip=True)
-
-
 def make_step(method, images, batch_size, rt, compiled, settings):
     """The Step of a method at the paper's network size, on images of CIFAR-100's shapes.
 
     settings: what train.resolve returns.
     """
-    net = make_network(method)
+    base, fraction = METHODS[method]
+    torch.manual_seed(0)
+    net = build(NETWORK, fraction and 0.1)
     net.to(rt.device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(net.parameters(), lr=2e-4, fused=True)
-    objective = make_objective(method, net, images).to(rt.device)
+    objective = Objective(net=net, base=bind(base), counts=images.counts,
+                          alphas_bar=make_alphas_bar(), flip=True,
+                          cm=CMConfig(cm_fraction=fraction or 1.0)).to(rt.device)
     record = {"data": {"class_counts": images.counts, "class_names": images.class_names}}
     settings.batch_size = batch_size
     training = Training(settings, rt, net, objective,
@@ -158,12 +149,11 @@ def make_step(method, images, batch_size, rt, compiled, settings):
     module = objective
     if compiled:
         module, _ = runtime.compile_or_not(objective, lambda m: m(training.batch())[0], rt)
-    call = partial(train_step, training, module)
-
     with FlopCounterMode(display=False) as counter, rt.autocast():
         objective(training.batch())[0].backward()
     optimizer.zero_grad(set_to_none=True)
-    return Step(call, net, counter.get_total_flops(), module is not objective)
+    return Step(partial(train_step, training, module), net, counter.get_total_flops(),
+                module is not objective)
 
 
 def bench_training(batch_size, cells, rounds, runtimes, settings):
@@ -225,10 +215,9 @@ def print_tables(rows, sampling, first_method):
           f"time / {first_method} | speed-up | of matmul peak | GiB (CUDA) |\n"
           "| --- | ---: | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
     for r in rows:
-        compiled = "yes" if r["compiled"] else "no"
-        print(f"| {r['method']} | {r['batch']} | {r['dtype']} | {compiled} | {r['step_ms']:.1f} | "
-              f"{r['images_per_s']:.1f} | {r['run_hours']:.1f} | {r['ratio']:.2f} | "
-              f"{r['faster']:.2f} | {r['peak_share']:.0%} | {gib(r)} |")
+        print(f"| {r['method']} | {r['batch']} | {r['dtype']} | {'yes' if r['compiled'] else 'no'} "
+              f"| {r['step_ms']:.1f} | {r['images_per_s']:.1f} | {r['run_hours']:.1f} | "
+              f"{r['ratio']:.2f} | {r['faster']:.2f} | {r['peak_share']:.0%} | {gib(r)} |")
     print("\n| sampling, DDIM-50 with guidance | batch | dtype | images/s | speed / DDPM's | "
           "GiB (CUDA) |\n"
           "| --- | ---: | --- | ---: | ---: | ---: |")
@@ -256,12 +245,10 @@ def make_parser():
 def main():
     """Measure what the flags ask for, print the tables and write bench.json."""
     args = make_parser().parse_args()
-    if args.dtype in ("tf32", "float16"):
-        raise UserError(f"--dtype {args.dtype}: bench.py compares float32 and bfloat16")
     rt = runtime.setup(args.device, args.dtype)
     on_cuda = rt.device.type == "cuda"
     dtypes = ["float32", "bfloat16"] if args.dtype == "auto" else [args.dtype]
-    runtimes = {name: runtime.Runtime(rt.device, getattr(torch, name)) for name in dtypes}
+    runtimes = {name: runtime.setup(args.device, name) for name in dtypes}
     compiled = [False, True] if runtime.wants_compile(args, rt) else [False]
     cells = [Cell(method, dtype, c)
              for dtype in dtypes for c in compiled for method in args.methods]

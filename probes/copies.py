@@ -59,15 +59,11 @@ def shares(is_copy, labels, groups):
     return result
 
 
-def pixels_of(images):
-    """uint8 (N, H, W, 3) as float64 rows (N, H W 3)."""
-    return torch.from_numpy(images.reshape(len(images), -1)).double()
-
-
-def features_of(extractor, images, title):
-    """Features of uint8 (N, H, W, 3): float64 (N, D)."""
+def points_of(extractor, images, title):
+    """uint8 images (N, H, W, 3) as float64 rows: {"pixels": (N, H W 3), "features": (N, D)}."""
     features, _ = extractor.extract(lambda rows: images[rows], len(images), title)
-    return torch.from_numpy(features).double()
+    return {"pixels": torch.from_numpy(images.reshape(len(images), -1)).double(),
+            "features": torch.from_numpy(features).double()}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -89,8 +85,7 @@ def read_all(args, ckpt):
 
     settings: how sample.py made them. Raises UserError for samples of another training set.
     """
-    found = {}
-    settings = {}
+    found, settings = {}, {}
     for path in args.samples:
         images, labels, record = read_samples(path)
         data = record.get("data", {})
@@ -102,16 +97,12 @@ def read_all(args, ckpt):
     return found, settings
 
 
-def print_shares(rows, groups):
+def print_shares(rows):
     """A table: one line per set of images, the shares in pixels and in features."""
-    width = max(len(name) for name in rows)
     for name, result in rows.items():
-        words = []
-        for space in ("pixels", "features"):
-            numbers = "  ".join(f"{key} {result[space][key]:6.1%}"
-                                for key in ("all", *groups) if key in result[space])
-            words.append(f"{space}: {numbers}")
-        print(f"{name:<{width}}  " + "    ".join(words))
+        words = [f"{space}: " + "  ".join(f"{key} {share:.1%}" for key, share in shares.items())
+                 for space, shares in result.items() if space != "num"]
+        print(f"{name}  " + "    ".join(words))
 
 
 def pairs_picture(images, labels, index, train, data, groups):
@@ -166,23 +157,21 @@ def main():
     # Each image once: two of one have no distance, and nothing is nearer than that
     distinct = {image.tobytes(): row for row, image in enumerate(train.images)}
     real = to_rgb(train.images[list(distinct.values())])
-    in_space = {"pixels": pixels_of(real),
-                "features": features_of(extractor, real, "training images")}
+    of_train = points_of(extractor, real, "training images")
     if unseen:
         sets = {"real, not in the training set": unseen, **sets}
     rows, indices = {}, {}
     for name, (images, labels) in sets.items():
-        points = {"pixels": pixels_of(images), "features": features_of(extractor, images, name)}
         rows[name] = {"num": len(labels)}
-        for space, of_train in in_space.items():
-            is_copy, index = copies(points[space], of_train)
+        for space, points in points_of(extractor, images, name).items():
+            is_copy, index = copies(points, of_train[space])
             rows[name][space] = shares(is_copy, labels, groups)
             indices[name] = index.numpy()
 
     # Print and write
     print(f"share of images that are nearer to a training image than any other training image is "
           f"({len(real):,} distinct training images; features of {extractor.name})")
-    print_shares(rows, groups)
+    print_shares(rows)
     disk.write_json(out / "copies.json", {
         "rows": rows, "ckpt": args.ckpt, "data": data, "features": extractor.name,
         "features_sha256": extractor.sha256,
