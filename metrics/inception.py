@@ -8,6 +8,7 @@ entries), which loads unchanged. The differences from torchvision's Inception-v3
 (that of TensorFlow 1), the 1,008 outputs, average pools that do not count the padding, and the
 maximum pool in the last block.
 """
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -85,19 +86,9 @@ class ConvNorm(nn.Module):
         return F.relu(self.bn(self.conv(x)))
 
 
-def average(x):
-    """3 x 3 average at every position; padding does not count."""
-    return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
-
-
-def maximum(x):
-    """3 x 3 maximum at every position."""
-    return F.max_pool2d(x, 3, stride=1, padding=1)
-
-
-def halve(x):
-    """3 x 3 maximum with stride 2."""
-    return F.max_pool2d(x, 3, stride=2)
+average = partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1, count_include_pad=False)
+maximum = partial(F.max_pool2d, kernel_size=3, stride=1, padding=1)
+halve = partial(F.max_pool2d, kernel_size=3, stride=2)
 
 
 class Mixed(nn.Module):
@@ -117,22 +108,16 @@ class Mixed(nn.Module):
         self.pool = pool
         self.paths = {}         # {path: for each stage the names of its convolutions}
         for path, stages in paths.items():
-            self.paths[path] = self.add_path(path, stages, in_ch)
-
-    def add_path(self, path, stages, ch):
-        """Add the convolutions of a path with `ch` input channels; return their names by stage."""
-        names = []
-        for number, stage in enumerate(stages, 1):
-            name = path if len(stages) == 1 else f"{path}_{number}"
-            if isinstance(stage, list):
-                convolutions = {name + letter: conv for letter, conv in zip("ab", stage)}
-            else:
-                convolutions = {name: stage}
-            for conv_name, (out_ch, *kernel_and_stride) in convolutions.items():
-                self.add_module(conv_name, ConvNorm(ch, out_ch, *kernel_and_stride))
-            ch = sum(out_ch for out_ch, *_ in convolutions.values())
-            names.append(list(convolutions))
-        return names
+            self.paths[path] = []
+            ch = in_ch
+            for number, stage in enumerate(stages, 1):
+                name = path if len(stages) == 1 else f"{path}_{number}"
+                fork = isinstance(stage, list)
+                convolutions = dict(zip((name + "a", name + "b"), stage)) if fork else {name: stage}
+                for conv_name, (out_ch, *kernel_and_stride) in convolutions.items():
+                    self.add_module(conv_name, ConvNorm(ch, out_ch, *kernel_and_stride))
+                ch = sum(out_ch for out_ch, *_ in convolutions.values())
+                self.paths[path].append(list(convolutions))
 
     def forward(self, x):
         results = []
@@ -207,42 +192,28 @@ class Inception(nn.Module):
         self.to_input = to_input
         self.Conv2d_1a_3x3 = ConvNorm(3, 32, 3, stride=2)
         self.Conv2d_2a_3x3 = ConvNorm(32, 32, 3, padded=False)
-        self.Conv2d_2b_3x3 = ConvNorm(32, 64, 3)
+        self.Conv2d_2b_3x3 = ConvNorm(32, 64, 3)                        # (N, 64, 147, 147)
         self.Conv2d_3b_1x1 = ConvNorm(64, 80, 1)
-        self.Conv2d_4a_3x3 = ConvNorm(80, 192, 3, padded=False)
+        self.Conv2d_4a_3x3 = ConvNorm(80, 192, 3, padded=False)         # (N, 192, 71, 71)
         self.Mixed_5b = block_a(192, 32)
         self.Mixed_5c = block_a(256, 64)
-        self.Mixed_5d = block_a(288, 64)
+        self.Mixed_5d = block_a(288, 64)                                # (N, 288, 35, 35)
         self.Mixed_6a = block_b(288)
         self.Mixed_6b = block_c(768, 128)
         self.Mixed_6c = block_c(768, 160)
         self.Mixed_6d = block_c(768, 160)
-        self.Mixed_6e = block_c(768, 192)
+        self.Mixed_6e = block_c(768, 192)                               # (N, 768, 17, 17)
         self.Mixed_7a = block_d(768)
         self.Mixed_7b = block_e(1280, average)
-        self.Mixed_7c = block_e(2048, maximum)
+        self.Mixed_7c = block_e(2048, maximum)                          # (N, 2048, 8, 8)
         self.fc = nn.Linear(2048, 1008)
 
     def forward(self, images):
         """Images (N, 3, H, W) in 0 ... 255 -> features (N, 2048) and logits (N, 1008)."""
-        x = self.to_input(images)                           # (N, 3, 299, 299)
-        x = x.contiguous(memory_format=torch.channels_last)
-        x = self.Conv2d_1a_3x3(x)
-        x = self.Conv2d_2a_3x3(x)
-        x = self.Conv2d_2b_3x3(x)                           # (N, 64, 147, 147)
-        x = self.Conv2d_3b_1x1(halve(x))
-        x = self.Conv2d_4a_3x3(x)                           # (N, 192, 71, 71)
-        x = self.Mixed_5b(halve(x))
-        x = self.Mixed_5c(x)
-        x = self.Mixed_5d(x)                                # (N, 288, 35, 35)
-        x = self.Mixed_6a(x)
-        x = self.Mixed_6b(x)
-        x = self.Mixed_6c(x)
-        x = self.Mixed_6d(x)
-        x = self.Mixed_6e(x)                                # (N, 768, 17, 17)
-        x = self.Mixed_7a(x)
-        x = self.Mixed_7b(x)
-        x = self.Mixed_7c(x)                                # (N, 2048, 8, 8)
+        x = self.to_input(images).contiguous(memory_format=torch.channels_last)
+        *layers, _ = self.named_children()
+        for name, layer in layers:
+            x = layer(halve(x) if name in ("Conv2d_3b_1x1", "Mixed_5b") else x)
         features = x.mean((2, 3))
         return features, features @ self.fc.weight.T
 
