@@ -43,11 +43,12 @@ class LowRank(nn.Module):
                 full rank min(out, in), and A is Kaiming-normal. The shapes for a Linear are the
                 same.
     rank:       r itself, at most the full rank, in place of the ratio.
+    scale:      a factor of BA.
     Raises ValueError where the ratio or the form is out of range.
     """
 
     def __init__(self, weight: Tensor, rank_ratio: float = 0.1, form: str = "flat",
-                 rank: int | None = None):
+                 rank: int | None = None, scale: float = 1.0):
         super().__init__()
         if not 0 < rank_ratio <= 1:
             raise ValueError(f"rank_ratio must be in (0, 1], not {rank_ratio}")
@@ -68,6 +69,7 @@ class LowRank(nn.Module):
             # 0.29 x 100 is 28.999...: the floor of what was meant
             rank = max(1, math.floor(rank_ratio * full + 1e-9))
         self.rank = min(rank, full)
+        self.scale = scale
         self.A = nn.Parameter(weight.new_empty(self.rank * copies, k))
         self.B = nn.Parameter(weight.new_zeros(d, self.rank * copies))
         kaiming = nn.init.kaiming_uniform_ if form == "flat" else nn.init.kaiming_normal_
@@ -84,7 +86,8 @@ class LowRank(nn.Module):
             refuse_unknown_branch(self)
         if self.general_only:
             return W_g
-        return W_g + (self.B @ self.A).view(W_g.shape)
+        BA = self.B @ self.A
+        return W_g + (BA if self.scale == 1 else self.scale * BA).view(W_g.shape)
 
 
 def reserved(module: nn.Module) -> Iterator[tuple[nn.Module, str, LowRank]]:
@@ -112,13 +115,14 @@ def weight_matrices(module: nn.Module) -> list[tuple[str, nn.Module, str]]:
 
 
 def reserve(module: nn.Module, rank_ratio: float = 0.1, form: str = "flat",
-            where: Callable = lambda name, layer: True, rank: int | None = None) -> nn.Module:
+            where: Callable = lambda name, layer: True, rank: int | None = None,
+            scale: float = 1.0) -> nn.Module:
     """Split every weight matrix in `module`, itself included, by Eq. (1), in place; return it.
 
     The function that the module computes does not change (B = 0).
     where(name, layer): picks layers by their dotted name and themselves. A group convolution's
     weight is (out, in / groups, ...) and is split as it is.
-    rank: that of every BA, in place of the ratio.
+    rank: that of every BA, in place of the ratio. scale: a factor of every BA.
     Of a weight that is parametrized already, W^g is the value that it has.
     Warns of layers with matrices of a kind that it does not know. Raises ValueError where nothing
     can be reserved, or it is reserved already, or a weight is computed by a hook, or PEFT has
@@ -139,7 +143,7 @@ def reserve(module: nn.Module, rank_ratio: float = 0.1, form: str = "flat",
         warnings.warn(f"not reserved, of an unknown kind: {', '.join(unknown)}", stacklevel=2)
     orders = {layer: list(layer._parameters) for _, layer, _ in chosen}
     for _, layer, p in chosen:
-        part = LowRank(getattr(layer, p), rank_ratio, form, rank)
+        part = LowRank(getattr(layer, p), rank_ratio, form, rank, scale)
         part.order = orders[layer]
         parametrize.register_parametrization(layer, p, part)
     return module

@@ -37,8 +37,8 @@ RESUMABLE = {               # settings that may change when a run goes on
     "steps", "save_every", "keep_every", "sample_every", "log_every", "compile", "data_dir",
     "pack_dir", "accumulate", "eval_every", "eval_num", "features"}
 EARLIER = {                 # what runs did before these were settings
-    "recipe": "ours", "reserve": "all", "form": "flat", "equal_weights": False, "lr_decay": False,
-    "drop_batch": False, "warmup_from": 1, "ema_ramp": True, "attention_gain": 1e-5}
+    "recipe": "ours", "reserve": "all", "form": "flat", "warmup_from": 1, "ema_ramp": True,
+    "attention_gain": 1e-5, "scale": 1.0, "norms": "shared"}
 
 
 # --------------------------------------------------------------------------------------------------

@@ -21,24 +21,34 @@ import torch
 
 import disk
 import runtime
-from cm_layers import merge
+from cm_layers import FORMS, merge
 from data import (Batches, ImageSet, add_data_flags, by_size, class_groups, class_order_of,
                   load, load_long_tailed, refuse_other_data,
                   to_classes, to_float, unused_data_flags)
 from loop import RESUMABLE, Training, config_of, is_finished, loop, resume
 from losses import CMConfig, add_cm_flags
-from recognition.resnet import (DISTANCES, LOSSES, STAGES, ClassifierLoss, load_classifier,
-                                make_reserved, refuse_narrow)
+from recognition.resnet import (DISTANCES, LOSSES, NORMS, STAGES, ClassifierLoss,
+                                load_classifier, make_reserved, refuse_narrow)
 from runtime import Parser, UserError, integer, number, run
 from sets.readers import NoSuchSplit
 from sets.samples import images_of_npz, open_npz, read_record
 
 CM_ONLY = ("w_con", "w_div", "div_bound", "distance")
+RESERVED = ("reserve", "rank_ratio", "scale", "form", "norms", "lam")   # what --cm needs as well
 PRESETS = {     # the field's recipe, and what is different for the small digits
     "paper": {"epochs": 200, "weight_decay": 2e-4, "schedule": "steps", "nesterov": False,
               "width": 64},
     "digits": {"epochs": 30, "weight_decay": 5e-4, "schedule": "onecycle", "nesterov": True,
                "width": 16},
+}
+RECIPES = {     # defaults by what is followed
+    # The authors' release where the paper is silent about CM; with and without it all else is equal
+    "ours": {"distance": "kl", "rank_ratio": 0.15, "scale": 0.8, "norms": "apart", "form": "flat",
+             "reserve": [*STAGES]},
+    # The release, whose last layer is normalised and reserved, too; its form is not known
+    "release": {"distance": "kl", "rank_ratio": 0.15, "scale": 0.8, "norms": "apart",
+                "form": "kernel", "reserve": [*STAGES, "fc"], "weight_decay": 5e-4,
+                "schedule": "tenths"},
 }
 
 
@@ -50,9 +60,9 @@ def per_class_argument(text):
     return text if text in ("all", "balance") else str(integer(1)(text))
 
 
-def preset_of(dataset):
-    """The defaults that depend on the data set."""
-    return {**PRESETS["paper"], **PRESETS.get(dataset, {})}
+def defaults_of(args):
+    """The defaults that depend on the data set and the recipe."""
+    return {**PRESETS["paper"], **PRESETS.get(args.dataset, {}), **RECIPES[args.recipe]}
 
 
 def make_parser():
@@ -82,20 +92,30 @@ def add_extra_flags(group):
 
 def add_method_flags(group):
     """The loss, and CM."""
+    group.add_argument("--recipe", choices=RECIPES, default="ours",
+                       help="what is followed: with release the optimisation is also the authors' "
+                            "release's (default: ours)")
     group.add_argument("--loss", choices=LOSSES, default="ce",
                        help="cross-entropy, LDAM or logit adjustment (default: ce)")
     group.add_argument("--tau", type=number(0), default=1.0, help="of --loss la (default: 1)")
     group.add_argument("--drw", action="store_true",
                        help="weigh classes by effective number over the last fifth of the training")
     group.add_argument("--cm", action="store_true", help="reserve capacity and add L_CM")
-    group.add_argument("--reserve", nargs="+", choices=STAGES,
-                       help='where; conv1 is the stem (default: all, "the convolutional layers" '
-                            "of Sec. G.11)")
-    group.add_argument("--rank-ratio", type=number(above=0, high=1), default=0.1,
-                       help="r / min(d, k) of Eq. (1) (default: 0.1)")
+    group.add_argument("--reserve", nargs="+", choices=(*STAGES, "fc"),
+                       help="where; conv1 is the stem, fc the last layer, which is then normalised "
+                            '(default: all but fc, "the convolutional layers" of Sec. G.11; '
+                            "release: all)")
+    group.add_argument("--rank-ratio", type=number(above=0, high=1),
+                       help="r / min(d, k) of Eq. (1) (default: 0.15)")
+    group.add_argument("--scale", type=number(above=0), help="factor of BA (default: 0.8)")
+    group.add_argument("--form", choices=FORMS,
+                       help="how a convolution is a matrix, as train.py's (default: flat; release: "
+                            "kernel)")
+    group.add_argument("--norms", choices=NORMS,
+                       help="batch norm of theta and theta^g (default: apart)")
     add_cm_flags(group, div_bound=0.0)
-    group.add_argument("--distance", choices=DISTANCES, default="probs",
-                       help="D between theta and theta^g (default: probs)")
+    group.add_argument("--distance", choices=DISTANCES,
+                       help="D between theta and theta^g (default: kl)")
 
 
 def add_training_flags(group):
@@ -107,8 +127,9 @@ def add_training_flags(group):
     add("--epochs", integer(1), "passes over the training set")
     add("--weight-decay", number(0), "SGD's weight decay")
     add("--width", integer(1, 4096), "channels of the first stage; 64 is ResNet-18")
-    group.add_argument("--schedule", choices=("steps", "onecycle"),
-                       help="of the learning rate (default: steps; digits: onecycle)")
+    group.add_argument("--schedule", choices=("steps", "tenths", "onecycle"),
+                       help="of the learning rate (default: steps; digits: onecycle; release: "
+                            "tenths)")
     group.add_argument("--nesterov", action=BooleanOptionalAction, default=None,
                        help="Nesterov momentum (default: off; digits: on)")
     group.add_argument("--batch-size", type=integer(1), default=128,
@@ -125,20 +146,20 @@ def resolve(args, given=()):
 
     given: Parser.given.
     """
-    for key, value in preset_of(args.dataset).items():
+    for key, value in defaults_of(args).items():
         if getattr(args, key) is None:
             setattr(args, key, value)
+    if not args.cm:
+        args.reserve = []
     if args.out is None:
         args.out = default_folder(args)
-    if args.reserve is None:
-        args.reserve = list(STAGES) if args.cm else []
     unused = unused_data_flags(args)
     if args.loss != "la":
         unused["tau"] = "belongs to --loss la, which adds the prior"
     if not args.extra:
         unused["extra_per_class"] = "belongs to --extra"
     if not args.cm:
-        unused.update(dict.fromkeys(("reserve", "rank_ratio", "lam", *CM_ONLY), "belongs to --cm"))
+        unused.update(dict.fromkeys((*RESERVED, *CM_ONLY), "belongs to --cm"))
     elif not args.lam:
         unused.update(dict.fromkeys(CM_ONLY, "--lam 0 has no L_CM"))
     runtime.refuse_unused(given, unused)
@@ -149,13 +170,17 @@ def resolve(args, given=()):
 
 def default_folder(args):
     """out/classifier-DATASET, and a word for each setting that is not the default."""
-    defaults = {**vars(make_parser().parse_args([])), **preset_of(args.dataset)}
+    defaults = {**vars(make_parser().parse_args([])), **defaults_of(args)}
+    if not args.cm:
+        defaults["reserve"] = []
     dataset = disk.path_id(args.data_dir) if args.dataset == "folder" else args.dataset
     words = ["classifier", dataset]
     if args.ir != 1:
         words.append(f"ir{args.ir:g}")
     if args.loss != "ce":
         words.append(args.loss)
+    if args.recipe != "ours":
+        words.append(args.recipe)
     if args.drw:
         words.append("drw")
     if args.cm:
@@ -165,8 +190,8 @@ def default_folder(args):
         words.append("extra" + content)
     if args.seed != 0:
         words.append(f"seed{args.seed}")
-    named = {"dataset", "ir", "loss", "drw", "cm", "extra", "seed", "plugin", "device", "out",
-             *RESUMABLE}
+    named = {"dataset", "ir", "loss", "recipe", "drw", "cm", "extra", "seed", "plugin", "device",
+             "out", *RESUMABLE}
     for key, value in sorted(vars(args).items()):
         if key not in named and value != defaults[key]:
             text = "_".join(value) if isinstance(value, list) else str(value)
@@ -265,10 +290,12 @@ class ClassifierTraining(Training):
     max_base = math.inf
 
     def weights(self):
-        merged = make_reserved(self.record["network"], self.args.reserve, self.args.rank_ratio)
+        merged = make_reserved(self.record["network"], **low_rank_of(self.args))
         merged.load_state_dict(self.net.state_dict())
         reserved = {"reserved": self.net.state_dict()} if self.args.cm else {}
-        return {"model": merge(merged).state_dict(), **reserved}
+        plain = {name: value for name, value in merge(merged).state_dict().items()
+                 if ".general." not in name}        # theta's batch norm alone
+        return {"model": plain, **reserved}
 
     def learning_rate(self, step):
         return learning_rate(step, self.args.steps, self.args.steps_per_epoch, self.args)
@@ -283,16 +310,18 @@ def learning_rate(step, total, steps_per_epoch, args):
     """The learning rate of a step.
 
     "steps": five epochs of linear warm-up, then x 0.01 from 80 % and x 0.0001 from 90 % of the
-    training on (epochs 160 and 180 of 200, as in LDAM's code). "onecycle": torch's OneCycleLR
-    without its momentum.
+    training on (epochs 160 and 180 of 200, as in LDAM's code). "tenths": the same with x 0.1 and x
+    0.01 from 60 % and 80 % on (epochs 120 and 160, as the authors' release). "onecycle": torch's
+    OneCycleLR without its momentum.
     """
-    if args.schedule == "steps":
+    if args.schedule != "onecycle":
         warmup = min(5 * steps_per_epoch, total // 4)
+        first, second, drop = (0.8, 0.9, 1e-2) if args.schedule == "steps" else (0.6, 0.8, 1e-1)
         factor = 1.0
-        if step >= 0.8 * total:
-            factor = 1e-2
-        if step >= 0.9 * total:
-            factor = 1e-4
+        if step >= first * total:
+            factor = drop
+        if step >= second * total:
+            factor = drop * drop
         return args.lr * factor * min(1.0, (step + 1) / max(1, warmup))
 
     def cosine(start, end, share):
@@ -303,12 +332,18 @@ def learning_rate(step, total, steps_per_epoch, args):
     return cosine(args.lr, args.lr / 25e4, (step - rise) / (total - rise))
 
 
+def low_rank_of(args):
+    """What of the settings make_reserved takes."""
+    return {"stages": args.reserve, "rank_ratio": args.rank_ratio, "scale": args.scale,
+            "form": args.form, "norms": args.norms}
+
+
 def make_training(sets, args, rt, config, old):
     """The ClassifierTraining of a run, at its start or where the checkpoint `old` is."""
     network = {"channels": sets.train.images.shape[3], "num_classes": len(sets.train.class_names),
-               "width": args.width, "normed": args.loss == "ldam"}
+               "width": args.width, "normed": args.loss == "ldam" or "fc" in args.reserve}
     torch.manual_seed(runtime.seed_of(args.seed, "init"))
-    net = make_reserved(network, args.reserve, args.rank_ratio)
+    net = make_reserved(network, **low_rank_of(args))
     if old:
         net.load_state_dict(old["reserved" if args.cm else "model"])
     net.to(rt.device, memory_format=torch.channels_last).train()
@@ -444,7 +479,7 @@ def main():
     """Settings, data, training; then the merged network is measured on the test set."""
     parser = make_parser()
     args = resolve(parser.parse_args(), parser.given)
-    old, rt = resume(args, ["classifier"])
+    old, rt = resume(args, ["classifier"], () if args.cm else (*RESERVED, *CM_ONLY))
     refuse_narrow(args.width, rt.device)
     config = config_of(args)
     sets = load_sets(args, rt, old)

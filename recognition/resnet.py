@@ -4,7 +4,8 @@
     loss = ClassifierLoss(net=net, loss="ldam", counts=counts, reserved=("layer4",))
     net, ckpt = load_classifier("out/NAME/ckpt.pt", device)         # a feature network
 
-The paper does not say how L_CM is applied to a classifier; ClassifierLoss says what is done here.
+The paper does not say how L_CM is applied to a classifier; ClassifierLoss says what is done here,
+by default as in the authors' release.
 """
 import math
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from losses import CMConfig, class_weights, cm_terms
 from runtime import UserError, generator
 
 STAGES = ("conv1", "layer1", "layer2", "layer3", "layer4")      # all convolutions; conv1: the stem
+NORMS = ("apart", "shared")     # batch norm of theta and theta^g
 
 
 # --------------------------------------------------------------------------------------------------
@@ -58,12 +60,43 @@ def make_resnet(channels, num_classes, width=64, normed=False):
     return net
 
 
-def make_reserved(network, stages, rank_ratio):
-    """A ResNet, network = make_resnet's arguments, with these of STAGES reserved for CM."""
+class TwoNorms(nn.BatchNorm2d):
+    """Batch norm of theta, and in `general` one of its own for theta^g."""
+
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.general = nn.BatchNorm2d(channels)
+        self.general_only = False
+
+    def forward(self, x):
+        """x (N, C, H, W), normalised by that of the branch."""
+        return self.general(x) if self.general_only else super().forward(x)
+
+
+def make_reserved(network, stages, rank_ratio, scale=1.0, form="flat", norms="shared"):
+    """A ResNet, network = make_resnet's arguments, with these of STAGES, or fc, reserved for CM.
+
+    scale: a factor of BA. form: see LowRank. norms: one of NORMS; "apart" makes a TwoNorms of each
+    batch norm that theta^g passes by itself, of whose keys theta's are the plain ones.
+    """
     net = make_resnet(**network)
     for stage in stages:
-        reserve(getattr(net, stage), rank_ratio)
+        reserve(getattr(net, stage), rank_ratio, form, scale=scale)
+    if stages and norms == "apart":
+        own = {module for layer in from_first_reserved(net, stages) for module in layer.modules()}
+        for name, norm in list(net.named_modules()):
+            if isinstance(norm, nn.BatchNorm2d) and norm in own:
+                owner, _, child = name.rpartition(".")
+                setattr(net.get_submodule(owner), child, TwoNorms(norm.num_features))
     return net
+
+
+def from_first_reserved(net, stages):
+    """The layers of a ResNet from the first of these on: what theta^g passes by itself."""
+    layers = dict(net.named_children())
+    names = list(layers)
+    first = min((names.index(stage) for stage in stages), default=len(names))
+    return list(layers.values())[first:]
 
 
 def features_and_logits(net, x):
@@ -129,8 +162,12 @@ def la(logits, y, obj):
 
     At test the unadjusted logits decide.
     """
-    log_prior = (obj.counts / obj.counts.sum()).log()
-    return F.cross_entropy(logits + obj.tau * log_prior, y, reduction="none")
+    return F.cross_entropy(adjusted(logits, obj), y, reduction="none")
+
+
+def adjusted(logits, obj):
+    """logits + tau log prior."""
+    return logits + obj.tau * (obj.counts / obj.counts.sum()).log()
 
 
 LOSSES = {"ce": ce, "ldam": ldam, "la": la}
@@ -173,17 +210,28 @@ def random_shift(x, pad, g):
 UNBOUNDED = CMConfig(div_bound=0.0)     # the squared distance of probabilities is at most 2
 
 
-def distance_of_probs(logits, general):
+def distance_of_probs(logits, general, obj):
     """||p - p_g||^2 per image, of the two softmaxes: (B, C), (B, C) -> (B,)."""
     return (logits.softmax(1) - general.softmax(1)).square().sum(1)
 
 
-def distance_of_logits(logits, general):
+def distance_of_logits(logits, general, obj):
     """Mean squared difference per image: (B, C), (B, C) -> (B,)."""
     return (logits - general).square().mean(1)
 
 
-DISTANCES = {"probs": distance_of_probs, "logits": distance_of_logits}
+def kl(logits, general, obj, temperature=1.5):
+    """The authors' release: KL(softmax(z / 1.5) || softmax(z_g / 1.5)) / C: (B, C), (B, C) -> (B,).
+
+    z are theta's logits, adjusted as in `la` where that is the loss, and z_g those of theta^g.
+    """
+    z = adjusted(logits, obj) if obj.loss is la else logits
+    log_p = (z / temperature).log_softmax(1)
+    log_p_g = (general / temperature).log_softmax(1)
+    return (log_p.exp() * (log_p - log_p_g)).mean(1)
+
+
+DISTANCES = {"kl": kl, "probs": distance_of_probs, "logits": distance_of_logits}
 
 
 class ClassifierLoss(nn.Module):
@@ -201,11 +249,12 @@ class ClassifierLoss(nn.Module):
     drw_from: the step from which on classes are weighed by effective number (DRW).
 
     L_CM is Eq. (2)-(4) with D = ||p - p_g||^2. p and p_g are the softmax of the logits of theta and
-    theta^g for the same input ("logits": the mean squared difference of the logits instead). The
-    paper gives no form. Probabilities are bounded, so the divergence term is bounded too, and
-    div_bound is not needed. The trunk below the first reserved stage runs once; with the stem
-    reserved there is none. The pass of theta^g normalises by the statistics of the batch, and only
-    theta updates batch norm's running ones.
+    theta^g for the same input ("logits": the mean squared difference of the logits instead; "kl":
+    the authors' release). The paper gives no form. Probabilities are bounded, so the divergence
+    term is bounded too, and div_bound is not needed. The trunk below the first reserved stage runs
+    once; with the stem reserved there is none. The pass of theta^g has batch norms of its own where
+    they are TwoNorms; else it normalises by the statistics of the batch, and only theta updates the
+    running ones.
     """
 
     def __init__(self, *, net, loss, counts, reserved=(), cm=UNBOUNDED, tau=1.0, distance="probs",
@@ -250,9 +299,9 @@ class ClassifierLoss(nn.Module):
         terms = {"base": self.mean(self.loss(logits, y, self), y, reweigh)}
         total = terms["base"]
         if self.reserved and self.cm.lam:
-            with general_only(self.net), frozen_statistics(rest):
+            with general_only(self.net), general_norms(rest):
                 general = self.through(rest, x).float()
-            D = self.distance(logits, general)
+            D = self.distance(logits, general, self)
             terms.update(cm_terms(D, y, self.w_con_y, self.w_div_y, self.cm.div_bound))
             L_CM = self.cm.w_con * terms["con"] + self.cm.w_div * terms["div"]
             total = total + self.cm.lam * L_CM
@@ -261,11 +310,9 @@ class ClassifierLoss(nn.Module):
 
     def trunk_and_rest(self):
         """(the layers below the first reserved stage, the layers from it on), two lists."""
-        layers = dict(self.net.named_children())
-        names = list(layers)
-        first = min((names.index(stage) for stage in self.reserved), default=len(names))
-        layers = list(layers.values())
-        return layers[:first], layers[first:]
+        layers = list(self.net.children())
+        rest = from_first_reserved(self.net, self.reserved)
+        return layers[:len(layers) - len(rest)], rest
 
     def through(self, layers, x):
         """x through consecutive layers of the network, flattened before the last one."""
@@ -282,15 +329,23 @@ class ClassifierLoss(nn.Module):
 
 
 @contextmanager
-def frozen_statistics(layers):
-    """Let batch norms in train mode use the batch's statistics and keep their running ones."""
+def general_norms(layers):
+    """A block in which TwoNorms are those of theta^g.
+
+    Other batch norms, in train mode, use the batch's statistics and keep their running ones.
+    """
     modules = [module for layer in layers for module in layer.modules()]
-    norms = [module for module in modules if isinstance(module, nn.BatchNorm2d)]
+    two = [module for module in modules if isinstance(module, TwoNorms)]
+    norms = [] if two else [m for m in modules if isinstance(m, nn.BatchNorm2d)]
     before = [norm.track_running_stats for norm in norms]
     try:
+        for norm in two:
+            norm.general_only = True
         for norm in norms:
             norm.track_running_stats = not norm.training
         yield
     finally:
+        for norm in two:
+            norm.general_only = False
         for norm, tracked in zip(norms, before):
             norm.track_running_stats = tracked

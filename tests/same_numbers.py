@@ -46,11 +46,12 @@ SAMPLES = {         # name: (run, flags of sample.py)
     "consistency": ("consistency-cm", []),
     "experts": ("experts", "--steps 5".split()),
 }
+PROBS = "--cm --rank-ratio 0.1 --scale 1 --norms shared"
 CLASSIFIERS = {     # name: flags of classify.py
     "features": [],
-    "ldam": "--ir 20 --loss ldam --drw --cm --reserve layer3 layer4".split(),
+    "ldam": f"--ir 20 --loss ldam --drw {PROBS} --distance probs --reserve layer3 layer4".split(),
     "la": "--ir 20 --loss la --tau 0.5 --schedule steps --no-nesterov".split(),
-    "logits": "--ir 20 --cm --distance logits --reserve layer4 --div-bound 0.1".split(),
+    "logits": f"--ir 20 {PROBS} --distance logits --reserve layer4 --div-bound 0.1".split(),
 }
 WINGS = {"classify": "recognition.classify", "capacity_probe": "probes.capacity"}
 

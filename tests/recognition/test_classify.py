@@ -86,11 +86,12 @@ STAGES = [("layer4",), ("layer3", "layer4"), ("layer2",), resnet.STAGES]
 
 
 @pytest.mark.parametrize("stages", STAGES, ids="+".join)
-@pytest.mark.parametrize("distance", ["probs", "logits"])
-def test_cm_on_any_stages(stages, distance):
+@pytest.mark.parametrize("loss, distance", [("ce", "probs"), ("ce", "logits"), ("ce", "kl"),
+                                            ("la", "kl")])
+def test_cm_on_any_stages(stages, loss, distance):
     """L_CM literally, from the two whole networks; and the trunk runs once."""
     cm = CMConfig(lam=0.7, w_con=0.5, w_div=2.0, div_bound=0.0)
-    obj, batch = small("ce", stages=stages, distance=distance, cm=cm)
+    obj, batch = small(loss, stages=stages, distance=distance, cm=cm, tau=1.3)
     x, y, *_ = batch
     obj.eval()
     with general_only(obj.net):
@@ -98,20 +99,25 @@ def test_cm_on_any_stages(stages, distance):
     z = obj.net(x)
     if distance == "probs":
         D = (z.softmax(1) - z_g.softmax(1)).square().sum(1)
-    else:
+    elif distance == "logits":
         D = (z - z_g).square().mean(1)
+    else:           # the release's: C mean_i((p w_con - q w_div) mean_k KL), theta adjusted with LA
+        prior = torch.tensor(COUNTS) / sum(COUNTS)
+        p = F.softmax((z + 1.3 * prior.log() * (loss == "la")) / 1.5, dim=1)
+        D = (p * (p / F.softmax(z_g / 1.5, dim=1)).log()).sum(1) / 10
     n = torch.tensor(COUNTS, dtype=torch.float64)
     w_con = 10 * n / n.sum()
     w_div = 10 / (n * (1 / n).sum())
     con = (w_con[y] * D).mean()
     div = -(w_div[y] * D).mean()
-    expected = F.cross_entropy(z, y) + 0.7 * (0.5 * con + 2 * div)
+    base = literal(loss, z, y, COUNTS, 1.3)
+    expected = base + 0.7 * (0.5 * con + 2 * div)
     calls = []
     obj.net.conv1.register_forward_hook(lambda *_: calls.append(1))
     total, terms, _ = obj(batch)
     assert total.item() == pytest.approx(expected.item(), rel=1e-4)
     assert len(calls) == (2 if "conv1" in stages else 1) and D.max() > 1e-6
-    assert terms["con"].item() == pytest.approx(con.item(), rel=1e-3)
+    assert terms["con"].item() == pytest.approx(con.item(), rel=1e-3, abs=1e-8)
 
 
 def test_by_default_all_convolutions_are_reserved():
@@ -123,6 +129,88 @@ def test_by_default_all_convolutions_are_reserved():
     assert owners == convolutions and len(owners) == 20
     some = classify.resolve(classify.make_parser().parse_args(["--cm", "--reserve", "layer4"]))
     assert some.reserve == ["layer4"] and some.out != args.out
+    assert (args.distance, args.rank_ratio, args.scale, args.norms) == ("kl", 0.15, 0.8, "apart")
+    assert (args.form, args.schedule) == ("flat", "onecycle")
+    release = classify.resolve(classify.make_parser().parse_args(
+        ["--cm", "--recipe", "release", "--dataset", "cifar100"]))
+    assert release.reserve == [*resnet.STAGES, "fc"] and release.schedule == "tenths"
+    assert (release.distance, release.weight_decay, release.w_div) == ("kl", 5e-4, 1)
+    assert release.out == "out/classifier-cifar100-release-cm"
+
+
+def test_the_factor_of_ba():
+    obj, (x, *_) = small(stages=resnet.STAGES)
+    net = resnet.make_reserved({"channels": 1, "num_classes": 10, "width": 8}, resnet.STAGES, 0.1,
+                               scale=0.8)
+    for _, _, part in reserved(obj.net):
+        part.B.data *= 0.8
+    want = obj.eval().net(x)
+    for _, _, part in reserved(obj.net):
+        part.B.data /= 0.8
+    net.load_state_dict(obj.net.state_dict())
+    assert_close(net.eval()(x), want, rtol=1e-4, atol=1e-4)
+    assert_close(merge(net)(x), want, rtol=1e-4, atol=1e-4)
+    assert (obj.net(x) - want).abs().max() > 1e-2
+
+
+def test_batch_norms_of_each_branch():
+    """theta^g has its own, with statistics of its own, and theta's are as without it."""
+    network = {"channels": 1, "num_classes": 10, "width": 8, "normed": True}
+    stages = ("layer3", "fc")
+    net = resnet.make_reserved(network, stages, 0.5, norms="apart").train()
+    for _, _, part in reserved(net):
+        torch.nn.init.normal_(part.B)
+    torch.manual_seed(1)
+    two = [m for m in net.modules() if isinstance(m, resnet.TwoNorms)]
+    assert len(two) == 10                   # of layer3 and layer4: theta^g passes no other
+    for norm in two:
+        torch.nn.init.normal_(norm.general.weight)
+    theta = copy.deepcopy(net)
+    obj = resnet.ClassifierLoss(net=net, loss="la", counts=COUNTS, reserved=stages, distance="kl")
+    batch = resnet.Images(torch.randn(16, 1, 8, 8), torch.arange(16) % 10)
+    theta_g = copy.deepcopy(net)
+    for m in theta_g.modules():
+        if isinstance(m, resnet.TwoNorms):
+            m.general_only = True
+    z = theta(batch.x)
+    with general_only(theta_g):
+        z_g = theta_g(batch.x)
+    total, terms, _ = obj(batch)
+    D = resnet.kl(z, z_g, obj)
+    assert terms["con"].item() == pytest.approx((obj.w_con_y[batch.y] * D).mean().item(), rel=1e-3)
+    total.backward()
+    assert all(p.grad is not None for p in net.parameters())        # as processes in parallel need
+    a, b, g = (dict(n.named_buffers()) for n in (net, theta, theta_g))
+    for name in a:
+        assert_close(a[name], (g if ".general." in name else b)[name], msg=name)
+    assert (a["layer3.0.bn1.general.running_mean"] - a["layer3.0.bn1.running_mean"]).norm() > 0.01
+
+
+def test_a_run_of_before_these_settings_goes_on(tmp_path, data_dir):
+    """Without CM, what belongs to CM does not count."""
+    flags = [*FAST, "--data-dir", data_dir, "--out", tmp_path]
+    call(classify.main, *flags, "--epochs", 1)
+    ckpt = dict(torch.load(tmp_path / "ckpt.pt", weights_only=True))
+    for key in ("recipe", "scale", "norms", "form"):
+        del ckpt["config"][key]
+    ckpt["config"].update(rank_ratio=0.1, distance="probs")
+    torch.save(ckpt, tmp_path / "ckpt.pt")
+    call(classify.main, *flags, "--epochs", 1)
+    assert "recipe" in disk.read_json(tmp_path / "result.json")["settings"]
+
+
+def test_the_releases_recipe(tmp_path, data_dir):
+    """It learns; what is written is theta merged, with its own batch norm and last layer."""
+    call(classify.main, *FAST, "--recipe", "release", "--cm", "--loss", "la", "--epochs", 16,
+         "--data-dir", data_dir, "--out", tmp_path)
+    net, ckpt = resnet.load_classifier(tmp_path / "ckpt.pt", "cpu")
+    assert isinstance(net.fc, resnet.NormedLinear) and "bn1.general.weight" in ckpt["reserved"]
+    assert disk.read_json(tmp_path / "result.json")["accuracy"] > 25
+    args = classify.resolve(classify.make_parser().parse_args(["--recipe", "release", "--cm"]))
+    own = resnet.make_reserved(ckpt["network"], **classify.low_rank_of(args)).eval()
+    own.load_state_dict(ckpt["reserved"])
+    x = torch.randn(4, 1, 8, 8)
+    assert_close(net(x), own(x), rtol=1e-3, atol=1e-3)
 
 
 def test_groups_are_those_of_the_papers_table():
@@ -232,6 +320,9 @@ def test_learning_rate_in_steps():
     assert rate(0) == pytest.approx(0.1 / 420) and rate(5) == rate(159) == 0.1
     assert rate(160) == pytest.approx(1e-3) and rate(179) == pytest.approx(1e-3)
     assert rate(180) == pytest.approx(1e-5)
+    args.schedule = "tenths"                            # the authors' release's
+    assert rate(0) == pytest.approx(0.1 / 420) and rate(119) == 0.1
+    assert rate(120) == rate(159) == pytest.approx(1e-2) and rate(160) == pytest.approx(1e-3)
 
 
 def test_learning_rate_in_one_cycle():
