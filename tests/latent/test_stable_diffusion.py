@@ -20,6 +20,7 @@ import sample as sample_py
 from cm_layers import general_only, reserved
 from latent import stable_diffusion as sd
 from losses import Objective, bind
+from pages import figures
 
 FLAGS = ("--dataset folder --ir 1 --resolution 16 --rank 6 --batch-size 8 --log-every 1 "
          "--sample-every 0 --device cpu --dtype float32").split()
@@ -266,6 +267,8 @@ def test_sample(whole, tmp_path):
     assert (full != general).any()
     null = sample(whole / "ckpt.pt", tmp_path / "null", "--classes", "null")
     assert (full != null).any() and np.load(tmp_path / "null/samples.npz").files == ["arr_0"]
+    call(figures.main, "--column", f"CM={tmp_path}/full", "--out", tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").exists()           # with the training images
 
 
 # --------------------------------------------------------------------------------------------------
