@@ -62,17 +62,16 @@ def read_set(text, flag, args, split=None, resolution=None):
     path = Path(text)
     if (path / "samples.npz").is_file():        # the folder of sample.py
         path = path / "samples.npz"
+    if own_split not in ("", "train", "test"):
+        raise UserError(f"{flag} {text}: a data set's split is train or test, as in {dataset}:test")
+    if split and (dataset not in READERS or own_split not in ("", split)):
+        raise UserError(f"--reference-split {split}: {flag} {text} has no such split; leave it out")
     if dataset in READERS:
-        if own_split not in ("", "train", "test"):
-            raise UserError(f"{flag} {text}: a data set's split is train or test, "
-                            f"as in {dataset}:test")
-        if own_split and split not in (None, own_split):
-            raise UserError(f"--reference-split {split}: {flag} {text} names another split; "
-                            "leave one of them out")
-        found = read_dataset(text, args, own_split or split, resolution)
-    elif split:
-        raise UserError(f"--reference-split {split}: {flag} {text} is no data set, and has no "
-                        "splits; leave it out")
+        images, words = load_reference(dataset, args.data_dir, own_split or split, resolution,
+                                       args.pack_dir)
+        found = Images(text, len(images.labels), lambda rows: to_rgb(images.images[rows]),
+                       images.labels, images.class_names, about={"what": f"{dataset}, {words}"},
+                       sha256=images.sha256)
     elif path.is_dir():
         found = read_image_files(text, path, flag)
     elif path.exists():
@@ -90,14 +89,6 @@ def read_set(text, flag, args, split=None, resolution=None):
     return found
 
 
-def read_dataset(name, args, split, resolution):
-    """A data set's real images (see data.load_reference); name: "cifar10" or "cifar10:test"."""
-    dataset = name.partition(":")[0]
-    found, words = load_reference(dataset, args.data_dir, split, resolution, args.pack_dir)
-    return Images(name, len(found.labels), lambda rows: to_rgb(found.images[rows]), found.labels,
-                  found.class_names, about={"what": f"{dataset}, {words}"}, sha256=found.sha256)
-
-
 def read_npz(name, path, flag):
     """An .npz of images, with the JSON beside it if there is one; or a file of --save-stats."""
     content = open_npz(path, flag)
@@ -107,9 +98,8 @@ def read_npz(name, path, flag):
             raise UserError(f"{flag} {path}: not what --save-stats writes; make it with "
                             "--save-stats")
         features = content["features"], content["logits"]
-        class_names, size = about.pop("class_names"), about.get("size")
-        return Images(name, len(features[0]), None, content.get("labels"), class_names, features,
-                      about, disk.sha256(path), tuple(size) if size else None)
+        return Images(name, len(features[0]), None, content.get("labels"), about.pop("class_names"),
+                      features, about, disk.sha256(path), about.get("size"))
     images, labels = images_of_npz(content, path, flag)
     record = read_record(path, flag)
     class_names = record.get("data", {}).get("class_names")
@@ -136,10 +126,8 @@ def read_image_files(name, root, flag):
         images = [open_image(paths[row], flag) for row in rows]
         for row, image in zip(rows, images):
             if image.size != first:
-                raise UserError(
-                    f"{flag} {root}: {Path(paths[row]).name} has {image.size[0]} x "
-                    f"{image.size[1]} pixels and {Path(paths[0]).name} {first[0]} x {first[1]}; "
-                    f"bring them to one size first")
+                raise UserError(f"{flag} {root}: {paths[row]} has other pixels per side than "
+                                f"{paths[0]}; bring them to one size first")
         return np.stack([np.asarray(image) for image in images])
     # Not disk.fingerprint: others of the same sizes and times would be taken for these images
     digest = hashlib.sha256()
@@ -150,10 +138,8 @@ def read_image_files(name, root, flag):
 
 def without_numbers(names):
     """Names of folders without the numbers of sample.py --png, "0003-cat": those of the classes."""
-    if not names or not all(name[:4].isdigit() and name[4:5] == "-" for name in names):
-        return names
-    short = [name[5:] for name in names]
-    return short if len(set(short)) == len(short) else names
+    short = [name[5:] for name in names if name[:4].isdigit() and name[4:5] == "-"]
+    return short if len(set(short)) == len(names) else names
 
 
 def fit_names(ours, theirs):
@@ -161,11 +147,10 @@ def fit_names(ours, theirs):
 
     A user's own classes may have such names, "0003-cat", which are then those of both sides.
     """
-    if not ours or not theirs:
-        return ours, theirs
-    for a, b in product((ours, without_numbers(ours)), (theirs, without_numbers(theirs))):
-        if set(a) <= set(b) or set(b) <= set(a):
-            return a, b
+    if ours and theirs:
+        for a, b in product((ours, without_numbers(ours)), (theirs, without_numbers(theirs))):
+            if set(a) <= set(b) or set(b) <= set(a):
+                return a, b
     return ours, theirs
 
 
@@ -251,9 +236,8 @@ def find_reference(args, subject, rt):
                         "a data set, an .npz, a folder, or a file of --save-stats")
     source = READERS.get(name.partition(":")[0])
     resolution = subject.data.get("resolution")
-    any_size = resolution is None and source is not None and source.files
-    if any_size and subject.images and subject.images.at:
-        resolution = subject.images.size[0]         # read at the samples' size
+    if resolution is None and source and source.files and subject.images and subject.images.at:
+        resolution = subject.images.size[0]         # files of any size: read at the samples'
     with rt.rank_0_first():
         return read_set(name, "--reference", args, args.reference_split, resolution)
 
@@ -267,8 +251,8 @@ def compare(args, subject, reference, extractor):
     """The Comparison that the flags describe. Raises UserError where the two do not fit."""
     ours, theirs = fit_names(subject.class_names, reference.class_names)
     class_names = ours or theirs
-    assumed = assumed_labels(subject, reference)
     class_counts = subject.data.get("class_counts")
+    assumed = assumed_labels(subject, reference)
     reference = renumber(replace(reference, class_names=theirs), class_names, "--reference")
     refuse_long_tailed(reference, class_counts)
     for flag, images in (("--reference", reference), ("--samples", subject.images)):
@@ -307,14 +291,13 @@ def compare(args, subject, reference, extractor):
 def assumed_labels(subject, reference):
     """{"labels": what was assumed} where labels of one side come without names of their classes."""
     labelled = subject.images is None or subject.images.labels is not None
-    if not labelled or reference.labels is None:
+    named = (subject.class_names is not None, reference.class_names is not None)
+    if not labelled or reference.labels is None or all(named):
         return {}
-    words = {
+    return {"labels": {
         (False, False): "of both sides without names: the same number is the same class",
         (False, True): "of the samples without names: taken in the order of the reference's",
-        (True, False): "of the reference without names: taken in the order of the samples'"}
-    named = (subject.class_names is not None, reference.class_names is not None)
-    return {"labels": words[named]} if named in words else {}
+        (True, False): "of the reference without names: taken in the order of the samples'"}[named]}
 
 
 def renumber(images, class_names, flag):
@@ -347,11 +330,10 @@ def refuse_lacking(reference, labels, class_names):
         return
     lacking = np.setdiff1d(labels, reference.labels)
     if len(lacking):
-        names = ", ".join(str(class_names[c] if class_names else c) for c in lacking[:6])
-        more = " ..." if len(lacking) > 6 else ""
-        raise UserError(f"--reference {reference.name}: it has no image of some of the samples' "
-                        f"classes ({names}{more}); name one with all of them, or measure samples "
-                        "without these classes")
+        first = class_names[lacking[0]] if class_names else lacking[0]
+        raise UserError(f"--reference {reference.name}: it has no image of {len(lacking)} of the "
+                        f"samples' classes, such as {first}; name one with all of them, or measure "
+                        "samples without these classes")
 
 
 def pool_sizes(num, num_group, groups, C):
