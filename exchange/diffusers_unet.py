@@ -25,6 +25,7 @@ import torch
 import disk
 from model import ResBlock, UNet, UNetConfig, make_alphas_bar
 from runtime import UserError
+from sample import Sampling
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 KEPT = ("kind", "step", "command", "config", "data")    # of a checkpoint, in export.json
@@ -182,15 +183,17 @@ def their_network(net, size):
     return theirs
 
 
-def their_schedule():
+def their_schedule(recipe=None):
     """The DDIMScheduler of our schedule: in N steps, where N divides 1,000, ours step for step.
 
-    With use_clipped_model_output=True, which is no setting but an argument of its `step`.
+    With use_clipped_model_output=True, which is no setting but an argument of its `step`. recipe:
+    of the checkpoint's training, by which it clips and ends.
     """
+    ours = Sampling.of("diffusion", recipe)
     return package().DDIMScheduler(
         num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02, beta_schedule="linear",
         prediction_type="epsilon", timestep_spacing="leading", steps_offset=0,
-        set_alpha_to_one=True, clip_sample=True, clip_sample_range=1.0)
+        set_alpha_to_one=ours.last_step == "x_0", clip_sample=ours.clip, clip_sample_range=1.0)
 
 
 def write(ckpt, net, path):
@@ -202,7 +205,7 @@ def write(ckpt, net, path):
     diffusers = package()
     theirs = their_network(net, ckpt["data"]["resolution"])
     refuse_difference(net, theirs, "--format diffusers")
-    pipeline = diffusers.DDIMPipeline(theirs, their_schedule())
+    pipeline = diffusers.DDIMPipeline(theirs, their_schedule(ckpt["config"].get("recipe")))
     disk.write_folder(path, pipeline.save_pretrained, "diffusers", "--export",
                       checkpoint={key: ckpt[key] for key in KEPT})
 
