@@ -24,9 +24,13 @@ from runtime import UserError, progress
 # Image files
 
 def read_image(path, resolution: int) -> np.ndarray:
-    """One image file as (resolution, resolution, 3) uint8: short side resized, centre-cropped."""
+    """One image file as (R, R, 3) uint8: short side resized (Lanczos), the centre square."""
     image = open_image(path, at_least=resolution)
-    return resize_and_crop(image, resolution)
+    scale = resolution / min(image.size)
+    size = [max(resolution, round(side * scale)) for side in image.size]
+    left, top = ((side - resolution) // 2 for side in size)
+    image = image.resize(size, Image.LANCZOS, reducing_gap=3.0)
+    return np.asarray(image.crop((left, top, left + resolution, top + resolution)))
 
 
 def open_image(path, flag="--data-dir", at_least=None):
@@ -65,15 +69,6 @@ def to_rgb_image(image):
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))
     return image.convert("RGB")
-
-
-def resize_and_crop(image, resolution: int) -> np.ndarray:
-    """An RGB image with its short side resized (Lanczos), the centre square: (R, R, 3) uint8."""
-    scale = resolution / min(image.size)
-    size = [max(resolution, round(side * scale)) for side in image.size]
-    left, top = ((side - resolution) // 2 for side in size)
-    image = image.resize(size, Image.LANCZOS, reducing_gap=3.0)
-    return np.asarray(image.crop((left, top, left + resolution, top + resolution)))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -200,21 +195,18 @@ def check_contents(images, labels, class_names, name, files):
     """
     labels = np.asarray(labels)
     N, C = len(images), len(class_names)
-    if not C or len(set(class_names)) < C:
-        wrong = "class names that are not one per class, each another"
-    elif not N or labels.shape != (N,) or not np.issubdtype(labels.dtype, np.integer):
-        wrong = (f"{N} images and {labels.dtype} labels of shape {list(labels.shape)}, not a whole "
-                 "number for each image")
-    elif labels.min() < 0 or labels.max() >= C:
-        wrong = f"labels from {labels.min()} to {labels.max()}, not 0 to {C - 1}, for {C} names"
-    elif files or isinstance(images, np.ndarray) and images.dtype == np.uint8 and (
-            images.ndim == 4 and images.shape[1] == images.shape[2] and images.shape[3] in (1, 3)):
-        return
-    else:
-        kind = getattr(images, "dtype", type(images).__name__)
-        wrong = (f"images of type {kind} and shape {list(np.shape(images))}, not a uint8 array N x "
-                 "H x H x 3, or x 1; for paths of files READERS must say files=True")
-    raise UserError(f"--dataset {name}: its reader gives {wrong}")
+    pixels = (isinstance(images, np.ndarray) and images.dtype == np.uint8 and images.ndim == 4
+              and images.shape[1] == images.shape[2] and images.shape[3] in (1, 3))
+    right = {
+        "different class names": C and len(set(class_names)) == C,
+        f"a whole number from 0 to {C - 1} for each of {N} images":
+            N and labels.shape == (N,) and np.issubdtype(labels.dtype, np.integer)
+            and 0 <= labels.min() <= labels.max() < C,
+        "images as a uint8 array N x H x H x 3, or x 1 (paths of files need files=True in READERS)":
+            files or pixels}
+    for what, given in right.items():
+        if not given:
+            raise UserError(f"--dataset {name}: its reader does not give {what}")
 
 
 def content_hash(images, labels, class_names, block=4096) -> str:

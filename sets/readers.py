@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +20,8 @@ from disk import sha256
 from runtime import UserError
 
 CIFAR_SHA256 = {        # of the published archives
-    "CIFAR-10": "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce",
-    "CIFAR-100": "85cd44d02ba6437773c5bbd22e183051d648de2e7d6b014e1ef29b855ba677a7",
+    "CIFAR10": "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce",
+    "CIFAR100": "85cd44d02ba6437773c5bbd22e183051d648de2e7d6b014e1ef29b855ba677a7",
 }
 SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation"}
 IMAGE_FILES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif",
@@ -69,14 +70,10 @@ def as_released(path):
 
 
 def check_all_exist(paths, data_dir, source):
-    """Raise UserError where the list `source` is empty, or a listed file missing or elsewhere."""
+    """Raise UserError where the list `source` is empty, or a listed file is missing."""
     if not paths:
         raise UserError(f"--data-dir: {source} is not as it is released (it lists no images of "
                         "this split); get it again")
-    inside = os.path.join(os.path.abspath(data_dir), "")
-    outside = [p for p in paths if not os.path.abspath(p).startswith(inside)]
-    if outside:
-        raise UserError(f"--data-dir {data_dir}: a listed image lies outside it: {outside[0]}")
     missing = [p for p in paths if not os.path.exists(p)]
     if missing:
         raise UserError(f"--data-dir {data_dir}: {len(missing):,} of {len(paths):,} listed images "
@@ -103,23 +100,13 @@ def read_digits(data_dir, split):
     return images[rows], digits.target[rows], [str(c) for c in range(10)]
 
 
-def read_cifar10(data_dir, split):
-    """CIFAR-10 through torchvision."""
-    from torchvision.datasets import CIFAR10
-    return read_cifar(data_dir, split, "CIFAR-10", CIFAR10)
-
-
-def read_cifar100(data_dir, split):
-    """CIFAR-100 through torchvision."""
-    from torchvision.datasets import CIFAR100
-    return read_cifar(data_dir, split, "CIFAR-100", CIFAR100)
-
-
-def read_cifar(data_dir, split, name, kind):
-    """CIFAR of a torchvision class, which checks the MD5 of what it downloads or finds in data_dir.
+def read_cifar(data_dir, split, name):
+    """CIFAR10 or CIFAR100 of torchvision, which checks the MD5 of what it downloads or finds.
 
     Where the archive is in data_dir, its SHA-256 is checked as well.
     """
+    import torchvision
+    kind = getattr(torchvision.datasets, name)
     archive = Path(data_dir) / kind.filename
     try:
         source = kind(data_dir, train=split == "train", download=True)
@@ -142,7 +129,10 @@ def read_folder(data_dir, split):
     are those of `train`. Otherwise all of it is "train".
     """
     root = Path(data_dir)
-    train_folder, test_folder = train_and_test_folder(root)
+    train_folder, test_folder = root, None
+    for name in ("val", "test"):
+        if (root / "train").is_dir() and (root / name).is_dir():
+            train_folder, test_folder = root / "train", root / name
     if split != "train" and test_folder is None:
         raise NoSuchSplit(f"--data-dir {root}: no test images; put the classes into train/, and "
                           "the test images, in folders of the same names, into test/")
@@ -162,14 +152,6 @@ def read_folder(data_dir, split):
     paths = [path for files in classes.values() for path in files]
     numbers = [names.index(name) for name in classes]
     return paths, np.repeat(numbers, [len(files) for files in classes.values()]), names
-
-
-def train_and_test_folder(root):
-    """The folders with the classes of either split; (root, None) where root is not divided."""
-    for name in ("test", "val"):
-        if (root / "train").is_dir() and (root / name).is_dir():
-            return root / "train", root / name
-    return root, None
 
 
 def files_by_class(root, flag="--data-dir"):
@@ -208,8 +190,8 @@ def files_under(folder, flag="--data-dir"):
         found[top] = [os.path.join(top, f) for f in sorted(files) if is_image(f)]
         unread = [f for f in files if Path(f).suffix.lower() in NOT_READ and f[0] != "."]
         if unread:
-            raise UserError(f"{flag} {top}: {len(unread)} images of a kind that is not read, such "
-                            f"as {unread[0]}; convert them to JPEG or PNG")
+            raise UserError(f"{flag} {top}: {unread[0]} is an image of a kind that is not read; "
+                            "convert it to JPEG or PNG")
     return [path for top in sorted(found) for path in found[top]]
 
 
@@ -283,26 +265,18 @@ def read_imagenet_lt(data_dir, split):
             raise ValueError("images of one label in several folders")
         names = [wnids[c] for c in range(len(wnids))]
     if split != "train":
-        return *imagenet_val(data_dir, names), names
+        root = find(data_dir, "val")
+        lacking = [name for name in names if not (root / name).is_dir()]
+        if lacking:
+            raise UserError(f"--data-dir {data_dir}: {root} has no folder {lacking[0]}; sort "
+                            "ImageNet's validation images into one folder per class")
+        files = [files_under(root / name) for name in names]
+        labels = np.repeat(np.arange(len(names)), [len(f) for f in files])
+        return [path for f in files for path in f], labels, names
     root = find(data_dir, "train").parent
     paths = [os.path.join(root, name) for name, _ in lines]
     check_all_exist(paths, data_dir, path)
     return paths, np.array(labels), names
-
-
-def imagenet_val(data_dir, names):
-    """Paths and labels of ImageNet's validation images, in folders named by class."""
-    root = find(data_dir, "val")
-    paths, counts = [], []
-    for name in names:
-        folder = root / name
-        if not folder.is_dir():
-            raise UserError(f"--data-dir {data_dir}: {root} has no folder {name}; sort ImageNet's "
-                            f"validation images into one folder per class")
-        files = sorted(f for f in os.listdir(folder) if is_image(f))
-        paths += [os.path.join(folder, f) for f in files]
-        counts.append(len(files))
-    return paths, np.repeat(np.arange(len(names)), counts)
 
 
 def needed_fields(record):
@@ -463,8 +437,8 @@ ARTBENCH10_ORDER = (
 
 READERS = {
     "digits": Source(read_digits, 8, False, constant=True),
-    "cifar10": Source(read_cifar10, 32, True, constant=True),
-    "cifar100": Source(read_cifar100, 32, True, constant=True),
+    "cifar10": Source(partial(read_cifar, name="CIFAR10"), 32, True, constant=True),
+    "cifar100": Source(partial(read_cifar, name="CIFAR100"), 32, True, constant=True),
     "celebahq": Source(read_celebahq, 64, True, files=True),
     "imagenet-lt": Source(read_imagenet_lt, 64, True, files=True, reference="test"),
     "inat2018": Source(read_inat2018, 64, True, files=True, reference="test"),
