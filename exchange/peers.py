@@ -12,8 +12,6 @@ long-tailed. Their schedule must be their default, which is the paper's. The sam
 of diffusers that others made: a UNet2DModel with labels, of which Null is the last
 (diffusers_unet.py).
 """
-import pickle
-
 import torch
 
 import disk
@@ -103,7 +101,7 @@ def read(path, flag="--ckpt"):
     """(their averaged weights, the step) of one of their files. Raises UserError."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as e:
+    except Exception as e:          # of many kinds
         raise UserError(f"{flag} {path}: cannot be read as a checkpoint of tensors and plain "
                         "types") from e
     if not isinstance(content, dict) or "ema_model" not in content:
@@ -118,23 +116,16 @@ def describe(args, network, step, size=None):
     network: the dict of a UNetConfig. size: of its images, where that is known. Raises UserError.
     """
     record = load_long_tailed(args).record()
-    classes = len(record["class_names"])
-    if classes != network["num_classes"]:
-        raise UserError(f"--dataset {args.dataset}: has {classes} classes, and the network of "
-                        f"{source(args)} {network['num_classes']}")
-    if size not in (None, record["resolution"]):
-        raise UserError(f"--dataset {args.dataset}: has images of {record['resolution']} pixels "
-                        f"here (--resolution), and the network of {source(args)} {size}")
+    for what, ours, theirs in (("classes", len(record["class_names"]), network["num_classes"]),
+                               ("pixels per side", record["resolution"], size)):
+        if theirs not in (None, ours):
+            raise UserError(f"--dataset {args.dataset}: {ours} {what}, and the network has "
+                            f"{theirs}")
     path = args.ckpt or f"{args.from_diffusers}/{diffusers_unet.WEIGHTS}"
     settings = {k: v for k, v in vars(args).items() if k not in ("ckpt", "from_diffusers", "to")}
     config = {**settings, "dtype": "float32", "seed": 0, "imported_from": disk.sha256(path)}
     return {"kind": "diffusion", "step": step, "command": runtime.command_line("-m exchange.peers"),
             "config": config, "data": record}
-
-
-def source(args):
-    """The flag that names what is translated."""
-    return "--ckpt" if args.ckpt else "--from-diffusers"
 
 
 def make_parser():
