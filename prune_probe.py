@@ -123,8 +123,7 @@ def measure(net, images, labels, fractions, args, rt, name):
                             "diverged, take another checkpoint")
         return values
 
-    raw = losses(net, "raw")
-    pruned = {}
+    raw, pruned = losses(net, "raw"), {}
     for fraction in fractions:
         pruned_net = copy.deepcopy(net)
         prune(pruned_net, fraction, args.scope, args.tensors)
@@ -190,17 +189,6 @@ def correlation(spearman):
     return "undefined" if rho is None else f"{rho:+.2f} (p = {p:.2g})"
 
 
-def bars_of(result, kind, names):
-    """Of these classes, in this order: heights (C,), and lengths of error bars (2, C) or None."""
-    classes = [result["classes"][name] for name in names]
-    if kind == "raw":
-        return np.array([c["raw"] for c in classes]), None
-    scale = 100 if kind == "relative" else 1        # in per cent
-    # Where there is no interval, NaN: it is not drawn
-    value, low, high = scale * np.array([c[kind] for c in classes], float).T
-    return value, np.stack([value - low, high - value])
-
-
 def bar_figure(kind, results, fraction, path):
     """One bar per class, the most populous class first; the checkpoints' bars side by side.
 
@@ -212,17 +200,20 @@ def bar_figure(kind, results, fraction, path):
     n = len(results)
     size = (max(6, 0.09 * len(names) * n + 3), 3.6)
     fig, ax = disk.pyplot().subplots(figsize=size, constrained_layout=True)
-    for k, (name, result) in enumerate(results.items()):
-        x = np.arange(len(names)) + (k - (n - 1) / 2) * 0.8 / n
-        heights, errors = bars_of(result, kind, names)
+    for k, (label, result) in enumerate(results.items()):
+        heights, errors = [result["classes"][name][kind] for name in names], None
         if kind != "raw":
-            name += f": Spearman {correlation(result['spearman'][kind])}"
-        ax.bar(x, heights, 0.8 / n, yerr=errors, label=disk.in_figure(name))
+            # Where there is no interval, NaN: it is not drawn
+            heights, low, high = np.array(heights, float).T * (100 if kind == "relative" else 1)
+            errors = heights - low, high - heights
+            label += f": Spearman {correlation(result['spearman'][kind])}"
+        x = np.arange(len(names)) + (k - (n - 1) / 2) * 0.8 / n
+        ax.bar(x, heights, 0.8 / n, yerr=errors, label=disk.in_figure(label))
     if kind != "raw":
         ax.set_title(f"{100 * fraction:g}% of the weights set to zero; 95 % intervals over images")
     step = max(1, len(names) // 25)                 # no more labels than can be read
-    ticks = [disk.in_figure(f"{name} ({sizes[name]})") for name in names]
-    ax.set_xticks(np.arange(len(names))[::step], ticks[::step], rotation=90, fontsize=7)
+    ticks = [disk.in_figure(f"{name} ({sizes[name]})") for name in names[::step]]
+    ax.set_xticks(np.arange(len(names))[::step], ticks, rotation=90, fontsize=7)
     ax.set(ylabel=BARS[kind], xlabel="class (training images), the most populous first")
     ax.legend(fontsize=8)
     disk.save_figure(fig, path)

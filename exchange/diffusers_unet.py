@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch.nn import GroupNorm
 
 import disk
 from model import ResBlock, UNet, UNetConfig, make_alphas_bar
@@ -143,20 +144,12 @@ def refuse_difference(net, theirs, flag):
 # A folder of theirs from a network of ours
 
 def refuse_network(ckpt, net):
-    """Raise UserError, with the reason, where a UNet2DModel cannot compute what `net` does."""
-    groups = {m.num_groups for m in net.modules() if isinstance(m, torch.nn.GroupNorm)}
-    if ckpt["kind"] != "diffusion":
-        why = f"this is a {ckpt['kind']} model, whose sampler diffusers does not have"
-    elif not isinstance(net, UNet):
-        why = "this network is not the U-Net, and a UNet2DModel is nothing else"
-    elif net.cfg.ch_mult[0] != 1:
-        why = "--ch-mult does not begin with 1, and a UNet2DModel's does"
-    elif len(groups) > 1:
-        why = ("its group norms have several numbers of groups, and a UNet2DModel has one; "
-               "networks of --ch 128 and more have 32 everywhere")
-    else:
-        return
-    raise UserError(f"--format diffusers: {why}")
+    """Raise UserError where a UNet2DModel cannot compute what `net` does."""
+    if (ckpt["kind"] != "diffusion" or not isinstance(net, UNet) or net.cfg.ch_mult[0] != 1
+            or len({m.num_groups for m in net.modules() if isinstance(m, GroupNorm)}) > 1):
+        raise UserError("--format diffusers: a UNet2DModel is a U-Net for diffusion whose first "
+                        "level is as wide as --ch and whose group norms all have 32 groups (--ch "
+                        "128 and more); this network is another")
 
 
 def their_network(net, size):

@@ -150,10 +150,11 @@ def test_bars_are_sorted_by_size_and_have_their_errors(monkeypatch):
         name: {"train_images": size, "raw": size, "absolute": [size, size - 1.0, size + 3.0]}
         for name, size in (("a", 5), ("b", 9), ("c", 7))},
         "spearman": {"absolute": {"rho": 1.0, "p": 0.5}}}
-    heights, errors = pp.bars_of(result, "absolute", ["b", "a"])
-    assert heights.tolist() == [9, 5] and errors.tolist() == [[1, 1], [3, 3]]
     pp.bar_figure("absolute", {"net": result}, 0.1, None)
-    assert [bar.get_height() for bar in figures[0].axes[0].patches] == [9, 7, 5]
+    bars = figures[0].axes[0].containers[1]
+    assert [bar.get_height() for bar in bars] == [9, 7, 5]
+    intervals = [line[:, 1].tolist() for line in bars.errorbar.lines[2][0].get_segments()]
+    assert intervals == [[8, 12], [6, 10], [4, 8]]
 
 
 def test_one_image_gives_no_interval(tmp_path):
