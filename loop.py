@@ -102,8 +102,8 @@ def resume(args, kinds, resumable=()):
         raise UserError(f"--out {args.out}: its ckpt.pt is an export of sample.py, which has no "
                         "training to go on with; choose another folder")
     if args.batch_size % (rt.world * args.accumulate):
-        raise UserError(f"--batch-size {args.batch_size}: counts the images of {rt.processes()} "
-                        f"with --accumulate {args.accumulate} passes each, and is not divisible")
+        raise UserError(f"--batch-size {args.batch_size}: must be a multiple of {rt.world} "
+                        f"processes times --accumulate {args.accumulate}")
     if getattr(args, "base", None) == "consistency" and args.ct_double is None:
         args.ct_double = old["config"]["ct_double"] if old else max(1, args.steps // 4)
     if old:
@@ -544,7 +544,7 @@ def announce(training, compiled):
         words.append(f", {frozen:,} of them frozen,")
     if low_rank:
         words.append(f" + {low_rank:,} low-rank (A, B)")
-    words.append(f"; {rt.device}, {args.dtype}, {rt.processes()}")
+    words.append(f"; {rt.device}, {args.dtype}, processes: {rt.world}")
     if compiled:
         words.append(", compiled")
     rt.print("".join(words))

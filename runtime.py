@@ -120,15 +120,15 @@ def error_line(error):
     """What to tell the user of an exception, in one line; None for a mistake of the program."""
     first = next(iter(str(error).splitlines()), "")
     gone = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+    if isinstance(error, UserError):
+        return " ".join(str(error).splitlines())
+    if isinstance(error, torch.OutOfMemoryError):
+        return ("out of memory on the device; take a smaller --batch-size, or in train.py a "
+                f"larger --accumulate ({first})")
     if dist.is_initialized() and (isinstance(error, dist.DistError)
                                   or any(words in str(error) for words in gone)):
         return ("an exchange with the other processes failed; where one of them has ended, its "
                 f"own line says why ({first[:120]})")
-    if isinstance(error, UserError):
-        return " ".join(str(error).split("\n"))
-    if isinstance(error, torch.OutOfMemoryError):
-        return ("out of memory on the device; take a smaller --batch-size, or in train.py a "
-                f"larger --accumulate ({first})")
     return None
 
 
@@ -274,10 +274,6 @@ class Runtime:
         if self.dtype == torch.float32:
             return nullcontext()
         return torch.autocast(self.device.type, self.dtype)
-
-    def processes(self):
-        """How many processes there are, in words."""
-        return "1 process" if self.world == 1 else f"{self.world} processes"
 
     @contextmanager
     def rank_0_first(self):
@@ -425,12 +421,12 @@ def wants_compile(args, rt):
     return rt.device.type == "cuda" if args.compile is None else args.compile
 
 
-def compile_or_not(module, loss_of, rt, flag="--compile"):
+def compile_or_not(module, loss_of, rt):
     """(torch.compile(module), None), or (the module itself, a warning) where that fails.
 
-    Every rank prints its warning. loss_of(compiled) is run once as a trial, forwards, and backwards
-    where it has gradients. It leaves no trace: gradients are dropped, and buffers, such as batch
-    norm's statistics, are what they were. flag: what asked for it, or None where nothing did.
+    loss_of(compiled) is run once as a trial, forwards, and backwards where it has gradients. It
+    leaves no trace: gradients are dropped, and buffers, such as batch norm's statistics, are what
+    they were. Every rank prints its warning.
     """
     compiled = torch.compile(module)
     before = [b.clone() for b in module.buffers()]
@@ -444,11 +440,7 @@ def compile_or_not(module, loss_of, rt, flag="--compile"):
         raise
     except Exception as e:      # whatever a missing or broken compiler raises; training goes on
         why = next(iter(str(e).strip().splitlines()), "")[:160]
-        warning = f"cannot compile here ({type(e).__name__}: {why}), going on without"
-        if rt.device.type == "cuda":
-            warning += "; it takes about twice the time and memory"
-        if flag:
-            warning = f"{flag}: {warning}; --no-compile is the same, without this trial"
+        warning = f"cannot compile here ({type(e).__name__}: {why}), going on without: slower"
         print(f"WARNING: {rank_words()}{warning}", file=sys.stderr, flush=True)
         return module, warning
     finally:

@@ -346,7 +346,7 @@ def prepare(net, rt, shape, num, batch_size):
     x = torch.zeros(size, *shape, device=rt.device).contiguous(memory_format=torch.channels_last)
     zeros = torch.zeros(size, dtype=torch.int64, device=rt.device)
     with torch.no_grad():
-        return runtime.compile_or_not(net, lambda m: m(x, zeros, zeros).sum(), rt, flag=None)[0]
+        return runtime.compile_or_not(net, lambda m: m(x, zeros, zeros).sum(), rt)[0]
 
 
 def batches_of(rows, batch_size, fixed):

@@ -18,7 +18,6 @@ an export is read back whole. Each exchange is checked by one call of both netwo
 Needs diffusers.
 """
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch.nn import GroupNorm
@@ -220,14 +219,11 @@ def load_theirs(folder, flag):
 
 def refuse_schedule(schedule, flag):
     """Raise UserError where a network was not trained to predict the noise of our schedule."""
-    kind = schedule.config.prediction_type
-    if kind != "epsilon":
-        raise UserError(f"{flag}: its network predicts {kind}, and ours the noise (epsilon)")
-    ours = make_alphas_bar()
-    theirs = schedule.alphas_cumprod.double()
-    if theirs.shape != ours.shape or (theirs - ours).abs().max() > 1e-5:
-        raise UserError(f"{flag}: its noise schedule is not the linear one of {len(ours)} steps, "
-                        "1e-4 to 0.02; here there is no other")
+    ours, theirs = make_alphas_bar(), schedule.alphas_cumprod.double()
+    if (schedule.config.prediction_type != "epsilon" or theirs.shape != ours.shape
+            or (theirs - ours).abs().max() > 1e-5):
+        raise UserError(f"{flag}: its network does not predict the noise (epsilon) of the linear "
+                        f"schedule of {len(ours)} steps, 1e-4 to 0.02; here there is no other")
 
 
 def translate(unet, flag):
@@ -237,7 +233,7 @@ def translate(unet, flag):
     not predict the same.
     """
     config = unet.config
-    if not config.num_class_embeds or config.num_class_embeds < 2:
+    if (config.num_class_embeds or 0) < 2:
         raise UserError(f"{flag}: its network takes no labels; num_class_embeds must be the "
                         "classes and one for Null")
     widths = config.block_out_channels
@@ -256,21 +252,14 @@ def translate(unet, flag):
     return network.to_dict(), net.state_dict()
 
 
-class Found(NamedTuple):
-    """What `read` finds."""
-    network: dict           # of a UNetConfig
-    state: dict             # our state dict
-    size: int | None        # pixels per side, where they say it
-    record: dict | None     # what a checkpoint of ours knew beside its weights; None: not ours
-
-
 def read(folder, flag="--from-diffusers"):
-    """What is Found in a folder of theirs.
+    """What is in a folder of theirs: (the dict of a UNetConfig, our state dict, size, record).
 
-    Raises UserError for what is no such folder, and for a network that ours is not.
+    size: pixels per side, None where they do not say it. record: what a checkpoint of ours knew
+    beside its weights, None where it is not ours. Raises UserError for what is no such folder, and
+    for a network that ours is not.
     """
     unet, schedule = load_theirs(folder, flag)
     refuse_schedule(schedule, f"{flag} {folder}")
-    network, state = translate(unet, f"{flag} {folder}")
     made = disk.read_json(Path(folder) / "export.json") or {}
-    return Found(network, state, unet.config.sample_size, made.get("checkpoint"))
+    return *translate(unet, f"{flag} {folder}"), unet.config.sample_size, made.get("checkpoint")
