@@ -200,20 +200,7 @@ def test_a_folder_of_others(tmp_path, data_dir, cosines_first):
 # --------------------------------------------------------------------------------------------------
 # What is refused
 
-def test_an_export_replaces_its_like_only(ckpt, exported, tmp_path, capsys):
-    path = to_diffusers(ckpt, tmp_path / "d")
-    before = disk.sha256(path / diffusers_unet.WEIGHTS)
-    to_diffusers(ckpt, path, "--branch", "general")
-    assert disk.sha256(path / diffusers_unet.WEIGHTS) != before
-    assert [p.name for p in tmp_path.iterdir()] == ["d"]
-    (path / "note.txt").write_text("mine")
-    refuses(capsys, sample.main, "--ckpt", ckpt, "--export", path, "--format", "diffusers",
-            says=["--export"])
-    assert (path / "note.txt").read_text() == "mine"
-
-
 def test_flags_that_do_not_belong_together(ckpt, exported, tmp_path, capsys):
-    refuses(capsys, sample.main, "--ckpt", ckpt, "--format", "diffusers", says=["--format"])
     refuses(capsys, sample.main, "--ckpt", ckpt, "--export", tmp_path / "d", "--num", 3,
             "--format", "diffusers", says=["--num"])
     refuses(capsys, peers.main, "--from-diffusers", exported, "--to", tmp_path / "back.pt",

@@ -259,16 +259,6 @@ def test_names_and_fractions_differ(flags, cm_run, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("main, first", [
-    (pp.main, []), (cp.main, ["allocation"]), (cp.main, ["dominance"])])
-def test_other_images_are_refused(main, first, cm_run, data_dir, tmp_path, capsys):
-    ckpt = disk.load(cm_run / "ckpt.pt", ["diffusion"])
-    ckpt["data"] = {**ckpt["data"], "sha256": "of other images of the same names"}
-    disk.save(tmp_path / "ckpt.pt", ckpt)
-    refuses(capsys, main, *first, "--ckpt", tmp_path / "ckpt.pt", "--data-dir", data_dir,
-            "--device", "cpu", says=["--data-dir"])
-
-
-@pytest.mark.parametrize("main, first", [
     (pp.main, ["--images", "test", "--repeats", 1]), (cp.main, ["allocation"]),
     (cp.main, ["dominance"])])
 def test_weights_that_are_not_finite(main, first, cm_run, data_dir, tmp_path, capsys):
