@@ -4,6 +4,7 @@ The slow version is written from what the release does (docs/DIFFERENCES.md), no
 """
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -222,6 +223,24 @@ def test_recipes():
     assert len(set(names)) == 4 and names[1] == "out/cifar100-ir100-oc-cm-seed0-release"
 
 
+@pytest.mark.parametrize("recipe", train.RECIPES)
+def test_a_recipe_reaches_the_step_and_the_grids(recipe, monkeypatch, data_dir, tmp_path):
+    found = []
+    monkeypatch.setattr(train, "loop", lambda training, *_: found.append(training))
+    monkeypatch.setattr(train, "generate", lambda *args, **_: found.append(args[5]))
+    call(train.main, *TINY_FLAGS, "--recipe", recipe, "--data-dir", data_dir, "--out", tmp_path)
+    training, settings = found[0], {**train.RECIPES["ours"], **train.RECIPES[recipe]}
+    objective = training.objective
+    for key in ("w_div", "div_bound", "independent_dropout"):
+        assert getattr(objective.cm, key) == settings[key]
+    assert objective.drop_batch == settings["drop_batch"] and objective.two_passes
+    kernels = [owner.weight.shape[2:] == (3, 3)
+               for owner, _, _ in cm_layers.reserved(objective.net)]
+    assert all(kernels) == (recipe == "release")
+    train.ema_samples(training.state(), [0, 1], training.rt)
+    assert found[1] == sample.Sampling.of("diffusion", recipe)
+
+
 def test_warm_up_from_zero_and_averages_without_a_ramp(data_dir, tmp_path):
     """lr min(s, warmup) / warmup at step s, 0 at first; the average moves by 1 - decay at once."""
     call(train.main, *TINY_FLAGS, "--recipe", "release", "--steps", 2, "--keep-every", 1,
@@ -306,7 +325,7 @@ def test_consistency_without_reserved_capacity(data_dir, tmp_path, digits):
 # --------------------------------------------------------------------------------------------------
 # The sampler
 
-def test_the_releases_ddim():
+def test_the_releases_ddim(cpu):
     """t = 980 ... 0, the one before clamp(t - 20, 0): the last step's coefficients are 1 and 0."""
     ab = make_alphas_bar()
     x = x_T = torch.randn(5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -326,6 +345,10 @@ def test_the_releases_ddim():
     torch.testing.assert_close(got, x, rtol=1e-9, atol=1e-9)
     usual = sample.ddim(predict, x_T, ab, sampling.timesteps(ab), None)
     assert (usual - got).abs().max() > 1e-3
+    a, b = (sample.sample_batch(tiny_net(None), torch.tensor([0, 1]), [0, 1], (1, 8, 8), cpu,
+                                replace(sampling, steps=3, last_step=end))
+            for end in sample.LAST_STEPS)
+    assert (a - b).abs().max() > 1e-4
 
 
 def test_default_sampling_of_each_recipe():
