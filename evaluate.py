@@ -27,7 +27,7 @@ import disk
 import runtime
 from data import by_size, to_rgb
 from metrics.features import DIGITS_CLASSIFIER, INCEPTION, Extractor, Features
-from metrics.image_sets import (compare, find_reference, fit_names, from_checkpoint, from_samples,
+from metrics.image_sets import (compare, find_reference, from_checkpoint, from_samples,
                                 parse_about, protocol_of)
 from metrics.inception import INPUTS
 from metrics.scores import (FLOOR_IMAGES, IS_SPLITS, KID_SIZE, KID_SUBSETS, METRIC_SEED,
@@ -124,7 +124,7 @@ class Metrics:
 
 def make_metrics(args, comparison, extractor, rt):
     """The Metrics that the flags ask for; with the accuracy if the classifier knows the classes."""
-    ours, theirs = fit_names(comparison.class_names, extractor.class_names)
+    ours, theirs = comparison.class_names, extractor.class_names
     output_classes = None
     if ours and theirs and sorted(ours) == sorted(theirs):      # in any order
         output_classes = np.array([ours.index(name) for name in theirs])

@@ -513,7 +513,7 @@ def write_samples(out, images, labels, record, data, seconds, png=False):
                                                 None if len(classes) > 10 else classes))
     if png:
         disk.write_folder(out / "png", lambda folder: write_pngs(images, labels, names, folder),
-                          "samples", "--png")
+                          "samples", "--png", class_names=names if "arr_1" in arrays else None)
     disk.write_json(out / "samples.json", {
         "settings": record, "data": data, "npz_sha256": disk.sha256(out / "samples.npz"),
         "seconds": round(seconds, 2), "git_commit": disk.git_commit()})

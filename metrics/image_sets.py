@@ -7,7 +7,6 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -120,6 +119,10 @@ def parse_about(text):
 def read_image_files(name, root, flag):
     """A folder of image files of one size: flat, or one sub-folder per class."""
     paths, labels, names = image_folder(root, flag)
+    made = disk.read_json(root / "export.json")
+    if isinstance(made, dict) and made.get("class_names"):      # of sample.py --png: 0003-cat
+        labels = np.array([int(folder[:4]) for folder in names])[labels]
+        names = made["class_names"]
     first = open_image(paths[0], flag).size
 
     def at(rows):
@@ -134,24 +137,6 @@ def read_image_files(name, root, flag):
     for path in paths:
         digest.update(os.fsencode(f"{os.path.relpath(path, root)} {disk.sha256(path)}\n"))
     return Images(name, len(paths), at, labels, names, sha256=digest.hexdigest())
-
-
-def without_numbers(names):
-    """Names of folders without the numbers of sample.py --png, "0003-cat": those of the classes."""
-    short = [name[5:] for name in names if name[:4].isdigit() and name[4:5] == "-"]
-    return short if len(set(short)) == len(names) else names
-
-
-def fit_names(ours, theirs):
-    """Both lists of class names; each without_numbers where only so one is a part of the other.
-
-    A user's own classes may have such names, "0003-cat", which are then those of both sides.
-    """
-    if ours and theirs:
-        for a, b in product((ours, without_numbers(ours)), (theirs, without_numbers(theirs))):
-            if set(a) <= set(b) or set(b) <= set(a):
-                return a, b
-    return ours, theirs
 
 
 # --------------------------------------------------------------------------------------------------
@@ -249,11 +234,10 @@ def protocol_of(dataset):
 
 def compare(args, subject, reference, extractor):
     """The Comparison that the flags describe. Raises UserError where the two do not fit."""
-    ours, theirs = fit_names(subject.class_names, reference.class_names)
-    class_names = ours or theirs
+    class_names = subject.class_names or reference.class_names
     class_counts = subject.data.get("class_counts")
     assumed = assumed_labels(subject, reference)
-    reference = renumber(replace(reference, class_names=theirs), class_names, "--reference")
+    reference = renumber(reference, class_names, "--reference")
     refuse_long_tailed(reference, class_counts)
     for flag, images in (("--reference", reference), ("--samples", subject.images)):
         if images and images.features and images.about["features_sha256"] != extractor.sha256:
@@ -270,7 +254,7 @@ def compare(args, subject, reference, extractor):
     if num_group is None:
         num_group = 0 if args.num else protocol["num_group"]
     if subject.images:
-        images = renumber(replace(subject.images, class_names=ours), class_names, "--samples")
+        images = renumber(subject.images, class_names, "--samples")
         num = args.num or images.n
         if num > images.n:
             raise UserError(f"--num {num}: there are only {images.n} images in --samples "

@@ -375,16 +375,6 @@ def test_features_that_are_not_finite(samples, against_digits, tmp_path, capsys,
             tmp_path / "nan.pt", "--device", "cpu", says=["--features"])
 
 
-def test_names_lose_their_numbers_only_where_they_then_fit():
-    own, short = ["0001-cat", "0002-dog"], ["cat", "dog"]
-    for ours, theirs, fitted in [
-            (own, own, (own, own)), (own, short, (short, short)), (short, own, (short, short)),
-            (["0002-dog"], own, (["0002-dog"], own)), (["0005-dog"], own, (["dog"], short)),
-            (["0000-0001-cat", "0001-0002-dog"], own, (own, own)),
-            (own, None, (own, None)), (None, own, (None, own)), (own, ["x"], (own, ["x"]))]:
-        assert image_sets.fit_names(ours, theirs) == fitted
-
-
 def test_a_result_says_the_dtype_and_the_plugins_of_its_samples(cm_run, against_digits, tmp_path,
                                                                 monkeypatch):
     monkeypatch.setattr(runtime.Plugins, "found", ["mine.py 1"])
