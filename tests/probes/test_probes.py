@@ -258,19 +258,6 @@ def test_names_and_fractions_differ(flags, cm_run, tmp_path, capsys):
             says=flags[:1])
 
 
-@pytest.mark.parametrize("main, first", [
-    (pp.main, ["--images", "test", "--repeats", 1]), (cp.main, ["allocation"]),
-    (cp.main, ["dominance"])])
-def test_weights_that_are_not_finite(main, first, cm_run, data_dir, tmp_path, capsys):
-    ckpt = disk.load(cm_run / "ckpt.pt", ["diffusion"])
-    name = next(name for name, w in ckpt["ema"].items() if "encoder" in name and w.dim() > 1)
-    ckpt["ema"][name].flatten()[0] = math.nan
-    disk.save(tmp_path / "ckpt.pt", ckpt)
-    refuses(capsys, main, *first, "--ckpt", tmp_path / "ckpt.pt", "--data-dir", data_dir,
-            "--device", "cpu", "--out", tmp_path / "out", says=["--ckpt"])
-    assert not list(tmp_path.glob("out/*"))
-
-
 # --------------------------------------------------------------------------------------------------
 # Dominance
 
