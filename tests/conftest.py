@@ -4,9 +4,11 @@ No network, and no data but scikit-learn's digits.
 """
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:     # several threads of several workers only wait
@@ -87,6 +89,27 @@ def refuses(capsys, main, *flags, says):
     assert e.value.code == 2 and len(lines) == 1 and "Traceback" not in text
     for word in says:
         assert word in lines[0], lines[0]
+
+
+@contextmanager
+def interrupted(monkeypatch, owner, name, number, which=signal.SIGTERM):
+    """Send this process a signal before call `number` of a method; what runs here must exit so."""
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+    method, calls = getattr(owner, name), []
+
+    def counted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == number:
+            os.kill(os.getpid(), which)
+        return method(*args, **kwargs)
+    try:
+        with monkeypatch.context() as m, pytest.raises(SystemExit) as e:
+            m.setattr(owner, name, counted)
+            yield calls
+    finally:
+        for s, handler in handlers.items():
+            signal.signal(s, handler)
+    assert e.value.code == 128 + which
 
 
 def torchrun(*argv, processes=2):

@@ -4,7 +4,6 @@ The compiler is the real one, and the networks are small, so that it has little 
 """
 import shutil
 from collections import OrderedDict
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -150,20 +149,3 @@ def test_the_trial_leaves_buffers_and_gradients_alone(cpu):
     runtime.compile_or_not(objective, lambda m: m(*inputs)[0], cpu)
     assert all(torch.equal(b, before[name]) for name, b in objective.named_buffers())
     assert all(p.grad is None for p in objective.parameters())
-
-
-def test_without_guards(cpu, monkeypatch):
-    """Guards are skipped for compiled modules only, only within, and only where asked for."""
-    stances = []
-
-    @contextmanager
-    def set_stance(**stance):
-        stances.append(stance)
-        yield
-    monkeypatch.setattr(torch.compiler, "set_stance", set_stance)
-    net = nn.Linear(2, 2)
-    compiled = torch.compile(net)
-    for module, on in ((net, True), (compiled, False), (compiled, True)):
-        with runtime.without_guards(module, on):
-            pass
-    assert stances == [{"skip_guard_eval_unsafe": True}]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import call, make_folder, picture
+from conftest import call, make_folder
 
 import data
 import disk
@@ -38,6 +38,7 @@ def test_long_tail_is_cao_et_als(C, ir, total, last):
         np.random.shuffle(idx)
         expected.extend(idx[:n])
     assert np.array_equal(rows, np.sort(expected))
+    assert not np.array_equal(long_tail(labels, ir, seed=3), rows)
 
 
 def test_long_tail_of_unequal_classes():
@@ -48,18 +49,6 @@ def test_long_tail_of_unequal_classes():
     assert long_tail_counts([90, 10], 10).tolist() == [50, 5]           # n_max: at most N / C
     with pytest.raises(UserError, match="--ir"):
         long_tail_counts([100, 100], 2000)
-
-
-def test_another_seed_draws_other_images():
-    labels = np.arange(400) % 4
-    rng = np.random.RandomState(3)
-    expected = []
-    for c, n in enumerate(long_tail_counts([100] * 4, 10)):
-        members = np.flatnonzero(labels == c)
-        rng.shuffle(members)
-        expected.extend(members[:n])
-    assert long_tail(labels, 10, seed=3).tolist() == sorted(expected)
-    assert long_tail(labels, 10).tolist() != sorted(expected)
 
 
 def test_class_groups():
@@ -76,17 +65,14 @@ def test_class_groups():
 def test_resolve_classes():
     names = ["cat", "dog", "owl"]
     assert resolve_classes("0-1,owl", names) == [0, 1, 2]
-    for text in ("3", "0-3", "x", "1-", "2-1", "", "0-99999999999", "-1"):
+    for text in ("3", "x", "2-1", ""):
         with pytest.raises(UserError, match="--classes"):
             resolve_classes(text, names)
     # Where a word is one class's name and another's number, one must say which
-    ages = ["0-2", "10-19", "20-29", "3-9"]
-    for text, names in (("2", ["1", "2", "3"]), ("0-2", ages)):
-        with pytest.raises(UserError, match="--classes"):
-            resolve_classes(text, names)
+    with pytest.raises(UserError, match="--classes"):
+        resolve_classes("2", ["1", "2", "3"])
     assert resolve_classes("1-1,2-2", ["1", "2", "3"]) == [1, 2]
     assert resolve_classes("2", [str(c) for c in range(10)]) == [2]
-    assert resolve_classes("0,1-3", ages) == [0, 1, 2, 3]
 
 
 def test_labels_in_other_classes():
@@ -161,21 +147,6 @@ def test_the_papers_command_on_cifar100(small_cifar):
     assert (sum(counts), len(counts), counts[0] // counts[-1]) == (2131, 100, 100)
 
 
-def test_training_on_a_folder(tmp_path):
-    root = make_folder(tmp_path / "birds", {"a": 30, "b": 20, "c": 12})
-    flags = ["--dataset", "folder", "--data-dir", root, "--pack-dir", tmp_path / "packed",
-             "--resolution", 8, "--ch", 16, "--ch-mult", 1, 2, "--num-res-blocks", 1,
-             "--batch-size", 8, "--device", "cpu", "--dtype", "float32", "--sample-every", 2,
-             "--out", tmp_path / "run"]
-    call(train.main, *flags, "--steps", 2)
-    assert (tmp_path / "run/grid-0000002.png").exists()
-    ckpt = disk.load(tmp_path / "run/ckpt.pt", ["diffusion"])
-    assert ckpt["data"]["class_counts"] == [30, 20, 12]
-    picture(root / "a/new.png", 1)
-    with pytest.raises(UserError, match="--data-dir"):
-        call(train.main, *flags, "--steps", 3)
-
-
 def test_balanced_reference(tmp_path, data_dir):
     packed = tmp_path / "packed"
     root = make_folder(tmp_path / "set", {"a": 30, "b": 20, "c": 12})
@@ -195,8 +166,7 @@ def test_balanced_reference(tmp_path, data_dir):
     with pytest.raises(UserError, match="--data-dir"):
         load_reference("folder", root, None, 8, packed)
     # Digits
-    images, words = load_reference("digits", data_dir)
-    assert len(images.labels) == 1497 and words == "full training set"
+    assert len(load_reference("digits", data_dir)[0].labels) == 1497
 
 
 def test_a_class_without_images_is_refused(monkeypatch):
@@ -220,22 +190,11 @@ def test_the_hash_is_of_the_whole_set_and_of_its_content(data_dir, tmp_path):
     assert load("digits", data_dir, "test").sha256 != images.sha256
 
 
-def test_rows_are_those_of_the_pack(digits, data_dir):
-    whole = load("digits", data_dir)
-    few = digits.take(np.array([5, 3, 400]))
-    assert np.array_equal(whole.images[few.rows], few.images)
-
-
 def test_one_pack_dir_for_two_data_dirs(tmp_path):
     """Each has its own pack, for sets that are not folders too."""
     paths = [data.pack_path("cub200", tmp_path / name, "train", 64, tmp_path / "packs")
              for name in ("a/cub", "b/cub")]
     assert paths[0] != paths[1] and paths[0].parent == paths[1].parent
-
-
-def test_data_py_prints_the_groups(data_dir, capsys):
-    call(data.main, "--dataset", "digits", "--data-dir", data_dir, "--ir", 20)
-    assert "Few: 4 classes, 51 images" in capsys.readouterr().out
 
 
 # --------------------------------------------------------------------------------------------------
@@ -283,34 +242,3 @@ def test_uint8_rounds_and_clips():
     assert to_uint8(x).flatten().tolist() == [0, 0, 128, 255, 255, 128]
     every = torch.arange(256, dtype=torch.uint8).view(1, 16, 16, 1)
     assert torch.equal(to_uint8(to_float(every)), every)
-
-
-def test_copies_to_a_gpu_start_from_pinned_memory(monkeypatch):
-    class Pinned:
-        """Stands for a tensor in the CPU's memory, and keeps what is called."""
-        device = torch.device("cpu")
-
-        def __init__(self):
-            self.calls = []
-
-        def pin_memory(self):
-            self.calls.append("pinned")
-            return self
-
-        def to(self, device, non_blocking):
-            self.calls.append((torch.device(device).type, non_blocking))
-            return self
-    assert data.send(Pinned(), "cuda").calls == ["pinned", ("cuda", True)]
-    assert data.send(Pinned(), "cpu").calls == [("cpu", True)]
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (60 << 30, 80 << 30))
-    assert data.device_limit("cuda") == 15 << 30
-    assert data.device_limit("cpu") == 4 << 30
-
-
-def test_a_loaded_record_compares_by_its_entries(data_dir):
-    record = load("digits", data_dir).record()
-    args = Namespace(data_dir=data_dir, out="out/x")
-    data.refuse_other_data(record, record, args)
-    for key, value in (("sha256", "0" * 64), ("class_counts", [1] * 10)):
-        with pytest.raises(UserError, match="--data-dir"):
-            data.refuse_other_data({**record, key: value}, record, args)

@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -88,18 +87,15 @@ def test_a_checkpoint_is_plain_types(tmp_path):
     class Evil:
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "made"),)
+    disk.save(tmp_path / "x.pt", {"kind": "text", "step": 3})
+    ckpt = disk.load(tmp_path / "x.pt", ["diffusion", "text"])
+    assert ckpt["step"] == 3 and ckpt.sha256 == disk.sha256(tmp_path / "x.pt")
+    with pytest.raises(UserError, match="--ckpt"):                      # of another kind
+        disk.load(tmp_path / "x.pt", ["diffusion"])
     disk.save(tmp_path / "x.pt", {"kind": "diffusion", "model": Evil()})
     with pytest.raises(UserError, match="--ckpt"):
         disk.load(tmp_path / "x.pt", ["diffusion"])
     assert not (tmp_path / "made").exists()
-
-
-def test_a_checkpoint_has_its_hash(tmp_path):
-    disk.save(tmp_path / "x.pt", {"kind": "text", "step": 3})
-    ckpt = disk.load(tmp_path / "x.pt", ["diffusion", "text"])
-    assert ckpt["step"] == 3 and ckpt.sha256 == disk.sha256(tmp_path / "x.pt")
-    with pytest.raises(UserError, match="--ckpt"):
-        disk.load(tmp_path / "x.pt", ["diffusion"])
 
 
 def test_one_process_writes_to_a_folder(tmp_path):
@@ -135,6 +131,7 @@ def test_a_folder_is_replaced_where_it_is_an_earlier_one(tmp_path, monkeypatch):
     # Half of it is not written; what another program or the user put there is not replaced
     with pytest.raises(ZeroDivisionError):
         disk.write_folder(folder, lambda path: 1 / 0, "lora", "--lora")
+
     def fails_for_the_new_one(source, target, replace=os.replace):
         if Path(source).name == ".export.new":
             raise OSError(errno.EIO, "Input/output error")
@@ -149,30 +146,3 @@ def test_a_folder_is_replaced_where_it_is_an_earlier_one(tmp_path, monkeypatch):
         write("three")
     assert (folder / "deep/x.txt").read_text() == "two"
     assert [p.name for p in tmp_path.iterdir()] == ["export"]
-
-
-def test_a_fingerprint_is_of_names_sizes_and_both_times(monkeypatch):
-    def fingerprint(name="a", **changed):
-        stat = {"st_size": 1, "st_mtime_ns": 2, "st_ctime_ns": 3, **changed}
-        with monkeypatch.context() as m:
-            m.setattr(os, "stat", lambda path: SimpleNamespace(**stat))
-            return disk.fingerprint([Path("/x") / name], "/x")
-    others = [fingerprint("b"), fingerprint(st_size=9), fingerprint(st_mtime_ns=9),
-              fingerprint(st_ctime_ns=9)]
-    assert len({fingerprint(), fingerprint(), *others}) == 5
-
-
-def test_up_to_date_compares_as_json(tmp_path):
-    path = tmp_path / "samples.json"
-    assert not disk.up_to_date(path, {})                 # no such file
-    disk.write_json(path, {"settings": {"classes": (1, 2)}})
-    assert disk.up_to_date(path, {"classes": (1, 2)})
-    assert not disk.up_to_date(path, {"classes": (1, 3)})
-    for content in ({}, [1], {"settings": None}):
-        disk.write_json(path, content)
-        assert not disk.up_to_date(path, {})
-
-
-def test_a_result_names_the_commit():
-    commit = disk.git_commit()
-    assert commit is None or len(commit.split("-")[0]) == 40

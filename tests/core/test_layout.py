@@ -32,10 +32,6 @@ def closure(name):
     return found
 
 
-def test_file_names_are_unique():
-    assert len({path.name for path in FILES}) == len(FILES)
-
-
 def test_no_circles():
     for name in NAMES:
         assert not any(name in closure(other) for other in imported(name)), name

@@ -15,7 +15,7 @@ from scipy import stats
 from torch import nn
 
 from cm_layers import general_only, reserved
-from losses import (BASES, FLAGS, CMConfig, Objective, Predictions, bind, cbdm,
+from losses import (BASES, CMConfig, Objective, Predictions, bind, cbdm,
                     choose, class_weights, cm_terms, oc_target, options_of)
 from model import distance, make_alphas_bar, q_sample, signal_and_sigma
 
@@ -25,7 +25,6 @@ ROOTS = signal_and_sigma(AB)
 
 # --------------------------------------------------------------------------------------------------
 # A step, and what NumPy makes of it
-
 
 def numpy_x_t(batch):
     """x_t of a batch, (B, C, H, W) float64, from the betas."""
@@ -261,8 +260,7 @@ def test_d_is_exactly_zero_while_b_is_zero(digits):
     assert (objective(again)[2] > 0).all()              # independent masks put a floor under D
 
 
-@pytest.mark.parametrize("B, fraction, m", [(1, 0.5, 1), (2, 0.5, 1), (5, 0.1, 1), (5, 0.9, 4),
-                                            (12, 0.5, 6), (12, 0.99, 12)])
+@pytest.mark.parametrize("B, fraction, m", [(1, 0.5, 1), (5, 0.9, 4), (12, 0.5, 6)])
 def test_a_chosen_part_stands_for_the_whole_batch(B, fraction, m):
     """--cm-fraction: over many draws the weighted mean of the chosen is the mean of all."""
     importance = torch.tensor([9.0, 0.2, 1, 3, 0.1, 2, 2, 0.5, 30, 1, 0.3, 4])[:B]
@@ -404,18 +402,6 @@ def test_label_drop_is_per_image(digits):
 
 # --------------------------------------------------------------------------------------------------
 # The table of base losses
-
-def own_options(base):
-    """{name: value} that the two functions of a bound base were given."""
-    return {**base.loss.keywords, **base.draw_t.keywords}
-
-
-@pytest.mark.parametrize("name", BASES)
-def test_bind_takes_a_bases_own_options_and_refuses_none(name):
-    everything = {**dict.fromkeys(FLAGS, 3), "seed": 1, "lam": 2.0, "nonsense": None}
-    assert own_options(bind(name, everything)) == dict.fromkeys(options_of(BASES[name]), 3)
-    assert own_options(bind(name)) == {}
-    assert own_options(bind(name, {"nonsense": None})) == {}
 
 
 def test_the_defaults_of_the_bases():

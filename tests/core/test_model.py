@@ -6,7 +6,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, randomize, tiny_net
+from conftest import randomize, tiny_net
 from torch.testing import assert_close
 
 from cm_layers import general_only, reserve
@@ -66,8 +66,7 @@ def test_distance_is_a_mean_square_per_image():
     assert_close(distance(a, b), torch.stack(expected))
 
 
-@pytest.mark.parametrize("n, repeats", [(1, 1), (3, 1), (7, 10), (256, 3), (5000, 10)])
-@pytest.mark.parametrize("T", [1000, 37])
+@pytest.mark.parametrize("n, repeats, T", [(1, 1, 1000), (7, 10, 37), (5000, 10, 1000)])
 def test_stratified_timesteps_are_the_literal_formula(n, repeats, T):
     """Bit for bit what NumPy gives."""
     offset = (np.arange(n) * 0.6180339887498949) % 1
@@ -88,11 +87,7 @@ def test_sinusoid_has_the_frequencies_of_the_ddpm_code():
 # --------------------------------------------------------------------------------------------------
 # The U-Net
 
-NETWORKS = [        # ch, ch_mult, pixels per side
-    (8, (1, 2), 8), (16, (1, 2, 2), 8), (32, (1, 2, 3, 4), 16), (64, (1, 2), 4)]
-
-
-@pytest.mark.parametrize("ch, ch_mult, size", NETWORKS)
+@pytest.mark.parametrize("ch, ch_mult, size", [(8, (1, 2), 8), (32, (1, 2, 3, 4), 16)])
 def test_every_block_depends_on_t_and_y(ch, ch_mult, size):
     """With 32 groups on 32 channels, group norm would remove the added embedding exactly.
 
@@ -145,6 +140,14 @@ def test_dropout_masks():
     assert (len(encode), len(decode)) == (4, 4)     # 2 levels + 2 middle blocks; 2 x 2 up blocks
     kept = torch.cat([m.flatten() for m in encode + decode])
     assert kept.dtype == torch.bool and abs(kept.float().mean() - 0.75) < 0.005
+    x, t, y = torch.randn(64, 1, 8, 8), torch.full((64,), 100), torch.zeros(64, dtype=torch.int64)
+
+    def predict(without=None):
+        """The prediction, with one mask that drops nothing."""
+        masks = [torch.ones_like(m) if j == without else m for j, m in enumerate(encode + decode)]
+        return net.decode(*net.encode(x, t, y, masks[:4]), masks[4:])
+    assert torch.equal(predict(), predict())
+    assert all((predict(i) - predict()).abs().max() > 1e-7 for i in range(8))   # each has an effect
     assert tiny_net(None, dropout=0.0).draw_masks(2, 8, torch.Generator()) == ([], [])
 
 
@@ -159,37 +162,14 @@ def test_dropout_keeps_the_mean(dtype):
     assert drop(h, None, 0.25) is h
 
 
-def test_each_dropout_mask_reaches_the_output():
-    net = tiny_net(None, dropout=0.25)
-    encode, decode = net.draw_masks(64, 8, torch.Generator().manual_seed(0))
-    x = torch.randn(64, 1, 8, 8)
-    t = torch.full((64,), 100)
-    y = torch.zeros(64, dtype=torch.int64)
-
-    def predict(encode, decode):
-        return net.decode(*net.encode(x, t, y, encode), decode)
-
-    def without(masks, i):
-        return [torch.ones_like(m) if j == i else m for j, m in enumerate(masks)]
-    masked = predict(encode, decode)
-    assert torch.equal(predict(encode, decode), masked)
-    for i in range(len(encode)):
-        assert (predict(without(encode, i), decode) - masked).abs().max() > 1e-7
-    for i in range(len(decode)):
-        assert (predict(encode, without(decode, i)) - masked).abs().max() > 1e-7
-
-
 def test_any_channels_and_sizes_and_a_clear_error():
     cfg = UNetConfig(channels=2, num_classes=3, ch=8, ch_mult=(1, 2, 2), attn=(0, 2),
                      num_res_blocks=2)
     net = UNet(cfg)
     eps = net(torch.randn(2, 2, 12, 20), torch.tensor([1, 2]), torch.tensor([0, -1]))
     assert eps.shape == (2, 2, 12, 20)
-    with pytest.raises(AssertionError):
-        net(torch.randn(1, 2, 10, 10), torch.tensor([1]), torch.tensor([0]))
     with pytest.raises(ValueError):
         UNet(UNetConfig(ch=130))
-    assert UNetConfig(**UNetConfig(**TINY).to_dict()) is not None
 
 
 # --------------------------------------------------------------------------------------------------

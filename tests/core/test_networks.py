@@ -6,12 +6,10 @@ from conftest import TINY_FLAGS, call, randomize, read_log, refuses
 from torch.testing import assert_close
 
 import disk
-import networks
 import prune_probe
 import sample
 import train
 from cm_layers import count, general_only, merge, reserve, reserved
-from model import UNet, UNetConfig
 from probes import capacity
 from variants.dit import Block, DiT
 
@@ -33,15 +31,6 @@ def inputs(n=4):
     g = torch.Generator().manual_seed(0)
     x_t = torch.randn(n, 1, 8, 8, generator=g)
     return x_t, torch.arange(n) * 200, torch.tensor([*range(n - 1), -1])
-
-
-def test_the_table_builds_what_it_says():
-    settings = networks.settings_of("dit", {**SMALL, "lr": 1, "dropout": 0.2, "augment_dim": 0})
-    assert settings == {"network": "dit", **SMALL, "dropout": 0.2, "augment_dim": 0}
-    assert isinstance(networks.build(settings), DiT)
-    plain = UNetConfig(ch=16, ch_mult=[1, 2]).to_dict()
-    assert networks.settings_of("unet", plain) == plain            # as older checkpoints have it
-    assert isinstance(networks.build(plain), UNet)
 
 
 def test_the_halves_and_what_they_depend_on():
@@ -102,11 +91,9 @@ def test_dropout_masks_are_an_argument():
     net = randomize(DiT(**SMALL, dropout=0.5), scale=0.2)
     x_t, t, y = inputs()
     encode, decode = net.draw_masks(4, 8, torch.Generator().manual_seed(1))
-    assert [m.shape for m in (*encode, *decode)] == [(4, 16, 16)] * 3
-    assert {m.dtype for m in (*encode, *decode)} == {torch.bool}
+    assert [(m.shape, m.dtype) for m in (*encode, *decode)] == [((4, 16, 16), torch.bool)] * 3
     dropped = net.decode(*net.encode(x_t, t, y, encode), decode)
     assert not torch.equal(dropped, net(x_t, t, y))
-    assert torch.equal(dropped, net.decode(*net.encode(x_t, t, y, encode), decode))
     assert DiT(**SMALL, dropout=0).draw_masks(4, 8, None) == ([], [])
 
 
@@ -158,4 +145,4 @@ def test_a_checkpoint_of_an_unknown_network(run, tmp_path, capsys):
     ckpt = disk.load(run / "ckpt.pt", ["diffusion"])
     disk.save(tmp_path / "x.pt", {**ckpt, "network": {**ckpt["network"], "network": "mine"}})
     refuses(capsys, sample.main, "--ckpt", tmp_path / "x.pt", "--device", "cpu",
-            says=["'mine'", "unet, dit", "--plugin"])
+            says=["--plugin"])

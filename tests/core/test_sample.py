@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY, call, randomize, refuses, tiny_net
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch.testing import assert_close
 
 import disk
@@ -52,10 +52,12 @@ def test_timesteps():
     quad = sample.make_timesteps(AB, 50, "quad")
     assert quad[-1] == 0 and quad[0] in (799, 800) and sorted(quad, reverse=True) == quad
     assert all(abs(t - (i / 49) ** 2 * 800) <= 1 for i, t in enumerate(quad[::-1]))
-    with pytest.raises(UserError, match="--steps"):
-        sample.make_timesteps(AB, 1001)
-    with pytest.raises(UserError, match="--steps"):
-        sample.make_timesteps(AB, 1001, "logsnr")
+    for grid in ("uniform", "logsnr"):
+        with pytest.raises(UserError, match="--steps"):
+            sample.make_timesteps(AB, 1001, grid)
+    assert sample.Sampling("dpm", 4).timesteps(AB) == [800, 600, 400, 200]
+    assert sample.Sampling("dpm++", 4).timesteps(AB) == [750, 500, 250, 0]
+    assert sample.Sampling("dpm", 999).timesteps(AB) == list(range(999, 0, -1))
 
 
 def test_the_logsnr_grid():
@@ -87,9 +89,8 @@ def test_settings_of_the_default_command():
 
 
 @pytest.mark.parametrize("kind, flag, others", [
-    ("latent", "--clip", []), ("consistency", "--clip", []),
-    ("diffusion", "--sampler consistency", []), ("consistency", "--sampler ddim", []),
-    ("consistency", "--guidance 1", []), ("consistency", "--grid quad", []),
+    ("latent", "--clip", []), ("diffusion", "--sampler consistency", []),
+    ("consistency", "--sampler ddim", []), ("consistency", "--guidance 1", []),
     ("consistency", "--steps 40", []), ("diffusion", "--steps 1000", ["--sampler", "dpm"]),
     ("diffusion", "--grid quad", ["--sampler", "dpm"]), ("diffusion", "--order 2", []),
     ("diffusion", "--eta 0.5", ["--sampler", "ddpm"])])
@@ -110,39 +111,6 @@ def test_the_noise_of_eta_is_equation_16s():
     assert_close(got, x * x_200 / math.sqrt(ab_0))
 
 
-def test_ten_classes_are_evenly_spread():
-    assert sample.ten_classes(100) == [0, 11, 22, 33, 44, 55, 66, 77, 88, 99]
-    assert sample.ten_classes(12) == [0, 1, 2, 4, 5, 6, 7, 9, 10, 11]
-    assert sample.ten_classes(3) == [0, 1, 2]
-
-
-def test_the_picture_of_samples():
-    """Rows from the most frequent class down, its first images, each pixel a square, its name."""
-    images = np.arange(10, 18, dtype=np.uint8).repeat(64).reshape(8, 8, 8, 1)
-    images[:, :, 4:] += 100                                             # the right half
-    labels, texts = [0, 2, 1, 0, 2, 2, 0, 2], []
-    with pytest.MonkeyPatch.context() as m:
-        draw = ImageDraw.ImageDraw.text
-        m.setattr(ImageDraw.ImageDraw, "text", lambda pen, where, text, **options:
-                  (texts.append(text), draw(pen, where, text, **options)))
-        picture = sample.grid_image({"": (images, labels)}, ["a", "b" * 70, "c"], [5, 9, 7],
-                                    across=2)
-    assert texts == ["Many", "Medium", "Few", f"{'b' * 60} (9)", "c (7)", "a (5)"]
-    cells = np.asarray(picture)[:, -2 * 60:, 0].reshape(3, 60, 2, 60).transpose(0, 2, 1, 3)
-    numbers = [[2, None], [1, 4], [0, 3]]
-    for row, of_row in zip(cells, numbers):
-        for cell, number in zip(row, of_row):
-            assert (cell[56:] == 255).all() and (cell[:, 56:] == 255).all()     # the gap
-            assert np.unique(cell[:56, :28]).tolist() == [255 if number is None else 10 + number]
-            assert np.unique(cell[:56, 28:56]).tolist() == [255 if number is None else 110 + number]
-
-
-def test_timesteps_of_dpm_end_before_0():
-    assert sample.Sampling("dpm", 4).timesteps(AB) == [800, 600, 400, 200]
-    assert sample.Sampling("dpm++", 4).timesteps(AB) == [750, 500, 250, 0]
-    assert sample.Sampling("dpm", 999).timesteps(AB) == list(range(999, 0, -1))
-
-
 # --------------------------------------------------------------------------------------------------
 # Images of a trained network
 
@@ -156,18 +124,15 @@ def network(cm_run, **options):
     return sample.load_network(checkpoint(cm_run), **options)
 
 
-@pytest.mark.parametrize("sampler, eta", [("ddim", 0.5), ("dpm", 0.0)])
-def test_batch_size_changes_nothing(cm_run, cpu, sampler, eta):
+@pytest.mark.parametrize("settings", [{"eta": 0.5}, {"sampler": "dpm"}])
+def test_batch_size_changes_nothing(cm_run, cpu, settings):
     net = network(cm_run)
     y = torch.arange(16) % 10
-    settings = {"sampler": sampler, "steps": 10}
-    if sampler == "ddim":
-        settings["eta"] = eta
 
     def images(rows, **more):
         rows = list(rows)
         return sample.sample_batch(net, y[rows], rows, SHAPE, cpu,
-                                   sample.Sampling(**settings, **more))
+                                   sample.Sampling(steps=10, **settings, **more))
     whole = images(range(16))
     single = torch.cat([images([i]) for i in range(16)])
     assert (whole - single).abs().max() < 1e-4
@@ -225,24 +190,16 @@ def test_guidance(cm_run, cpu):
     assert labels == [[3, 4]]           # half the time: no pass for Null
 
 
-@pytest.mark.parametrize("weights, key", [("ema", "ema"), ("raw", "model")])
-def test_load_unmerged_keeps_the_branches_apart(cm_run, weights, key):
-    """The tensors of the checkpoint itself: W^g, A and B, which is not zero after training."""
-    ckpt = checkpoint(cm_run)
-    net = networks.load_unmerged(ckpt, weights)
-    state = net.state_dict()
-    assert state.keys() == ckpt[key].keys()
-    assert all(torch.equal(state[name], value) for name, value in ckpt[key].items())
-    parts = list(reserved(net.decoder))
-    assert parts and all(part.B.abs().max() > 0 for _, _, part in parts)
-    kernel = net.decoder.up[0].conv1.parametrizations.weight.original
-    assert kernel.is_contiguous(memory_format=torch.channels_last) and not kernel.is_contiguous()
-
-
 def test_load_network_is_load_unmerged_merged(cm_run):
+    """And that has the tensors of the checkpoint itself: W^g, A and B."""
     ckpt = checkpoint(cm_run)
     for weights, branch in (("ema", "full"), ("ema", "general"), ("raw", "full")):
-        merged = merge(networks.load_unmerged(ckpt, weights), branch).state_dict()
+        unmerged = networks.load_unmerged(ckpt, weights)
+        state, kept = unmerged.state_dict(), ckpt["model" if weights == "raw" else "ema"]
+        assert state.keys() == kept.keys()
+        assert all(torch.equal(state[name], value) for name, value in kept.items())
+        assert all(part.B.abs().max() > 0 for _, _, part in reserved(unmerged.decoder))
+        merged = merge(unmerged, branch).state_dict()
         loaded = sample.load_network(ckpt, weights, branch)
         assert loaded.state_dict().keys() == merged.keys()
         assert all(torch.equal(p, merged[name]) for name, p in loaded.state_dict().items())
@@ -251,14 +208,14 @@ def test_load_network_is_load_unmerged_merged(cm_run):
         kernel = loaded.decoder.up[0].conv1.weight
         assert kernel.is_contiguous(memory_format=torch.channels_last)
     ckpt["network"] = {**ckpt["network"], "ch": 32}
-    with pytest.raises(UserError, match="--mine: its weights do not fit"):
+    with pytest.raises(UserError, match="--mine"):
         sample.load_network(ckpt, flag="--mine")
 
 
 # --------------------------------------------------------------------------------------------------
 # Files
 
-def test_files_and_branches(cm_run, tmp_path):
+def test_files_and_branches(cm_run, tmp_path, capsys):
     common = ("--ckpt", cm_run / "ckpt.pt", "--num", 12, "--classes", "6-9", "--steps", 3,
               "--device", "cpu")
     full = tmp_path / "full"
@@ -274,11 +231,17 @@ def test_files_and_branches(cm_run, tmp_path):
     assert {p.parent.name for p in pngs} == {"0006-6", "0007-7", "0008-8", "0009-9"}
     png = np.array(Image.open(full / "png/0008-8/000002.png"))
     assert np.array_equal(png, images[2, ..., 0])
-    # four classes of three images, and no empty columns beside them
-    picture = np.array(Image.open(full / "grid.png"))
-    assert picture.shape[0] == 4 * 60 and (picture[:, -60:-4] < 255).any()
+    assert (full / "grid.png").exists()
     with np.load(tmp_path / "general/samples.npz") as f:
         assert f["arr_0"].shape == images.shape and not np.array_equal(f["arr_0"], images)
+    # PNGs of an earlier call are replaced, without --png as well; those of another program stay
+    call(sample.main, *common, "--num", 4, "--out", full)
+    assert len(list((full / "png").rglob("*.png"))) == 4
+    before = (full / "samples.npz").read_bytes()
+    (full / "png/0006-6/mine.png").write_bytes(b"mine")
+    refuses(capsys, sample.main, *common, "--png", "--out", full, says=["--png"])
+    assert (full / "png/0006-6/mine.png").read_bytes() == b"mine"
+    assert (full / "samples.npz").read_bytes() == before
 
 
 SHORT = ("--num", 6, "--classes", "6-8", "--steps", 2, "--device", "cpu")
@@ -319,18 +282,6 @@ def test_null(cm_run, classifier, cpu, data_dir, tmp_path, capsys):
             says=["--classes null"])
 
 
-def test_pngs_of_an_earlier_call_are_replaced_and_others_are_not(cm_run, tmp_path, capsys):
-    flags = ["--ckpt", cm_run / "ckpt.pt", *SHORT, "--out", tmp_path]
-    call(sample.main, *flags, "--png")
-    call(sample.main, *flags, "--num", 3)               # without --png as well: none of two calls
-    assert len(list((tmp_path / "png").rglob("*.png"))) == 3
-    before = (tmp_path / "samples.npz").read_bytes()
-    (tmp_path / "png/0006-6/mine.png").write_bytes(b"mine")
-    refuses(capsys, sample.main, *flags, "--png", says=["--png"])
-    assert (tmp_path / "png/0006-6/mine.png").read_bytes() == b"mine"
-    assert (tmp_path / "samples.npz").read_bytes() == before
-
-
 def test_whatever_moves_an_image_is_in_the_record(cm_run, tmp_path, monkeypatch):
     """--if-needed looks at the record alone: each flag that changes an image changes it."""
     ckpt, records = cm_run / "ckpt.pt", []
@@ -351,16 +302,6 @@ def test_whatever_moves_an_image_is_in_the_record(cm_run, tmp_path, monkeypatch)
     assert dpm != first and dpm != record("--sampler", "dpm", "--order", 2)
     disk.save(tmp_path / "ckpt.pt", {**checkpoint(cm_run), "note": "more"})
     assert record(ckpt=tmp_path / "ckpt.pt")["ckpt_sha256"] != first["ckpt_sha256"]
-
-
-def test_samples_of_a_snapshot_have_a_folder_of_their_own(tmp_path):
-    def folder(*flags):
-        args = sample.make_parser().parse_args(["--ckpt", *flags])
-        return str(sample.samples_folder(args))
-    assert folder("run/ckpt.pt") == "run/samples"
-    assert folder("run/ckpt-0000010.pt") == "run/samples-ckpt-0000010"
-    assert folder("a.pt", "--branch", "general") == "samples-general-a"
-    assert folder("a.pt", "--out", "b") == "b"
 
 
 def test_class_names_do_not_lead_out_of_the_folder(tmp_path):
@@ -413,7 +354,7 @@ def test_export_is_a_plain_network_that_generates_the_same_images(cm_run, cpu, t
     original = images(network(cm_run))
     assert (images(plain) - original).abs().max() < 1e-4
     assert torch.equal(original, images(sample.load_network(exported)))
-    with pytest.raises(UserError, match="--branch general"):
+    with pytest.raises(UserError, match="--branch"):
         sample.load_network(exported, branch="general")
     for flags, options in ((["--branch", "general"], {"branch": "general"}),
                            (["--weights", "raw"], {"weights": "raw"})):
@@ -560,19 +501,12 @@ def test_a_padded_batch_gives_the_same_images(cpu, monkeypatch):
     assert np.abs(again.astype(int) - images).max() <= 1
 
 
-def test_reserved_weights_are_not_cast():
-    """W^g and BA are added in float32, and autocast rounds their sum."""
-    rt = runtime.Runtime(torch.device("cpu"), torch.bfloat16)
-    net = tiny_net(0.3)
-    sample.prepare(net, rt, SHAPE, 10, 10)
-    for owner, _, part in reserved(net):
-        assert owner.parametrizations.weight.original.dtype == part.B.dtype == torch.float32
-    assert net.encoder.head.weight.dtype == torch.bfloat16
-
-
 @pytest.mark.parametrize("experts", [None, [90, 50, 40, 30, 20, 10, 9, 8, 7, 6]])
 def test_weights_cast_once_predict_the_same(experts):
-    """In bfloat16 autocast casts the same weights to the same numbers, in every call."""
+    """In bfloat16 autocast casts the same weights to the same numbers, in every call.
+
+    W^g and BA are added in float32, and autocast rounds their sum.
+    """
     rt = runtime.Runtime(torch.device("cpu"), torch.bfloat16)
     net = randomize(networks.build(TINY, 0.3 if experts else None, experts))
     net.requires_grad_(False)
@@ -584,3 +518,7 @@ def test_weights_cast_once_predict_the_same(experts):
     assert torch.equal(before, after) and before.abs().sum() > 0
     assert net.encoder.head.weight.dtype == torch.bfloat16
     assert net.encoder.middle[0].norm1.weight.dtype == torch.float32
+    net = tiny_net(0.3)
+    sample.prepare(net, rt, SHAPE, 10, 10)
+    for owner, _, part in reserved(net):
+        assert owner.parametrizations.weight.original.dtype == part.B.dtype == torch.float32

@@ -50,20 +50,6 @@ def test_one_gaussian_is_distributed_as_the_literal_sum():
     assert np.allclose(a.std(1), b.std(1), rtol=0.05)
 
 
-def test_the_angle_criterion_is_the_product_criterion():
-    """"Smaller angle to mu_1 than to mu_2" literally, by arccos."""
-    rng = np.random.default_rng(0)
-    means = ts.two_means(1.2)
-    update = ts.sums([7, 3], means, 3.0, 1000, rng).sum(0)
-
-    def angle_to(mean):
-        cosine = update @ mean / np.linalg.norm(update, axis=1) / np.linalg.norm(mean)
-        return np.arccos(cosine)
-
-    by_angle = angle_to(means[0]) < angle_to(means[1])
-    assert np.array_equal(by_angle, update @ (means[0] - means[1]) > 0)
-
-
 def test_the_bound_of_theorem_3_1_holds_and_that_of_f_2_not_always(points):
     sweeps = [p["sweep"] for p in ts.violations(points)]
     assert not [s for s in sweeps if s.startswith("Theorem 3.1") or "orthogonal" in s]

@@ -1,15 +1,12 @@
 """train.py and loop.py: exact resume, signals, divergence, what flags reach, and that it learns."""
-import os
-import signal
 import subprocess
 import sys
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY_FLAGS, call, read_log, refuses, wait_for
+from conftest import ROOT, TINY_FLAGS, call, interrupted, read_log, refuses, wait_for
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import disk
@@ -21,15 +18,6 @@ import train
 from cm_layers import reserved
 from data import load_long_tailed
 from sets import readers
-
-
-def start(out, data_dir, *flags):
-    """train.py as a process of its own."""
-    command = [sys.executable, ROOT / "train.py", *TINY_FLAGS, "--data-dir", data_dir, "--out", out,
-               *flags]
-    return subprocess.Popen([str(word) for word in command], stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, text=True,
-                            env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 def load(out):
@@ -47,15 +35,17 @@ def resolved(*flags):
 
 def test_ten_steps_are_five_and_kill_and_five(tmp_path, data_dir):
     straight, killed = tmp_path / "a", tmp_path / "b"
-    often = ("--log-every", 2, "--save-every", 5)
-    p = start(killed, data_dir, "--steps", 100000, *often)
+    flags = [*TINY_FLAGS, "--log-every", 2, "--save-every", 5, "--data-dir", data_dir, "--out"]
+    command = [sys.executable, ROOT / "train.py", *flags, killed, "--steps", 100000]
+    p = subprocess.Popen([str(word) for word in command], stdout=subprocess.PIPE,
+                         stderr=subprocess.STDOUT, text=True)
     wait_for(killed / "ckpt.pt", p)
     p.kill()
     p.wait()
     step = load(killed)["step"]
     assert step % 5 == 0
-    assert start(killed, data_dir, "--steps", step + 5, *often).wait() == 0
-    assert start(straight, data_dir, "--steps", step + 5, *often).wait() == 0
+    for out in (killed, straight):
+        call(train.main, *flags, out, "--steps", step + 5)
     a, b = load(straight), load(killed)
     for part in ("model", "ema"):
         assert all(torch.equal(a[part][k], b[part][k]) for k in a[part])
@@ -64,73 +54,33 @@ def test_ten_steps_are_five_and_kill_and_five(tmp_path, data_dir):
     assert read_log(straight) == read_log(killed)
 
 
-def test_a_signal_saves_and_exits(tmp_path, data_dir):
-    p = start(tmp_path, data_dir, "--steps", 100000)
-    wait_for(tmp_path / "log.jsonl", p)
-    p.send_signal(signal.SIGTERM)
-    assert p.wait(60) == 143
-    assert load(tmp_path)["step"] == read_log(tmp_path)[-1]["step"]
-
-
 def test_a_signal_is_answered_within_a_pass(tmp_path, data_dir, monkeypatch):
     """It comes in the second of four passes of step 3: saved as after step 2, and gone on with."""
     flags = [*TINY_FLAGS, "--accumulate", 4, "--data-dir", data_dir, "--out"]
     call(train.main, *flags, tmp_path / "straight", "--steps", 4)
-    draw, passes = losses.Objective.draw_batch, []
-
-    def draw_and_stop(*args, **kwargs):
-        passes.append(kwargs["step"])
-        if len(passes) == 10:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return draw(*args, **kwargs)
-    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    with monkeypatch.context() as m:
-        m.setattr(losses.Objective, "draw_batch", draw_and_stop)
-        try:
-            with pytest.raises(SystemExit) as e:
-                call(train.main, *flags, tmp_path / "stopped", "--steps", 4)
-        finally:
-            signal.signal(signal.SIGTERM, before[0])
-            signal.signal(signal.SIGINT, before[1])
-    assert e.value.code == 143 and load(tmp_path / "stopped")["step"] == 2
-    assert passes == [0] * 4 + [1] * 4 + [2] * 3        # the last one checks the weights
+    with interrupted(monkeypatch, losses.Objective, "draw_batch", 10) as passes:
+        call(train.main, *flags, tmp_path / "stopped", "--steps", 4)
+    assert load(tmp_path / "stopped")["step"] == 2
+    assert len(passes) == 4 + 4 + 3                     # the last one checks the weights
     call(train.main, *flags, tmp_path / "stopped", "--steps", 4)
     assert read_log(tmp_path / "stopped") == read_log(tmp_path / "straight")
-
-
-def test_settings_that_no_longer_exist_do_not_count(cm_run, data_dir, tmp_path):
-    """As in the config of a checkpoint of an older version; names of its own flags do."""
-    ckpt = load(cm_run)
-    ckpt["config"].update(cuda_graphs=False, accumulate=1, features_of="x")
-    disk.save(tmp_path / "ckpt.pt", ckpt)
-    call(train.main, *TINY_FLAGS, "--data-dir", data_dir, "--out", tmp_path, "--steps", 31)
-    assert load(tmp_path)["step"] == 31
-
-
-@pytest.mark.parametrize("flags, flag", [
-    (["--steps", 8], "--steps"), (["--steps", 40, "--lr", 0.5], "--lr"),
-    (["--steps", 40, "--no-cm"], "--cm")])
-def test_what_a_run_does_not_go_on_with(cm_run, data_dir, capsys, flags, flag):
-    refuses(capsys, train.main, *TINY_FLAGS, "--data-dir", data_dir, "--out", cm_run, *flags,
-            says=[flag])
-    assert load(cm_run)["step"] == 30
 
 
 # --------------------------------------------------------------------------------------------------
 # Learning
 
 def test_it_learns(tmp_path, data_dir):
-    call(train.main, *TINY_FLAGS, "--base", "ddpm", "--steps", 200, "--log-every", 50,
-         "--data-dir", data_dir, "--out", tmp_path)
+    call(train.main, *TINY_FLAGS, "--base", "ddpm", "--steps", 80, "--log-every", 20, "--lr", 0.003,
+         "--warmup", 0, "--data-dir", data_dir, "--out", tmp_path)
     log = read_log(tmp_path)
-    assert log[-1]["base"] < 0.3 < log[0]["base"]
+    assert log[-1]["base"] < 0.35 < log[0]["base"]
     names = {"base", "con", "div", "D_Many", "D_Few", "grad_norm", "lr", "step"}
     assert names <= set(log[-1])
 
 
 @pytest.mark.parametrize("flags", [
-    *(f"--base {base} {cm}" for base in losses.BASES for cm in ("--cm", "--no-cm")),
-    "--resample 0.5", "--ada 0.12", "--experts group", "--lam 0", "--w-con 0", "--cm-fraction 0.5"])
+    *(f"--base {base} --cm" for base in losses.BASES), "--base cbdm --no-cm", "--ada 0.12",
+    "--experts group", "--lam 0", "--w-con 0", "--cm-fraction 0.5"])
 def test_every_loss_trains(tmp_path, data_dir, flags):
     call(train.main, *TINY_FLAGS, *flags.split(), "--steps", 10, "--log-every", 5, "--lr", 0.003,
          "--warmup", 0, "--data-dir", data_dir, "--out", tmp_path)
@@ -149,18 +99,13 @@ def test_divergence_stops_and_keeps_the_last_good_checkpoint(tmp_path, data_dir,
     assert 1 <= load(tmp_path)["step"] < 100
 
 
-def test_weights_that_no_longer_predict_are_not_saved(tmp_path, data_dir, capsys):
-    refuses(capsys, train.main, *TINY_FLAGS, "--base", "ddpm", "--no-cm", "--warmup", 0,
-            "--data-dir", data_dir, "--steps", 3, "--lr", 1e10, "--save-every", 1,
-            "--out", tmp_path / "run", says=["--lr"])
+@pytest.mark.parametrize("flags, flag", [
+    ("--no-cm --lr 1e10 --save-every 1", "--lr"),               # finite weights that predict NaN
+    ("--div-bound 0 --lr 0.02 --w-con 0", "--div-bound")])      # Eq. (2) as printed runs away
+def test_what_diverges_is_not_saved(tmp_path, data_dir, capsys, flags, flag):
+    refuses(capsys, train.main, *TINY_FLAGS, "--base", "ddpm", "--warmup", 0, "--steps", 60,
+            *flags.split(), "--data-dir", data_dir, "--out", tmp_path / "run", says=[flag])
     assert not (tmp_path / "run/ckpt.pt").exists()
-
-
-def test_the_unbounded_divergence_runs_away(tmp_path, data_dir, capsys):
-    """Eq. (2) as printed, at a large learning rate: it stops, and the bound is named."""
-    refuses(capsys, train.main, *TINY_FLAGS, "--base", "ddpm", "--steps", 60, "--div-bound", 0,
-            "--lr", 0.02, "--warmup", 0, "--w-con", 0, "--data-dir", data_dir, "--out", tmp_path,
-            says=["--div-bound"])
 
 
 def test_a_compiler_that_is_missing(tmp_path, data_dir, monkeypatch):
@@ -176,16 +121,6 @@ def test_a_compiler_that_is_missing(tmp_path, data_dir, monkeypatch):
     first, *rest = read_log(tmp_path / "broken")
     assert first["step"] == 0 and "no C++ compiler found" in first["warning"]
     assert read_log(tmp_path / "eager") == rest
-
-
-def test_when_ranks_agree_on_signals():
-    """One process, CPUs, or several passes per step: after every step. GPUs: every ten steps."""
-    def steps(device, world, accumulate):
-        rt = runtime.Runtime(torch.device(device), torch.float32, 0, world)
-        args = SimpleNamespace(accumulate=accumulate)
-        return [step for step in range(1, 25) if loop.agrees(step, args, rt)]
-    assert steps("cpu", 2, 1) == steps("cuda", 1, 1) == steps("cuda", 2, 4) == [*range(1, 25)]
-    assert steps("cuda", 2, 1) == [10, 20]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -212,8 +147,7 @@ def test_snapshots_and_grids(tmp_path, data_dir):
     assert image.step == 4
     scalars = set(board.Tags()["scalars"])
     assert {"loss/base", "loss/div", "D/Few", "optimisation/lr", "speed/images_per_s"} <= scalars
-    grid = (tmp_path / "grid-0000004.png").read_bytes()
-    assert grid[:4] == image.encoded_image_string[:4]
+    assert (tmp_path / "grid-0000004.png").exists()
 
 
 def test_distances_during_training(tmp_path, data_dir, classifier, capsys):
@@ -249,33 +183,20 @@ def test_default_names_and_paper_defaults():
     own = ("--preset", "paper")
     assert resolved(*own, "--lam", "0.5").out != paper["out"]
     assert resolved(*own, "--seed", "2").out.endswith("seed2")
-    assert resolved(*own, "--ch", "64").out != paper["out"]
     assert resolved(*own, "--steps", "9").out == paper["out"]
 
 
 def test_presets(monkeypatch):
-    """tiny without a GPU; a flag goes before its preset; sets of one size keep it."""
+    """tiny without a GPU."""
     sizes = {"tiny": (16, 32, 4000), "small": (32, 64, 20_000), "paper": (None, 128, 300_000)}
     for name, size in sizes.items():
         args = resolved("--dataset", "folder", "--preset", name)
         assert (args.resolution, args.ch, args.steps) == size
-        assert resolved("--preset", name).resolution is None            # CIFAR-100
     assert resolved("--dataset", "folder") == resolved("--dataset", "folder", "--preset", "tiny")
     assert resolved() == resolved("--preset", "paper")                  # a set of the paper's
-    own = resolved("--dataset", "folder", "--ch", "16", "--resolution", "8")
-    assert (own.ch, own.resolution, own.preset) == (16, 8, "tiny")
     monkeypatch.setattr(train.runtime, "find_device", lambda name: torch.device("cuda"))
     assert resolved("--dataset", "folder") == resolved("--dataset", "folder", "--preset", "paper")
     assert resolved("--dataset", "digits").preset == "digits"
-
-
-def test_names_of_runs_on_folders(tmp_path):
-    """A folder's own name, and no ratio that is not drawn; two of one name differ."""
-    birds = tmp_path / "birds/train"
-    name = resolved("--dataset", "folder", "--data-dir", birds).out
-    assert name == f"out/{disk.path_id(tmp_path / 'birds')}-oc-cm-seed0-tiny"
-    assert "-ir9-" in resolved("--dataset", "folder", "--ir", "9", "--data-dir", birds).out
-    assert name != resolved("--dataset", "folder", "--data-dir", tmp_path / "b/birds").out
 
 
 VALUES = {      # of each base's own hyper-parameters, none the default
@@ -326,8 +247,9 @@ def test_flags_reach_the_step(monkeypatch, data_dir, tmp_path):
     training = started(
         monkeypatch, data_dir, tmp_path, "--w-div", 0.2, "--div-bound", 0, "--lam", 0.5,
         "--independent-dropout", "all", "--label-drop", 0.3, "--cbdm-y", "train", "--base", "cbdm",
-        "--ada", 0.4, "--rank-ratio", 0.5)
+        "--ada", 0.4, "--rank-ratio", 0.5, "--resample", 0)
     objective = training.objective
+    assert np.mean([(training.batches.at(step)[1] > 5).float().mean() for step in range(30)]) > 0.3
     assert objective.cm == losses.CMConfig(0.5, 1.0, 0.2, 0.0, "all", 1.0, 0.5)
     assert (objective.label_drop, objective.ada) == (0.3, 0.4)
     counts = load_long_tailed(training.args).counts
@@ -344,14 +266,6 @@ def test_the_seed_is_that_of_everything(monkeypatch, data_dir, tmp_path):
     assert not torch.equal(*(run.params["encoder.head.weight"] for run in runs))
     assert not torch.equal(*(b.pool.y for b in batches))
     assert not torch.equal(*(b.eps for b in batches))
-
-
-def test_resampling_reaches_the_batches(monkeypatch, data_dir, tmp_path):
-    def share_of_few(name, *flags):
-        batches = started(monkeypatch, data_dir, tmp_path / name, *flags).batches
-        return np.mean([(batches.at(step)[1] > 5).float().mean() for step in range(30)])
-    assert share_of_few("as it is") < 0.2
-    assert share_of_few("balanced", "--resample", 0) > 0.3
 
 
 def test_an_update_is_clipping_adam_and_averaging(monkeypatch, data_dir, tmp_path):
@@ -394,22 +308,3 @@ def test_lr_decay_is_half_a_cosine_and_fixes_the_steps(monkeypatch, data_dir, tm
     disk.save(tmp_path / "ckpt.pt", training.state())
     refuses(capsys, train.main, *TINY_FLAGS, *flags[:-1], 9, "--data-dir", data_dir,
             "--out", tmp_path, says=["--steps"])
-
-
-@pytest.mark.parametrize("flags, flag", [
-    (["--lora"], "--lora"),
-    (["--lora", "--init-from", "x", "--lam", 1], "--lam"),
-    (["--lora", "--init-from", "x", "--no-cm"], "--cm"),
-    (["--lora", "--init-from", "x", "--experts", "group"], "--experts"),
-    (["--experts", "group", "--cm"], "--cm"),
-    (["--experts", "group", "--w-div", 1], "--w-div"),
-    (["--no-cm", "--rank-ratio", 0.1], "--rank-ratio"),
-    (["--base", "ddpm", "--cbdm-y", "train"], "--cbdm-y"),
-    (["--ada", 0.12, "--flip"], "--flip"),
-    (["--eval-num", 5], "--eval-num"),
-], ids=str)
-def test_flags_that_do_nothing_are_refused(flags, flag, tmp_path, data_dir, capsys):
-    """Also where they say what is the default."""
-    refuses(capsys, train.main, *TINY_FLAGS, "--data-dir", data_dir, "--out", tmp_path / "run",
-            *flags, says=[flag])
-    assert not (tmp_path / "run").exists()

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import randomize, torchrun
+from conftest import randomize
 from torch.testing import assert_close
 
 from latent import stable_diffusion as sd
@@ -56,24 +56,6 @@ def test_encoded_once(tmp_path, cpu, monkeypatch):
     assert np.array_equal(encode_once(kl_autoencoder(), image_set(), args, cpu), found)
 
 
-def test_stopped_while_encoding(tmp_path, cpu, monkeypatch):
-    """Nothing is left that a later call would take for whole."""
-    args = Namespace(dataset="folder", data_dir=tmp_path / "x", pack_dir=tmp_path / "pack")
-    autoencoder, calls = kl_autoencoder(), []
-
-    def encode(images, encode=autoencoder.encode):
-        calls.append(len(images))
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return encode(images)
-    autoencoder.encode = encode
-    with pytest.raises(KeyboardInterrupt):
-        encode_once(autoencoder, image_set(), args, cpu)
-    assert not list((tmp_path / "pack").iterdir())
-    encode_once(autoencoder, image_set(), args, cpu)
-    assert calls == [16, 16, 16, 16, 8]
-
-
 @pytest.mark.parametrize("limit", [0, None])
 def test_latents_are_drawn_anew_in_every_step(digits, limit, monkeypatch):
     """mean + std noise of (seed, step), whether the moments are on the device or on the disk."""
@@ -88,35 +70,6 @@ def test_latents_are_drawn_anew_in_every_step(digits, limit, monkeypatch):
     mean, std = torch.from_numpy(moments[rows]).unbind(1)
     assert_close(x_0, mean + std * noise)
     assert y.tolist() == digits.labels[rows].tolist() and condition is None
-
-
-SCRIPT = """
-import sys
-from argparse import Namespace
-import numpy as np
-import torch
-import runtime
-from latent.autoencoder import Autoencoder, KLAutoencoder, encode_once
-rt = runtime.setup("cpu")
-torch.manual_seed(0)
-autoencoder = Autoencoder(KLAutoencoder(ch=16, factor=2), rt.device)
-pixels = np.random.RandomState(0).randint(0, 256, (40, 8, 8, 3), np.uint8)
-images = Namespace(images=pixels, sha256="a", rows=None)
-args = Namespace(dataset="folder", data_dir="x", pack_dir=sys.argv[1])
-found = encode_once(autoencoder, images, args, rt)
-assert np.abs(found - autoencoder.encode(pixels)).max() < 1e-5
-runtime.run(lambda: None)
-"""
-
-
-@pytest.mark.slow
-def test_each_process_encodes_its_share(tmp_path):
-    """Both have all of it, in the order of the images."""
-    (tmp_path / "script.py").write_text(SCRIPT)
-    p = torchrun(tmp_path / "script.py", tmp_path / "pack")
-    text = p.communicate(timeout=120)[0]
-    assert p.returncode == 0, text
-    assert len(list((tmp_path / "pack").iterdir())) == 1
 
 
 # --------------------------------------------------------------------------------------------------

@@ -59,7 +59,10 @@ def test_the_cut_network_is_the_whole_one(model, tiny_sd):
 
 
 def test_what_is_trained(net):
-    """W_0 is frozen; every attention projection has a LoRA, the decoder's a reserved part too."""
+    """W_0 is frozen; every attention projection has a LoRA, the decoder's a reserved part too.
+
+    theta^g has the LoRA, and not the reserved part.
+    """
     layers = [name for name, _ in net.named_modules() if name.endswith(sd.PROJECTIONS)]
     in_decoder = [name for name in layers if name.startswith("decoder")]
     names = set(sd.adapters(net))
@@ -68,9 +71,6 @@ def test_what_is_trained(net):
     assert all(n.startswith("decoder") for n in names if ".1.A" in n)       # .1 the reserved part
     assert len(list(reserved(net))) == len(in_decoder) > 0
     assert {p.rank for _, _, p in reserved(net)} == {2}
-
-
-def test_theta_g_has_the_lora_and_not_the_reserved_part(net):
     layer = next(m for name, m in net.decoder.named_modules() if name.endswith("to_q"))
     for p in sd.adapters(net).values():
         torch.nn.init.normal_(p, std=0.1)
@@ -79,20 +79,6 @@ def test_theta_g_has_the_lora_and_not_the_reserved_part(net):
     assert_close(layer.weight, W_0 + lora.B @ lora.A + low_rank.B @ low_rank.A)
     with general_only(net.decoder):
         assert_close(layer.weight, W_0 + lora.B @ lora.A)
-
-
-@pytest.mark.parametrize("base", ["ddpm", "cbdm", "oc"])
-def test_every_loss_trains_only_low_rank_parts(model, net, base):
-    objective = Objective(net=net, base=bind(base), counts=COUNTS, alphas_bar=model.alphas_bar)
-    x_0 = torch.randn(6, 4, 8, 8)
-    y = torch.tensor([0, 0, 0, 1, 1, 2])
-    total, _, _ = objective(objective.draw_batch(x_0, y, seed=0, step=1))
-    total.backward()
-    grads = {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
-    assert set(grads) == set(sd.adapters(net))
-    moved = [name for name, grad in grads.items() if grad.abs().sum() > 0]
-    assert moved
-    assert all(name.endswith(".B") for name in moved)       # B = 0 as yet, so that A has none
 
 
 def step_of(model, net):
@@ -184,18 +170,11 @@ def test_grids_are_decoded_ema_samples(run_of, whole, tmp_path, monkeypatch):
     assert all(torch.equal(value, b["adapters"][name]) for name, value in a["adapters"].items())
     assert sorted(path.name for path in run.glob("*-0*")) == [
         "ckpt-0000004.pt", "ckpt-0000008.pt", "grid-0000004.png", "grid-0000008.png"]
-    for step in (4, 8):
-        grid = run / f"grid-{step:07d}.png"
-        call(sd.main, "sample", "--ckpt", run / f"ckpt-{step:07d}.pt", "--num", 30,
-             "--out", tmp_path / str(step), "--device", "cpu", "--batch-size", 25)
-        assert difference(grid, tmp_path / str(step) / "grid.png") <= 1
-    assert difference(tmp_path / "4/grid.png", tmp_path / "8/grid.png") > 10
-
-
-def difference(a, b):
-    """The largest difference of two pictures, in grey levels."""
-    a, b = (np.asarray(Image.open(path)).astype(int) for path in (a, b))
-    return np.abs(a - b).max()
+    call(sd.main, "sample", "--ckpt", run / "ckpt-0000004.pt", "--num", 30,
+         "--out", tmp_path, "--device", "cpu", "--batch-size", 25)
+    again, *grids = (np.asarray(Image.open(path)).astype(int) for path in (
+        tmp_path / "grid.png", run / "grid-0000004.png", run / "grid-0000008.png"))
+    assert np.abs(again - grids[0]).max() <= 1 and np.abs(again - grids[1]).max() > 10
 
 
 def test_the_defaults_are_those_of_sec_4_2():
@@ -225,11 +204,6 @@ def test_what_is_trained_how(run_of, monkeypatch, model):
     training.update()
     for p, old in zip(params, before):
         assert_close(p.detach(), 0.95 * old)
-
-
-def test_two_passes_are_the_same_run(run_of, whole):
-    run = run_of("passes", "--epochs", 3, "--lr", 0.01, "--accumulate", 2)
-    assert_same_losses(whole, run)
 
 
 @pytest.mark.slow
@@ -325,11 +299,10 @@ def fresh(tiny_sd):
     return sd.Model(str(tiny_sd), torch.device("cpu"))
 
 
-@pytest.mark.parametrize("weights", ["ema", "raw"])
-def test_lora_files_are_our_parts_in_diffusers(wide, tiny_sd, tmp_path, weights):
+def test_lora_files_are_our_parts_in_diffusers(wide, tiny_sd, tmp_path):
     """With both, with general alone, and with a half of minority; the parts are not nothing."""
     folder = tmp_path / "lora"
-    call(sd.main, "export", "--ckpt", wide, "--lora", folder, "--weights", weights)
+    call(sd.main, "export", "--ckpt", wide, "--lora", folder, "--weights", "raw")
     pipe = pipeline_of(tiny_sd)
     for part in ("general", "minority"):
         pipe.load_lora_weights(folder, weight_name=f"{part}.safetensors", adapter_name=part)
@@ -338,24 +311,12 @@ def test_lora_files_are_our_parts_in_diffusers(wide, tiny_sd, tmp_path, weights)
                   {"general": 1.0, "minority": 0.5}, {"general": 0.5, "minority": 2.0}):
         pipe.set_adapters(list(parts), list(parts.values()))
         theirs = predictions(pipe.unet, fresh(tiny_sd))
-        expected = ours(fresh(tiny_sd), wide, **{"minority": 0.0, **parts}, weights=weights)
+        expected = ours(fresh(tiny_sd), wide, **{"minority": 0.0, **parts}, weights="raw")
         assert_close(theirs, expected, rtol=0, atol=1e-5)
         found[tuple(parts.values())] = expected
     base = predictions(pipeline_of(tiny_sd).unet, fresh(tiny_sd))
     different = [base, *found.values()]
     assert all((a - b).abs().max() > 1e-3 for k, a in enumerate(different) for b in different[:k])
-    assert disk.read_json(folder / "export.json")["settings"]["weights"] == weights
-
-
-def test_lora_files_have_one_rank_and_no_minority_without_cm(wide, plain, tmp_path):
-    from safetensors.torch import load_file
-    call(sd.main, "export", "--ckpt", wide, "--lora", tmp_path / "a")
-    call(sd.main, "export", "--ckpt", plain / "ckpt.pt", "--lora", tmp_path / "b")
-    ranks = {part: {p.shape[0] for name, p in load_file(tmp_path / f"a/{part}.safetensors").items()
-                    if ".lora_A." in name} for part in ("general", "minority")}
-    assert ranks == {"general": {24}, "minority": {2}}
-    assert sorted(path.name for path in (tmp_path / "b").iterdir()) == [
-        "export.json", "general.safetensors"]
 
 
 @pytest.mark.parametrize("branch", ["full", "general"])
@@ -380,24 +341,13 @@ def test_the_pipeline_is_our_sampling(wide, tiny_sd, tmp_path, branch):
     assert images.std() > 1
 
 
-def test_an_export_replaces_its_like_only(wide, plain, tmp_path, capsys):
-    """And leaves no part of the one before; files of others stay."""
-    lora = tmp_path / "lora"
-    call(sd.main, "export", "--ckpt", wide, "--lora", lora)
-    call(sd.main, "export", "--ckpt", plain / "ckpt.pt", "--lora", lora)
-    assert {path.name for path in lora.iterdir()} == {"export.json", "general.safetensors"}
-    for flag, folder in (("--pipeline", lora), ("--pipeline", plain), ("--lora", plain)):
-        refuses(capsys, sd.main, "export", "--ckpt", wide, flag, folder, says=[flag])
-    assert (plain / "ckpt.pt").exists()
-
-
-def test_export_refuses(wide, plain, tiny_sd, cm_run, tmp_path, capsys):
+def test_export_refuses(wide, plain, tiny_sd, tmp_path, capsys):
     def check(ckpt, *more, says):
         refuses(capsys, sd.main, "export", "--ckpt", ckpt, *more, says=[says])
     lora, pipeline = ("--lora", tmp_path / "l"), ("--pipeline", tmp_path / "p")
+    check(wide, "--lora", plain, says="--lora")                 # another program's files stay
     check(wide, *lora, "--branch", "general", says="--branch")
     check(plain / "ckpt.pt", *pipeline, "--branch", "general", says="--branch")
-    check(cm_run / "ckpt.pt", *lora, says="--ckpt")
     other = changed_model(tiny_sd, tmp_path / "other", "unet")
     check(wide, *pipeline, "--model", other, says="--model")
     assert not (tmp_path / "l").exists() and not (tmp_path / "p").exists()
@@ -415,20 +365,12 @@ def test_train_refuses(plain, tmp_path, tiny_sd, pictures, capsys):
     check("--model", tmp_path / "nothing")
     check("--resolution", tiny_sd, "--resolution", 18)
     check("--prompt", tiny_sd, "--prompt", "a painting")
-    check("--w-div", tiny_sd, "--no-cm", "--w-div", 1)
     check("--cm-rank", tiny_sd, "--no-cm", *CM_RANK)
     config = disk.read_json(tiny_sd / "scheduler/scheduler_config.json")
     velocity = shutil.copytree(tiny_sd, tmp_path / "v")
     disk.write_json(velocity / "scheduler/scheduler_config.json",
                     {**config, "prediction_type": "v_prediction"})
     check("--model", velocity)
-
-
-def test_fewer_epochs_than_were_trained(run_of, whole, capsys):
-    before = (whole / "ckpt.pt").read_bytes()
-    with pytest.raises(runtime.UserError, match="--epochs"):
-        run_of("whole", "--epochs", 1, "--lr", 0.01)
-    assert (whole / "ckpt.pt").read_bytes() == before
 
 
 def changed_model(tiny_sd, folder, part, **changes):
@@ -441,9 +383,7 @@ def changed_model(tiny_sd, folder, part, **changes):
     return folder
 
 
-@pytest.mark.parametrize("changes", [
-    {}, {"addition_embed_type": "text", "addition_embed_type_num_heads": 4}, {"in_channels": 9}],
-    ids=["other weights", "another kind", "inpainting"])
+@pytest.mark.parametrize("changes", [{}, {"in_channels": 9}], ids=["other weights", "inpainting"])
 def test_other_models_are_refused(plain, tiny_sd, pictures, tmp_path, capsys, changes):
     other = changed_model(tiny_sd, tmp_path / "other", "unet", **changes)
     refuses(capsys, sd.main, "sample", "--ckpt", plain / "ckpt.pt", "--model", other,

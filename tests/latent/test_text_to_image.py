@@ -91,8 +91,6 @@ def test_missing_captions_are_named(tmp_path):
     cub200(tmp_path)
     images = load("cub200", tmp_path, resolution=8)
     args = data_args("cub200", tmp_path)
-    with refused("--data-dir"):
-        captions_of(images, args, "train")
     write_captions(tmp_path, sorted((tmp_path / "CUB_200_2011/images").rglob("*.jpg"))[1:])
     with refused("--data-dir"):                         # of one image
         captions_of(images, args, "train")
@@ -180,24 +178,9 @@ def test_the_text_and_nothing_else_of_y_reaches_the_prediction():
     assert_close(moved, eps[[0, 0, 2, 3]])
 
 
-def test_both_halves_attend_to_the_text():
-    """With the other half's cross-attention off the text still matters."""
-    for half in ("encoder", "decoder"):
-        net = text_net(rank_ratio=None)
-        for block in getattr(net, half).blocks:
-            block.cross.proj.weight.data.zero_()
-        x, t = torch.randn(1, 4, 4, 4).expand(2, -1, -1, -1), torch.full((2,), 500)
-        a, b = net(x, t, torch.tensor([0, 1]))
-        assert (a - b).abs().max() > 1e-4, half
-
-
-def test_it_starts_as_zero_and_reserving_changes_nothing():
-    words = Words(vocabulary_of(TEXTS))
-    net = TextDiT(Texts(WordEncoder(len(words), 16), words([*TEXTS, ""])), 16, size=4, ch=16,
-                  depth=4)
+def test_cross_attention_is_reserved_too():
+    net = text_net(rank_ratio=None)
     x, t, y = torch.randn(3, 4, 4, 4), torch.tensor([0, 5, 999]), torch.tensor([0, 2, -1])
-    assert net(x, t, y).abs().max() == 0
-    randomize(net)
     before = net(x, t, y)
     reserve(net.decoder, 0.1)
     assert_close(net(x, t, y), before)
@@ -206,15 +189,7 @@ def test_it_starts_as_zero_and_reserving_changes_nothing():
     assert sum("cross.kv" in name for name in names) == 2
 
 
-def test_the_default_is_about_as_large_as_vq_diffusion_s():
-    """34 M there; CLIP's states have width 768."""
-    with torch.device("meta"):
-        net = TextDiT(None, 768)
-    assert sum(p.numel() for p in net.parameters()) == 31_624_900
-    assert [len(half.blocks) for half in (net.encoder, net.decoder)] == [9, 9]
-
-
-@pytest.mark.parametrize("base", ["ddpm", "cbdm", "oc", "focal", "rop", "consistency"])
+@pytest.mark.parametrize("base", ["cbdm", "oc", "consistency"])
 def test_every_base_loss_takes_texts(base):
     """What the network gets are numbers of texts; Eq. (3) and y' != y look at classes."""
     net = text_net()
@@ -275,15 +250,10 @@ def log_of(out):
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
-def test_the_autoencoder_learns(autoencoder):
+def test_both_trainings_lower_the_loss(autoencoder, run):
     log = log_of(autoencoder[0].parent)
     assert log[-1]["base"] < 0.3 * log[0]["base"]
     assert (autoencoder[0].parent / "grid-0000060.png").exists()
-    ckpt = disk.load(autoencoder[0], ["autoencoder"])
-    assert ckpt["scale"] > 0 and ckpt["network"] == {"ch": 8, "factor": 2}
-
-
-def test_training_lowers_the_loss_with_cm(run):
     log = log_of(run)
     first, last = ([r["base"] for r in log][k] for k in (slice(10), slice(-10, None)))
     assert np.mean(last) < 0.8 * np.mean(first)
@@ -306,8 +276,10 @@ def test_a_resumed_run_is_the_uninterrupted_one(pictures, autoencoder, tmp_path)
     assert_close(weights_of(tmp_path / "parts"), weights_of(tmp_path / "whole"), rtol=0, atol=0)
     with refused("--ch"):
         main(*train_flags(pictures, autoencoder, tmp_path / "parts", 6, *quiet, "--ch", 32))
-    with refused("--prompt"):
-        main(*train_flags(pictures, autoencoder, tmp_path / "parts", 6, *quiet, "--prompt", "{}"))
+    for out, steps in (("whole ae", 4), ("ae", 2), ("ae", 4)):
+        main("autoencoder", *SMALL, "--data-dir", pictures, "--pack-dir", autoencoder[1], "--ch",
+             8, "--factor", 2, "--steps", steps, *quiet, "--out", tmp_path / out)
+    assert_close(weights_of(tmp_path / "ae"), weights_of(tmp_path / "whole ae"), rtol=0, atol=0)
 
 
 def test_epochs(pictures, autoencoder, tmp_path):
@@ -322,13 +294,6 @@ def test_epochs(pictures, autoencoder, tmp_path):
     assert ckpt["step"] == math.ceil(2 * images / batch_size)
     with refused("--steps"):
         main(*flags, "--epochs", 1, "--steps", 3)
-
-
-def test_a_resumed_autoencoder_is_the_uninterrupted_one(pictures, autoencoder, tmp_path):
-    for out, steps in (("whole", 4), ("parts", 2), ("parts", 4)):
-        main("autoencoder", *SMALL, "--data-dir", pictures, "--pack-dir", autoencoder[1], "--ch",
-             8, "--factor", 2, "--steps", steps, "--sample-every", 0, "--out", tmp_path / out)
-    assert_close(weights_of(tmp_path / "parts"), weights_of(tmp_path / "whole"), rtol=0, atol=0)
 
 
 @pytest.mark.slow
@@ -410,18 +375,12 @@ def test_a_frozen_clip_is_what_the_network_sees(pictures, autoencoder, tmp_path)
 
 
 @pytest.mark.parametrize("more, flag", [
-    (["--autoencoder", "no-folder-here"], "--autoencoder"), (["--prompt", "a bird"], "--prompt"),
-    (["--no-cm", "--rank-ratio", "0.2"], "--rank-ratio"), (["--focal-gamma", "1"], "--focal-gamma"),
-    (["--patch", "3"], "--patch"), (["--depth", "1"], "--depth"), (["--ch", "100"], "--ch"),
-    (["--dataset", "digits"], "--dataset"), (["--resolution", "17"], "--resolution")])
-def test_mistakes_are_named(pictures, autoencoder, tmp_path, monkeypatch, more, flag):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    flags = train_flags(pictures, autoencoder, tmp_path / "run", 2, *more)
-    if "digits" in more:            # these have a size of their own
-        at = flags.index("--resolution")
-        flags = flags[:at] + flags[at + 2:]
+    (["--autoencoder", "no/folder/here"], "--autoencoder"), (["--prompt", "a bird"], "--prompt"),
+    (["--no-cm", "--rank-ratio", "0.2"], "--rank-ratio"), (["--patch", "3"], "--patch"),
+    (["--ch", "100"], "--ch"), (["--resolution", "17"], "--resolution")])
+def test_mistakes_are_named(pictures, autoencoder, tmp_path, more, flag):
     with refused(flag):
-        main(*flags)
+        main(*train_flags(pictures, autoencoder, tmp_path / "run", 2, *more))
     assert not (tmp_path / "run/ckpt.pt").exists()
 
 
@@ -437,12 +396,6 @@ def test_what_is_trained_how(pictures, autoencoder, tmp_path, monkeypatch):
     assert objective.counts.tolist() == [12, 6, 3]
     assert (options["lr"], options["betas"], options["weight_decay"]) == (3e-3, (0.9, 0.96), 0.5)
     assert isinstance(found[0].optimizer, torch.optim.AdamW)
-
-
-def test_general_needs_reserved_capacity(pictures, autoencoder, tmp_path):
-    main(*train_flags(pictures, autoencoder, tmp_path / "run", 1, "--no-cm", "--sample-every", 0))
-    with refused("--branch"):
-        main("sample", "--ckpt", tmp_path / "run/ckpt.pt", "--branch", "general")
 
 
 def test_a_consistency_model_of_texts(pictures, autoencoder, tmp_path):

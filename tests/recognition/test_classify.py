@@ -2,16 +2,12 @@
 import copy
 import json
 import math
-import os
 import signal
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, call, refuses
+from conftest import ROOT, call, interrupted, refuses, torchrun
 from torch.nn import functional as F
 from torch.testing import assert_close
 
@@ -82,12 +78,8 @@ def test_deferred_reweighting():
 # --------------------------------------------------------------------------------------------------
 # CM
 
-STAGES = [("layer4",), ("layer3", "layer4"), ("layer2",), resnet.STAGES]
-
-
-@pytest.mark.parametrize("stages", STAGES, ids="+".join)
-@pytest.mark.parametrize("loss, distance", [("ce", "probs"), ("ce", "logits"), ("ce", "kl"),
-                                            ("la", "kl")])
+@pytest.mark.parametrize("stages", [("layer4",), ("layer2",), resnet.STAGES], ids="+".join)
+@pytest.mark.parametrize("loss, distance", [("ce", "probs"), ("ce", "logits"), ("la", "kl")])
 def test_cm_on_any_stages(stages, loss, distance):
     """L_CM literally, from the two whole networks; and the trunk runs once."""
     cm = CMConfig(lam=0.7, w_con=0.5, w_div=2.0, div_bound=0.0)
@@ -223,9 +215,6 @@ def test_groups_are_those_of_the_papers_table():
         assert [len(groups[name]) for name in ("Many", "Medium", "Few")] == sizes
         for *accuracies, overall in paper[f"cifar100-ir{ir}"]["rows"].values():
             assert np.dot(accuracies, sizes) / 100 == pytest.approx(overall, abs=0.012)
-        thirds = [len(c) for c in classify.recognition_groups(counts, "thirds").values()]
-        of_ce = paper[f"cifar100-ir{ir}"]["rows"]["CE"]
-        assert abs(np.dot(of_ce[:-1], thirds) / 100 - of_ce[-1]) > 0.5
 
 
 def test_the_general_pass_leaves_batch_norm_alone():
@@ -236,18 +225,6 @@ def test_the_general_pass_leaves_batch_norm_alone():
     twin(batch.x)
     for (name, a), b in zip(obj.net.named_buffers(), twin.buffers()):
         assert_close(a, b, msg=name)
-    norms = [m for m in obj.net.modules() if isinstance(m, torch.nn.BatchNorm2d)]
-    assert norms and all(m.track_running_stats for m in norms)
-
-
-def test_merging_changes_no_logit():
-    obj, (x, *_) = small(stages=("layer3", "layer4"))
-    obj.eval()
-    plain = resnet.make_resnet(1, 10, 8).eval()
-    plain.load_state_dict(merge(copy.deepcopy(obj.net)).state_dict(), strict=True)
-    assert_close(plain(x), obj.net(x), rtol=1e-4, atol=1e-4)
-    with general_only(obj.net):
-        assert (plain(x) - obj.net(x)).abs().max() > 1e-2
 
 
 def test_merged_is_a_plain_resnet(tmp_path, data_dir):
@@ -269,32 +246,21 @@ def test_merged_is_a_plain_resnet(tmp_path, data_dir):
 # --------------------------------------------------------------------------------------------------
 # Runs
 
-@pytest.mark.parametrize("flags", [["ce"], ["ldam", "--cm"], ["la", "--drw"]], ids=" ".join)
-def test_every_loss_learns(tmp_path, data_dir, flags):
-    call(classify.main, *FAST, "--epochs", 16, "--loss", *flags, "--data-dir", data_dir,
-         "--out", tmp_path)
+def test_it_learns(tmp_path, data_dir):
+    call(classify.main, *FAST, "--epochs", 16, "--loss", "ldam", "--cm", "--drw", "--data-dir",
+         data_dir, "--out", tmp_path)
     result = disk.read_json(tmp_path / "result.json")
     assert result["accuracy"] > 25
     assert set(result["groups"]) == {"Many", "Medium", "Few"}
 
 
-def test_resume_is_exact(tmp_path, data_dir):
-    """Interrupted with SIGINT and started again: the weights of one run."""
-    flags = [*FAST, "--epochs", 12, "--cm", "--data-dir", data_dir, "--save-every", 1]
-
-    def start(out):
-        command = [sys.executable, "-m", "recognition.classify", *flags, "--out", out]
-        return subprocess.Popen([str(c) for c in command], stdout=subprocess.DEVNULL,
-                                stderr=subprocess.DEVNULL,
-                                env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert start(tmp_path / "a").wait() == 0
-    p = start(tmp_path / "b")
-    while not (tmp_path / "b/ckpt.pt").exists():
-        assert p.poll() is None
-        time.sleep(0.01)
-    p.send_signal(signal.SIGINT)
-    assert p.wait() == 130
-    assert start(tmp_path / "b").wait() == 0
+def test_resume_is_exact(tmp_path, data_dir, monkeypatch):
+    """Interrupted with SIGINT in step 7 and started again: the weights of one run."""
+    flags = [*FAST, "--cm", "--data-dir", data_dir, "--out"]
+    call(classify.main, *flags, tmp_path / "a")
+    with interrupted(monkeypatch, classify.ClassifierTraining, "update", 7, signal.SIGINT):
+        call(classify.main, *flags, tmp_path / "b")
+    call(classify.main, *flags, tmp_path / "b")
     a, b = (disk.load(tmp_path / f / "ckpt.pt", ["classifier"])["model"] for f in "ab")
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
@@ -340,12 +306,10 @@ def test_learning_rate_in_one_cycle():
 
 @pytest.mark.slow
 def test_two_processes_train(tmp_path, data_dir):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [*torchrun, "-m", "recognition.classify", *FAST, "--cm", "--epochs", 16, "--width", 8,
-               "--data-dir", data_dir, "--out", tmp_path]
-    done = subprocess.run([str(c) for c in command], capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
+    p = torchrun("-m", "recognition.classify", *FAST, "--cm", "--epochs", 16, "--width", 8,
+                 "--data-dir", data_dir, "--out", tmp_path)
+    text = p.communicate(timeout=300)[0]
+    assert p.returncode == 0, text
     assert json.loads((tmp_path / "result.json").read_text())["accuracy"] > 25
 
 
@@ -384,15 +348,7 @@ def test_extra_classes_are_matched_by_name(extra, digits, data_dir, tmp_path, ca
     again = classify.with_extra(digits, path, "all", 0)
     assert np.array_equal(joined.labels, again.labels)
     assert np.array_equal(joined.images, again.images)
-    disk.write_json(tmp_path / "reversed.json", [backwards])     # a JSON of another program
-    joined = classify.with_extra(digits, tmp_path / "reversed.npz", "all", 0)
-    assert np.array_equal(joined.labels[502:], np.sort(9 - labels))
     np.savez(tmp_path / "others.npz", images, labels)
-    disk.write_json(tmp_path / "others.json", {
-        "data": {"class_names": ["cat"] * 10}, "settings": {},
-        "npz_sha256": disk.sha256(tmp_path / "others.npz")})
-    refuses(capsys, classify.main, *FAST, "--extra", tmp_path / "others.npz",
-            "--data-dir", data_dir, "--out", tmp_path / "y", says=["--extra"])
     disk.write_json(tmp_path / "others.json", backwards)            # of other samples
     refuses(capsys, classify.main, *FAST, "--extra", tmp_path / "others.npz",
             "--data-dir", data_dir, "--out", tmp_path / "y", says=["--extra"])
@@ -413,21 +369,18 @@ def test_a_run_with_extra_images(extra, data_dir, tmp_path, capsys):
 
 
 def test_extra_files_that_are_refused(extra, data_dir, tmp_path, capsys):
-    path, images, labels = extra
+    _, images, labels = extra
     np.savez(tmp_path / "size.npz", images[:, :4], labels)
     np.savez(tmp_path / "label.npz", images, labels + 5)
     np.savez(tmp_path / "float.npz", images, labels + 0.5)
     np.savez(tmp_path / "bare.npz", images)
-    np.savez(tmp_path / "empty.npz", images[:0], labels[:0])
-    (tmp_path / "cut.npz").write_bytes(path.read_bytes()[:1000])
-    for name in ("size", "float", "bare", "label", "empty", "cut", "none"):
+    for name in ("size", "float", "bare", "label", "none"):
         refuses(capsys, classify.main, *FAST, "--extra", tmp_path / f"{name}.npz",
                 "--data-dir", data_dir, "--out", tmp_path / "y", says=["--extra"])
 
 
 # --------------------------------------------------------------------------------------------------
 # Nothing silently wrong, nothing lost
-
 
 def test_a_finished_run_is_not_trained_again(tmp_path, data_dir, capsys, monkeypatch):
     """Its result stays; one that is missing, or of other data, is measured without training."""
@@ -456,15 +409,9 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path, data_dir, capsys, m
     assert not (tmp_path / "ckpt.pt").exists()
 
 
-def test_classifiers_that_cannot_be_used(tmp_path):
-    """A narrow one, which was trained on a GPU, on a CPU; and weights of another network."""
-    network = {"channels": 1, "num_classes": 10, "width": 4}
-    content = {"kind": "classifier", "network": network,
-               "config": {"dtype": "float32"}, "data": {"class_names": list("0123456789")},
-               "model": resnet.make_resnet(**network).state_dict()}
-    disk.save(tmp_path / "narrow.pt", content)
-    disk.save(tmp_path / "wrong.pt", {**content, "network": {**network, "width": 8}})
-    with pytest.raises(UserError):
-        resnet.load_classifier(tmp_path / "narrow.pt", "cpu")
+def test_a_classifier_of_another_network(classifier, tmp_path):
+    content = disk.load(classifier, ["classifier"])
+    network = {**content["network"], "width": 16}
+    disk.save(tmp_path / "wrong.pt", {**content, "network": network})
     with pytest.raises(UserError):
         resnet.load_classifier(tmp_path / "wrong.pt", "cpu")

@@ -1,5 +1,4 @@
 """experts.py: group experts against plain networks, LoRA's frozen weights; resuming, refusals."""
-import copy
 
 import torch
 from conftest import COUNTS, TINY, TINY_FLAGS, call, randomize, read_log, refuses
@@ -58,17 +57,6 @@ def test_experts_compute_the_same_where_compiled_for_cuda(monkeypatch):
     expected = net(*inputs)
     monkeypatch.setattr(fused_norm, "compiled_for_cuda", lambda x: True)
     assert_close(net(*inputs), expected, atol=1e-5, rtol=1e-4)
-
-
-def test_a_copy_of_group_experts_routes_by_its_own_labels():
-    net = expert_net([9, 8, 7, 6, 5, 5, 4, 3, 2, 1])
-    twin = copy.deepcopy(net)
-    x = torch.randn(3, 1, 8, 8)
-    t = torch.tensor([5, 6, 7])
-    y = torch.tensor([0, 4, 9])
-    net(x, t, torch.tensor([9, 9, 9]))
-    assert_close(twin(x, t, y), net(x, t, y))
-    assert twin(x[:1], t[:1], y[:1]).shape == (1, 1, 8, 8)
 
 
 def test_experts_resume_sample_and_do_not_merge(tmp_path, data_dir, capsys):
