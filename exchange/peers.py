@@ -72,9 +72,6 @@ def network_of(state):
 
 def translate(state, flag="--ckpt"):
     """(the dict of a UNetConfig, our state dict) of theirs. Raises UserError."""
-    if "head.weight" in state and "label_embedding.weight" not in state:
-        raise UserError(f"{flag}: its network takes no labels; it was not trained with their "
-                        "--conditional")
     try:
         network = network_of(state)
         ours = {our_name(name): value for name, value in state.items() if name not in UNUSED}
@@ -84,7 +81,7 @@ def translate(state, flag="--ckpt"):
         UNet(UNetConfig(**network)).load_state_dict(ours)
         table = state[TABLE]
     except (KeyError, ValueError, IndexError, RuntimeError) as e:
-        raise UserError(f"{flag}: not the U-Net of CBDM-pytorch or OC_LT ({e})") from e
+        raise UserError(f"{flag}: not the U-Net with labels of CBDM-pytorch or OC_LT ({e})") from e
     if network["ch"] < 128:
         raise UserError(f"{flag}: {network['ch']} channels; its group norms have 32 groups, and "
                         "ours have fewer below 128 channels")

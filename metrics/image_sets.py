@@ -263,13 +263,9 @@ def compare(args, subject, reference, extractor):
     else:
         num = args.num or protocol["num"]
         labels, indices = pool_of(pool_sizes(num, num_group, groups, len(class_names)))
-    comparison = Comparison(subject, reference, class_names, groups, num, num_group, labels,
-                            indices, assumed)
     refuse_lacking(reference, labels, class_names)
-    if comparison.used < 2:
-        raise UserError(f"--reference {reference.name}: fewer than two of its images are of the "
-                        "samples' classes; a distance needs many")
-    return comparison
+    return Comparison(subject, reference, class_names, groups, num, num_group, labels, indices,
+                      assumed)
 
 
 def assumed_labels(subject, reference):

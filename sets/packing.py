@@ -45,30 +45,21 @@ def open_image(path, flag="--data-dir", at_least=None):
             # Large photographs are fine
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(path)
-            if image.mode == "I" and image.format not in ("PNG", "PPM"):    # 16-bit in those
-                raise ValueError("32-bit pixels have no known range")
+            # An "I" of PNG and PPM has 16 bits
+            if image.mode == "F" or image.mode == "I" and image.format not in ("PNG", "PPM"):
+                raise ValueError("pixels of 32 bits have no known range")
             if at_least:
                 image.draft(None, (2 * at_least, 2 * at_least))
             image = ImageOps.exif_transpose(image)
             image.load()
-        return to_rgb_image(image)
+        if image.mode.startswith("I"):
+            image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+        if "A" in image.getbands() or "transparency" in image.info:
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, image.convert("RGBA"))
+        return image.convert("RGB")
     except Exception as e:      # of many kinds: Pillow's decoders pass on what they meet
         raise UserError(f"{flag}: {path} cannot be read as an image ({e}); fix or remove it") from e
-
-
-def to_rgb_image(image):
-    """A PIL image of any mode in RGB. Raises ValueError for pixels without a known range."""
-    if image.mode.startswith("I"):                                          # 16-bit grey
-        grey = np.asarray(image)
-        if grey.min() < 0 or grey.max() > 65535:
-            raise ValueError("pixels outside 0 ... 65535 have no known range")
-        image = Image.fromarray((grey / 257).round().astype(np.uint8))
-    if image.mode == "F":
-        raise ValueError("floating-point pixels have no known range")
-    if "A" in image.getbands() or "transparency" in image.info:
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image.convert("RGBA"))
-    return image.convert("RGB")
 
 
 # --------------------------------------------------------------------------------------------------
