@@ -31,13 +31,7 @@ BLOCK = 2048        # rows whose distances are in memory at once
 
 
 # --------------------------------------------------------------------------------------------------
-# Nearest neighbours
-
-def nearest(a, b):
-    """For each row of a (N, D) its nearest row of b (M, D): (index (N,), squared distance (N,))."""
-    found = [squared_distances(part, b).min(1) for part in a.split(BLOCK)]
-    return torch.cat([f.indices for f in found]), torch.cat([f.values for f in found])
-
+# Copies
 
 def copies(images, train):
     """Which images are copies, (N,) bool, and each one's nearest training image, (N,).
@@ -45,7 +39,8 @@ def copies(images, train):
     images (N, D), train (M, D), M at least 2: float64 tensors. An image is a copy where the nearest
     training image x has no other training image as near as this one; so train's rows are distinct.
     """
-    index, distance = nearest(images, train)
+    found = [squared_distances(part, train).min(1) for part in images.split(BLOCK)]
+    index, distance = (torch.cat([getattr(f, key) for f in found]) for key in ("indices", "values"))
     return distance < radii(train, 1, BLOCK)[index], index
 
 
