@@ -285,7 +285,7 @@ def plot_sweep(ax, sweep, points):
     theorem, _, name = sweep.partition(": ")
     label = SWEEPS[name][0] if name in SWEEPS else name.replace(", ", ",\n")
     ax.set(title=theorem, xlabel=label, ylim=(-0.03, 1.03),
-           xscale="log" if name in ("ratio", "N") else "linear")
+           xscale="log" if name == "N" else "linear")
     ax.legend(fontsize=7)
 
 
