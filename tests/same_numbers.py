@@ -46,7 +46,8 @@ SAMPLES = {         # name: (run, flags of sample.py)
     "consistency": ("consistency-cm", []),
     "experts": ("experts", "--steps 5".split()),
 }
-PROBS = "--cm --rank-ratio 0.1 --scale 1 --norms shared"
+NEW = "--scale 1 --norms shared"        # what classify.py of before the move has no flags for
+PROBS = f"--cm --rank-ratio 0.1 {NEW}"
 CLASSIFIERS = {     # name: flags of classify.py
     "features": [],
     "ldam": f"--ir 20 --loss ldam --drw {PROBS} --distance probs --reserve layer3 layer4".split(),
@@ -80,7 +81,7 @@ def numbers_of(value, path=""):
     """{path: number} of all numbers in nested dicts and lists, without settings and times."""
     if isinstance(value, dict):
         items = {k: v for k, v in value.items()
-                 if k not in ("settings", "seconds", "images_per_s", "versions")}
+                 if k not in ("settings", "pruned_of", "seconds", "images_per_s", "versions")}
     elif isinstance(value, list):
         items = dict(enumerate(value))
     else:
@@ -127,7 +128,9 @@ def measure_all(runs, out, data):
              "--no-clip", "--device", "cpu", "--out", out / name)
         with np.load(out / name / "samples.npz") as f:
             result[f"sample {name}"] = {"arrays": digest(dict(f))}
+    flat = not Path(sys.path[0], "recognition").is_dir()
     for name, flags in CLASSIFIERS.items():
+        flags = [word for word in flags if not (flat and word in NEW.split())]
         call("classify", "--dataset", "digits", "--width", 8, "--epochs", 2, "--device", "cpu",
              *flags, "--data-dir", data, "--out", out / name)
         numbers = numbers_of(json.loads((out / name / "result.json").read_text()))
