@@ -165,7 +165,7 @@ demo() {
   python -m pages.report --out $OUT/report.md "${ROWS[@]}" --summary \
     --pair $OUT/cm/general-0/samples.npz $OUT/cm/full-0/samples.npz \
     --picture "Training images, DDPM, CM=$OUT/images.png" \
-    --picture "Where the reserved part is used=$OUT/cm/allocation.png" \
+    --picture "Where the reserved part is used=$OUT/cm/probe/allocation.png" \
     --picture "Theorem 2.1=$OUT/theory/theory.png"
 }
 
