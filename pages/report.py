@@ -430,23 +430,27 @@ def samples_parts(rows, out):
 def summary(rows):
     """What the first three rows say: a baseline, CM on it, CM's theta_g alone. Three sentences.
 
-    One run against one: below 15 % a difference says nothing.
+    One run against one: the paired differences of the demo's seeds have a standard deviation of
+    20 % on Few, so that one below 40 % says nothing.
     """
+    metric = "fd" if "fd" in rows[0][1][0] else "fid"
+
     def of(group, k):
-        return over_seeds(rows[k][1], f"{group} fd").mean
+        return over_seeds(rows[k][1], f"{group} {metric}").mean
 
     def compared(group):
         change = of(group, 1) / of(group, 0) - 1
-        if abs(change) < 0.15:
-            return "no difference that one run could show (15 %)"
+        if abs(change) < 0.4:
+            return "a single run cannot show a difference below 40 %"
         words = "lower, which is better" if change < 0 else "higher, which is worse"
         return f"{abs(change):.0%} {words}; another seed may say otherwise"
     few, many = (of(group, 2) / of(group, 1) for group in ("Few", "Many"))
     holds = "holds more" if few > 1.15 * max(1, many) else "does not hold more"
     return [
-        *(f"{words}: FD {of(group, 1):.1f} with CM, {of(group, 0):.1f} without: {compared(group)}."
+        *(f"{words}: {metric.upper()} {of(group, 1):.1f} with CM, {of(group, 0):.1f} without: "
+          f"{compared(group)}."
           for words, group in (("Rare classes (Few)", "Few"), ("Frequent classes (Many)", "Many"))),
-        f"Without the reserved part, CM's FD is {few:.1f} times as large on Few and {many:.1f} "
+        f"Without the reserved part, CM's is {few:.1f} times as large on Few and {many:.1f} "
         f"times on Many: that part {holds} of the rare classes than of the frequent ones."]
 
 
@@ -535,8 +539,10 @@ def main():
     table = "\n\n".join(filter(None, [results_table(given, columns, paper),
                                       paired_differences(rows, columns)]))
     results_figure(rows, columns, paper, title, out)
-    said = summary(rows) if args.summary else []
+    said = summary(rows) if args.summary and len(rows) > 2 else []      # else one has failed
     pictures = [named(text, "--picture") for text in args.picture]
+    if lost := [file for _, file in pictures if not Path(file).is_file()]:
+        raise UserError(f"--picture: there is no {lost[0]}")
     page.write(out, "\n".join([
         f"# {title}\n",
         *(f"- {line}" for line in said), "",

@@ -133,6 +133,25 @@ def test_table_has_means_deviations_and_the_papers_numbers(tmp_path, three_rows)
     assert 'src="data:image/png;base64,' in html and "report.png" not in html
 
 
+def test_the_summary_says_what_the_numbers_say(tmp_path, capsys):
+    """FID of Many is that overall + 3, of Few + 5, in fake_result."""
+    disk.write_png(tmp_path / "p.png", Image.new("RGB", (2, 2)))
+
+    def said(*fids):
+        rows = [write_row(tmp_path, name, fake_result(fid, 0)) for name, fid in zip("abc", fids)]
+        return make_page(tmp_path / "page.md", *rows,
+                         more=["--summary", "--picture", f"mine={tmp_path}/p.png"])
+    text = said(20, 5, 45)
+    assert "FID 10.0 with CM, 25.0 without: 60% lower" in text
+    assert "5.0 times as large on Few and 6.0 times on Many: that part does not hold" in text
+    assert "![mine](p.png)" in text
+    text = said(5, 20, 20)
+    assert "FID 25.0 with CM, 10.0 without: 150% higher, which is worse" in text
+    assert "FID 11.0 with CM, 10.0 without: a single run cannot show" in said(5, 6, 9)
+    refuses(capsys, report.main, "--row", f"a={tmp_path}/a-0.json", "--picture", "mine=none.png",
+            "--out", tmp_path / "page.md", says=["--picture"])
+
+
 def test_rows_without_files_are_shown_as_failed(tmp_path, three_rows, capsys):
     """And so are seeds without one: the page has what there is."""
     rows = [f"CBDM={tmp_path}/failed,", *three_rows[:2], f"{three_rows[2]},{tmp_path}/failed"]
