@@ -143,23 +143,24 @@ demo() {
   python -m recognition.classify --dataset digits --epochs $EPOCHS --out $OUT/classifier
 
   # Side by side, on one thread each: a step of so small a network gains nothing from a second one
-  stage 6 "training DDPM, and beside it CM on DDPM (its log: $OUT/cm.log)"
-  OMP_NUM_THREADS=1 python $train --steps $STEPS --base ddpm --cm --out $OUT/cm &> $OUT/cm.log &
+  stage 6 "training DDPM, and beside it CM on DDPM (see $OUT/cm/log.jsonl)"
+  OMP_NUM_THREADS=1 python $train --steps $STEPS --base ddpm --cm --out $OUT/cm \
+    > /dev/null 2> >(cat >&2) &
   OMP_NUM_THREADS=1 python $train --steps $STEPS --base ddpm --no-cm --out $OUT/ddpm
-  stage 45 "samples of DDPM; to look at: $OUT/ddpm/full-0/grid.png"
+  stage 56 "samples of DDPM; to look at: $OUT/ddpm/full-0/grid.png"
   demo_samples "DDPM" ddpm full 0
 
-  stage 55 "training CM to its end"
-  wait $! || { tail -n 5 $OUT/cm.log >&2; exit 1; }
-  stage 78 "samples of CM: theta"
+  stage 67 "training CM to its end"
+  wait $!
+  stage 83 "samples of CM: theta"
   demo_samples "CM" cm full 0
-  stage 83 "samples of CM: theta_g alone, without the reserved part, from the same noise"
+  stage 87 "samples of CM: theta_g alone, without the reserved part, from the same noise"
   demo_samples "CM, theta_g alone" cm general 0
 
-  stage 88 "where the reserved part is used"
+  stage 90 "where the reserved part is used"
   python -m probes.capacity allocation --ckpt $OUT/cm/ckpt.pt \
     --quality $OUT/cm/full-0/eval.json $OUT/cm/general-0/eval.json
-  stage 92 "the theorems, compared with simulation"
+  stage 94 "the theorems, compared with simulation"
   python theory_sim.py --trials $TRIALS --out $OUT/theory
   stage 96 "the page"
   python -m pages.figures --column DDPM=$OUT/ddpm/full-0 --column CM=$OUT/cm/full-0 \
