@@ -146,6 +146,7 @@ demo() {
   stage 6 "training DDPM, and beside it CM on DDPM (see $OUT/cm/log.jsonl)"
   OMP_NUM_THREADS=1 python $train --steps $STEPS --base ddpm --cm --out $OUT/cm \
     > /dev/null 2> >(cat >&2) &
+  trap 'kill $(jobs -p) 2>/dev/null || true' EXIT       # where the other one fails, it saves
   OMP_NUM_THREADS=1 python $train --steps $STEPS --base ddpm --no-cm --out $OUT/ddpm
   stage 56 "samples of DDPM; to look at: $OUT/ddpm/full-0/grid.png"
   demo_samples "DDPM" ddpm full 0
@@ -158,7 +159,7 @@ demo() {
   demo_samples "CM, theta_g alone" cm general 0
 
   stage 90 "where the reserved part is used"
-  python -m probes.capacity allocation --ckpt $OUT/cm/ckpt.pt \
+  python -m probes.capacity allocation --ckpt $OUT/cm/ckpt.pt --if-needed \
     --quality $OUT/cm/full-0/eval.json $OUT/cm/general-0/eval.json
   stage 94 "the theorems, compared with simulation"
   python theory_sim.py --trials $TRIALS --out $OUT/theory
@@ -187,7 +188,7 @@ demo_full() {
     demo_samples "CM, theta_g alone" cm general $omega
   done
   python prune_probe.py --ckpt $OUT/ddpm/ckpt.pt $OUT/cm/ckpt.pt \
-    --fractions 0.1,0.2,0.3 --repeats $REPEATS --out $OUT/prune
+    --fractions 0.1,0.2,0.3 --repeats $REPEATS --out $OUT/prune --if-needed
   python -m pages.report --out $OUT/report.md "${ROWS[@]}" \
     --pair $OUT/cm/general-1.5/samples.npz $OUT/cm/full-1.5/samples.npz
 }
