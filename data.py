@@ -491,22 +491,20 @@ def add_data_flags(parser: Parser, dataset: str = "cifar100", ir: float | None =
     g.add_argument("--dataset", default=dataset,
                    help=f"one of {', '.join(READERS)} (default: {dataset})")
     g.add_argument("--data-dir", default="data",
-                   help="where data sets are, or are downloaded to; for folder: the images, one "
-                   "sub-folder per class (default: data)")
-    g.add_argument("--pack-dir", help="where packed arrays go (default: packed in --data-dir; "
-                   "folder: data/packed)")
+                   help="where data sets are, or go; folder: the images, one sub-folder per class "
+                   "(default: data)")
+    g.add_argument("--pack-dir", help="where packed arrays go (default: DATA_DIR/packed; folder: "
+                   "data/packed)")
     g.add_argument("--resolution", type=integer(1),
-                   help="pixels per side, of sets of image files (default: the set's own; folder: "
-                   "64)")
+                   help="pixels per side (default: the set's own; folder: 64)")
     known = f" (default: {ir:g})" if ir else ""
     g.add_argument("--ir", type=number(low=1), default=ir,
-                   help="imbalance ratio N_max / N_min of the draw; 1: every image, as it is"
+                   help="imbalance ratio N_max / N_min; 1: every image, as it is"
                    + known)
     g.add_argument("--tail-seed", type=integer(0, 2**32 - 1), default=0, metavar="SEED",
                    help="seed of the long-tail draw (default: 0, Cao et al.)")
     g.add_argument("--class-order", help="classes, the most populous first: names or numbers with "
-                   "commas (default: as it is; artbench10: one that agrees with what the paper "
-                   "says of three styles)")
+                   "commas (default: the set's own)")
     return g
 
 

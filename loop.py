@@ -51,17 +51,15 @@ def add_step_flags(group, **defaults):
     """
     add_with_defaults(group, defaults, {
         "--batch-size": (integer(1), "images per step, over all processes"),
-        "--accumulate": (integer(1), "passes per step, each over an equal part of the batch, which "
-                         "takes as much less memory; the same step but for dropout masks"),
+        "--accumulate": (integer(1), "passes per step over parts of the batch: less memory"),
         "--lr": (number(above=0), "learning rate after the warm-up"),
-        "--warmup": (integer(0), "steps in which the learning rate rises linearly"),
+        "--warmup": (integer(0), "steps in which it rises linearly"),
         "--grad-clip": (number(above=0), "largest gradient norm"),
-        "--ema": (number(0, 1), "decay of the averaged weights; (1 + s) / (10 + s) while smaller"),
-        "--label-drop": (number(0, 1), "probability that an image's label, or text, is Null"),
+        "--ema": (number(0, 1), "decay of the averaged weights, less in the first steps"),
+        "--label-drop": (number(0, 1), "probability that a label, or text, is Null"),
     }, batch_size=64, accumulate=1, grad_clip=1.0, label_drop=0.1)
     group.add_argument("--lr-decay", action="store_true",
-                       help="the learning rate falls to 0 at --steps, by half a cosine: a short "
-                       "run then needs about half of the steps")
+                       help="the learning rate falls to 0 at --steps, by half a cosine")
     runtime.add_compile_flag(group)
 
 
@@ -70,9 +68,8 @@ def add_write_flags(parser, **defaults):
     group = parser.add_argument_group("output")
     add_with_defaults(group, defaults, {
         "--save-every": (integer(1), "steps between writes of ckpt.pt"),
-        "--keep-every": (integer(1), "steps between snapshots ckpt-STEP.pt, which are kept"),
-        "--sample-every": (integer(0), "steps between grids of samples, the last step included; "
-                           "0: none"),
+        "--keep-every": (integer(1), "steps between ckpt-STEP.pt, which are kept"),
+        "--sample-every": (integer(0), "steps between grids of samples; 0: none"),
         "--log-every": (integer(1), "steps between log lines")})
     return group
 

@@ -242,10 +242,9 @@ FLAGS = {       # flags of train.py, {hyper-parameter: (type, help)}; the defaul
     "focal_gamma": (number(0), "gamma of --base focal"),
     "rop_weight": (number(0), "weight of --base rop's overlap term"),
     "rop_margin": (number(above=0), "margin of --base rop"),
-    "ct_double": (integer(1), "--base consistency: its 10 intervals double every so many steps, up "
-                  "to 640"),
-    "ct_grid": (one_of("uniform", "karras"), "--base consistency: timesteps in equal parts of t "
-                "(uniform), or of sigma^(1/7), as iCT's (karras)"),
+    "ct_double": (integer(1), "of --base consistency: steps until its intervals double"),
+    "ct_grid": (one_of("uniform", "karras"), "of --base consistency: t in equal parts (uniform), "
+                "or as iCT's (karras)"),
 }
 
 
@@ -301,10 +300,10 @@ def add_cm_flags(group, div_bound: float = 0.01):
     group.add_argument("--w-con", type=number(0), default=1.0,
                        help="weight of L_Con (default: 1)")
     group.add_argument("--w-div", type=number(0), default=1.0,
-                       help="weight of L_Div (default: 1; the authors' release: 0.2)")
+                       help="weight of L_Div (default: 1; release: 0.2)")
     group.add_argument("--div-bound", type=number(0, 1e6), default=div_bound, metavar="M",
-                       help="L_Div saturates per image at distance M; 0: unbounded, as printed, "
-                       f"where diffusion models diverge (default: {div_bound:g})")
+                       help="L_Div saturates at this distance; 0: never, as printed: it diverges "
+                       f"(default: {div_bound:g})")
 
 
 def class_weights(counts: ArrayLike) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,7 @@ import warnings
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -136,14 +137,24 @@ class Parser(argparse.ArgumentParser):
     """argparse with one-line errors, no abbreviations, and the flags that every script has."""
 
     def __init__(self, doc):
-        super().__init__(description=doc, allow_abbrev=False,
-                         formatter_class=argparse.RawDescriptionHelpFormatter)
+        super().__init__(description=doc, usage="%(prog)s [flags]", allow_abbrev=False,
+                         formatter_class=partial(argparse.RawDescriptionHelpFormatter,
+                                                 max_help_position=27))
         self.add_argument("--plugin", action="append", metavar="FILE", default=[],
-                          help="a Python file of your own that is imported first, with losses, "
-                          "data sets or networks; repeatable")
+                          help="a Python file of yours, imported first: losses, data sets, "
+                          "networks")
 
     def error(self, message):
         raise UserError(message)
+
+    def format_help(self):
+        """As argparse's, in fewer lines: a value has a short name, and choices are in the text."""
+        for action in self._actions:
+            if action.nargs != 0 and action.metavar is None:
+                action.metavar = getattr(action.type, "metavar", "NAME")
+                if action.choices:
+                    action.help = f"{', '.join(map(str, action.choices))}: {action.help}"
+        return super().format_help()
 
     def parse_args(self, args=None, namespace=None):
         """As argparse's; `given` then has the names of the flags that the command line names."""
@@ -158,10 +169,8 @@ class Parser(argparse.ArgumentParser):
         g.add_argument("--device", default="auto",
                        help="auto (cuda where there is one, else cpu), or a torch device")
         g.add_argument("--dtype", choices=("auto", *DTYPES), default="auto",
-                       help="what the network computes in; weights stay float32. auto: what the "
-                       "checkpoint was trained in, else bfloat16 where the device has it. tf32: "
-                       "float32 with TF32's products, on CUDA. float16: for GPUs without bfloat16, "
-                       "such as the T4; the loss is scaled")
+                       help="of the network's products; auto: the checkpoint's, else bfloat16 "
+                       "where the device has it; tf32: on CUDA; float16: for older GPUs")
         g.add_argument("--seed", type=integer(0), default=0,
                        help="everything random follows from it (default: 0)")
         g.add_argument("--out", help=out)
@@ -180,6 +189,7 @@ def number(low=-math.inf, high=math.inf, above=-math.inf, kind=float):
             most = "" if high == math.inf else f" and at most {high:g}"
             raise argparse.ArgumentTypeError(f"must be {what} {least}{most}, not {text!r}")
         return value
+    parse.metavar = "N" if kind is int else "X"
     return parse
 
 
@@ -198,22 +208,19 @@ def one_of(*words):
 
 
 def main_of(script, text, commands):
-    """Do what the first word of the command line says, or print the help of all commands.
+    """Do what the first word of the command line says; --help prints `text` and these words.
 
-    script: its file's name. text: what it says of itself. commands: {word: (main, which takes the
-    words that follow; a function that makes its Parser)}. Raises UserError for another word.
+    script: its file's name. commands: {word: main, which takes the words that follow}. Raises
+    UserError for another word.
     """
     what = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if what in commands:
-        return commands[what][0](sys.argv[2:])
+        return commands[what](sys.argv[2:])
     if what not in ("-h", "--help"):
         raise UserError(f"{script} {what}: say {', '.join(commands)} first")
-    print(text)
-    for _, make in commands.values():
-        parser = make()
-        parser.description = None
-        parser.print_help()
-        print()
+    print(f"{text}\nThe flags of each command ({', '.join(commands)}):\n")
+    for word in commands:
+        print(f"    python {script} {word} --help")
 
 
 def flag_of(name):

@@ -77,12 +77,11 @@ def make_parser():
     """All flags; those in PRESETS and RECIPES have their default filled in by `resolve`."""
     parser = Parser(__doc__)
     parser.add_argument("--recipe", choices=RECIPES, default="ours",
-                        help="what is followed where the paper, the authors' release and this "
-                        "project differ (default: ours)")
+                        help="whose choices, where they differ (default: ours)")
     parser.add_argument("--preset", choices=PRESETS,
-                        help="sizes and lengths: paper; small, 32 pixels, hours on a CPU; tiny, 16 "
-                        "pixels, minutes; flags of your own go before it (default: paper; "
-                        "folder without a GPU: tiny; digits: digits)")
+                        help="the defaults that have several values below; small: hours on a CPU; "
+                        "tiny: minutes (default: paper; folder without a GPU: tiny; digits: "
+                        "digits)")
     add_training_data_flags(parser)
     add_method_flags(parser)
     add_network_flags(parser)
@@ -103,8 +102,11 @@ def make_parser():
 
 def preset_words(default, others):
     """The defaults of a flag, for --help; others: {preset or data set: its own one, or None}."""
-    own = [f"{name}: {value}" for name, value in others.items()
-           if value is not None and name != "paper"]
+    names = {}          # {value: who has it}
+    for name, value in others.items():
+        if value is not None and name != "paper":
+            names.setdefault(str(value).removesuffix(".0"), []).append(name)
+    own = [f"{', '.join(who)}: {value}" for value, who in names.items()]
     return f" (default: {'; '.join([default, *own])})"
 
 
@@ -114,11 +116,9 @@ def add_training_data_flags(parser):
     g.add_argument("--flip", action=BooleanOptionalAction, default=None,
                    help="mirror images at random (default: on, but never for digits)")
     g.add_argument("--resample", type=number(0, 10), default=1.0, metavar="Q",
-                   help="+RS: draw class c with probability proportional to N_c^Q; 0 balanced, 0.5 "
-                   "square root, 1 as it is (default: 1)")
+                   help="+RS: draw class c in proportion to N_c^Q; 0: balanced (default: 1)")
     g.add_argument("--ada", type=number(0, 1), default=0.0, metavar="P",
-                   help="+ADA: probability of each augmentation of augment.py, which also mirrors "
-                   "half of the images; EDM has 0.12 (default: 0, none)")
+                   help="+ADA: probability of each augmentation; EDM has 0.12 (default: 0)")
 
 
 def add_method_flags(parser):
@@ -130,36 +130,33 @@ def add_method_flags(parser):
                    help="reserve capacity and add L_CM (default: on)")
     add_cm_flags(g)
     g.add_argument("--equal-weights", action="store_true",
-                   help="all classes weigh the same in L_CM, in place of Eq. (3)")
+                   help="all classes weigh the same in L_CM, not as in Eq. (3)")
     g.add_argument("--independent-dropout", choices=losses.DROPOUT, nargs="?", const="decoder",
-                   help="where theta and theta^g see different dropout masks; all: each has a "
-                   "whole pass of its own (default: none; release: all)")
+                   help="where theta and theta^g have masks of their own (default: none; "
+                   "release: all)")
     g.add_argument("--cm-fraction", type=number(above=0, high=1), default=1.0,
-                   help="share of a batch on which L_CM is evaluated, chosen at random so that "
-                   "its expectation is the same; with 0.5 a step takes 1.37 in place of 1.73 "
-                   "times the operations of one without CM (default: 1)")
+                   help="share of the batch, chosen at random, that L_CM is evaluated on "
+                   "(default: 1)")
     g.add_argument("--rank-ratio", type=number(0, 1), default=0.1,
-                   help="r / min(d, k) of Eq. (1); 0: L_CM without reserved capacity, where "
-                   "theta^g differs by its dropout masks alone (default: 0.1)")
+                   help="r / min(d, k) of Eq. (1); 0: nothing is reserved, and theta^g differs "
+                   "by its dropout masks alone (default: 0.1)")
     g.add_argument("--reserve", choices=networks.RESERVE,
-                   help="which matrices of the decoder Eq. (1) splits: all, or the 3 x 3 "
-                   "convolutions before the output (default: all; release: conv3x3)")
+                   help="which of the decoder's matrices Eq. (1) splits (default: all; release: "
+                   "conv3x3)")
     g.add_argument("--form", choices=cm_layers.FORMS,
-                   help="how a convolution is a matrix: flat, out x (in kh kw), or the release's "
-                   "kernel, (out kh) x (in kw) (default: flat; release: kernel)")
+                   help="how a convolution is a matrix, out x (in kh kw) or (out kh) x (in kw) "
+                   "(default: flat; release: kernel)")
     g.add_argument("--cbdm-y", choices=("uniform", "train"), default="uniform",
-                   help="how y' is drawn: uniformly, as in Eq. (D.1), or by class frequency, as in "
-                   "CBDM's code (default: uniform)")
+                   help="how y' is drawn; Eq. (D.1): uniform; CBDM's code: by the class sizes of "
+                   "train (default: uniform)")
     # That of ct_double is a quarter of --steps
     add_own_flags(g, losses.FLAGS, [*map(losses.options_of, BASES.values()), {"ct_double": None}])
     g.add_argument("--experts", choices=("group",),
-                   help="one low-rank expert for each of Many, Medium and Few, in place of CM's "
-                   "one (default: none)")
+                   help="a low-rank expert for each of Many, Medium and Few, not CM's one")
     g.add_argument("--init-from", metavar="CKPT",
                    help="start from the EMA weights of a trained checkpoint")
     g.add_argument("--lora", action="store_true",
-                   help="with --init-from: freeze its weights and train low-rank parts only, "
-                   "without L_CM")
+                   help="with --init-from: train low-rank parts only, without L_CM")
 
 
 def add_own_flags(group, flags, options):
@@ -179,10 +176,10 @@ def add_network_flags(parser):
     """Which network, and its size."""
     g = parser.add_argument_group("network")
     g.add_argument("--network", choices=NETWORKS, default="unet",
-                   help="default: unet, the paper's")
+                   help="the paper's is the first (default: unet)")
     g.add_argument("--ch", type=integer(1, 65_536), help="base width")
     g.add_argument("--ch-mult", type=integer(1), nargs="+", metavar="M",
-                   help="width of each level, as a multiple of --ch")
+                   help="widths of the levels, in --ch")
     g.add_argument("--attn", type=integer(0), nargs="*", metavar="L",
                    help="levels with attention, 0 the finest")
     g.add_argument("--num-res-blocks", type=integer(1, 1000), help="residual blocks per level")
@@ -197,8 +194,7 @@ def add_optimisation_flags(parser):
     add_step_flags(g)
     g = add_write_flags(parser)
     g.add_argument("--eval-every", type=integer(1), metavar="N",
-                   help="steps between Frechet distances of samples, overall and per group, the "
-                   "last step included (default: never)")
+                   help="steps between Frechet distances of samples (default: never)")
     g.add_argument("--eval-num", type=integer(2), default=2000, metavar="M",
                    help="class-balanced samples of --eval-every (default: 2000)")
     g.add_argument("--features", help="of --eval-every, as evaluate.py's: a network's name or a "

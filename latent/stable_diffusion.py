@@ -583,14 +583,10 @@ def main_export(argv):
 
 # --------------------------------------------------------------------------------------------------
 
-COMMANDS = {
-    "train": (main_train, make_train_parser), "sample": (main_sample, make_sample_parser),
-    "export": (main_export, make_export_parser)}
-
-
 def main():
     """Train, sample or export, by the first word."""
-    runtime.main_of("-m latent.stable_diffusion", __doc__, COMMANDS)
+    runtime.main_of("-m latent.stable_diffusion", __doc__, {
+        "train": main_train, "sample": main_sample, "export": main_export})
 
 
 if __name__ == "__main__":

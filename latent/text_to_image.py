@@ -477,15 +477,10 @@ def main_sample(argv):
 
 # --------------------------------------------------------------------------------------------------
 
-COMMANDS = {
-    "autoencoder": (main_autoencoder, make_autoencoder_parser),
-    "train": (main_train, make_train_parser),
-    "sample": (main_sample, make_sample_parser)}
-
-
 def main():
     """Train an autoencoder, train, or sample, by the first word."""
-    runtime.main_of("-m latent.text_to_image", __doc__, COMMANDS)
+    runtime.main_of("-m latent.text_to_image", __doc__, {
+        "autoencoder": main_autoencoder, "train": main_train, "sample": main_sample})
 
 
 if __name__ == "__main__":

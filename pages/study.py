@@ -383,12 +383,9 @@ def make_tally_parser():
     return parser
 
 
-COMMANDS = {"make": (main_make, make_parser), "tally": (main_tally, make_tally_parser)}
-
-
 def main():
     """Make or tally a study, by the first word."""
-    runtime.main_of("-m pages.study", __doc__, COMMANDS)
+    runtime.main_of("-m pages.study", __doc__, {"make": main_make, "tally": main_tally})
 
 
 if __name__ == "__main__":
