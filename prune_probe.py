@@ -164,8 +164,8 @@ def changes(raw, pruned, labels, class_names, counts):
     spearman = {}
     for kind in ("absolute", "relative"):
         values = np.array([c[kind][0] for c in classes.values()])
-        # A rank correlation is undefined where all classes have the same size, or change alike
-        defined = np.ptp(counts) and np.ptp(values)
+        # Undefined where all classes have the same size, or change alike, or are only two
+        defined = len(values) > 2 and np.ptp(counts) and np.ptp(values)
         rho, p = map(float, spearmanr(values, counts)) if defined else (None, None)
         spearman[kind] = {"rho": rho, "p": p}
         for name, members in class_groups(counts).items():

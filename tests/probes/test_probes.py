@@ -228,11 +228,13 @@ def test_prune_probe_in_float32_and_once(cm_run, data_dir, tmp_path, capsys, mon
         call(pp.main, *flags, "--fraction", 0.2)
 
 
-@pytest.mark.parametrize("counts, rises", [([9, 9, 9], [0, 1, 2]), ([9, 8, 7], [0, 0, 0])])
+@pytest.mark.parametrize("counts, rises", [
+    ([9, 9, 9], [0, 1, 2]), ([9, 8, 7], [0, 0, 0]), ([9, 8], [0, 1])])
 def test_an_undefined_correlation(counts, rises, tmp_path):
-    labels = np.repeat(np.arange(3), 4)
-    raw = np.ones(12)
-    result = pp.changes(raw, raw + np.array(rises)[labels], labels, list("abc"), np.array(counts))
+    labels = np.repeat(np.arange(len(counts)), 4)
+    raw = np.ones(len(labels))
+    names = list("abc")[:len(counts)]
+    result = pp.changes(raw, raw + np.array(rises)[labels], labels, names, np.array(counts))
     assert result["spearman"]["absolute"] == {"rho": None, "p": None}
     pp.write_figures({"net": {"0.1": result}}, [0.1], 0.1, tmp_path)
     pp.print_results({"net": {"0.1": result}})
