@@ -527,6 +527,7 @@ def make_samples(args, ckpt, rt, record, labels, make_images):
     record: the settings that made them. labels: a list of N. make_images() -> (N, H, W, C) uint8 on
     rank 0. What sample.py, stable_diffusion.py and text_to_image.py do with their images.
     """
+    print_notes(record, rt)
     out = samples_folder(args)
     files = ["samples.npz", "grid.png", *(["png"] if args.png else [])]
     done = args.if_needed and rt.rank == 0 and all((out / name).exists() for name in files)
@@ -554,12 +555,31 @@ def samples_folder(args):
     return Path(args.out or ckpt.with_name(name))
 
 
+def which_weights(args, ckpt):
+    """{"weights": ..., "branch": ...} of the flags; of an export those that it was made of."""
+    return {name: ckpt.get(name, getattr(args, name)) for name in ("weights", "branch")}
+
+
+def print_notes(record, rt):
+    """Say where images cannot be what their settings promise; record: of describe."""
+    label_drop = record["config"].get("label_drop")
+    if label_drop == 0 and record["guidance"]:
+        rt.print(f"note: --guidance {record['guidance']:g} leads away from Null, which a network "
+                 "trained with --label-drop 0 does not know; take --guidance 0")
+    if label_drop == 1 and record.get("classes") != [-1]:
+        rt.print("note: the network was trained with --label-drop 1 and has seen no label; the "
+                 "labels of its images mean nothing")
+    if record["steps"] == 1 and record["sampler"] in ("ddim", "ddpm", "dpm++"):
+        rt.print("note: --steps 1 starts at t = 0, where the network expects an image almost "
+                 "without noise; take more steps")
+
+
 def describe(args, ckpt, sampling, rt):
     """What made these images: everything that moves a number measured on them, for the JSON."""
     return {"ckpt": str(args.ckpt), "ckpt_sha256": ckpt.sha256, "step": ckpt["step"],
             "command": ckpt["command"], "config": ckpt["config"],
             "dataset": ckpt["config"]["dataset"],
-            "weights": args.weights, "branch": args.branch, **sampling.record(),
+            **which_weights(args, ckpt), **sampling.record(),
             "dtype": rt.dtype_name(), **runtime.Plugins.record()}
 
 
@@ -727,9 +747,11 @@ def export(args, given):
     else:
         state = {name: p.detach().cpu().contiguous() for name, p in net.state_dict().items()}
         kept = {k: ckpt[k] for k in ("kind", "step", "command", "config", "data", "network")}
-        plain = {"rank_ratio": None, "experts": None, "model": state, "ema": state}
+        plain = {"rank_ratio": None, "experts": None, "model": state, "ema": state,
+                 **which_weights(args, ckpt)}
         rt.on_rank_0(lambda: disk.save(args.export, {**kept, **plain}, "--export"))
-    rt.print(f"wrote {args.export}: {args.weights} weights, {args.branch} branch")
+    made = which_weights(args, ckpt)
+    rt.print(f"wrote {args.export}: {made['weights']} weights, {made['branch']} branch")
 
 
 def main():

@@ -90,6 +90,30 @@ def test_a_checkpoint_and_its_samples_agree(cm_run, classifier, data_dir, tmp_pa
     assert few == pytest.approx(saved["groups"]["Few"]["fd"], rel=1e-3)
 
 
+def test_an_export_is_measured_as_what_it_was_made_of(cm_run, classifier, data_dir, tmp_path):
+    path = tmp_path / "general.pt"
+    call(sample.main, "--ckpt", cm_run / "ckpt.pt", "--export", path, "--weights", "raw",
+         "--branch", "general", "--device", "cpu")
+    call(evaluate.main, "--ckpt", path, "--num", 20, "--steps", 2, "--features", classifier,
+         "--data-dir", data_dir, "--device", "cpu")
+    settings = disk.read_json(tmp_path / "eval.json")["settings"]
+    assert (settings["weights"], settings["branch"]) == ("raw", "general")
+
+
+@pytest.mark.parametrize("label_drop, flags, said", [
+    (0, [], "--guidance"), (0, ["--guidance", 0], ""), (1, [], "--label-drop"),
+    (0.1, ["--steps", 1], "--steps"), (0.1, [], ""), (1, ["--classes", "null"], "")])
+def test_samples_that_cannot_be_what_was_asked_for(label_drop, flags, said, cm_run, tmp_path,
+                                                   capsys):
+    ckpt = torch.load(cm_run / "ckpt.pt", weights_only=True)
+    ckpt["config"]["label_drop"] = label_drop
+    torch.save(ckpt, tmp_path / "ckpt.pt")
+    call(sample.main, "--ckpt", tmp_path / "ckpt.pt", "--num", 10, "--steps", 2, *flags,
+         "--device", "cpu")
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note:")]
+    assert len(notes) == bool(said) and all(said in line for line in notes)
+
+
 def test_real_images_score_well(classifier, data_dir, tmp_path, cm_run):
     """The held-out digits as samples, by the data set's name: most are classified correctly, and
     they are near the training set.
