@@ -41,6 +41,8 @@ def write_atomic(path, write, flag="--out"):
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with writing(path, flag):
         path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.unlink(missing_ok=True)       # of a killed process with this number
+        temporary.touch(exist_ok=False)         # a new file, never another one through a link
         try:
             write(temporary)
             os.replace(temporary, path)

@@ -82,6 +82,16 @@ def test_what_is_no_failure_of_the_disk_keeps_its_name(tmp_path):
         disk.write_atomic(tmp_path / "x", of_the_disk)
 
 
+def test_a_temporary_file_is_a_new_one(tmp_path):
+    """Where a link has its name, the file behind the link stays as it is."""
+    (tmp_path / "other").write_text("of somebody else")
+    temporary = tmp_path / f".x.json.{os.getpid()}.tmp"
+    temporary.symlink_to(tmp_path / "other")
+    disk.write_json(tmp_path / "x.json", 1)
+    assert (tmp_path / "other").read_text() == "of somebody else"
+    assert disk.read_json(tmp_path / "x.json") == 1 and not temporary.is_symlink()
+
+
 def test_a_checkpoint_is_plain_types(tmp_path):
     """weights_only=True: nothing in a file is run."""
     class Evil:
