@@ -163,15 +163,18 @@ class Meter:
         self.D.index_add_(1, self.group_of[y], torch.stack([weight * D, weight]))
 
     def means(self, rt):
-        """{name: mean over steps and ranks}, D as "D_<group>" where a group had images."""
-        sums = torch.stack([*self.sums.values()]) / self.steps / rt.world
-        flat = torch.cat([sums, self.D.flatten()])
+        """{name: mean over steps and ranks}, D as "D_<group>" where a group had images.
+
+        On every rank the sums become their means over ranks, so that rank 0 saves those of all.
+        """
+        flat = torch.cat([torch.stack([*self.sums.values()]), self.D.flatten()])
         if rt.world > 1:
             torch.distributed.all_reduce(flat)
-        flat = flat.tolist()
-        means = dict(zip(self.sums, flat))
-        G = len(self.groups)
-        for name, total, images in zip(self.groups, flat[-2 * G:-G], flat[-G:]):
+            flat /= rt.world
+            self.sums = dict(zip(self.sums, flat))
+            self.D = flat[len(self.sums):].view_as(self.D)
+        means = dict(zip(self.sums, (flat / self.steps).tolist()))
+        for name, total, images in zip(self.groups, *self.D.tolist()):
             if images:
                 means[f"D_{name}"] = total / images
         if means.get("skipped", 1) < 1:         # the norm's mean is of the steps that were taken

@@ -4,13 +4,14 @@ And a killed or failing rank: the job ends, says why, and its checkpoint is whol
 """
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
 
 import numpy as np
 import pytest
-from conftest import (TINY_FLAGS, assert_same_losses, call, pixels, torchrun,
+from conftest import (TINY_FLAGS, assert_same_losses, call, pixels, read_log, torchrun,
                       wait_for)
 
 import disk
@@ -36,6 +37,8 @@ def two(tmp_path_factory, data_dir, cm_run, classifier):
     work = [["train", *train_flags(base, cm, 20, data_dir, out / (base + cm))]
             for base, cm in RUNS]
     work.append(["train", *train_flags("oc", "--cm", 10, data_dir, out / "resumed")])
+    work.append(["train", *train_flags("oc", "--cm", 8, data_dir, out / "window", "--log-every", 4,
+                                       "--save-every", 6, "--keep-every", 6)])
     pair = ["--ckpt", cm_run / "ckpt.pt", "--num", 23, "--steps", 5, "--device", "cpu"]
     work.append(["sample", *pair, "--out", out / "sample"])
     work.append(["sample", *pair, "--num", 1, "--out", out / "one"])
@@ -77,6 +80,12 @@ def test_resuming_on_another_number_of_processes(two, data_dir):
     """Ten steps on two processes and ten on one are the twenty of the run above."""
     call(train.main, *train_flags("oc", "--cm", 20, data_dir, two / "resumed"))
     assert_same_losses(two / "resumed", two / "oc--cm")
+
+
+def test_a_checkpoint_between_two_log_lines_has_the_sums_of_all_processes(two, tmp_path, data_dir):
+    shutil.copy(two / "window/ckpt-0000006.pt", tmp_path / "ckpt.pt")
+    call(train.main, *train_flags("oc", "--cm", 8, data_dir, tmp_path, "--log-every", 4))
+    assert read_log(tmp_path)[-1] == pytest.approx(read_log(two / "window")[-1], rel=1e-4, abs=1e-9)
 
 
 def test_samples_and_numbers_are_one_processes(two, cm_run, classifier, data_dir, tmp_path):
