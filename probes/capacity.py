@@ -189,8 +189,12 @@ def members_of(counts):
 def dominance(args, rt, ckpt, net):
     """Per pair of groups and kind of matrix: the share that points to the larger group.
 
-    Returns the content of dominance.json. Each share comes with Theorem 2.1's probability.
+    Returns the content of dominance.json. Each share comes with Theorem 2.1's probability. Raises
+    UserError for group experts, whose matrices are of none of KINDS.
     """
+    if ckpt["experts"]:
+        raise UserError(f"--ckpt {args.ckpt}: its gradients are also of group experts; use one "
+                        "that was trained without --experts")
     images = training_images(ckpt, args.data_dir)
     objective = objective_of(ckpt, net, images.counts).to(rt.device)
     matrices = {name: p for name, p in net.named_parameters()

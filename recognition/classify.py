@@ -224,6 +224,10 @@ def load_sets(args, rt, old=None):
     train = real
     if args.extra:
         train = with_extra(real, args.extra, args.extra_per_class, args.seed)
+        if not read_record(args.extra, "--extra"):
+            names = real.class_names
+            rt.print(f"note: --extra {args.extra}: without the .json of sample.py beside it; its "
+                     f"labels are numbers: 0 is {names[0]}, ... {len(names) - 1} is {names[-1]}")
     refuse_empty_class(train, "training", args)
     if test is not None:
         refuse_empty_class(test, "test", args)

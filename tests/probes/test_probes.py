@@ -413,6 +413,13 @@ def test_dominance_end_to_end(cm_run, data_dir, tmp_path):
         assert all(0 <= r["share"] <= 1 for r in kinds.values())
 
 
+def test_dominance_refuses_group_experts(tmp_path, data_dir, capsys):
+    call(train.main, *TINY_FLAGS, "--experts", "group", "--base", "ddpm", "--steps", 1,
+         "--data-dir", data_dir, "--out", tmp_path)
+    refuses(capsys, cp.main, "dominance", "--ckpt", tmp_path / "ckpt.pt", "--device", "cpu",
+            says=["--experts"])
+
+
 # --------------------------------------------------------------------------------------------------
 # Allocation
 

@@ -350,6 +350,7 @@ def test_extra_classes_are_matched_by_name(extra, digits, data_dir, tmp_path, ca
 def test_a_run_with_extra_images(extra, data_dir, tmp_path, capsys):
     flags = ("--extra", extra[0], "--data-dir", data_dir, "--out", tmp_path)
     call(classify.main, *FAST, *flags)
+    assert "0 is 0, ... 9 is 9" in capsys.readouterr().out          # no .json has their names
     result = disk.read_json(tmp_path / "result.json")
     assert result["num"] == 802
     assert set(result["groups"]) == {"Many", "Medium", "Few"}       # by the real images' numbers
