@@ -4,12 +4,14 @@
     subset = images.take(long_tail(images.labels, ir=100))      # Sec. 4.1: 10,847 of 50,000 images
     x_0, y = Batches(subset, 64, seed=0, device="cpu").at(step=0)
 
-`python data.py --dataset cifar100 --ir 100` packs the set and prints the class counts.
+`python data.py --dataset cifar100 --ir 100` packs the set and prints the class counts;
+`python data.py split --data-dir DIR` divides a folder of images into train/ and test/.
 A new data set is one function that returns images (N x H x W x C uint8, or N paths of image files),
 labels (N,) and class names: see sets/readers.py.
 """
 import hashlib
 import re
+import sys
 from argparse import Namespace
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +23,7 @@ from torch import Tensor
 
 from disk import Checkpoint, fingerprint, path_id, read_json
 from runtime import Parser, UserError, integer, number, refuse_unused, run, seed_of
+from sets import splits
 from sets.packing import labels_hash, names_and_sizes, pack_once
 from sets.readers import READERS, NoSuchSplit, Source
 
@@ -514,7 +517,9 @@ def unused_data_flags(args: Namespace) -> dict[str, str]:
 
 
 def main():
-    """Pack a data set and print its class sizes."""
+    """Pack a data set and print its class sizes; or, after "split", divide a folder."""
+    if sys.argv[1:2] == ["split"]:
+        return splits.main(sys.argv[2:])
     parser = Parser(__doc__)
     add_data_flags(parser, ir=1)
     args = parser.parse_args()
