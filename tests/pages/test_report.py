@@ -41,20 +41,15 @@ def test_cells_read_off_the_paper_by_hand(table, setting, row, column, number):
     assert paper_cell(table, setting, row, column) == number
 
 
-def test_every_row_is_as_long_as_its_columns():
+def test_the_papers_rows_are_whole():
+    """Each as long as its columns; the votes of the user study add up."""
     assert len(PAPER) == 19 and list(CONTENT["not_measured_here"]) == ["tableG7"]
     for table in [*PAPER.values(), *CONTENT["not_measured_here"].values()]:
         assert table["settings"]
         for setting in table["settings"].values():
             assert all(len(row) == len(setting["columns"]) for row in setting["rows"].values())
-
-
-def test_the_user_study_adds_up():
     rows = CONTENT["not_measured_here"]["tableG7"]["settings"]["artbench10-ir100"]["rows"]
-    for *each, overall in rows.values():
-        assert len(each) == 8 and sum(each) == overall
-    ddpm, cm = (row[-1] for row in rows.values())
-    assert (ddpm, cm) == (63, 151) and round(100 * cm / (ddpm + cm), 2) == 70.56
+    assert [(sum(each), overall) for *each, overall in rows.values()] == [(63, 63), (151, 151)]
 
 
 @pytest.mark.parametrize("figure", ["fig4a", "fig4b", "fig4c", "fig4d"])
@@ -124,12 +119,10 @@ def test_table_has_means_deviations_and_the_papers_numbers(tmp_path, three_rows)
     half = 4.302653 * 0.5 / 3 ** 0.5
     assert f"-0.500 ({-0.5 - half:+.3f} to {-0.5 + half:+.3f}) |" in lines["CM against OC"]
     assert "python train.py --seed 0    # CM\npython evaluate.py --seed 0    # CM" in text
-    assert "noise of seed 0, 1, 2;" in text and "Differs" not in text
-    assert (tmp_path / "page/report.pdf").exists()
-    assert (tmp_path / "page/report.png").exists()
+    assert "Differs" not in text
+    assert (tmp_path / "page/report.pdf").exists() and (tmp_path / "page/report.png").exists()
     html = (tmp_path / "page/report.html").read_text()
-    cells = re.search(r"<td.*?>CM</td>(.*?)</tr>", html, re.S)[1]
-    assert "<strong>8.500 ± 0.500</strong>" in cells and "<em>9.000 ± 0.000</em>" in html
+    assert "<strong>8.500 ± 0.500</strong>" in html and "<em>9.000 ± 0.000</em>" in html
     assert 'src="data:image/png;base64,' in html and "report.png" not in html
 
 
@@ -142,11 +135,9 @@ def test_the_summary_says_what_the_numbers_say(tmp_path, capsys):
         return make_page(tmp_path / "page.md", *rows,
                          more=["--summary", "--picture", f"mine={tmp_path}/p.png"])
     text = said(20, 5, 45)
-    assert "FID 10.0 with CM, 25.0 without: 60% lower" in text
+    assert "FID 10.0 with CM, 25.0 without: 60% lower" in text and "![mine](p.png)" in text
     assert "5.0 times as large on Few and 6.0 times on Many: that part does not hold" in text
-    assert "![mine](p.png)" in text
-    text = said(5, 20, 20)
-    assert "FID 25.0 with CM, 10.0 without: 150% higher, which is worse" in text
+    assert "FID 25.0 with CM, 10.0 without: 150% higher, which is worse" in said(5, 20, 20)
     assert "FID 11.0 with CM, 10.0 without: a single run cannot show" in said(5, 6, 9)
     refuses(capsys, report.main, "--row", f"a={tmp_path}/a-0.json", "--picture", "mine=none.png",
             "--out", tmp_path / "page.md", says=["--picture"])
@@ -168,11 +159,6 @@ def test_a_dash_where_the_paper_has_no_number(tmp_path):
     text = make_page(tmp_path / "p.md", row, paper=("fig4a", "cifar100-ir100"))
     assert "| +RS | 3 | 14.000 ± 1.000 | - |" in text
     assert "| 11.000 ± 1.000 | 11.432 ± 0.287 |" in text
-    text = make_page(tmp_path / "p.md", row, paper=("table2", "cifar10-ir100"))
-    assert "2.725" in text and "= 2.970" in text        # where the paper's text and table disagree
-    gain = (paper_cell("table2", "cifar10-ir100", "DDPM", "fid")[0]
-            - paper_cell("table2", "cifar10-ir100", "CM", "fid")[0])
-    assert f"{gain:.3f}" == "2.970"
     text = make_page(tmp_path / "p.md", row, paper=("table2", "cifar10-ir7"))   # not the paper's
     assert "paper" not in text.split("\n")[4]
 
@@ -191,7 +177,6 @@ def test_settings_in_which_rows_differ_are_shown(tmp_path):
 
 
 @pytest.mark.parametrize("settings, changes, says", [
-    ({"config": {"seed": 1, "lr": 1e-3}}, {}, "lr"),
     ({"config": {"seed": 1, "lr": 2e-4, "tail_seed": 1}}, {}, "tail_seed"),
     ({"config": {"seed": 1, "lr": 2e-4, "init_from": "a.pt"}}, {}, "init_from"),
     ({"guidance": 0.0}, {}, "guidance"), ({"steps": 20}, {}, "steps"), ({}, {"num": 10}, "num")])
@@ -201,10 +186,8 @@ def test_other_experiments_are_no_seeds(tmp_path, capsys, settings, changes, say
 
 
 def test_seeds_may_differ_in_paths(tmp_path):
-    """Such as what each goes on from, and where it is."""
-    results = [fake_result(9, k, {"ckpt": f"run{k}/ckpt.pt", "ckpt_sha256": str(k), "config": {
-        "seed": k, "init_from": f"run{k}.pt", "init_from_sha256": str(k), "data_dir": f"d{k}"}})
-        for k in range(2)]
+    results = [fake_result(9, k, {"config": {
+        "seed": k, "init_from": f"{k}.pt", "data_dir": f"{k}"}}) for k in range(2)]
     assert "| A | 2 |" in make_page(tmp_path / "p.md", write_row(tmp_path, "A", *results))
 
 
@@ -270,13 +253,6 @@ def test_differences_are_between_rows_of_one_guidance():
                                      "| CM against OC, guidance 1.5 | +0.10 (+0.10 to +0.10) |"]
 
 
-@pytest.mark.parametrize("name, without", [
-    ("CM on +ADA", "+ADA"), ("CE + CM", "CE"), ("CM", "OC"), ("CM, 1 2 2", "OC, 1 2 2"),
-    ("CM (theta_g)", None), ("CM w/o L_Div", None), ("OC", None), ("OC, as long", None)])
-def test_which_row_lacks_only_cm(name, without):
-    assert report.without_cm(name) == ([without, f"{without}, as long"] if without else [])
-
-
 def test_the_number_of_a_row():
     results = [{"fid": fid} for fid in (1.0, 2.0, 6.0)]
     assert report.over_seeds(results, "fid") == (3.0, pytest.approx(7 ** 0.5))
@@ -312,23 +288,10 @@ def test_classifiers_and_images_of_other_programs(tmp_path):
     text = make_page(tmp_path / "p.md", write_row(tmp_path, "CE", classifier))
     assert "| Many accuracy | Few accuracy | accuracy |\n" in text and "digits, IR 10" in text
     assert "\n| CE | 1 | 95.00 | 70.00 | 90.00 |\n" in text
-    peer = fake_result(7.5, 0)
-    peer["settings"] = {"samples": "peer.npz", "reference": "cifar100, full training set"}
+    peer = {**fake_result(7.5, 0), "settings": {"samples": "peer.npz", "reference": "cifar100"}}
     text = make_page(tmp_path / "p.md", write_row(tmp_path, "Peer", peer),
                      paper=("table3", "cifar100-ir100"))
-    assert "20 images against 30 real images (cifar100, full" in text
-
-
-def test_odd_names_are_text(tmp_path):
-    """In tables, figures and HTML: no element, no end of a cell, no formula, no hidden entry."""
-    odd = ["<b>a|b</b> & </script>", r"$\foo$", "_hidden"]
-    results = [fake_result(3.0, 0), demo_result(9.0)]
-    for k, result in enumerate(results):
-        disk.write_json(tmp_path / f"{k}.json", result)
-        text = make_page(tmp_path / "r.md", *(f"{name}={tmp_path}/{k}.json" for name in odd))
-        assert "\n| &lt;b&gt;a\\|b&lt;/b&gt; & &lt;/script&gt; | 1" in text
-        html = (tmp_path / "r.html").read_text()
-        assert "&lt;b&gt;a|b&lt;/b&gt; &amp; &lt;/script&gt;</td>" in html
+    assert "20 images against 30 real images (cifar100" in text
 
 
 # --------------------------------------------------------------------------------------------------
@@ -369,7 +332,7 @@ def test_samples_side_by_side(cm_run, classifier, data_dir, tmp_path, capsys):
     text = make_page(tmp_path / "p.md", *rows, more=["--pair", *pair])
     for file in ("p-pair.png", "p-samples-1.5.png"):
         assert f"({file})" in text and Image.open(tmp_path / file).height == 30 + 10 * 60
-    assert "Not shown" not in text and "Differs: general (branch general)." in text
+    assert "Not shown" not in text
     result = disk.read_json(tmp_path / "full/eval.json")
     assert f"{result['groups']['Many']['fd']:.3f}" in text and f"{result['fd']:.3f}" in text
 
