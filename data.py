@@ -205,14 +205,25 @@ def load_long_tailed(args: Namespace, ckpt: Checkpoint | None = None) -> ImageSe
     return images.take(long_tail(images.labels, args.ir, args.tail_seed))
 
 
+def folders_of(config: dict, data_dir: str | Path | None = None,
+               pack_dir: str | Path | None = None) -> tuple[str | Path, str | Path | None]:
+    """(data_dir, pack_dir): what is given, else those of a checkpoint's settings, where they exist.
+
+    A folder that a checkpoint names may be another machine's, and is not made here.
+    """
+    own = {key: config.get(key) for key in ("data_dir", "pack_dir")}
+    there = {key: path for key, path in own.items() if path and Path(path).is_dir()}
+    return data_dir or there.get("data_dir", "data"), pack_dir or there.get("pack_dir")
+
+
 def training_images(ckpt: Checkpoint, data_dir: str | Path | None = None) -> ImageSet:
     """The long-tailed set that a checkpoint was trained on. Raises UserError for another one.
 
     data_dir: where data sets are; None for where they were in training.
     """
-    config = ckpt["config"]
-    data_dir = data_dir or config["data_dir"]
-    images = load_long_tailed(Namespace(**{**config, "data_dir": data_dir}), ckpt)
+    data_dir, pack_dir = folders_of(ckpt["config"], data_dir)
+    images = load_long_tailed(
+        Namespace(**{**ckpt["config"], "data_dir": data_dir, "pack_dir": pack_dir}), ckpt)
     record = images.record()
     if any(record[key] != ckpt["data"][key] for key in ("class_counts", "class_names")):
         raise UserError(f"--data-dir {data_dir}: not the images that --ckpt was trained on")
@@ -380,11 +391,9 @@ def reference_images(ckpt: Checkpoint, data_dir: str | Path | None = None,
     data_dir: where data sets are; None for where they were in training. split: as there. Raises
     UserError for a data set with other images, or classes, than in training.
     """
-    config = ckpt["config"]
     data = ckpt["data"]
-    data_dir = data_dir or config["data_dir"]
-    images, words = load_reference(data["dataset"], data_dir, split, data["resolution"],
-                                   config["pack_dir"])
+    data_dir, pack_dir = folders_of(ckpt["config"], data_dir)
+    images, words = load_reference(data["dataset"], data_dir, split, data["resolution"], pack_dir)
     refuse_other_source(images, data, data_dir)
     labels = to_classes(images.labels, images.class_names, data["class_names"], "--data-dir")
     return images, labels, f"{data['dataset']}, {words}"

@@ -25,7 +25,7 @@ import torch
 
 import disk
 import runtime
-from data import by_size, to_rgb
+from data import by_size, folders_of, to_rgb
 from metrics.features import DIGITS_CLASSIFIER, INCEPTION, Extractor, Features
 from metrics.image_sets import (compare, find_reference, from_checkpoint, from_samples,
                                 parse_about, protocol_of)
@@ -415,8 +415,7 @@ def main():
     # Features are always computed in float32, so a dtype is that of sampling
     rt = runtime.setup(args.device, dtype_of(args, ckpt) if ckpt else "float32")
     config = ckpt["config"] if ckpt else {}
-    args.data_dir = args.data_dir or config.get("data_dir") or "data"
-    args.pack_dir = args.pack_dir or config.get("pack_dir")
+    args.data_dir, args.pack_dir = folders_of(config, args.data_dir, args.pack_dir)
     out = Path(args.out or Path(args.ckpt or args.samples).parent)
     out_json = Path(args.out_json or out / "eval.json")
 

@@ -37,7 +37,7 @@ import disk
 import losses
 import runtime
 from cm_layers import merge, reserve
-from data import Batches, load_reference, refuse_other_source, to_classes, to_float, to_uint8
+from data import Batches, folders_of, reference_images, to_float, to_uint8
 from latent.autoencoder import (Autoencoder, KLAutoencoder, LatentBatches, Reconstruction,
                                 content_hash, encode_once, latent_scale, load_part, packages)
 from latent.captions import Table, captions_of, check_form
@@ -405,14 +405,11 @@ def reference_captions(ckpt, args):
     The classes come in turn, as in sample.py, and within a class its images, each with one of its
     captions, chosen by --seed. The reference is that of evaluate.py.
     """
-    data, config = ckpt["data"], dict(ckpt["config"])
-    config["data_dir"] = args.data_dir or config["data_dir"]
-    images, _ = load_reference(data["dataset"], config["data_dir"], None, data["resolution"],
-                               config["pack_dir"])
-    refuse_other_source(images, data, config["data_dir"])
+    config = dict(ckpt["config"])
+    config["data_dir"], config["pack_dir"] = folders_of(config, args.data_dir)
+    images, y, _ = reference_images(ckpt, args.data_dir)
     split = images.provenance["split"]
     table = Table(captions_of(images, Namespace(**config), split), images.labels)
-    y = to_classes(images.labels, images.class_names, data["class_names"], "--data-dir")
     rows_of = {c: np.flatnonzero(y == c) for c in np.unique(y)}
     labels = labels_in_turn(sorted(rows_of), args.num)
     turns = np.arange(args.num) // len(rows_of)

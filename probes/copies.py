@@ -18,7 +18,7 @@ import torch
 
 import disk
 import runtime
-from data import class_groups, load, to_rgb, training_images
+from data import class_groups, folders_of, load, to_rgb, training_images
 from metrics.features import Extractor
 from metrics.image_sets import protocol_of
 from metrics.scores import radii, squared_distances
@@ -66,8 +66,9 @@ def points_of(extractor, images, title):
 def unseen_images(args, ckpt, images):
     """(images uint8 (N, H, W, 3), labels) of the data set that the draw left out; None for none."""
     config = ckpt["config"]
-    whole = load(config["dataset"], args.data_dir or config["data_dir"], "train",
-                 config["resolution"], ckpt["data"]["class_names"], config["pack_dir"])
+    data_dir, pack_dir = folders_of(config, args.data_dir)
+    whole = load(config["dataset"], data_dir, "train", config["resolution"],
+                 ckpt["data"]["class_names"], pack_dir)
     seen = {image.tobytes() for image in images.images}
     rows = [i for i, image in enumerate(whole.images) if image.tobytes() not in seen]
     if not rows:

@@ -2,6 +2,7 @@
 import hashlib
 import pickle
 from argparse import Namespace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -195,6 +196,20 @@ def test_one_pack_dir_for_two_data_dirs(tmp_path):
     paths = [data.pack_path("cub200", tmp_path / name, "train", 64, tmp_path / "packs")
              for name in ("a/cub", "b/cub")]
     assert paths[0] != paths[1] and paths[0].parent == paths[1].parent
+
+
+def test_folders_that_a_received_checkpoint_names_are_not_made(cm_run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ckpt = disk.load(cm_run / "ckpt.pt", ["diffusion"])
+    theirs = {"data_dir": str(tmp_path / "their/data"), "pack_dir": str(tmp_path / "their/packs")}
+    ckpt["config"].update(theirs)
+    assert len(data.training_images(ckpt).labels) == 502
+    assert len(data.reference_images(ckpt)[0].labels) == 1497
+    assert not (tmp_path / "their").exists() and (tmp_path / "data/packed").is_dir()
+    for folder in theirs.values():              # on the machine of the training
+        Path(folder).mkdir(parents=True)
+    assert data.folders_of(ckpt["config"]) == tuple(theirs.values())
+    assert data.folders_of(ckpt["config"], "a", "b") == ("a", "b")
 
 
 # --------------------------------------------------------------------------------------------------
