@@ -58,14 +58,12 @@ class KLAutoencoder(nn.Module):
     """Images (N, 3, H, W) in [-1, 1] to latents (N, 4, H / factor, W / factor) and back.
 
     ch: the width at full size, twice that below. factor: a power of two, at least 2. scale: what
-    latents are multiplied by to have variance 1. Raises ValueError where the sizes do not fit.
+    latents are multiplied by to have variance 1.
     """
 
     def __init__(self, ch=64, factor=8, scale=1.0):
         super().__init__()
         halvings = factor.bit_length() - 1
-        if factor < 2 or factor != 2 ** halvings:
-            raise ValueError(f"--factor {factor}: images are halved; take 2, 4, 8 or 16")
         widths = [ch] + [2 * ch] * halvings
         self.config = Settings(scaling_factor=scale, latent_channels=CHANNELS,
                                block_out_channels=widths)

@@ -18,16 +18,7 @@ a "dropout rate of 0.1" (here the text) and whether weights are averaged (here a
 
 The losses are those of losses.py, on latents; images are not mirrored. Each image is encoded once
 for all runs, into --pack-dir. A checkpoint holds the low-rank parts only. A run resumes by
-repeating its command.
-
---lora writes general.safetensors (theta^g's LoRA) and minority.safetensors (theta^e). In diffusers,
-pipe.load_lora_weights(FOLDER, weight_name="general.safetensors", adapter_name="general") loads one,
-and pipe.set_adapters(["general", "minority"], [1.0, 0.5]) takes theta^e at half of its strength.
---pipeline writes the merged model with a DDIM scheduler. diffusers starts it one timestep later
-than `stable_diffusion.py sample` does; from the same noise it gives the same images after
-
-    pipe.scheduler = DDIMScheduler.from_config(
-        pipe.scheduler.config, steps_offset=0, set_alpha_to_one=True)
+repeating its command. docs/USING.md shows how diffusers takes an export.
 """
 import math
 import re
@@ -37,6 +28,7 @@ from functools import partial
 
 import torch
 from torch import nn
+from torch.nn.functional import pad
 from torch.nn.utils import parametrize
 
 import disk
@@ -60,7 +52,6 @@ PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")      # the layers of attentio
 RESOLUTION = 256        # of image files, where no flag says it: that of the paper's model
 GRID_BATCH = 25     # images of a grid that are generated at a time, beside what training holds
 CM_ONLY = ("cm_rank", "lam", "w_con", "w_div", "div_bound")
-OTHER_INPUTS = ("add_embedding", "class_embedding", "encoder_hid_proj")     # not Stable Diffusion 1
 
 
 # --------------------------------------------------------------------------------------------------
@@ -213,16 +204,15 @@ def merge_adapters(net, branch="full"):
 class Model(Autoencoder):
     """The parts of a Stable Diffusion in diffusers' layout, in float32. Raises UserError.
 
-    name: a folder, or a name on the Hugging Face hub. revision: a branch, tag or commit there.
-    device: of the autoencoder; the U-Net and the text encoder stay on the CPU.
+    name: a folder, or a name on the Hugging Face hub. device: of the autoencoder; the U-Net and
+    the text encoder stay on the CPU.
     """
 
-    def __init__(self, name, device, revision=None):
+    def __init__(self, name, device):
         diffusers, transformers = packages()
-        options = {"revision": revision} if revision else {}
 
         def part(folder, kind):
-            return load_part("--model", name, kind, folder, **options)
+            return load_part("--model", name, kind, folder)
         self.name = name
         self.unet = part("unet", diffusers.UNet2DConditionModel).float()    # perhaps float16
         super().__init__(part("vae", diffusers.AutoencoderKL), device)
@@ -237,17 +227,12 @@ class Model(Autoencoder):
         if predicts != "epsilon":
             raise UserError(f"--model {name}: predicts {predicts}, and the losses here are for "
                             "epsilon")
-        others = [name for name in OTHER_INPUTS if getattr(self.unet, name, None) is not None]
-        if others or self.unet.config.in_channels != self.vae.config.latent_channels:
-            what = others[0] if others else f"{self.unet.config.in_channels} input channels"
-            raise UserError(f"--model {name}: its U-Net has {what}; take a plain Stable Diffusion, "
-                            "such as 1.x or miniSD")
 
     def refuse_other(self, ckpt):
         """Raise UserError where a checkpoint was trained on another model."""
         if ckpt["model_sha256"] != self.sha256:
             raise UserError(f"--model {self.name}: its weights or its schedule are not those that "
-                            "the checkpoint was trained on; take that model or another --revision")
+                            "the checkpoint was trained on; take that model")
 
     @torch.no_grad()
     def prompts(self, class_names, form):
@@ -275,23 +260,14 @@ class Model(Autoencoder):
 # --------------------------------------------------------------------------------------------------
 # Training
 
-def make_parser(command):
-    """The Parser of a command, as yet without its flags."""
-    parser = Parser(__doc__)
-    parser.prog = f"stable_diffusion.py {command}"
-    return parser
-
-
 def make_train_parser():
-    """All flags of `stable_diffusion.py train`."""
-    parser = make_parser("train")
+    """All flags of the command train."""
+    parser = Parser("torchrun -m latent.stable_diffusion train --dataset artbench10 --data-dir DIR")
     add_image_set_flags(parser, "artbench10")
     g = parser.add_argument_group("method")
     g.add_argument("--model", default="lambdalabs/miniSD-diffusers",
                    help="a folder or hub name in diffusers' layout (default: "
                    "lambdalabs/miniSD-diffusers, the paper's)")
-    g.add_argument("--revision", help="of a model on the hub: a commit or a tag, kept with the run "
-                   "(default: the newest)")
     g.add_argument("--prompt", default="a {} painting",
                    help='the text of an image, {} its class (default: "a {} painting")')
     g.add_argument("--base", choices=("ddpm", "cbdm", "oc"), default="oc",
@@ -357,8 +333,6 @@ def load_images(args, rt, old):
     """The training images, which must be those of the run's checkpoint `old`. Raises UserError."""
     with rt.rank_0_first():
         images = load_long_tailed(args, old)
-    if images.images.shape[3] != 3:
-        raise UserError(f"--dataset {args.dataset}: grey images, and the autoencoder is for colour")
     if old:
         refuse_other_data(old["data"], images.record(), args)
     return images
@@ -400,7 +374,7 @@ def main_train(argv):
 
 def load_model(args, rt, images, old):
     """(the Model, the LatentUNet to train) of a run's settings. Raises UserError."""
-    model = Model(args.model, rt.device, args.revision)
+    model = Model(args.model, rt.device)
     model.latent_shape(images.images.shape[1])      # where it has none, this says so
     if old:
         model.refuse_other(old)
@@ -428,8 +402,8 @@ def grid_samples(model, net, state, labels, rt):
 # Sampling
 
 def make_sample_parser():
-    """All flags of `stable_diffusion.py sample`."""
-    parser = make_parser("sample")
+    """All flags of the command sample."""
+    parser = Parser("python -m latent.stable_diffusion sample --ckpt out/NAME/ckpt.pt --num 50000")
     add_checkpoint_flags(parser)
     add_image_flags(parser)
     add_sampling_flags(parser)
@@ -444,6 +418,13 @@ def add_checkpoint_flags(parser):
                         help="where the pre-trained model is (default: the checkpoint's)")
 
 
+def model_of(args, ckpt, device):
+    """The Model of a checkpoint, from where --model says. Raises UserError for another one."""
+    model = Model(args.model or ckpt["config"]["model"], device)
+    model.refuse_other(ckpt)
+    return model
+
+
 def load_network(model, ckpt, weights):
     """The LatentUNet of a checkpoint, without gradients. weights: "ema" or "raw"."""
     values = ckpt["ema" if weights == "ema" else "adapters"]
@@ -451,16 +432,9 @@ def load_network(model, ckpt, weights):
     return net.to(model.device).requires_grad_(False)
 
 
-def model_of(args, ckpt):
-    """(name, revision) of a checkpoint's model, or of --model in its place."""
-    config = ckpt["config"]
-    name = args.model or config["model"]
-    return name, config.get("revision") if name == config["model"] else None
-
-
-def refuse_general(args, ckpt):
+def refuse_general(args, reserved):
     """Raise UserError where --branch general names what a checkpoint does not have."""
-    if args.branch == "general" and not ckpt["config"]["cm"]:
+    if args.branch == "general" and not reserved:
         raise UserError("--branch general: this checkpoint has no reserved capacity (it was "
                         "trained with --no-cm)")
 
@@ -479,18 +453,16 @@ def main_sample(argv):
     ckpt = disk.load(args.ckpt, ["latent"])
     classes, sampling = asked_for(args, ckpt, sampling_of(args, "latent"))
     labels = labels_in_turn(classes, args.num)
-    refuse_general(args, ckpt)
+    refuse_general(args, ckpt["config"]["cm"])
     rt = runtime.setup(args.device, dtype_of(args, ckpt))
-    name, revision = model_of(args, ckpt)
 
     def make_images():
-        model = Model(name, rt.device, revision)
-        model.refuse_other(ckpt)
+        model = model_of(args, ckpt, rt.device)
         net = load_network(model, ckpt, args.weights)
         with general_only(net) if args.branch == "general" else nullcontext():
             return decoded(model, net, labels, ckpt["data"]["resolution"], rt, sampling,
                            args.batch_size)
-    record = {**describe(args, ckpt, sampling, rt), "model": name, "revision": revision,
+    record = {**describe(args, ckpt, sampling, rt), "model": args.model or ckpt["config"]["model"],
               "model_sha256": ckpt["model_sha256"], "classes": classes, "num": args.num}
     make_samples(args, ckpt, rt, record, labels, make_images)
 
@@ -499,8 +471,8 @@ def main_sample(argv):
 # Export
 
 def make_export_parser():
-    """All flags of `stable_diffusion.py export`."""
-    parser = make_parser("export")
+    """All flags of the command export."""
+    parser = Parser("python -m latent.stable_diffusion export --ckpt out/NAME/ckpt.pt --lora DIR")
     add_checkpoint_flags(parser)
     g = parser.add_argument_group("what is written")
     what = g.add_mutually_exclusive_group(required=True)
@@ -520,27 +492,25 @@ def to_peft(values):
     layers have the largest of their ranks, filled up with zeros, where a narrow layer's is cut:
     older versions of diffusers scale every layer of a file by one of them.
     """
-    parts = {"0": {}, "1": {}}          # as a weight's parametrizations are numbered
+    parts = {"general": {}, "minority": {}}
     for name, value in values.items():
-        layer, number, matrix = re.fullmatch(
-            r"(?:encoder|decoder)\.(.+)\.parametrizations\.weight\.([01])\.([AB])", name).groups()
-        parts[number][f"unet.{layer}.lora_{matrix}.weight"] = value.float()
-    for part in filter(None, parts.values()):
-        rank = max(min(value.shape) for value in part.values())
+        # In the encoder or decoder; 0 is the LoRA and 1 the reserved part of a weight
+        layer, which, matrix = re.fullmatch(
+            r"[a-z]+\.(.+)\.parametrizations\.weight\.([01])\.([AB])", name).groups()
+        part = parts["general" if which == "0" else "minority"]
+        part[f"unet.{layer}.lora_{matrix}.weight"] = value.float()
+    for part in parts.values():
+        rank = max((min(value.shape) for value in part.values()), default=0)
         for name, value in part.items():
-            axis = 0 if ".lora_A." in name else 1
-            missing = list(value.shape)
-            missing[axis] = rank - value.shape[axis]
-            part[name] = torch.cat([value, value.new_zeros(missing)], axis)
-    return {name: part for name, part in zip(("general", "minority"), parts.values()) if part}
+            missing = rank - min(value.shape)
+            part[name] = pad(value, (0, 0, 0, missing) if ".lora_A." in name else (0, missing))
+    return {name: part for name, part in parts.items() if part}
 
 
 def merged_pipeline(args, ckpt):
     """diffusers' StableDiffusionPipeline with the U-Net of a checkpoint merged into it."""
     diffusers, _ = packages()
-    name, revision = model_of(args, ckpt)
-    model = Model(name, torch.device("cpu"), revision)
-    model.refuse_other(ckpt)
+    model = model_of(args, ckpt, torch.device("cpu"))
     merge_adapters(load_network(model, ckpt, args.weights), args.branch)
     return diffusers.StableDiffusionPipeline(
         vae=model.vae, text_encoder=model.text, tokenizer=model.tokenizer, unet=model.unet,
@@ -557,28 +527,24 @@ def main_export(argv):
                                      "model": "--lora writes what the checkpoint holds"})
     packages()
     ckpt = disk.load(args.ckpt, ["latent"])
-    refuse_general(args, ckpt)
-    config = ckpt["config"]
-    made_from = {
-        "ckpt": args.ckpt, "ckpt_sha256": ckpt.sha256, "step": ckpt["step"],
-        "weights": args.weights, "branch": args.branch, "model": config["model"],
-        "revision": config["revision"], "model_sha256": ckpt["model_sha256"],
-        "prompt": config["prompt"], "class_names": ckpt["data"]["class_names"]}
+    refuse_general(args, ckpt["config"]["cm"])
     if args.pipeline:
-        pipeline = merged_pipeline(args, ckpt)
+        write, kind = merged_pipeline(args, ckpt).save_pretrained, "pipeline"
         what = f"{args.branch} branch, a StableDiffusionPipeline"
-        disk.write_folder(args.pipeline, pipeline.save_pretrained, "pipeline", "--pipeline",
-                          settings=made_from)
     else:
         from safetensors.torch import save_file     # diffusers needs it, too
-        parts = to_peft(ckpt["ema" if args.weights == "ema" else "adapters"])
+        parts, kind = to_peft(ckpt["ema" if args.weights == "ema" else "adapters"]), "lora"
         what = ", ".join(f"{name}.safetensors" for name in parts)
 
         def write(folder):
             for name, part in parts.items():
                 save_file(part, folder / f"{name}.safetensors", metadata={"format": "pt"})
-        disk.write_folder(args.lora, write, "lora", "--lora", settings=made_from)
-    print(f"wrote {args.pipeline or args.lora}: {args.weights} weights; {what}")
+    folder = args.pipeline or args.lora
+    disk.write_folder(folder, write, kind, f"--{kind}", settings={
+        "ckpt": args.ckpt, "ckpt_sha256": ckpt.sha256, "step": ckpt["step"],
+        "weights": args.weights, "branch": args.branch, "model_sha256": ckpt["model_sha256"],
+        "config": ckpt["config"], "class_names": ckpt["data"]["class_names"]})
+    print(f"wrote {folder}: {args.weights} weights; {what}")
 
 
 # --------------------------------------------------------------------------------------------------

@@ -1,9 +1,8 @@
 """Latent diffusion from scratch, text to image, on imbalanced CUB-200 or Oxford-102: Table G.11.
 
     pip install diffusers transformers
-    torchrun -m latent.text_to_image train --dataset cub200 --data-dir DIR         # CM on DDPM
-    torchrun -m latent.text_to_image train --dataset cub200 --data-dir DIR --no-cm # the baseline
-    python -m latent.text_to_image sample --ckpt out/NAME/ckpt.pt --num 10000     # samples.npz
+    torchrun -m latent.text_to_image train --dataset cub200 --data-dir DIR      # CM; or --no-cm
+    python -m latent.text_to_image sample --ckpt out/NAME/ckpt.pt --num 10000   # samples.npz
     python evaluate.py --samples out/NAME/samples/samples.npz --data-dir DIR
 
 Without Stable Diffusion's autoencoder and text encoder, on images of your own (--dataset folder:
@@ -34,23 +33,22 @@ import numpy as np
 import torch
 
 import disk
-import losses
 import runtime
 from cm_layers import merge, reserve
 from data import Batches, folders_of, reference_images, to_float, to_uint8
 from latent.autoencoder import (Autoencoder, KLAutoencoder, LatentBatches, Reconstruction,
                                 content_hash, encode_once, latent_scale, load_part, packages)
 from latent.captions import Table, captions_of, check_form
-from latent.stable_diffusion import add_image_set_flags, load_images, resolve_data, run_name
+from latent.stable_diffusion import (add_image_set_flags, load_images, refuse_general, resolve_data,
+                                     run_name)
 from latent.text_dit import TextDiT, Texts, WordEncoder, Words, vocabulary_of
 from loop import (Training, add_step_flags, add_write_flags, config_of, is_finished, loop,
                   resume)
-from losses import BASES, CMConfig, Objective, add_cm_flags, bind
+from losses import CMConfig, Objective, add_cm_flags, bind
 from model import make_alphas_bar
 from runtime import Parser, UserError, integer, number, refuse_unused, run
 from sample import (Sampling, add_output_flags, add_sampling_flags, describe, dtype_of, generate,
                     labels_in_turn, make_samples, sampling_of)
-from train import add_own_flags
 
 PRETRAINED = "lambdalabs/miniSD-diffusers"      # its autoencoder and its text encoder, CLIP's
 WORDS = "words"                                 # --text-encoder: one that is trained here
@@ -176,20 +174,13 @@ def load_network(ckpt, text, texts, weights="ema", branch="full", device="cpu"):
 # --------------------------------------------------------------------------------------------------
 # Training the autoencoder
 
-def make_parser(command):
-    """The Parser of a command, as yet without its flags."""
-    parser = Parser(__doc__)
-    parser.prog = f"text_to_image.py {command}"
-    return parser
-
-
 def make_autoencoder_parser():
-    """All flags of `text_to_image.py autoencoder`."""
-    parser = make_parser("autoencoder")
+    """All flags of the command autoencoder."""
+    parser = Parser("torchrun -m latent.text_to_image autoencoder --dataset cub200 --data-dir DIR")
     add_image_set_flags(parser, "cub200")
     g = parser.add_argument_group("network")
-    g.add_argument("--factor", type=integer(2, 16), default=8,
-                   help="pixels per latent, along each side: 2, 4, 8 or 16 (default: 8)")
+    g.add_argument("--factor", type=int, choices=(2, 4, 8, 16), default=8,
+                   help="pixels per latent, along each side (default: 8)")
     g.add_argument("--ch", type=integer(4, 4096), default=64, help="width (default: 64)")
     g = parser.add_argument_group("optimisation")
     g.add_argument("--steps", type=integer(1), default=20_000,
@@ -213,7 +204,6 @@ def main_autoencoder(argv):
     parser = make_autoencoder_parser()
     args = parser.parse_args(argv)
     resolve_data(args, parser.given)
-    refuse_unused(parser.given, {"label_drop": "an autoencoder sees no labels"})
     args.out = args.out or run_name(args, "autoencoder", f"f{args.factor}")
     old, rt = resume(args, ["autoencoder"])
     images = load_images(args, rt, old)
@@ -226,10 +216,7 @@ def main_autoencoder(argv):
                         "one or another --resolution")
     network = {"ch": args.ch, "factor": args.factor}
     torch.manual_seed(runtime.seed_of(args.seed, "init"))
-    try:
-        net = KLAutoencoder(**network)
-    except ValueError as e:
-        raise UserError(f"{e}; see --factor and --ch") from e
+    net = KLAutoencoder(**network)
     if old:
         net.load_state_dict(old["model"])
     net.to(rt.device)
@@ -249,12 +236,10 @@ def reconstructions(images, state, labels, rt):
     """The first training images of these classes, encoded and decoded: uint8 (N, H, W, 3)."""
     net = KLAutoencoder(**state["network"]).to(rt.device)
     net.load_state_dict(state["ema"])
-    seen = {}
     rows = []
-    for c in labels:
-        seen[c] = seen.get(c, -1) + 1
+    for k, c in enumerate(labels):
         own = np.flatnonzero(images.labels == c)
-        rows.append(own[seen[c] % len(own)])
+        rows.append(own[labels[:k].count(c) % len(own)])
     x = to_float(torch.from_numpy(np.array(images.images[rows]))).to(rt.device)
     return to_uint8(net.decode(net.encode(x).latent_dist.mean).sample).cpu().numpy()
 
@@ -263,22 +248,21 @@ def reconstructions(images, state, labels, rt):
 # Training the diffusion model
 
 def make_train_parser():
-    """All flags of `text_to_image.py train`."""
-    parser = make_parser("train")
+    """All flags of the command train."""
+    parser = Parser("torchrun -m latent.text_to_image train --dataset cub200 --data-dir DIR")
     add_image_set_flags(parser, "cub200")
     g = parser.add_argument_group("autoencoder and texts")
     add_part_flags(g, PRETRAINED)
     g.add_argument("--prompt", help="make texts of class names in place of the captions, {} is the "
                    'class (default: the captions; for a set without: "a photo of a {}")')
     g = parser.add_argument_group("method")
-    g.add_argument("--base", choices=BASES, default="ddpm",
+    g.add_argument("--base", choices=("ddpm", "cbdm", "oc"), default="ddpm",
                    help="L_base of Eq. (4) (default: ddpm)")
     g.add_argument("--cm", action=BooleanOptionalAction, default=True,
                    help="reserve capacity and add L_CM (default: on)")
     add_cm_flags(g)
     g.add_argument("--rank-ratio", type=number(above=0, high=1), default=0.1,
                    help="r / min(d, k) of Eq. (1) (default: 0.1)")
-    add_own_flags(g, losses.FLAGS, [*map(losses.options_of, BASES.values()), {"ct_double": None}])
     g = parser.add_argument_group("network")
     g.add_argument("--ch", type=integer(4, 65_536), default=192, help="width (default: 192)")
     g.add_argument("--depth", type=integer(1), default=18, help="blocks (default: 18)")
@@ -311,9 +295,6 @@ def add_part_flags(group, default):
 def resolve(args, given):
     """Fill in what depends on other flags. given: Parser.given. Raises UserError."""
     resolve_data(args, given)
-    own = losses.options_of(BASES[args.base])
-    refuse_unused(given, {name: f"belongs to another base than {args.base}"
-                          for name in losses.FLAGS if name not in own})
     if not args.cm:
         refuse_unused(given, {name: "means something with --cm only" for name in CM_ONLY})
     if args.epochs:
@@ -366,7 +347,7 @@ def main_train(argv):
     torch.manual_seed(runtime.seed_of(args.seed, "init"))
     net = build(network, rank_ratio, text, table.texts, old and old["model"]).to(rt.device)
     objective = Objective(
-        net=net, base=bind(args.base, vars(args)), counts=images.counts,
+        net=net, base=bind(args.base), counts=images.counts,
         alphas_bar=make_alphas_bar(), cm=CMConfig.of(args), label_drop=args.label_drop
     ).to(rt.device)
     trained = [p for p in net.parameters() if p.requires_grad]
@@ -387,8 +368,8 @@ def hash_of(texts):
 # Sampling
 
 def make_sample_parser():
-    """All flags of `text_to_image.py sample`."""
-    parser = make_parser("sample")
+    """All flags of the command sample."""
+    parser = Parser("python -m latent.text_to_image sample --ckpt out/NAME/ckpt.pt --num 10000")
     parser.add_argument("--ckpt", required=True, help="a checkpoint of text_to_image.py train")
     add_part_flags(parser, None)
     parser.add_argument("--data-dir", help="where the data set is (default: as in training)")
@@ -437,23 +418,16 @@ def grid_samples(autoencoder, text, table, state, labels, rt):
                    dtype=torch.float64)
     numbers = table.of_classes(torch.tensor(labels), u)
     net = load_network(state, text, [table.texts[k] for k in numbers], device=rt.device)
-    sampling = Sampling.of(sampled_as(state), seed=state["config"]["seed"])
+    sampling = Sampling.of("text", seed=state["config"]["seed"])
     return decoded(autoencoder, net, list(range(len(labels))), state, rt, sampling, 25, "grid")
-
-
-def sampled_as(ckpt):
-    """Which kind of model a checkpoint is for the samplers: "consistency" or "text"."""
-    return "consistency" if ckpt["config"]["base"] == "consistency" else "text"
 
 
 def main_sample(argv):
     """Generate images for the captions of the reference: sample.py's main, with texts."""
     args = make_sample_parser().parse_args(argv)
     ckpt = disk.load(args.ckpt, ["text"])
-    sampling = sampling_of(args, sampled_as(ckpt))
-    if args.branch == "general" and ckpt["rank_ratio"] is None:
-        raise UserError("--branch general: this checkpoint has no reserved capacity (it was "
-                        "trained with --no-cm)")
+    sampling = sampling_of(args, "text")
+    refuse_general(args, ckpt["rank_ratio"])
     rt = runtime.setup(args.device, dtype_of(args, ckpt))
     with rt.rank_0_first():
         texts, labels = reference_captions(ckpt, args)

@@ -341,8 +341,8 @@ def main_tally(argv):
 # --------------------------------------------------------------------------------------------------
 
 def make_parser():
-    """The flags of `study.py make`."""
-    parser = Parser(__doc__)
+    """The flags of the command make."""
+    parser = Parser("python -m pages.study make --a DDPM=A/samples --b CM=B/samples --real DIR")
     parser.add_argument("--a", required=True, metavar="NAME=SAMPLES",
                         help="one model's images: a samples.npz of sample.py, or its folder; "
                         "the baseline, as in the paper")
@@ -371,8 +371,8 @@ def make_parser():
 
 
 def make_tally_parser():
-    """The flags of `study.py tally`."""
-    parser = Parser(__doc__)
+    """The flags of the command tally."""
+    parser = Parser("python -m pages.study tally out/study/answers/*.json")
     parser.add_argument("files", nargs="+", metavar="FILE",
                         help="evaluators' answers, as the page saved them")
     parser.add_argument("--key", default="out/study/key.json",
