@@ -3,27 +3,21 @@
     captions = captions_of(images, args, "train")       # a list of texts for each image
     table = Table(captions, images.labels)              # all of them, numbered
 
-Released captions are kept in NAME-captions.json beside the packed images, in the order of the pack,
-so that a pack can be moved to another machine with its texts. Class labels stay what they are: the
-long-tail draw, Eq. (3) and the groups look at those.
+Class labels stay what they are: the long-tail draw, Eq. (3) and the groups look at those.
 """
 import numpy as np
 import torch
 
-from data import pack_path, read_if_there
-from disk import read_json, write_json
 from runtime import UserError, generator
-from sets.readers import READERS, NoCaptions
+from sets.readers import READERS
 
 FORM = "a photo of a {}"        # where a set has no captions; {} is the class
 
 
 def check_form(form):
-    """Raise UserError unless a text holds {}, which stands for the class, and no other braces."""
-    rest = form.replace("{}", "")
-    if rest == form or "{" in rest or "}" in rest:
-        raise UserError(f"--prompt {form!r}: must hold {{}}, which stands for the class, and no "
-                        "other braces")
+    """Raise UserError unless a text holds {}: it would be the same one for all classes."""
+    if "{}" not in form:
+        raise UserError(f"--prompt {form!r}: must hold {{}}, which stands for the class")
 
 
 def captions_of(images, args, split):
@@ -32,41 +26,15 @@ def captions_of(images, args, split):
     args: the data flags, and args.prompt: a text with {} for the class in place of the released
     captions, or None. split: of the images. Raises UserError.
     """
-    captions = None if args.prompt else released(images, args, split)
+    captions, source = None, READERS[args.dataset]
+    if source.captions and not args.prompt:
+        paths, _, _ = source.read(args.data_dir, split)     # in the order of the pack
+        captions = source.captions(args.data_dir, paths)
     if captions is None:
         form = args.prompt or FORM
         texts = [form.format(name.replace("_", " ")) for name in images.class_names]
         return [[texts[c]] for c in images.labels]
     return captions if images.rows is None else [captions[row] for row in images.rows]
-
-
-def released(images, args, split):
-    """The captions of all images of a pack, in its order; None where the set has none.
-
-    They are read anew where an image or a caption has changed. Where the files are gone, those that
-    were kept are taken.
-    """
-    source = READERS[args.dataset]
-    if source.captions is None:
-        return None
-    base = pack_path(args.dataset, args.data_dir, split, images.images.shape[1], args.pack_dir)
-    path = base.with_name(base.name + "-captions.json")
-    kept = read_json(path)
-    if not isinstance(kept, dict) or kept.get("images") != images.sha256:
-        kept = None
-    contents = read_if_there(args.dataset, args.data_dir, split, base)
-    try:
-        if contents is None:            # the image files are gone, and so are their names
-            raise NoCaptions(f"--data-dir {args.data_dir}: no image files, and no captions of them")
-        captions = source.captions(args.data_dir, contents[0])
-    except NoCaptions:
-        if kept is None:
-            raise
-        print(f"{args.dataset}: kept captions, which cannot be compared with their files")
-        return kept["captions"]
-    if captions is not None and (kept is None or kept["captions"] != captions):
-        write_json(path, {"images": images.sha256, "captions": captions}, "--pack-dir")
-    return captions
 
 
 class Table:

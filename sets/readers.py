@@ -33,10 +33,6 @@ class NoSuchSplit(UserError):
     """The data set has no such split."""
 
 
-class NoCaptions(UserError):
-    """The data set has captions, and none of them is there."""
-
-
 # --------------------------------------------------------------------------------------------------
 # What several readers need
 
@@ -375,7 +371,7 @@ def read_text_c10(data_dir, paths):
     """
     folders = sorted(p for p in Path(data_dir).rglob("text_c10") if p.is_dir())
     if not folders:
-        raise NoCaptions(f"--data-dir {data_dir}: text_c10 is not there; put the captions of Reed "
+        raise UserError(f"--data-dir {data_dir}: text_c10 is not there; put the captions of Reed "
                          "et al. (2016), as they are released, into this folder, or make texts of "
                          "class names with --prompt")
     files = {path.stem: path for folder in folders for path in folder.rglob("*.txt")}
