@@ -1,4 +1,4 @@
-"""Measure images against real ones: FID, KID, precision, recall and IS.
+"""Measure images against real ones: FID, KID, precision, recall, density, coverage and IS.
 
 All but IS also per group and per class.
 
@@ -30,9 +30,9 @@ from metrics.features import DIGITS_CLASSIFIER, INCEPTION, Extractor, Features
 from metrics.image_sets import (compare, find_reference, from_checkpoint, from_samples,
                                 parse_about, protocol_of)
 from metrics.inception import INPUTS
-from metrics.scores import (FLOOR_IMAGES, IS_SPLITS, KID_SIZE, KID_SUBSETS, METRIC_SEED,
-                            distance_of, floor_of, inception_score, kernel_distance, placed,
-                            precision_recall)
+from metrics.scores import (DENSITY_K, FLOOR_IMAGES, IS_SPLITS, KID_SIZE, KID_SUBSETS, METRIC_SEED,
+                            density_coverage, distance_of, floor_of, inception_score,
+                            kernel_distance, placed, precision_recall)
 from networks import KINDS
 from runtime import Parser, UserError, integer, run
 from sample import add_sampling_flags, dtype_of, generate, prepare
@@ -101,12 +101,13 @@ class Metrics:
         mean, std, size = kernel_distance(generated, reference)
         precision, recall = precision_recall(fake.features, real.features, self.k,
                                              device=self.device)
+        density, coverage = density_coverage(fake.features, real.features, device=self.device)
+        others = len(real.features) - 1
         result = {frechet: distance_of(generated, reference),
                   kernel: mean, f"{kernel}_std": std, "kid_subset_size": size,
-                  "precision": precision, "recall": recall}
-        others = min(len(fake.features), len(real.features)) - 1
-        if others < self.k:
-            result["k"] = others
+                  "precision": precision, "recall": recall,
+                  "k": min(self.k, len(fake.features) - 1, others),
+                  "density": density, "coverage": coverage, "density_k": min(DENSITY_K, others)}
         if score and len(fake.logits) >= IS_SPLITS:
             result["is"], result["is_std"] = inception_score(fake.logits)
         if self.output_classes is not None and fake.labels is not None:
@@ -230,7 +231,9 @@ def print_result(result, k=3, floor=0):
                  f"{frechet.upper()} {r[frechet]:8.3f}"]
         if r["kid_subset_size"] == KID_SIZE:
             words.append(f"{kernel.upper()} {r[kernel]:.5f} ± {r[f'{kernel}_std']:.5f}")
-        words.append(f"precision {r['precision']:.3f}  recall {r['recall']:.3f}")
+        words.append(f"precision {r['precision']:.3f}  recall {r['recall']:.3f} (k {r['k']})")
+        words.append(f"density {r['density']:.3f}  coverage {r['coverage']:.3f} "
+                     f"(k {r['density_k']})")
         if "is" in r:
             words.append(f"IS {r['is']:.3f} ± {r['is_std']:.3f}")
         if "accuracy" in r:
@@ -243,9 +246,9 @@ def print_result(result, k=3, floor=0):
         f"warning: fewer than {FEW:,} images on one side; a Frechet distance is then biased "
         "upwards and can be compared only at equal counts; KID is not biased":
             lambda r: min(r["num"], r["num_real"]) < FEW,
-        f"warning: precision and recall with fewer than {k} neighbours, since there are no more "
-        "images on one side; they do not compare":
-            lambda r: "k" in r,
+        f"warning: fewer neighbours than {k} in precision and recall, or than {DENSITY_K} in "
+        "density and coverage, since there are no more images on one side; these do not compare":
+            lambda r: r["k"] < k or r["density_k"] < DENSITY_K,
         f"note: no {kernel.upper()}; its subsets have {KID_SIZE:,} images, and one side fewer":
             lambda r: r["kid_subset_size"] < KID_SIZE,
         f"note: no IS; it needs at least {IS_SPLITS} images":
@@ -378,7 +381,8 @@ def make_parser():
                    help="also the Frechet distance between random halves of the reference, each "
                    "class halved, the mean of R halvings (default: 0, none)")
     g.add_argument("--k", type=integer(1), default=3,
-                   help="neighbours in precision and recall (default: 3)")
+                   help="neighbours in precision and recall (default: 3); density and coverage "
+                   f"always take {DENSITY_K}")
     g = parser.add_argument_group("features")
     g.add_argument("--features", help='"inception"; "inception:pytorch-fid", the same with '
                    "pytorch-fid's resize, as in the authors' release; a checkpoint of classify.py; "

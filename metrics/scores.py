@@ -3,6 +3,7 @@
     frechet_distance(*statistics(fake), *statistics(real))      # FID of features (N, D) and (M, D)
     kernel_distance(fake, real)             # KID: mean, standard deviation, subset size
     precision_recall(fake, real, k=3)
+    density_coverage(fake, real, k=5)
     inception_score(logits)                 # IS: mean, standard deviation
 
 Features are NumPy arrays, float32; FID and KID take tensors as well, and compute where these are
@@ -17,6 +18,8 @@ KID_SUBSETS = 100
 KID_SIZE = 1000
 IS_SPLITS = 10
 METRIC_SEED = 2020
+
+DENSITY_K = 5           # neighbours in density and coverage, as in their paper
 
 Array = np.ndarray | torch.Tensor
 
@@ -114,7 +117,7 @@ def kernel_distance(fake: Array, real: Array, subsets: int = KID_SUBSETS, size: 
 
 
 # --------------------------------------------------------------------------------------------------
-# Precision and recall
+# Precision and recall, density and coverage
 
 def squared_distances(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Squared Euclidean distances (N, M) between the rows of a (N, D) and of b (M, D)."""
@@ -145,6 +148,13 @@ def radii(x: torch.Tensor, k: int, block: int) -> torch.Tensor:
     return torch.cat([n[:, -1] for n in nearest])
 
 
+def centered(fake: np.ndarray, real: np.ndarray,
+             device: torch.device | str) -> list[torch.Tensor]:
+    """Both minus the mean of real: no distance changes, float32 keeps more digits near zero."""
+    center = real.mean(0)
+    return [torch.from_numpy(np.ascontiguousarray(x - center)).to(device) for x in (fake, real)]
+
+
 def precision_recall(fake: np.ndarray, real: np.ndarray, k: int = 3, block: int = 2048,
                      device: torch.device | str = "cpu") -> tuple[float, float]:
     """Improved precision and recall (Kynkaanniemi et al., 2019), both in [0, 1].
@@ -154,12 +164,7 @@ def precision_recall(fake: np.ndarray, real: np.ndarray, k: int = 3, block: int 
     fake (N, D) and real (M, D) are compared in blocks of rows, so memory holds at most
     block x max(N, M) distances.
     """
-    center = real.mean(0)   # changes no distance, and float32 keeps more digits near zero
-
-    def on_device(features):
-        return torch.from_numpy(np.ascontiguousarray(features - center)).to(device)
-
-    fake, real = on_device(fake), on_device(real)
+    fake, real = centered(fake, real, device)
     fake_radii, real_radii = radii(fake, k, block), radii(real, k, block)
     inside = []                                                             # per generated image
     covered = torch.zeros(len(real), dtype=torch.bool, device=device)       # per real image
@@ -170,6 +175,27 @@ def precision_recall(fake: np.ndarray, real: np.ndarray, k: int = 3, block: int 
     precision = torch.cat(inside).double().mean()
     recall = covered.double().mean()
     return float(precision), float(recall)
+
+
+def density_coverage(fake: np.ndarray, real: np.ndarray, k: int = DENSITY_K, block: int = 2048,
+                     device: torch.device | str = "cpu") -> tuple[float, float]:
+    """Density, at least 0, and coverage, in [0, 1] (Naeem et al., 2020).
+
+    Around each real image lies a ball, as wide as its k-th nearest real neighbour is far. Density:
+    in how many balls a generated image lies, divided by k, on average. Coverage: the share of balls
+    with a generated image; of as many perfect samples it is about 1 - 2^-k.
+    fake (N, D), real (M, D); k is M - 1 where there are no more neighbours.
+    """
+    k = min(k, len(real) - 1)
+    fake, real = centered(fake, real, device)
+    real_radii = radii(real, k, block)
+    count = 0
+    covered = torch.zeros(len(real), dtype=torch.bool, device=device)       # per real image
+    for part in fake.split(block):
+        inside = squared_distances(part, real) < real_radii
+        count += int(inside.sum())
+        covered |= inside.any(0)
+    return count / (k * len(fake)), float(covered.double().mean())
 
 
 # --------------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ from runtime import Parser, UserError, run
 from sample import grid_image, sampling_in_words
 
 PAPER = Path(__file__).with_name("paper_results.json")
-HIGHER_IS_BETTER = {"recall", "precision", "is", "accuracy"}
+HIGHER_IS_BETTER = {"recall", "precision", "density", "coverage", "is", "accuracy"}
 DIGITS = {"fid": 3, "kid": 4}       # after the point, as in the paper; else two
 IN_CAPITALS = {"fid", "kid", "fd", "kd", "is"}
 CLASSIFIER_KEYS = {"fid": "fd", "kid": "kd"}        # in a classifier's features
@@ -479,7 +479,8 @@ def columns_of(args, rows):
 
     def known(columns):
         return [c for c in columns if any(value_of(first, c) is not None for first in firsts)]
-    metrics = known(["fid", "kid", "is", "recall", "precision", "accuracy"])
+    metrics = known(["fid", "kid", "is", "recall", "precision", "density", "coverage",
+                     "accuracy"])
     by_metric = [known(f"{group} {metric}" for group in groups) for metric in metrics]
     columns = [*next(filter(None, by_metric), []), *metrics,
                *known(f"{group} accuracy" for group in groups)]

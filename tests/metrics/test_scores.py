@@ -92,6 +92,19 @@ def test_precision_and_recall(k):
     assert scores.precision_recall(a, a, k) == (1, 1)
 
 
+@pytest.mark.parametrize("k", [3, 5])
+def test_density_and_coverage_equal_prdcs(k):
+    import prdc
+    fake, real = gaussian_features(400, 350, D=6, shift=0.5)
+    theirs = prdc.compute_prdc(real, fake, nearest_k=k)
+    got = scores.density_coverage(fake, real, k, block=64)
+    assert got == pytest.approx((theirs["density"], theirs["coverage"]), abs=1e-6)
+    assert 0.2 < got[1] < 1
+    # Of nine real images, as Few may have, each has eight neighbours
+    few = scores.density_coverage(fake, real[:9], 20)
+    assert few == scores.density_coverage(fake, real[:9], 8)
+
+
 def test_the_floor_halves_each_class():
     """Halves of perfect samples have as many images of each class, and so are nearer."""
     a = np.concatenate([x + 4 * k for k, x in enumerate(gaussian_features(40, 40, D=3))])
