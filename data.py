@@ -192,7 +192,7 @@ def long_tail(labels: ArrayLike, ir: float, seed: int = 0) -> np.ndarray:
 def load_long_tailed(args: Namespace, ckpt: Checkpoint | None = None) -> ImageSet:
     """The training set that the data flags describe: `load`, then `long_tail` unless IR is 1.
 
-    ckpt: the checkpoint that a run goes on from, in whose order the classes stay.
+    ckpt: the checkpoint that a run goes on or starts from, in whose order the classes stay.
     """
     images = load(args.dataset, args.data_dir, "train", args.resolution,
                   class_order_of(args, ckpt), args.pack_dir)

@@ -324,11 +324,11 @@ def run_name(args, defaults):
 # --------------------------------------------------------------------------------------------------
 # The network
 
-def make_network(args, images, old):
+def make_network(args, images, old, source):
     """(the network to train, what a checkpoint says of it): for the plain settings see networks.py.
 
-    Its weights are initial ones, or those of --init-from, or of the checkpoint `old`. Raises
-    UserError.
+    Its weights are initial ones, or the averaged ones of the checkpoint `source`, of --init-from,
+    or those of the checkpoint `old`. Raises UserError.
     """
     resolution = images.images.shape[1]
     halvings = len(args.ch_mult) - 1
@@ -351,10 +351,13 @@ def make_network(args, images, old):
     for layer in net.modules():
         if isinstance(layer, Attention) and args.attention_gain != 1e-5:
             init_layer(layer.proj, args.attention_gain)
-    if args.init_from and not old:
-        source = load_network(disk.load(args.init_from, KINDS, "--init-from"), flag="--init-from")
+    if source:
+        if source["data"]["class_names"] != images.class_names:
+            raise UserError(f"--init-from {args.init_from}: trained on other classes, or in "
+                            "another order, and each class has weights of its own; repeat its data "
+                            "set and its --class-order")
         try:
-            net.load_state_dict(source.state_dict())
+            net.load_state_dict(load_network(source, flag="--init-from").state_dict())
         except RuntimeError as e:
             raise UserError(f"--init-from {args.init_from}: its network is another one ("
                             f"{str(e).splitlines()[-1].strip()}); repeat its --ch, --ch-mult, "
@@ -459,8 +462,10 @@ def main():
         rt.print(f"no GPU: --preset {args.preset}, {args.steps:,} steps of --ch {args.ch}; here "
                  "paper takes weeks, small hours, tiny minutes")
 
+    starts = args.init_from and not old
+    source = disk.load(args.init_from, KINDS, "--init-from") if starts else None
     with rt.rank_0_first():
-        images = load_long_tailed(args, old)
+        images = load_long_tailed(args, old or source)
     if old:
         refuse_other_data(old["data"], images.record(), args)
     if is_finished(old, args, rt):
@@ -468,7 +473,7 @@ def main():
     announce_data(images, rt)
     batches = Batches(images, args.batch_size, args.seed, rt.device, resample=args.resample)
 
-    net, described = make_network(args, images, old)
+    net, described = make_network(args, images, old, source)
     net.to(rt.device, memory_format=torch.channels_last)
     flip = images.flip if args.flip is None else args.flip
     objective = Objective(

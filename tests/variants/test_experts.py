@@ -80,6 +80,8 @@ def test_lora_trains_low_rank_parts_only(tmp_path, data_dir, capsys):
     call(train.main, *common, "--base", "cbdm", "--no-cm", "--steps", 20, "--out", full)
     flags = (*common, "--base", "cbdm", "--lora", "--init-from", full / "ckpt.pt", "--out", lora)
     refuses(capsys, train.main, *flags, "--ch", 32, says=["--init-from"])     # another network
+    refuses(capsys, train.main, *flags, "--class-order", "9-9,1-8,0",
+            says=["--init-from", "--class-order"])
     call(train.main, *flags, "--steps", 5)
     call(train.main, *flags, "--steps", 8)                              # and resumes
     # Finished is not said where that file is another one now
@@ -97,4 +99,10 @@ def test_lora_trains_low_rank_parts_only(tmp_path, data_dir, capsys):
     assert len(low_rank) > 0
     assert all(B.abs().max() > 0 for B in low_rank)
     assert "con" not in read_log(lora)[-1]
+    # The classes stay in the order of what it starts from
+    source["data"]["class_names"] = list("9123456780")
+    disk.save(full / "ckpt.pt", source)
+    call(train.main, *flags[:-1], tmp_path / "ordered", "--steps", 1)
+    ordered = disk.load(tmp_path / "ordered/ckpt.pt", ["diffusion"])
+    assert ordered["data"]["class_names"] == list("9123456780")
     call(sample.main, "--ckpt", lora / "ckpt.pt", "--num", 10, "--steps", 2, "--device", "cpu")
