@@ -364,7 +364,8 @@ def conditions_of(rows):
                 f"class-balanced samples against {against}.")
     elif "epochs" in s:         # a classifier of classify.py
         text = (f"{s['dataset']}, IR {s['ir']:g}, {s['epochs']} epochs, per cent on "
-                f"{result['num_real']:,} test images; Many / Medium / Few by {s['group_rule']}.")
+                f"{result['num_real']:,} test images; Many / Medium / Few: over 100, 20 to 100, "
+                "under 20 training images.")
     return " ".join(filter(None, [text, what_differs(rows, told)]))
 
 

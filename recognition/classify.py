@@ -7,8 +7,8 @@ images as training data (Sec. G.5), and feature networks to use in place of Ince
 
 It trains on the long-tailed training set (--ir; 1: every image) and reports top-1 accuracy, macro
 precision and macro recall on the balanced test set. The folder of a run holds ckpt.pt (a plain
-ResNet-18, CM merged: what `evaluate.py --features` takes), result.json, confusion.png and
-TensorBoard events. The same command resumes a stopped run.
+ResNet-18, CM merged: what `evaluate.py --features` takes), result.json and TensorBoard events. The
+same command resumes a stopped run.
 """
 import math
 from argparse import BooleanOptionalAction
@@ -22,9 +22,8 @@ import torch
 import disk
 import runtime
 from cm_layers import FORMS, merge
-from data import (Batches, ImageSet, add_data_flags, by_size, class_groups, class_order_of,
-                  load, load_long_tailed, refuse_other_data,
-                  to_classes, to_float, unused_data_flags)
+from data import (Batches, ImageSet, add_data_flags, class_order_of, load, load_long_tailed,
+                  refuse_other_data, to_classes, to_float, unused_data_flags)
 from loop import RESUMABLE, Training, config_of, is_finished, loop, resume
 from losses import CMConfig, add_cm_flags
 from recognition.resnet import (DISTANCES, LOSSES, NORMS, STAGES, ClassifierLoss,
@@ -60,85 +59,62 @@ def per_class_argument(text):
     return text if text in ("all", "balance") else str(integer(1)(text))
 
 
-def defaults_of(args):
-    """The defaults that depend on the data set and the recipe."""
-    return {**PRESETS["paper"], **PRESETS.get(args.dataset, {}), **RECIPES[args.recipe]}
-
-
 def make_parser():
-    """All flags; those in PRESETS have their default filled in by `resolve`."""
+    """All flags; those in PRESETS and RECIPES have their default filled in by `resolve`."""
     parser = Parser(__doc__)
-    add_extra_flags(add_data_flags(parser, dataset="digits", ir=1))
-    add_method_flags(parser.add_argument_group("method"))
-    add_training_flags(parser.add_argument_group("training"))
-    parser.add_argument("--group-rule", choices=("counts", "thirds"), default="counts",
-                        help="Many / Medium / Few by training images, over 100, 20 to 100, under "
-                             "20, as Table G.13 must have it; or thirds of the classes (default: "
-                             "counts)")
-    parser.add_common("folder of the run (default: out/classifier-DATASET, and a name made of the "
-                      "settings unless they are the defaults)")
+    g = add_data_flags(parser, dataset="digits", ir=1)
+    g.add_argument("--extra", metavar="FILE",
+                   help="an .npz of generated images, added to the training set")
+    g.add_argument("--extra-per-class", type=per_class_argument, default="all", metavar="N",
+                   help="how many of each class: all, a number, or balance, which fills every "
+                        "class up to the largest (default: all)")
+    g = parser.add_argument_group("method")
+    g.add_argument("--recipe", choices=RECIPES, default="ours",
+                   help="what is followed: with release the optimisation is also the authors' "
+                        "release's (default: ours)")
+    g.add_argument("--loss", choices=LOSSES, default="ce",
+                   help="cross-entropy, LDAM or logit adjustment (default: ce)")
+    g.add_argument("--tau", type=number(0), default=1.0, help="of --loss la (default: 1)")
+    g.add_argument("--drw", action="store_true",
+                   help="weigh classes by effective number over the last fifth of the training")
+    g.add_argument("--cm", action="store_true", help="reserve capacity and add L_CM")
+    g.add_argument("--reserve", nargs="+", choices=(*STAGES, "fc"),
+                   help="where; conv1 is the stem, fc the last layer, which is then normalised "
+                        '(default: all but fc, "the convolutional layers" of Sec. G.11; '
+                        "release: all)")
+    g.add_argument("--rank-ratio", type=number(above=0, high=1),
+                   help="r / min(d, k) of Eq. (1) (default: 0.15)")
+    g.add_argument("--scale", type=number(above=0), help="factor of BA (default: 0.8)")
+    g.add_argument("--form", choices=FORMS,
+                   help="how a convolution is a matrix, as train.py's (default: flat; release: "
+                        "kernel)")
+    g.add_argument("--norms", choices=NORMS,
+                   help="batch norm of theta and theta^g (default: apart)")
+    add_cm_flags(g, div_bound=0.0)
+    g.add_argument("--distance", choices=DISTANCES,
+                   help="D between theta and theta^g (default: kl)")
+    g = parser.add_argument_group("training")
+    g.add_argument("--epochs", type=integer(1),
+                   help="passes over the training set (default: 200; digits: 30)")
+    g.add_argument("--weight-decay", type=number(0),
+                   help="SGD's (default: 0.0002; digits, release: 0.0005)")
+    g.add_argument("--width", type=integer(1, 4096),
+                   help="channels of the first stage; 64 is ResNet-18 (default: 64; digits: 16)")
+    g.add_argument("--schedule", choices=("steps", "tenths", "onecycle"),
+                   help="of the learning rate (default: steps; digits: onecycle; release: tenths)")
+    g.add_argument("--nesterov", action=BooleanOptionalAction, default=None,
+                   help="Nesterov momentum (default: off; digits: on)")
+    g.add_argument("--batch-size", type=integer(1), default=128,
+                   help="images per step, over all processes (default: 128)")
+    g.add_argument("--lr", type=number(above=0), default=0.1,
+                   help="largest learning rate (default: 0.1)")
+    runtime.add_compile_flag(g)
+    g.add_argument("--save-every", type=integer(1), default=10,
+                   help="epochs between checkpoints (default: 10)")
+    parser.add_common("folder of the run (default: out/classifier-DATASET, and the settings that "
+                      "are not the defaults)")
     parser.set_defaults(accumulate=1)
     return parser
-
-
-def add_extra_flags(group):
-    """Generated images as training data."""
-    group.add_argument("--extra", metavar="FILE",
-                       help="an .npz of generated images, added to the training set")
-    group.add_argument("--extra-per-class", type=per_class_argument, default="all", metavar="N",
-                       help="how many of each class: all, a number, or balance, which fills every "
-                            "class up to the largest (default: all)")
-
-
-def add_method_flags(group):
-    """The loss, and CM."""
-    group.add_argument("--recipe", choices=RECIPES, default="ours",
-                       help="what is followed: with release the optimisation is also the authors' "
-                            "release's (default: ours)")
-    group.add_argument("--loss", choices=LOSSES, default="ce",
-                       help="cross-entropy, LDAM or logit adjustment (default: ce)")
-    group.add_argument("--tau", type=number(0), default=1.0, help="of --loss la (default: 1)")
-    group.add_argument("--drw", action="store_true",
-                       help="weigh classes by effective number over the last fifth of the training")
-    group.add_argument("--cm", action="store_true", help="reserve capacity and add L_CM")
-    group.add_argument("--reserve", nargs="+", choices=(*STAGES, "fc"),
-                       help="where; conv1 is the stem, fc the last layer, which is then normalised "
-                            '(default: all but fc, "the convolutional layers" of Sec. G.11; '
-                            "release: all)")
-    group.add_argument("--rank-ratio", type=number(above=0, high=1),
-                       help="r / min(d, k) of Eq. (1) (default: 0.15)")
-    group.add_argument("--scale", type=number(above=0), help="factor of BA (default: 0.8)")
-    group.add_argument("--form", choices=FORMS,
-                       help="how a convolution is a matrix, as train.py's (default: flat; release: "
-                            "kernel)")
-    group.add_argument("--norms", choices=NORMS,
-                       help="batch norm of theta and theta^g (default: apart)")
-    add_cm_flags(group, div_bound=0.0)
-    group.add_argument("--distance", choices=DISTANCES,
-                       help="D between theta and theta^g (default: kl)")
-
-
-def add_training_flags(group):
-    """The optimisation; three numbers, the schedule and the momentum depend on the data set."""
-    def add(flag, kind, words):
-        key = flag.removeprefix("--").replace("-", "_")
-        paper, digits = PRESETS["paper"][key], PRESETS["digits"][key]
-        group.add_argument(flag, type=kind, help=f"{words} (default: {paper}; digits: {digits})")
-    add("--epochs", integer(1), "passes over the training set")
-    add("--weight-decay", number(0), "SGD's weight decay")
-    add("--width", integer(1, 4096), "channels of the first stage; 64 is ResNet-18")
-    group.add_argument("--schedule", choices=("steps", "tenths", "onecycle"),
-                       help="of the learning rate (default: steps; digits: onecycle; release: "
-                            "tenths)")
-    group.add_argument("--nesterov", action=BooleanOptionalAction, default=None,
-                       help="Nesterov momentum (default: off; digits: on)")
-    group.add_argument("--batch-size", type=integer(1), default=128,
-                       help="images per step, over all processes (default: 128)")
-    group.add_argument("--lr", type=number(above=0), default=0.1,
-                       help="largest learning rate (default: 0.1)")
-    runtime.add_compile_flag(group)
-    group.add_argument("--save-every", type=integer(1), default=10,
-                       help="epochs between checkpoints (default: 10)")
 
 
 def resolve(args, given=()):
@@ -146,13 +122,14 @@ def resolve(args, given=()):
 
     given: Parser.given.
     """
-    for key, value in defaults_of(args).items():
+    defaults = {**PRESETS["paper"], **PRESETS.get(args.dataset, {}), **RECIPES[args.recipe]}
+    for key, value in defaults.items():
         if getattr(args, key) is None:
             setattr(args, key, value)
+    if args.out is None:
+        args.out = default_folder(args, defaults)
     if not args.cm:
         args.reserve = []
-    if args.out is None:
-        args.out = default_folder(args)
     unused = unused_data_flags(args)
     if args.loss != "la":
         unused["tau"] = "belongs to --loss la, which adds the prior"
@@ -168,35 +145,17 @@ def resolve(args, given=()):
     return args
 
 
-def default_folder(args):
-    """out/classifier-DATASET, and a word for each setting that is not the default."""
-    defaults = {**vars(make_parser().parse_args([])), **defaults_of(args)}
-    if not args.cm:
-        defaults["reserve"] = []
-    dataset = disk.path_id(args.data_dir) if args.dataset == "folder" else args.dataset
-    words = ["classifier", dataset]
-    if args.ir != 1:
-        words.append(f"ir{args.ir:g}")
-    if args.loss != "ce":
-        words.append(args.loss)
-    if args.recipe != "ours":
-        words.append(args.recipe)
-    if args.drw:
-        words.append("drw")
-    if args.cm:
-        words.append("cm")
-    if args.extra:
-        content = disk.sha256(args.extra)[:8] if Path(args.extra).is_file() else ""
-        words.append("extra" + content)
-    if args.seed != 0:
-        words.append(f"seed{args.seed}")
-    named = {"dataset", "ir", "loss", "recipe", "drw", "cm", "extra", "seed", "plugin", "device",
-             "out", *RESUMABLE}
+def default_folder(args, defaults):
+    """out/classifier-DATASET, and each setting that is not the default.
+
+    defaults: {flag: value} of those that depend on the data set and the recipe.
+    """
+    defaults = {**vars(make_parser().parse_args([])), **defaults}
+    words = [disk.path_id(args.data_dir) if args.dataset == "folder" else args.dataset]
     for key, value in sorted(vars(args).items()):
-        if key not in named and value != defaults[key]:
-            text = "_".join(value) if isinstance(value, list) else str(value)
-            words.append(key + text)
-    return "out/" + "-".join(words).replace("/", "_")
+        if key not in {"dataset", "plugin", "device", *RESUMABLE} and value != defaults[key]:
+            words.append(key + ("_".join(value) if isinstance(value, list) else str(value)))
+    return "out/" + "-".join(["classifier", *words]).replace("/", "_")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -210,7 +169,7 @@ class Sets(NamedTuple):
 
 
 def load_sets(args, rt, old=None):
-    """The Sets that these flags describe. Raises UserError for a class without images.
+    """The Sets that these flags describe. Raises UserError for a class without test images.
 
     old: the checkpoint that the run goes on from, or None.
     """
@@ -228,17 +187,10 @@ def load_sets(args, rt, old=None):
             names = real.class_names
             rt.print(f"note: --extra {args.extra}: without the .json of sample.py beside it; its "
                      f"labels are numbers: 0 is {names[0]}, ... {len(names) - 1} is {names[-1]}")
-    refuse_empty_class(train, "training", args)
-    if test is not None:
-        refuse_empty_class(test, "test", args)
+    if test is not None and not test.counts.all():
+        name = test.class_names[int(np.argmin(test.counts))]
+        raise UserError(f"--dataset {args.dataset}: class {name} has no test image")
     return Sets(real, train, test)
-
-
-def refuse_empty_class(images, kind, args):
-    """Raise UserError for the first class without an image; kind: "training" or "test"."""
-    if not images.counts.all():
-        name = images.class_names[int(np.argmin(images.counts))]
-        raise UserError(f"--dataset {args.dataset}: class {name} has no {kind} image")
 
 
 def with_extra(images, path, per_class, seed):
@@ -369,94 +321,44 @@ def make_training(sets, args, rt, config, old):
 
 @torch.no_grad()
 def predict(net, images, rt, batch_size=500):
-    """The classes that the network (in eval mode) predicts for an ImageSet: (N,).
-
-    Raises UserError for logits that are not finite, whose largest means nothing.
-    """
+    """The classes that the network (in eval mode) predicts for an ImageSet: (N,)."""
     N = len(images.labels)
     predicted = []
     for rows in np.array_split(np.arange(N), max(1, N // batch_size)):
         x = torch.from_numpy(np.array(images.images[rows])).to(rt.device)
-        logits = net(to_float(x))
-        if not logits.isfinite().all():
-            raise UserError("--lr: the network's outputs are not finite, the run has diverged; "
-                            "lower it, and choose another folder with --out")
-        predicted.append(logits.argmax(1).cpu().numpy())
+        predicted.append(net(to_float(x)).argmax(1).cpu().numpy())
     return np.concatenate(predicted)
 
 
-def recognition_groups(counts, rule):
-    """{"Many", "Medium", "Few"}: lists of classes, by their training images `counts` (C,).
+def recognition_groups(counts):
+    """{"Many", "Medium", "Few"}: the classes of over 100, 20 to 100, under 20 training images.
 
-    rule "counts": over 100, 20 to 100, under 20 images; empty groups are left out. The paper does
-    not name Table G.13's rule, but its numbers do: "Overall" is the mean of the groups, weighted 30
-    / 31 / 39 at IR 200 and 35 / 35 / 30 at IR 100, which are this rule's numbers of classes.
-    "thirds": thirds of the classes (Sec. 4.1).
+    counts (C,). Empty groups are left out. The paper does not name Table G.13's rule, but its
+    numbers do: "Overall" is the mean of the groups, weighted 30 / 31 / 39 at IR 200 and 35 / 35 /
+    30 at IR 100, which are this rule's numbers of classes.
     """
-    if rule == "thirds":
-        return class_groups(counts)
     counts = np.asarray(counts)
     masks = {"Many": counts > 100, "Medium": (counts >= 20) & (counts <= 100), "Few": counts < 20}
     return {name: np.flatnonzero(mask).tolist() for name, mask in masks.items() if mask.any()}
 
 
-def scores(predicted, labels, groups, C):
-    """({name: score in per cent}, the confusion matrix (C, C) with rows true, columns predicted).
+def scores(predicted, labels, groups, class_names):
+    """Scores in per cent: {"accuracy", "precision", "recall" (both macro), "groups", "classes"}.
 
-    {"accuracy", "precision", "recall" (both macro), "groups": {name: {"accuracy"}}}. A class that
-    is never predicted has precision 0. On a balanced test set accuracy equals recall.
+    groups: {name: classes}. Of each group and class there is the accuracy. A class that is never
+    predicted has precision 0. On a balanced test set accuracy equals recall.
     """
-    matrix = np.bincount(labels * C + predicted, minlength=C * C).reshape(C, C)
-    correct = matrix.diagonal()
-    images = matrix.sum(1)
-    predictions = matrix.sum(0)
-    present = images > 0
-    result = {"accuracy": float(100 * correct.sum() / images.sum()),
-              "precision": 100 * float(np.mean(correct / np.maximum(predictions, 1))),
-              "recall": 100 * float(np.mean(correct[present] / images[present])),
-              "groups": {}}
-    for name, classes in groups.items():
-        if images[classes].sum():
-            accuracy = 100 * float(correct[classes].sum() / images[classes].sum())
-            result["groups"][name] = {"accuracy": accuracy}
-    return result, matrix
+    C = len(class_names)
+    matrix = np.bincount(labels * C + predicted, minlength=C * C).reshape(C, C)     # rows: true
+    correct, images = matrix.diagonal(), matrix.sum(1)
 
-
-def confusion_picture(matrix, counts, names, path):
-    """confusion.png: rows the true class, columns the predicted one, both by falling `counts`.
-
-    Each row is divided by its sum.
-    """
-    plt = disk.pyplot()
-    order = np.argsort(-np.asarray(counts), kind="stable")
-    share = (matrix / np.maximum(1, matrix.sum(1, keepdims=True)))[order][:, order]
-    fig, ax = plt.subplots(figsize=(5.4, 4.8), constrained_layout=True)
-    image = ax.imshow(share, cmap="magma", vmin=0, vmax=1, interpolation="nearest")
-    fig.colorbar(image, label="share of the class")
-    every = max(1, len(names) // 20)
-    ticks = range(0, len(names), every)
-    shown = [disk.in_figure(name) for name in names]
-    ax.set_yticks(ticks, [f"{shown[c]} ({counts[c]})" for c in order[::every]], fontsize=7)
-    ax.set_xticks(ticks, [shown[c] for c in order[::every]], fontsize=7, rotation=90)
-    ax.set(xlabel="predicted", ylabel="true class (training images)")
-    disk.save_figure(fig, path)
-
-
-def report_test(net, sets, args, rt):
-    """Scores on the test set; writes confusion.png and prints one line."""
-    counts = sets.real.counts
-    names = sets.real.class_names
-    groups = recognition_groups(counts, args.group_rule)
-    predicted = predict(net, sets.test, rt)
-    result, matrix = scores(predicted, sets.test.labels, groups, len(names))
-    confusion_picture(matrix, counts, names, Path(args.out) / "confusion.png")
-    words = [f"{name} {group['accuracy']:.2f}" for name, group in result["groups"].items()]
-    words += [f"overall {result['accuracy']:.2f}", f"macro precision {result['precision']:.2f}",
-              f"recall {result['recall']:.2f}"]
-    rules = {"counts": "over 100 / 20 to 100 / under 20 training images",
-             "thirds": "thirds of the classes"}
-    print(f"test accuracy {'  '.join(words)}  (%; {rules[args.group_rule]})")
-    return result
+    def accuracy(classes):
+        return {"accuracy": float(100 * correct[classes].sum() / images[classes].sum())}
+    return {"accuracy": float(100 * correct.sum() / images.sum()),
+            "precision": 100 * float(np.mean(correct / np.maximum(matrix.sum(0), 1))),
+            "recall": 100 * float(np.mean(correct / images)),
+            "groups": {name: accuracy(classes) for name, classes in groups.items()},
+            "classes": {name: accuracy([c]) for c, name in enumerate(class_names)}}
 
 
 def report(sets, args, rt, settings):
@@ -466,15 +368,17 @@ def report(sets, args, rt, settings):
     num = len(sets.train.labels)
     train_accuracy = float((predict(net, sets.train, rt) == sets.train.labels).mean())
     result = {"command": ckpt["command"], "train_accuracy": 100 * train_accuracy,
-              "settings": settings, "class_order": by_size(sets.real.record()),
-              "num": num, "num_real": 0, "classes": {}, "groups": {}}
-    words = f"accuracy {train_accuracy:.1%} on {num:,} training images"
-    if sets.test is None:
-        words += "; the set has no test images"
-    else:
-        result.update(report_test(net, sets, args, rt), num_real=len(sets.test.labels))
-        words += f", {result['accuracy'] / 100:.1%} on {result['num_real']:,} test images"
-    print(words)
+              "settings": settings, "num": num, "num_real": 0, "classes": {}, "groups": {}}
+    print(f"accuracy {train_accuracy:.1%} on {num:,} training images")
+    if sets.test is not None:
+        groups = recognition_groups(sets.real.counts)
+        result.update(scores(predict(net, sets.test, rt), sets.test.labels, groups,
+                             sets.real.class_names), num_real=len(sets.test.labels))
+        words = [f"{name} {group['accuracy']:.2f}" for name, group in result["groups"].items()]
+        words += [f"overall {result['accuracy']:.2f}",
+                  f"macro precision {result['precision']:.2f}", f"recall {result['recall']:.2f}"]
+        print(f"test accuracy {'  '.join(words)}  (% of {result['num_real']:,} images; classes of "
+              "over 100 / 20 to 100 / under 20 training images)")
     disk.write_json(path.with_name("result.json"), result)
     print(f"wrote {path.parent}: ckpt.pt, result.json")
 

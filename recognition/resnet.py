@@ -9,7 +9,6 @@ by default as in the authors' release.
 """
 import math
 from contextlib import contextmanager
-
 from typing import NamedTuple
 
 import torch
@@ -112,13 +111,8 @@ def features_and_logits(net, x):
 def load_classifier(path, device, flag="--features"):
     """The network of a checkpoint, in eval mode, and the checkpoint itself. Raises UserError."""
     ckpt = disk.load(path, ["classifier"], flag)
-    try:
-        net = make_resnet(**ckpt["network"])
-        net.load_state_dict(ckpt["model"])
-    except (RuntimeError, TypeError) as e:
-        why = str(e).splitlines()[-1].strip()
-        raise UserError(f"{flag} {path}: its weights do not fit the network that it describes "
-                        f"({why})") from e
+    net = make_resnet(**ckpt["network"])
+    net.load_state_dict(ckpt["model"])
     refuse_narrow(ckpt["network"].get("width", 64), device, f"{flag} {path}: --width")
     return net.to(device).eval().requires_grad_(False), ckpt
 
@@ -244,17 +238,14 @@ class ClassifierLoss(nn.Module):
     counts:   (C,), training images per class.
     cm:       lambda and the weights of Eq. (4), and the bound of L_Div; lam = 0: no L_CM.
     tau:      of the loss "la".
-    distance: a key of DISTANCES.
+    distance: a key of DISTANCES, D of Eq. (2); the paper gives no form.
     flip:     whether images are mirrored at random.
     drw_from: the step from which on classes are weighed by effective number (DRW).
 
-    L_CM is Eq. (2)-(4) with D = ||p - p_g||^2. p and p_g are the softmax of the logits of theta and
-    theta^g for the same input ("logits": the mean squared difference of the logits instead; "kl":
-    the authors' release). The paper gives no form. Probabilities are bounded, so the divergence
-    term is bounded too, and div_bound is not needed. The trunk below the first reserved stage runs
-    once; with the stem reserved there is none. The pass of theta^g has batch norms of its own where
-    they are TwoNorms; else it normalises by the statistics of the batch, and only theta updates the
-    running ones.
+    L_CM is Eq. (2)-(4) on the logits of theta and theta^g for the same input; D of probabilities is
+    bounded, so that div_bound is not needed. The trunk below the first reserved stage runs once.
+    The pass of theta^g has batch norms of its own where they are TwoNorms; else it normalises by
+    the statistics of the batch, and only theta updates the running ones.
     """
 
     def __init__(self, *, net, loss, counts, reserved=(), cm=UNBOUNDED, tau=1.0, distance="probs",
@@ -293,10 +284,16 @@ class ClassifierLoss(nn.Module):
 
     def forward(self, batch):
         x, y, reweigh, _ = batch
-        trunk, rest = self.trunk_and_rest()
-        x = self.through(trunk, x)
+        layers = list(self.net.children())
+        rest = from_first_reserved(self.net, self.reserved)
+        x = self.through(layers[:len(layers) - len(rest)], x)
         logits = self.through(rest, x).float()
-        terms = {"base": self.mean(self.loss(logits, y, self), y, reweigh)}
+        losses = self.loss(logits, y, self)
+        base = losses.mean()
+        if reweigh:
+            weights = self.drw[y]
+            base = (losses * weights).sum() / weights.sum()
+        terms = {"base": base}
         total = terms["base"]
         if self.reserved and self.cm.lam:
             with general_only(self.net), general_norms(rest):
@@ -308,24 +305,11 @@ class ClassifierLoss(nn.Module):
         # Not detached: see losses.Objective
         return total, terms, torch.zeros(len(y), device=y.device)
 
-    def trunk_and_rest(self):
-        """(the layers below the first reserved stage, the layers from it on), two lists."""
-        layers = list(self.net.children())
-        rest = from_first_reserved(self.net, self.reserved)
-        return layers[:len(layers) - len(rest)], rest
-
     def through(self, layers, x):
         """x through consecutive layers of the network, flattened before the last one."""
         for layer in layers:
             x = layer(x.flatten(1)) if layer is self.net.fc else layer(x)
         return x
-
-    def mean(self, losses, y, reweigh):
-        """The mean of the losses (B,), with DRW's weights where `reweigh`."""
-        if not reweigh:
-            return losses.mean()
-        weights = self.drw[y]
-        return (losses * weights).sum() / weights.sum()
 
 
 @contextmanager
