@@ -386,7 +386,10 @@ def make_parser():
     g = parser.add_argument_group("features")
     g.add_argument("--features", help='"inception"; "inception:pytorch-fid", the same with '
                    "pytorch-fid's resize, as in the authors' release; a checkpoint of classify.py; "
-                   'or a network pre-trained on ImageNet, such as "torchvision:resnet50" '
+                   'a network pre-trained on ImageNet, such as "torchvision:resnet50"; or "dinov2" '
+                   'or "clip" by the package transformers, also "dinov2:FOLDER" with weights that '
+                   "are there; without network, python -m recognition.classify makes features of "
+                   "one's own "
                    f"(default: inception; digits: {DIGITS_CLASSIFIER})")
     g.add_argument("--inception-weights", metavar="FILE",
                    help="weights-inception-2015-12-05-6726825d.pth "

@@ -1,10 +1,11 @@
-"""Images to features: by Inception, by a network trained on ImageNet, or by one's own classifier.
+"""Images to features: by Inception, by another public network, or by one's own classifier.
 
-    extractor = Extractor("inception", rt)              # or "torchvision:resnet50", or a FILE
+    extractor = Extractor("inception", rt)      # or "dinov2", "torchvision:resnet50", or a FILE
     features, logits = extractor.extract(lambda rows: images[rows], len(images), "features")
 
 Only Inception's distances are FID and KID. All features are computed in float32.
 """
+import hashlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,8 +23,15 @@ from runtime import UserError
 
 INCEPTION = "inception-2015-12-05"
 DIGITS_CLASSIFIER = "out/classifier-digits/ckpt.pt"
-TORCHVISION = "torchvision:"
 UNFIT = ("googlenet", "inception", "squeezenet")    # other inputs, or no Linear at the end
+
+# {what --features names: (its class in transformers, its weights on the Hugging Face hub, the mean
+# and the deviation of the colours)}
+TRANSFORMERS = {
+    "dinov2": ("Dinov2Model", "facebook/dinov2-large",
+               (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "clip": ("CLIPVisionModel", "openai/clip-vit-large-patch14",
+             (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))}
 
 
 class Pretrained(nn.Module):
@@ -57,7 +65,7 @@ def load_pretrained(name, device):
     They come from torch.hub's cache, or are downloaded there. Raises UserError where torchvision
     has no such network, where they cannot be had, or where they are not the published ones.
     """
-    flag = f"--features {TORCHVISION}{name}"
+    flag = f"--features torchvision:{name}"
     if name not in torchvision.models.list_models(torchvision.models) or name.startswith(UNFIT):
         raise UserError(f"{flag}: torchvision has no such network for classification that can be "
                         "used here; torchvision:resnet50 is one")
@@ -71,6 +79,83 @@ def load_pretrained(name, device):
     net = torchvision.models.get_model(name)
     net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     return Pretrained(net, weights.transforms()).to(device).eval().requires_grad_(False), digest
+
+
+class VisionTransformer(nn.Module):
+    """Images uint8 (N, 3, H, W) -> the class token after the last norm (N, D); no logits (N, 0).
+
+    As dgm-eval (github.com/layer6ai-labs/dgm-eval; Stein et al., 2023) takes DINOv2 and CLIP: an
+    image is stretched by Pillow's bicubic filter, and CLIP's projection is left out. net: a model
+    of transformers. size: of its input in pixels. mean, std: of each colour, in [0, 1].
+    """
+
+    def __init__(self, net, size, mean, std):
+        super().__init__()
+        self.net = net
+        self.size = size
+        self.register_buffer("mean", torch.tensor(mean)[:, None, None])
+        self.register_buffer("std", torch.tensor(std)[:, None, None])
+
+    def forward(self, images):
+        x = images.float()
+        for size in ((x.shape[2], self.size), (self.size, self.size)):
+            x = nn.functional.interpolate(x, size, mode="bicubic", antialias=True)
+            x = x.clamp(0, 255).round()         # Pillow keeps 8 bits after each axis
+        features = self.net((x / 255 - self.mean) / self.std).pooler_output
+        return features, features[:, :0]
+
+
+def resize_positions(net, count):
+    """Bring DINOv2's position embeddings to count x count patches as the authors' code does.
+
+    It adds 0.1 to the count in the scale (github.com/facebookresearch/dinov2), transformers does
+    not: other features, of the same weights.
+    """
+    table = net.embeddings.position_embeddings.data                 # (1, 1 + M M, D)
+    side = round((table.shape[1] - 1) ** 0.5)
+    if side != count:
+        patches = table[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
+        patches = nn.functional.interpolate(patches, scale_factor=(count + 0.1) / side,
+                                            mode="bicubic")         # (1, D, count, count)
+        net.embeddings.position_embeddings = nn.Parameter(
+            torch.cat([table[:, :1], patches.flatten(2).mT], 1))
+
+
+def load_transformer(features, device):
+    """(VisionTransformer in eval mode, the SHA-256 of its weights): "dinov2", or "dinov2:FOLDER".
+
+    Or clip; in the place of FOLDER also a name on the Hugging Face hub. Raises UserError.
+    """
+    kind, _, where = features.partition(":")
+    flag = f"--features {features}"
+    class_name, usual, mean, std = TRANSFORMERS[kind]
+    try:
+        import transformers
+    except ImportError as e:
+        raise UserError(f"{flag} needs one more package: pip install transformers") from e
+    transformers.logging.set_verbosity_error()      # else a list of CLIP's weights for texts
+    try:
+        net, info = getattr(transformers, class_name).from_pretrained(
+            where or usual, output_loading_info=True)
+        # Without the registers of a DINOv2 that has them, the features would be others
+        if info["missing_keys"] or kind == "dinov2" and info["unexpected_keys"]:
+            raise ValueError(f"its weights are not those of a {class_name}")
+    except (OSError, ValueError, RuntimeError) as e:
+        raise UserError(
+            f"{flag}: {where or usual} cannot be loaded ({' '.join(str(e).split())[:200]}); name a "
+            f"folder with its config.json and weights, {kind}:FOLDER; or make features of your "
+            "own, a classifier's, by python -m recognition.classify") from e
+    net = net.float()
+    digest = hashlib.sha256()
+    for name, value in net.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.numpy())
+    size = net.config.image_size
+    if kind == "dinov2":
+        size = 224
+        resize_positions(net, size // net.config.patch_size)
+    net = VisionTransformer(net, size, mean, std).to(device).eval().requires_grad_(False)
+    return net, digest.hexdigest()
 
 
 class Features(NamedTuple):
@@ -87,17 +172,18 @@ class Features(NamedTuple):
 class Extractor:
     """Features and logits by a network in eval mode.
 
-    features: "inception", "inception:pytorch-fid", "torchvision:NAME", or a checkpoint of
-    classify.py. All but the last resize images themselves (resizes). name, sha256: of the network's
-    file. class_names, size: of a classifier's outputs, and of its training images in pixels; else
-    None.
+    features: "inception", "inception:pytorch-fid", "torchvision:NAME", "dinov2" or "clip" (see
+    load_transformer), or a checkpoint of classify.py. All but the last resize images themselves
+    (resizes). name, sha256: of the network's file. class_names, size: of a classifier's outputs,
+    and of its training images in pixels; else None.
     """
 
     def __init__(self, features, rt, batch_size=64, inception_weights=None, trust_weights=False):
         self.rt = rt
         self.batch_size = batch_size
         self.inception = features in INPUTS
-        self.resizes = self.inception or features.startswith(TORCHVISION)
+        kind, _, name = features.partition(":")
+        self.resizes = self.inception or kind in ("torchvision", *TRANSFORMERS)
         self.channels = 3
         self.class_names = None
         self.size = None
@@ -108,8 +194,8 @@ class Extractor:
             self.name = features.replace("inception", INCEPTION)
         elif self.resizes:
             with rt.rank_0_first():
-                self.net, self.sha256 = load_pretrained(features.removeprefix(TORCHVISION),
-                                                        rt.device)
+                self.net, self.sha256 = (load_pretrained(name, rt.device) if kind == "torchvision"
+                                         else load_transformer(features, rt.device))
             self.name = features
         else:
             self.use_classifier(features)
@@ -118,8 +204,8 @@ class Extractor:
         """Take a checkpoint of classify.py. Raises UserError where there is none."""
         if not Path(path).is_file():
             raise UserError(f"--features {path}: there is no such file; make one with: python -m "
-                            "recognition.classify --dataset NAME, or name inception or "
-                            "torchvision:resnet50")
+                            "recognition.classify --dataset NAME, or name inception, "
+                            "torchvision:resnet50, dinov2 or clip")
         self.net, ckpt = load_classifier(path, self.rt.device)
         self.name = str(path)
         self.sha256 = ckpt.sha256

@@ -39,9 +39,9 @@ IN_CAPITALS = {"fid", "kid", "fd", "kd", "is"}
 CLASSIFIER_KEYS = {"fid": "fd", "kid": "kd"}        # in a classifier's features
 MEANS_NOTE = "Mean ± standard deviation over seeds; best in bold, second best in italics."
 CLASSIFIER_NOTE = (
-    "FD and KD are distances in the features of a classifier, not FID and KID: do not compare them "
-    "with the paper's numbers. Accuracy is the per cent of the samples that the classifier takes "
-    "for the class asked for.")
+    "FD and KD are distances in other features than Inception's, not FID and KID: do not compare "
+    "them with the paper's numbers. Accuracy is the per cent of the samples that the classifier "
+    "takes for the class asked for.")
 FEW_NOTE = (
     f"With fewer than {FEW:,} images on a side, Frechet distances are too high and Inception "
     "scores too low: they compare at equal counts only.")

@@ -121,8 +121,8 @@ def make_parser():
                         help="a checkpoint of train.py: its training set is compared with")
     parser.add_argument("--samples", nargs="+", required=True,
                         help=".npz files of sample.py, of models of this training set")
-    parser.add_argument("--features", help='"inception", or a checkpoint of classify.py (default: '
-                        "as evaluate.py)")
+    parser.add_argument("--features", help="a network's name or a checkpoint of classify.py, as "
+                        "evaluate.py's, and the same default")
     parser.add_argument("--data-dir", help="where data sets are (default: the checkpoint's)")
     parser.add_argument("--batch-size", type=integer(1), default=64,
                         help="images at a time in the feature network (default: 64)")
