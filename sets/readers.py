@@ -275,31 +275,19 @@ def read_imagenet_lt(data_dir, split):
     return paths, np.array(labels), names
 
 
-def needed_fields(record):
-    """Keep what read_inat2018 needs of a JSON object, while it is parsed.
-
-    There are 437,513 images with a dozen fields each.
-    """
-    if "file_name" in record:
-        return record["id"], record["file_name"]
-    if "image_id" in record:
-        return record["image_id"], record["category_id"]
-    return record
-
-
 def read_inat2018(data_dir, split):
     """iNaturalist 2018: train2018.json, or val2018.json for test, and the images that they name."""
     path = find(data_dir, "train2018.json" if split == "train" else "val2018.json")
     with as_released(path):
-        content = json.loads(path.read_text(encoding="utf-8"), object_hook=needed_fields)
+        content = json.loads(path.read_text(encoding="utf-8"))
         categories = sorted(content["categories"], key=lambda c: c["id"])
         number = {c["id"]: k for k, c in enumerate(categories)}
         names = [c["name"] for c in categories]
         if len(set(names)) < len(names):
             names = [str(c["id"]) for c in categories]
-        category = dict(content["annotations"])         # image -> category, both by id
-        paths = [os.path.join(path.parent, name) for _, name in content["images"]]
-        labels = [number[category[i]] for i, _ in content["images"]]
+        category = {a["image_id"]: a["category_id"] for a in content["annotations"]}
+        paths = [os.path.join(path.parent, image["file_name"]) for image in content["images"]]
+        labels = [number[category[image["id"]]] for image in content["images"]]
     check_all_exist(paths, data_dir, path)
     return paths, np.array(labels), names
 
@@ -310,27 +298,23 @@ def read_cub200(data_dir, split):
     The files are images.txt, image_class_labels.txt, train_test_split.txt and classes.txt.
     """
     root = find(data_dir, "image_class_labels.txt").parent
-
-    def table(name, keys=None, values=None):
-        """{number: value}, of just these keys; values: what each must be one of."""
-        with as_released(root / name):
-            found = dict(line.strip().split(" ", 1) for line in lines_of(root / name))
-            if keys is not None and found.keys() != keys:
-                raise ValueError("its numbers are not those of images.txt")
-            if values is not None and not values >= set(found.values()):
-                raise ValueError(f"{sorted(set(found.values()) - values)[0]!r} in it")
-            return found
-
-    classes = table("classes.txt")
-    with as_released(root / "classes.txt"):
+    files = [root / f"{name}.txt" for name in (
+        "classes", "images", "image_class_labels", "train_test_split")]
+    tables = []
+    for file in files:
+        with as_released(file):
+            tables.append(dict(line.strip().split(" ", 1) for line in lines_of(file)))
+    classes, images, labels, in_train = tables
+    with as_released(files[0]):
         names = [classes[str(c + 1)] for c in range(len(classes))]
-    images = table("images.txt")
-    labels = table("image_class_labels.txt", images.keys(), set(classes))
-    in_train = table("train_test_split.txt", images.keys(), {"0", "1"})
-    chosen = [i for i in images if (in_train[i] == "1") == (split == "train")]
+    number = {str(c + 1): c for c in range(len(names))}
+    with as_released(files[2]):
+        y = {i: number[labels[i]] for i in images}
+    with as_released(files[3]):
+        chosen = [i for i in images if {"0": "test", "1": "train"}[in_train[i]] == split]
     paths = [os.path.join(root, "images", images[i]) for i in chosen]
     check_all_exist(paths, data_dir, root / "images.txt")
-    return paths, np.array([int(labels[i]) - 1 for i in chosen]), names
+    return paths, np.array([y[i] for i in chosen]), names
 
 
 def read_flowers102(data_dir, split):
