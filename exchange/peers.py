@@ -125,8 +125,8 @@ def describe(args, network, step, size=None):
             "config": config, "data": record}
 
 
-def make_parser():
-    """All flags, and the names of those that describe the data."""
+def main():
+    """Translate one file or folder."""
     parser = Parser(__doc__)
     one = parser.add_mutually_exclusive_group(required=True)
     one.add_argument("--ckpt", help="a ckpt_STEP.pt of CBDM-pytorch or OC_LT")
@@ -134,13 +134,7 @@ def make_parser():
                      help="a pipeline's folder with a UNet2DModel; one that sample.py exported "
                      "needs no data flags")
     parser.add_argument("--to", required=True, metavar="FILE", help="the file to write")
-    data_flags = add_data_flags(parser, ir=100.0)
-    return parser, [action.dest for action in data_flags._group_actions]
-
-
-def main():
-    """Translate one file or folder."""
-    parser, data_flags = make_parser()
+    data_flags = [action.dest for action in add_data_flags(parser, ir=100.0)._group_actions]
     args = parser.parse_args()
     refuse_unused(parser.given, unused_data_flags(args))
     disk.refuse_overwriting(args.to, is_export, "--to", "an export")

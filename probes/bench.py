@@ -22,7 +22,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 import disk
 import runtime
@@ -64,7 +63,6 @@ class Step(NamedTuple):
     """A training step of a method."""
     call: Callable          # takes the step
     net: torch.nn.Module
-    flops: int              # floating-point operations of its forward and backward pass
     compiled: bool          # False also where it should be compiled, but cannot be
 
 
@@ -101,12 +99,6 @@ def take_turns(calls, rounds, device, title):
                 found[name].append(pair)
     return {name: (statistics.median(t for t, _ in pairs), pairs[-1][1])
             for name, pairs in found.items()}
-
-
-def matmul_peak(rt, n):
-    """Floating-point operations per second of an n x n matrix product in rt.dtype: best of ten."""
-    a, b = (torch.randn(n, n, device=rt.device, dtype=rt.dtype) for _ in range(2))
-    return 2 * n ** 3 / min(measured(lambda: a @ b, rt.device)[0] for _ in range(10))
 
 
 def unless_out_of_memory(words, function, *args):
@@ -149,19 +141,13 @@ def make_step(method, images, batch_size, rt, compiled, settings):
     module = objective
     if compiled:
         module, _ = runtime.compile_or_not(objective, lambda m: m(training.batch())[0], rt)
-    with FlopCounterMode(display=False) as counter, rt.autocast():
-        objective(training.batch())[0].backward()
-    optimizer.zero_grad(set_to_none=True)
-    return Step(partial(train_step, training, module), net, counter.get_total_flops(),
-                module is not objective)
+    return Step(partial(train_step, training, module), net, module is not objective)
 
 
 def bench_training(batch_size, cells, rounds, runtimes, settings):
     """One row per cell that fits into the memory. runtimes: {name of a dtype: Runtime}."""
     images = noise_images()
     device = next(iter(runtimes.values())).device
-    n = 8192 if device.type == "cuda" else 2048
-    peaks = {dtype: matmul_peak(rt, n) for dtype, rt in runtimes.items()}
     steps = {}
     for cell in cells:
         print(f"batch {batch_size}: preparing {cell}", flush=True)
@@ -180,7 +166,6 @@ def bench_training(batch_size, cells, rounds, runtimes, settings):
              "run_hours": RUN / batch_size * t / 3600,
              "ratio": t / time_of(cell._replace(method=first.method)),
              "faster": time_of(first._replace(method=cell.method)) / t,
-             "peak_share": steps[cell].flops / t / peaks[cell.dtype],
              "memory_gib": memory} for cell, (t, memory) in found.items()]
 
 
@@ -212,12 +197,12 @@ def print_tables(rows, sampling, first_method):
     def gib(row):
         return "-" if row["memory_gib"] is None else f"{row['memory_gib']:.2f}"
     print("| method | batch | dtype | compiled | ms per step | images/s | hours per run | "
-          f"time / {first_method} | speed-up | of matmul peak | GiB (CUDA) |\n"
-          "| --- | ---: | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
+          f"time / {first_method} | speed-up | GiB (CUDA) |\n"
+          "| --- | ---: | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |")
     for r in rows:
         print(f"| {r['method']} | {r['batch']} | {r['dtype']} | {'yes' if r['compiled'] else 'no'} "
               f"| {r['step_ms']:.1f} | {r['images_per_s']:.1f} | {r['run_hours']:.1f} | "
-              f"{r['ratio']:.2f} | {r['faster']:.2f} | {r['peak_share']:.0%} | {gib(r)} |")
+              f"{r['ratio']:.2f} | {r['faster']:.2f} | {gib(r)} |")
     print("\n| sampling, DDIM-50 with guidance | batch | dtype | images/s | speed / DDPM's | "
           "GiB (CUDA) |\n"
           "| --- | ---: | --- | ---: | ---: | ---: |")

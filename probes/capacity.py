@@ -12,7 +12,6 @@ allocation measures the size of the reserved part, ||BA|| / ||W||, the effective
 distance of the two predictions inside Eq. (2), per group and timestep.
 """
 import math
-import time
 from argparse import Namespace
 from pathlib import Path
 from typing import NamedTuple
@@ -24,7 +23,7 @@ from scipy.stats import norm
 import disk
 import runtime
 from cm_layers import general_only, is_reserved, reserved
-from data import by_size, class_groups, reference_images, to_float, training_images
+from data import class_groups, reference_images, to_float, training_images
 from loop import whole
 from losses import CMConfig, Masks, Objective, bind
 from model import (distance, make_alphas_bar, q_sample, signal_and_sigma,
@@ -301,26 +300,17 @@ def read_quality(paths, ckpt):
     paths: evaluate.py's JSON of --branch full, and of --branch general; both of this Checkpoint,
     and measured alike. Raises UserError.
     """
-    results = [disk.read_json(path) for path in paths]
-    try:
-        settings = [result["settings"] for result in results]
-        key = "fid" if "fid" in results[0] else "fd"
-        quality = {name: {"theta": part[key], "theta_g": results[1]["groups"][name][key]}
-                   for name, part in results[0]["groups"].items()}
-        if [of["branch"] for of in settings] != ["full", "general"]:
-            raise KeyError("branch")
-    except (TypeError, KeyError) as e:
+    full, general = results = [disk.read_json(path) or {} for path in paths]
+    settings = [result.get("settings", {}) for result in results]
+    own = {"branch", "ckpt", "samples", "samples_sha256", "command"}
+    a, b = ({name: value for name, value in s.items() if name not in own} for s in settings)
+    if ([s.get("branch") for s in settings] != ["full", "general"] or a != b
+            or a["ckpt_sha256"] != ckpt.sha256):
         raise UserError("--quality: give evaluate.py's JSON of --branch full, then of --branch "
-                        "general, of the same features") from e
-    if any(of.get("ckpt_sha256", ckpt.sha256) != ckpt.sha256 for of in settings):
-        raise UserError("--quality: measured on another checkpoint than --ckpt; run evaluate.py on "
-                        "this one")
-    own = {"branch", "ckpt", "ckpt_sha256", "samples", "samples_sha256", "command"}
-    for name in {**settings[0], **settings[1]}.keys() - own:
-        a, b = (of.get(name) for of in settings)
-        if a != b:
-            raise UserError(f"--quality {paths[1]}: its {name} is {b}, and {a} in {paths[0]}; the "
-                            "two must be measured alike")
+                        "general, both of --ckpt and otherwise with the same settings")
+    key = "fid" if "fid" in full else "fd"
+    quality = {name: {"theta": part[key], "theta_g": general["groups"][name][key]}
+               for name, part in full["groups"].items()}
     return key, quality
 
 
@@ -335,13 +325,6 @@ def print_allocation(result):
     for name, values in result["distance"].items():
         by_timestep = " ".join(f"{v:.1e}" for v in values)
         print(f"{name:<7} D: mean {np.mean(values):.2e}; by timestep {by_timestep}")
-
-
-def print_quality(metric, quality):
-    """The ratio of theta_g's distance to theta's, per group."""
-    groups = [f"{name} {v['theta_g']:.2f} / {v['theta']:.2f} = {v['theta_g'] / v['theta']:.2f}"
-              for name, v in quality.items()]
-    print(f"{metric.upper()} of theta_g / of theta: {'  '.join(groups)}")
 
 
 def allocation_figure(result, path, bound=0):
@@ -373,7 +356,6 @@ def make_parser():
     parser = Parser(__doc__)
     parser.add_argument("what", choices=("dominance", "allocation"), help="what to measure")
     parser.add_argument("--ckpt", required=True, help="a checkpoint of train.py")
-    parser.add_argument("--weights", choices=("ema", "raw"), default="ema", help="default: ema")
     parser.add_argument("--data-dir", help="where data sets are (default: the checkpoint's)")
     parser.add_argument("--repeats", type=integer(1), default=10, metavar="R",
                         help="dominance: timesteps per image (default: 10)")
@@ -394,22 +376,21 @@ def main():
     args = parser.parse_args()
     other = {"dominance": "quality", "allocation": "repeats"}[args.what]
     runtime.refuse_unused(parser.given, {other: f"{args.what} does not use it"})
-    start = time.time()
     out = Path(args.out or Path(args.ckpt).parent / "probe")
 
     # What is measured
     ckpt = disk.load(args.ckpt, ["diffusion"])
-    quality = read_quality(args.quality, ckpt) if args.quality else None
+    metric, quality = read_quality(args.quality, ckpt) if args.quality else ("", {})
     written = out / f"{args.what}.json"
     disk.check_writable(written)
     rt = runtime.setup(args.device, dtype_of(args, ckpt))
-    settings = {"ckpt_sha256": ckpt.sha256, "weights": args.weights, "repeats": args.repeats,
+    settings = {"ckpt_sha256": ckpt.sha256, "repeats": args.repeats,
                 "quality_sha256": [disk.sha256(path) for path in args.quality or []],
                 "seed": args.seed, "batch_size": args.batch_size, "dtype": rt.dtype_name()}
     if args.if_needed and disk.up_to_date(written, settings):
         print(f"{written}: up to date")
         return
-    net = load_unmerged(ckpt, args.weights, rt.device).eval()
+    net = load_unmerged(ckpt, device=rt.device).eval()
 
     # Measure, print and write; the JSON last, since it says that all is there
     if args.what == "dominance":
@@ -418,13 +399,12 @@ def main():
     else:
         result = allocation(args, rt, ckpt, net)
         print_allocation(result)
-        if quality:
-            print_quality(*quality)
-            result["quality"] = quality[1]
+        result["quality"] = quality
+        for name, v in quality.items():
+            print(f"{metric.upper()} of theta_g / of theta: {name} {v['theta_g']:.2f} / "
+                  f"{v['theta']:.2f} = {v['theta_g'] / v['theta']:.2f}")
         allocation_figure(result, out / "allocation.png", ckpt["config"].get("div_bound"))
-    disk.write_json(written, {**result, "ckpt": args.ckpt, "settings": settings,
-                              "class_order": by_size(ckpt["data"]),
-                              "seconds": round(time.time() - start, 1)})
+    disk.write_json(written, {**result, "ckpt": args.ckpt, "settings": settings})
     print(f"wrote {written}")
 
 

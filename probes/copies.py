@@ -10,7 +10,6 @@ seen 7 images of a class and copies them has a good Frechet distance, but genera
 Several --samples of one training set stand in one table. --ckpt says which training set: that of
 the long-tailed draw, not the balanced one.
 """
-import time
 from pathlib import Path
 
 import numpy as np
@@ -77,11 +76,8 @@ def unseen_images(args, ckpt, images):
 
 
 def read_all(args, ckpt):
-    """({path: (images, labels)}, {path: settings}) of --samples, of the checkpoint's training set.
-
-    settings: how sample.py made them. Raises UserError for samples of another training set.
-    """
-    found, settings = {}, {}
+    """{path: (images, labels)} of --samples. Raises UserError for another training set's."""
+    found = {}
     for path in args.samples:
         images, labels, record = read_samples(path)
         data = record.get("data", {})
@@ -89,8 +85,7 @@ def read_all(args, ckpt):
                                  for key in ("sha256", "class_counts", "class_names")):
             raise UserError(f"--samples {path}: not of the training set of --ckpt {args.ckpt}")
         found[path] = images, labels
-        settings[path] = record["settings"]
-    return found, settings
+    return found
 
 
 def print_shares(rows):
@@ -133,13 +128,12 @@ def make_parser():
 def main():
     """Measure every set of images and the unseen real ones; print and write."""
     args = make_parser().parse_args()
-    start = time.time()
     out = Path(args.out or Path(args.ckpt).parent / "copies")
 
     # What is measured
     ckpt = disk.load(args.ckpt, KINDS)
     data = ckpt["data"]
-    sets, settings = read_all(args, ckpt)
+    sets = read_all(args, ckpt)
     disk.check_writable(out / "copies.json")
     rt = runtime.setup(args.device, args.dtype)
     train = training_images(ckpt, args.data_dir)
@@ -171,9 +165,7 @@ def main():
     disk.write_json(out / "copies.json", {
         "rows": rows, "ckpt": args.ckpt, "data": data, "features": extractor.name,
         "features_sha256": extractor.sha256,
-        "samples_sha256": {path: disk.sha256(path) for path in args.samples},
-        "samples_settings": settings,
-        "seconds": round(time.time() - start, 1)})
+        "samples_sha256": {path: disk.sha256(path) for path in args.samples}})
     first = args.samples[0]
     picture = pairs_picture(*sets[first], indices[first], real, data, groups)
     disk.write_png(out / "pairs.png", picture)

@@ -18,7 +18,7 @@ def test_bench_measures_the_papers_network(tmp_path, capsys):
     ddpm, cm = result["rows"]
     assert ddpm["ratio"] == 1 and cm["ratio"] == pytest.approx(cm["step_ms"] / ddpm["step_ms"])
     assert ddpm["run_hours"] == pytest.approx(300_000 * 64 * ddpm["step_ms"] / 1000 / 3600)
-    assert ddpm["peak_share"] > 0.02 and cm["images_per_s"] > 0
+    assert cm["images_per_s"] > 0
     of_ddpm, of_cm = result["sampling"]
     assert of_cm["ratio"] == pytest.approx(of_cm["images_per_s"] / of_ddpm["images_per_s"])
     printed = capsys.readouterr().out
@@ -39,9 +39,8 @@ def test_what_was_measured_stays(monkeypatch, tmp_path, capsys):
             raise torch.OutOfMemoryError("CUDA out of memory")
         if batch_size == 2:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
-        return bench.Step(call, None, 1, False)
+        return bench.Step(call, None, False)
     monkeypatch.setattr(bench, "make_step", make_step)
-    monkeypatch.setattr(bench, "matmul_peak", lambda *_: 1e12)
     monkeypatch.setattr(bench, "bench_sampling", lambda *_: [{
         "network": "DDPM"}])
     with pytest.raises(RuntimeError):
@@ -63,5 +62,5 @@ def test_a_step_trains(cpu):
     before = [p.detach().clone() for p in step.net.parameters()]
     step.call()
     changes = [(p - old).detach().abs().sum() for p, old in zip(step.net.parameters(), before)]
-    assert sum(map(float, changes)) > 0 and step.flops > 2e9
+    assert sum(map(float, changes)) > 0
     assert all(p.grad is None for p in step.net.parameters())
