@@ -218,6 +218,22 @@ def up_to_date(path, settings):
     return made_with == json.loads(json.dumps(settings))
 
 
+def differences(path, settings):
+    """The settings under "settings" in a JSON file that have other values here: a list of words.
+
+    Short ones with the value in the file. [] where there is no such file.
+    """
+    old = (read_json(path) or {}).get("settings", settings)
+    words = {name: f"{name} {old.get(name)}" for name, value in settings.items()
+             if old.get(name) != json.loads(json.dumps(value))}
+    return [text if len(text) < 50 else name for name, text in words.items()]
+
+
+def settings_id(settings):
+    """A name of 16 letters and digits for settings: others have another one."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def git_commit():
     """The commit of this checkout, with -dirty where files differ; None outside one.
 

@@ -13,6 +13,7 @@ repeated), arr_1 N labels; without arr_1 where no class was asked for.
 """
 import math
 import re
+import shutil
 import textwrap
 import time
 from argparse import BooleanOptionalAction
@@ -364,14 +365,22 @@ def batches_of(rows, batch_size, fixed):
 
 
 def generate(net, labels, indices, shape, rt, sampling, batch_size=250, title="sampling",
-             gather=True, to_image=None, alphas_bar=None):
+             gather=True, to_image=None, alphas_bar=None, keep_in=None):
     """Images number `indices` with these labels (lists of N ints): uint8 (N, H, W, C).
 
     On rank 0; None elsewhere. Each process generates a contiguous share in batches, and returns
     that share if gather is False. sampling: a Sampling. title: of the progress bar, None for no
     bar. to_image: what makes images of the network's x_0, where that is a latent. alphas_bar: see
-    sample_batch. Raises UserError, in every process, where an image of one of them is not finite.
+    sample_batch. keep_in: a folder for the finished batches, and those of an earlier call, perhaps
+    with another batch size or number of processes, are taken from there; None: nothing is kept.
+    Raises UserError, in every process, where an image of one of them is not finite.
     """
+    found = {}              # row: its image
+    for path in keep_in.glob("*.npz") if keep_in else []:
+        with np.load(path) as f:
+            found.update(enumerate(f["images"], int(f["first"])))
+    if found:
+        rt.print(f"going on from image {len(found):,} of {len(labels):,}")
     share = np.array_split(np.arange(len(labels)), rt.world)[rt.rank]
     batches = batches_of(share, batch_size, fixed=rt.device.type == "cuda")
     hidden = rt.rank > 0 or not title
@@ -379,8 +388,12 @@ def generate(net, labels, indices, shape, rt, sampling, batch_size=250, title="s
     finite = True
     with runtime.progress(total=len(share), desc=title, unit="img", disable=hidden) as bar:
         for rows, n in batches:
+            if all(r in found for r in rows):
+                parts.append(np.stack([found[r] for r in rows[:n]]))
+                bar.update(n)
+                continue
             y = torch.tensor([labels[r] for r in rows], device=rt.device, dtype=torch.int64)
-            with runtime.without_guards(net, len(parts) > 0):
+            with runtime.without_guards(net, len(parts) > 0 and not found):
                 x = sample_batch(net, y, [indices[r] for r in rows], shape, rt, sampling,
                                  alphas_bar)[:n]
             image = x if to_image is None else to_image(x)
@@ -388,6 +401,9 @@ def generate(net, labels, indices, shape, rt, sampling, batch_size=250, title="s
             if not finite:
                 break
             parts.append(to_uint8(image).cpu().numpy())
+            if keep_in:
+                disk.write_npz(keep_in / f"{rows[0]}-{rows[n - 1]}.npz", first=rows[0],
+                               images=parts[-1])
             bar.update(n)
     if rt.maximum(int(not finite), rt.patient):
         raise UserError("--ckpt: its network generates images with numbers that are not finite; it "
@@ -521,26 +537,39 @@ def write_samples(out, images, labels, record, data, seconds, png=False):
           f"grid.png{', png/' if png else ''}")
 
 
-def make_samples(args, ckpt, rt, record, labels, make_images):
-    """The samples of a checkpoint in their folder; with --if-needed nothing where they are there.
+def make_samples(out, data, rt, record, labels, make_images, if_needed, png=False):
+    """The samples of a checkpoint in the folder `out`; with if_needed nothing where they are there.
 
-    record: the settings that made them. labels: a list of N. make_images() -> (N, H, W, C) uint8 on
-    rank 0. What sample.py, stable_diffusion.py and text_to_image.py do with their images.
+    record: the settings that made them. labels: a list of N. make_images(keep_in) -> (N, H, W, C)
+    uint8 on rank 0; keep_in: `generate`'s, so that the same call goes on after a stop. What
+    sample.py, evaluate.py, stable_diffusion.py and text_to_image.py do with their images.
     """
     print_notes(record, rt)
-    out = samples_folder(args)
-    files = ["samples.npz", "grid.png", *(["png"] if args.png else [])]
-    done = args.if_needed and rt.rank == 0 and all((out / name).exists() for name in files)
-    if rt.maximum(int(done and disk.up_to_date(out / "samples.json", record))):
-        return rt.print(f"{out}: up to date")
-    png = args.png or (out / "png/export.json").exists()    # those of an earlier call are replaced
-    if png:
-        rt.on_rank_0(lambda: disk.refuse_other_folder(out / "png", "samples", "--png"))
-    with disk.lock(out, rt=rt):
+    unfinished = out / "unfinished"
+    keep_in = unfinished / disk.settings_id(record)
+    files = ["samples.npz", "grid.png", *(["png"] if png else [])]
+    with disk.lock(out, rt=rt, wait=if_needed):         # the other process may make just these
+        done = if_needed and rt.rank == 0 and all((out / name).exists() for name in files)
+        if rt.maximum(int(done and disk.up_to_date(out / "samples.json", record))):
+            return rt.print(f"{out}: up to date")
+        png = png or (out / "png/export.json").exists()     # those of an earlier call are replaced
+
+        def begin():
+            if png:
+                disk.refuse_other_folder(out / "png", "samples", "--png")
+            if differ := disk.differences(out / "samples.json", record):
+                print(f"{out}: replaces the samples of other settings: {', '.join(differ)}")
+            if unfinished.exists() and not keep_in.exists():
+                print(f"{unfinished}: removed, since it has images of other settings")
+                shutil.rmtree(unfinished)
+            print(f"until all are there, images are kept in {keep_in}")
+
+        rt.on_rank_0(begin)
         start = time.time()
-        images = make_images()
+        images = make_images(keep_in)
         seconds = time.time() - start
-        rt.on_rank_0(lambda: write_samples(out, images, labels, record, ckpt["data"], seconds, png))
+        rt.on_rank_0(lambda: write_samples(out, images, labels, record, data, seconds, png))
+        rt.on_rank_0(lambda: shutil.rmtree(unfinished, ignore_errors=True))
 
 
 def samples_folder(args):
@@ -662,7 +691,9 @@ def add_output_flags(parser):
                         help="also one PNG per image, one folder per class")
     parser.add_argument("--if-needed", action="store_true",
                         help="do nothing where --out was made with these settings already")
-    parser.add_common("folder of the results (default: samples beside the checkpoint)")
+    parser.add_common("folder of the results (default: samples beside the checkpoint). After a "
+                      "stop the same command goes on from its folder unfinished (50,000 images of "
+                      "32 pixels: 150 MB)")
 
 
 def chosen_classes(args, data):
@@ -767,12 +798,14 @@ def main():
     rt = runtime.setup(args.device, dtype_of(args, ckpt))
     net = load_network(ckpt, args.weights, args.branch, rt.device)
 
-    def make_images():
+    def make_images(keep_in):
         shape = image_shape(ckpt)
         fast = prepare(net, rt, shape, args.num, args.batch_size)
-        return generate(fast, labels, range(args.num), shape, rt, sampling, args.batch_size)
+        return generate(fast, labels, range(args.num), shape, rt, sampling, args.batch_size,
+                        keep_in=keep_in)
     record = {**describe(args, ckpt, sampling, rt), "classes": classes, "num": args.num}
-    make_samples(args, ckpt, rt, record, labels, make_images)
+    make_samples(samples_folder(args), ckpt["data"], rt, record, labels, make_images,
+                 args.if_needed, args.png)
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ from losses import CMConfig, Objective, add_cm_flags, bind
 from runtime import Parser, UserError, integer, number, refuse_unused, run
 from sample import (Sampling, add_image_flags, add_output_flags, add_sampling_flags,
                     add_weights_flags, asked_for, describe, dtype_of, generate, labels_in_turn,
-                    make_samples, sampling_of)
+                    make_samples, samples_folder, sampling_of)
 from sets.readers import READERS
 from train import IR, preset_words
 
@@ -439,12 +439,13 @@ def refuse_general(args, reserved):
                         "trained with --no-cm)")
 
 
-def decoded(model, net, labels, resolution, rt, sampling, batch_size, title="sampling"):
+def decoded(model, net, labels, resolution, rt, sampling, batch_size, title="sampling",
+            keep_in=None):
     """Images of a LatentUNet's latents, number 0 to N - 1, with these labels: see generate."""
     with parametrize.cached():
         return generate(net, labels, range(len(labels)), model.latent_shape(resolution), rt,
                         sampling, batch_size, title, to_image=model.decode,
-                        alphas_bar=model.alphas_bar)
+                        alphas_bar=model.alphas_bar, keep_in=keep_in)
 
 
 def main_sample(argv):
@@ -456,15 +457,16 @@ def main_sample(argv):
     refuse_general(args, ckpt["config"]["cm"])
     rt = runtime.setup(args.device, dtype_of(args, ckpt))
 
-    def make_images():
+    def make_images(keep_in):
         model = model_of(args, ckpt, rt.device)
         net = load_network(model, ckpt, args.weights)
         with general_only(net) if args.branch == "general" else nullcontext():
             return decoded(model, net, labels, ckpt["data"]["resolution"], rt, sampling,
-                           args.batch_size)
+                           args.batch_size, keep_in=keep_in)
     record = {**describe(args, ckpt, sampling, rt), "model": args.model or ckpt["config"]["model"],
               "model_sha256": ckpt["model_sha256"], "classes": classes, "num": args.num}
-    make_samples(args, ckpt, rt, record, labels, make_images)
+    make_samples(samples_folder(args), ckpt["data"], rt, record, labels, make_images,
+                 args.if_needed, args.png)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -48,7 +48,7 @@ from losses import CMConfig, Objective, add_cm_flags, bind
 from model import make_alphas_bar
 from runtime import Parser, UserError, integer, number, refuse_unused, run
 from sample import (Sampling, add_output_flags, add_sampling_flags, describe, dtype_of, generate,
-                    labels_in_turn, make_samples, sampling_of)
+                    labels_in_turn, make_samples, samples_folder, sampling_of)
 
 PRETRAINED = "lambdalabs/miniSD-diffusers"      # its autoencoder and its text encoder, CLIP's
 WORDS = "words"                                 # --text-encoder: one that is trained here
@@ -401,12 +401,13 @@ def reference_captions(ckpt, args):
     return [table.texts[k] for k in numbers], [int(c) for c in labels]
 
 
-def decoded(autoencoder, net, labels, ckpt, rt, sampling, batch_size, title="sampling"):
+def decoded(autoencoder, net, labels, ckpt, rt, sampling, batch_size, title="sampling",
+            keep_in=None):
     """Images of a TextDiT's latents for its texts number `labels`: see sample.generate."""
     network = ckpt["network"]
     shape = (network["channels"], network["size"], network["size"])
     return generate(net, labels, range(len(labels)), shape, rt, sampling, batch_size,
-                    title, to_image=autoencoder.decode)
+                    title, to_image=autoencoder.decode, keep_in=keep_in)
 
 
 def grid_samples(autoencoder, text, table, state, labels, rt):
@@ -432,7 +433,7 @@ def main_sample(argv):
     with rt.rank_0_first():
         texts, labels = reference_captions(ckpt, args)
 
-    def make_images():
+    def make_images(keep_in):
         config = ckpt["config"]
         autoencoder = load_autoencoder(args.autoencoder or config["autoencoder"], rt.device)
         text = load_text_encoder(args.text_encoder or config["text_encoder"],
@@ -440,10 +441,11 @@ def main_sample(argv):
         refuse_other_parts(ckpt, autoencoder, text)
         net = load_network(ckpt, text, texts, args.weights, args.branch, rt.device)
         return decoded(autoencoder, net, list(range(args.num)), ckpt, rt, sampling,
-                       args.batch_size)
+                       args.batch_size, keep_in=keep_in)
     record = {**describe(args, ckpt, sampling, rt), "num": args.num,
               "captions_sha256": hash_of(texts)}
-    make_samples(args, ckpt, rt, record, labels, make_images)
+    make_samples(samples_folder(args), ckpt["data"], rt, record, labels, make_images,
+                 args.if_needed, args.png)
 
 
 # --------------------------------------------------------------------------------------------------

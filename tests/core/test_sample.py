@@ -1,11 +1,15 @@
 """sample.py: the samplers against closed forms, per-image seeds, output files, export."""
 import math
+import subprocess
+import sys
+import time
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, call, pixels, randomize, refuses, tiny_net
+from conftest import ROOT, TINY, call, pixels, randomize, refuses, tiny_net
 from PIL import Image
 from torch.testing import assert_close
 
@@ -245,6 +249,84 @@ def test_if_needed(cm_run, tmp_path):
     for name in ("grid.png", "samples.json", "samples.npz"):
         (tmp_path / name).unlink()
         assert made_again("--seed", 1), name
+
+
+@pytest.fixture
+def batches(monkeypatch):
+    """made: the images' numbers of each batch that is generated; stop: after how many it fails."""
+    batches, sample_batch = SimpleNamespace(made=[], stop=None), sample.sample_batch
+
+    def counted(net, y, indices, *args):
+        if len(batches.made) == batches.stop:
+            raise KeyboardInterrupt
+        batches.made.append(indices)
+        return sample_batch(net, y, indices, *args)
+    monkeypatch.setattr(sample, "sample_batch", counted)
+    return batches
+
+
+def stopped(batches, main, *flags, after):
+    """Call a script, which is stopped after some batches."""
+    batches.made.clear()
+    batches.stop = after
+    with pytest.raises(KeyboardInterrupt):
+        call(main, *flags)
+    batches.made.clear()
+    batches.stop = None
+
+
+def test_a_stopped_call_goes_on(cm_run, tmp_path, batches, capsys):
+    """The same images to the last bit, those that were finished from the disk."""
+    flags = ("--ckpt", cm_run / "ckpt.pt", "--num", 23, "--steps", 2, "--device", "cpu",
+             "--batch-size", 6, "--out")
+    call(sample.main, *flags, tmp_path / "whole")
+    whole = list(batches.made)
+    stopped(batches, sample.main, *flags, tmp_path, after=2)
+    assert not (tmp_path / "samples.npz").exists()
+    (kept,) = (tmp_path / "unfinished").iterdir()
+    (kept / ".12-17.npz.1.tmp").write_bytes(b"of a process that was killed")
+    call(sample.main, *flags, tmp_path)
+    assert batches.made == whole[2:] and "going on from image 12 of 23" in capsys.readouterr().out
+    assert np.array_equal(pixels(tmp_path), pixels(tmp_path / "whole"))
+    assert not (tmp_path / "unfinished").exists()
+
+    # In other batches those that are not whole are generated again
+    stopped(batches, sample.main, *flags, tmp_path, after=2)
+    call(sample.main, *flags, tmp_path, "--batch-size", 5)
+    assert batches.made == [list(range(10, 15)), list(range(15, 19)), list(range(19, 23))]
+    assert np.abs(pixels(tmp_path) - pixels(tmp_path / "whole")).max() <= 1
+
+
+def test_other_settings_start_anew_and_say_so(cm_run, tmp_path, batches, capsys):
+    flags = ("--ckpt", cm_run / "ckpt.pt", *SHORT, "--batch-size", 2, "--out")
+    for out in ("twice", "whole"):
+        call(sample.main, *flags, tmp_path / out)
+    assert "replaces" not in capsys.readouterr().out
+    other = (*flags, tmp_path / "twice", "--guidance", 0, "--classes", "6-7")
+    stopped(batches, sample.main, *other, after=1)
+    said = capsys.readouterr().out
+    assert "guidance 1.5, classes [6, 7, 8]" in said and "steps" not in said
+    call(sample.main, *flags, tmp_path / "twice")       # the first settings: images of the second
+    assert len(batches.made) == 3 and "removed" in capsys.readouterr().out
+    assert np.array_equal(pixels(tmp_path / "twice"), pixels(tmp_path / "whole"))
+
+
+@pytest.mark.slow
+def test_a_killed_call_goes_on(cm_run, tmp_path):
+    """After kill -9 in the middle of a batch, and of its writing."""
+    flags = ["--ckpt", cm_run / "ckpt.pt", "--num", 400, "--steps", 2, "--device", "cpu",
+             "--batch-size", 4, "--seed", 3, "--out"]
+    for number in (2, 30, 60):
+        p = subprocess.Popen([sys.executable, "sample.py", *map(str, [*flags, tmp_path / "cut"])],
+                             cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        while not list((tmp_path / "cut").glob(f"unfinished/*/{4 * number}-*.npz")):
+            assert p.poll() is None, p.stdout.read()
+            time.sleep(0.02)
+        p.kill()
+        p.communicate()
+    call(sample.main, *flags, tmp_path / "cut")
+    call(sample.main, *flags, tmp_path / "whole")
+    assert np.array_equal(pixels(tmp_path / "cut"), pixels(tmp_path / "whole"))
 
 
 def test_null(cm_run, cpu, tmp_path, capsys):
