@@ -25,17 +25,17 @@ import torch
 
 import disk
 import runtime
-from data import by_size, folders_of, to_rgb
+from data import by_size, folders_of
 from metrics.features import DIGITS_CLASSIFIER, INCEPTION, Extractor, Features
 from metrics.image_sets import (compare, find_reference, from_checkpoint, from_samples,
-                                parse_about, protocol_of)
+                                parse_about, protocol_of, read_npz)
 from metrics.inception import INPUTS
 from metrics.scores import (DENSITY_K, FLOOR_IMAGES, IS_SPLITS, KID_SIZE, KID_SUBSETS, METRIC_SEED,
                             density_coverage, distance_of, floor_of, inception_score,
                             kernel_distance, placed, precision_recall)
 from networks import KINDS
 from runtime import Parser, UserError, integer, run
-from sample import add_sampling_flags, dtype_of, generate, prepare
+from sample import add_sampling_flags, dtype_of, generate, make_samples, prepare
 
 FEW = 2048          # with fewer images a Frechet distance depends mostly on their number
 
@@ -56,23 +56,31 @@ def make_extractor(args, subject, reference, rt):
                      args.trust_weights)
 
 
-def extract_both(args, comparison, extractor, rt):
-    """Generate images where there are none yet; Features of both sides, on rank 0; the seconds.
+def images_of_checkpoint(args, comparison, folder, rt):
+    """The Images of --ckpt, which stay in a folder in `folder` for other features or references."""
+    subject = comparison.subject
+    record = {**subject.made, "num": comparison.num, "num_group": comparison.num_group}
+    out = folder / f"eval-samples-{disk.settings_id(record)}"
+
+    def make_images(keep_in):
+        net = prepare(subject.net, rt, subject.shape, comparison.n, args.batch_size)
+        return generate(net, comparison.labels, comparison.indices, subject.shape, rt,
+                        subject.sampling, args.batch_size, keep_in=keep_in)
+    make_samples(out, subject.data, rt, record, comparison.labels.tolist(), make_images,
+                 if_needed=True)
+    return read_npz(str(out), out / "samples.npz", "--ckpt")
+
+
+def extract_both(args, comparison, extractor, folder, rt):
+    """Features of both sides, on rank 0; the seconds. folder: of the images that --ckpt generates.
 
     Raises UserError where features or logits are not finite.
     """
     subject, reference = comparison.subject, comparison.reference
-    title = "features of the samples"
-    start = sampled = time.time()
-    if subject.images:
-        fake = extractor.of(subject.images, title)
-    else:
-        net = prepare(subject.net, rt, subject.shape, comparison.n, args.batch_size)
-        images = generate(net, comparison.labels, comparison.indices, subject.shape, rt,
-                          subject.sampling, args.batch_size, gather=False)
-        sampled = time.time()
-        fake = extractor.extract(lambda rows: to_rgb(images[rows]), len(images), title,
-                                 shared=False)
+    start = time.time()
+    images = subject.images or images_of_checkpoint(args, comparison, folder, rt)
+    sampled = time.time()
+    fake = extractor.of(images, "features of the samples")
     real = extractor.of(reference, "features of the reference")
     for values in (*fake, *real):
         if values is not None and not np.isfinite(values).all():        # None: not on rank 0
@@ -402,7 +410,9 @@ def make_parser():
                    help="keep the reference's features in FILE, for a later --reference FILE")
     add_sampling_flags(parser)
     parser.add_argument("--out-json", help="the numbers and every setting that moves them "
-                        "(default: eval.json in --out)")
+                        "(default: eval.json in --out). The images of --ckpt stay beside it, in "
+                        "eval-samples-..., for a later call with the same sampling, and may be "
+                        "removed (50,000 of 32 pixels: 150 MB)")
     parser.add_argument("--if-needed", action="store_true",
                         help="do nothing where --out-json was made with these settings")
     parser.add_common("folder of eval.json (default: beside --ckpt or --samples)")
@@ -440,7 +450,7 @@ def main():
     announce(args, comparison, extractor, rt)
 
     # Images to features to numbers, these on rank 0 only
-    fake, real, seconds = extract_both(args, comparison, extractor, rt)
+    fake, real, seconds = extract_both(args, comparison, extractor, out_json.parent, rt)
     if rt.rank > 0:
         return
     start = time.time()

@@ -17,8 +17,7 @@ from data import class_groups, load_reference, to_classes, to_rgb
 from metrics.features import DIGITS_CLASSIFIER
 from networks import load_network
 from runtime import UserError
-from sample import (Sampling, describe, image_shape, print_notes, sampling_in_words,
-                    sampling_of)
+from sample import Sampling, describe, image_shape, sampling_in_words, sampling_of
 from sets.packing import open_image
 from sets.readers import READERS, image_folder
 from sets.samples import images_of_npz, open_npz, read_record
@@ -167,7 +166,6 @@ def from_checkpoint(args, ckpt, rt):
     sampling = sampling_of(args, ckpt["kind"], ckpt["config"])
     net = load_network(ckpt, args.weights, args.branch, rt.device)
     made = describe(args, ckpt, sampling, rt)
-    print_notes(made, rt)
     data = ckpt["data"]
     words = (f"{args.ckpt} (step {ckpt['step']:,}, {made['weights']} weights, {made['branch']} "
              f"branch; {sampling_in_words(sampling.record())}, {rt.dtype_name()})")

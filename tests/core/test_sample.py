@@ -14,6 +14,7 @@ from PIL import Image
 from torch.testing import assert_close
 
 import disk
+import evaluate
 import networks
 import runtime
 import sample
@@ -309,6 +310,25 @@ def test_other_settings_start_anew_and_say_so(cm_run, tmp_path, batches, capsys)
     call(sample.main, *flags, tmp_path / "twice")       # the first settings: images of the second
     assert len(batches.made) == 3 and "removed" in capsys.readouterr().out
     assert np.array_equal(pixels(tmp_path / "twice"), pixels(tmp_path / "whole"))
+
+
+def test_evaluate_keeps_its_images(cm_run, classifier, data_dir, tmp_path, batches, capsys):
+    """A stopped call goes on; other metrics of the same images do not generate them again."""
+    flags = ("--ckpt", cm_run / "ckpt.pt", "--num", 30, "--steps", 2, "--batch-size", 10,
+             "--features", classifier, "--data-dir", data_dir, "--device", "cpu", "--out-json")
+    call(evaluate.main, *flags, tmp_path / "whole/eval.json")
+    stopped(batches, evaluate.main, *flags, tmp_path / "eval.json", after=1)
+    call(evaluate.main, *flags, tmp_path / "eval.json")
+    assert len(batches.made) == 2 and "going on from image 10 of 30" in capsys.readouterr().out
+    found = disk.read_json(tmp_path / "eval.json")
+    assert found["fd"] == disk.read_json(tmp_path / "whole/eval.json")["fd"]
+    call(evaluate.main, *flags, tmp_path / "test.json", "--reference-split", "test")
+    assert len(batches.made) == 2
+    (kept,) = tmp_path.glob("eval-samples-*/samples.npz")
+    call(evaluate.main, "--samples", kept, *flags[8:], tmp_path / "samples.json")
+    assert disk.read_json(tmp_path / "samples.json")["fd"] == found["fd"]
+    call(evaluate.main, *flags, tmp_path / "other.json", "--guidance", 0)
+    assert len(batches.made) == 5
 
 
 @pytest.mark.slow
