@@ -2,6 +2,7 @@
 
 No network, and no data but scikit-learn's digits.
 """
+import importlib
 import json
 import os
 import signal
@@ -27,6 +28,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import disk
 import runtime
 import train
+from cm_layers import reserved
 from data import load, long_tail, to_float
 from recognition import classify
 from losses import BASES, Objective, bind, options_of
@@ -48,6 +50,21 @@ def call(main, *argv):
         main()
     finally:
         sys.argv = before
+
+
+def parse_only(monkeypatch, module, flags):
+    """Call a script's main until it has parsed its flags: it must understand each of them."""
+    class Parsed(Exception):
+        pass
+
+    def parse_and_stop(self, *args):
+        parse_args(self, *args)
+        raise Parsed
+
+    main, parse_args = importlib.import_module(module).main, runtime.Parser.parse_args
+    with monkeypatch.context() as patch, pytest.raises(Parsed):
+        patch.setattr(runtime.Parser, "parse_args", parse_and_stop)
+        call(main, *flags)
 
 
 def randomize(net, seed=0, scale=0.05):
@@ -119,6 +136,22 @@ def torchrun(*argv, processes=2):
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     return subprocess.Popen([str(word) for word in command], stdout=subprocess.PIPE,
                             stderr=subprocess.STDOUT, text=True, cwd=ROOT, env=env)
+
+
+def by_two_processes(*argv):
+    """Run a script under torchrun to its end."""
+    process = torchrun(*argv)
+    text = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, text
+
+
+def fill_reserved(module, std=1.0, A=None):
+    """Give every B of the low-rank parts normal values, as after training; A: of std A, too."""
+    g = torch.Generator().manual_seed(1)
+    for _, _, part in reserved(module):
+        torch.nn.init.normal_(part.B, std=std, generator=g)
+        if A is not None:
+            torch.nn.init.normal_(part.A, std=A, generator=g)
 
 
 def assert_same_losses(a, b):

@@ -1,11 +1,12 @@
 """cm_layers.py: Eq. (1) on our network and on others' layers; theta^g; merging."""
 import copy
+import itertools
 from functools import partial
 
 import pytest
 import torch
 import torchvision
-from conftest import tiny_net
+from conftest import fill_reserved, tiny_net
 from torch import nn
 from torch.nn.utils import parametrize, spectral_norm
 from torch.testing import assert_close
@@ -13,9 +14,7 @@ from torch.testing import assert_close
 from cm_layers import checkpoint, general_only, merge, reserve, reserved
 
 
-# --------------------------------------------------------------------------------------------------
 # Modules to reserve: each function returns (the module, a function that runs a network with it)
-
 def unet():
     net = tiny_net(None)
     x = torch.randn(2, 1, 8, 8)
@@ -42,10 +41,8 @@ def transformer(train):
     x = torch.randn(2, 5, 16)
 
     def call():
-        if train:
-            return net(x)
         # Without gradients, eval mode takes the fused path, which reads weights directly
-        with torch.no_grad():
+        with torch.set_grad_enabled(train):
             return net(x)
     return net, call
 
@@ -56,19 +53,10 @@ CASES = {
     "transformer-eval": partial(transformer, False)}
 
 
-def randomize_B(module, std=1.0):
-    """Give every B normal values, as after training."""
-    for _, _, part in reserved(module):
-        nn.init.normal_(part.B, std=std)
-
-
 def state_shapes(module):
     """{key: shape} of a module's state dict."""
     return {k: v.shape for k, v in module.state_dict().items()}
 
-
-# --------------------------------------------------------------------------------------------------
-# Reserve, theta^g, merge
 
 @pytest.mark.parametrize("form", ["flat", "kernel"])
 @pytest.mark.parametrize("case", CASES)
@@ -79,9 +67,7 @@ def test_reserve_general_merge(case, form):
     plain = run()
     reserve(module, 0.25, form)
     assert torch.equal(run(), plain)                                    # B = 0
-    for _, _, part in reserved(module):
-        nn.init.normal_(part.A, std=0.3)
-        nn.init.normal_(part.B, std=0.3)
+    fill_reserved(module, 0.3, A=0.3)
     full = run()
     assert (full - plain).abs().max() > 1e-3
     with general_only(module):
@@ -99,20 +85,12 @@ def test_merged_weight_is_w_plus_ba():
     reserve(layer, 0.5)
     part = layer.parametrizations.weight[0]
     nn.init.normal_(part.B)
-    W_g = layer.parametrizations.weight.original.detach().clone()
-    expected = torch.zeros_like(W_g)
-    for o in range(8):                                                  # element by element
-        for i in range(6):
-            for a in range(3):
-                for b in range(3):
-                    column = (i * 3 + a) * 3 + b
-                    BA = sum(part.B[o, r] * part.A[r, column] for r in range(4))
-                    expected[o, i, a, b] = W_g[o, i, a, b] + BA
+    expected = layer.parametrizations.weight.original.detach().clone()
+    for o, i, a, b in itertools.product(range(8), range(6), range(3), range(3)):
+        column = (i * 3 + a) * 3 + b
+        expected[o, i, a, b] += sum(part.B[o, r] * part.A[r, column] for r in range(4))
     assert_close(merge(layer).weight, expected)
 
-
-# --------------------------------------------------------------------------------------------------
-# Ranks, gradients, which layers
 
 @pytest.mark.parametrize("layer, form, rank, A, B", [
     (nn.Conv2d(128, 256, 3), "flat", 25, (25, 1152), (256, 25)),
@@ -137,7 +115,7 @@ def test_gradients_reach_w_a_and_b():
     for _, _, part in reserved(module):
         # B = 0 hides A for one step
         assert part.B.grad.abs().max() > 0 and (part.A.grad == 0).all()
-    randomize_B(module)
+    fill_reserved(module)
     run().square().sum().backward()
     for owner, name, part in reserved(module):
         W_g = owner.parametrizations[name].original
@@ -162,9 +140,6 @@ def test_errors(wrong):
         wrong()
 
 
-# --------------------------------------------------------------------------------------------------
-# Others' modules, and what torch does with weights
-
 def test_recurrent_layers_are_named():
     net = nn.ModuleDict({"rnn": nn.LSTM(4, 4), "head": nn.Linear(4, 2),
                          "words": nn.Embedding(3, 4)})
@@ -187,7 +162,7 @@ def test_recomputed_passes_keep_their_branch():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
     reserve(net, 0.5)
-    randomize_B(net, 0.5)
+    fill_reserved(net, 0.5)
     x = torch.randn(5, 4, requires_grad=True)
     expected = gradients(net, x, lambda f, x: f(x))
     got = gradients(net, x, partial(checkpoint, net))
@@ -231,7 +206,7 @@ def test_a_peft_adapter_merged_after_ours_adds_up():
     plain = run(net)
     reserve(net, 0.5, where=lambda name, layer: "lora" not in name)
     assert torch.equal(run(net), plain)
-    randomize_B(net, 0.3)
+    fill_reserved(net, 0.3)
     before = run(net)
     with general_only(net):
         assert_close(run(net), plain)
@@ -250,7 +225,7 @@ def test_a_peft_adapter_merged_after_ours_adds_up():
 def test_a_peft_adapter_merged_before_ours():
     net, run = bert_with_adapter()
     reserve(net, 0.5)
-    randomize_B(net, 0.3)
+    fill_reserved(net, 0.3)
     before = run(net)
     unloaded = copy.deepcopy(net).merge_and_unload()
     assert (run(merge(unloaded)) - before).abs().max() > 0.01           # it is lost

@@ -40,9 +40,7 @@ class OneBatch:
         return self.images
 
 
-# --------------------------------------------------------------------------------------------------
 # A device without float64: torch's "meta" plays MPS
-
 class NoFloat64(TorchDispatchMode):
     """Raises, as MPS does, where a float64 tensor would be on the device."""
 
@@ -86,9 +84,7 @@ def test_sampling_needs_no_float64_of_the_device(meta):
         assert x.is_meta and x.dtype == torch.float32
 
 
-# --------------------------------------------------------------------------------------------------
 # float16: the loss is multiplied by a scale, and its gradients divided
-
 def a_training(dtype):
     args = Namespace(seed=0, steps=9, accumulate=1, lr=1e-3, warmup=1, grad_clip=1.0, ema=0.9,
                      out="nowhere", cm=True, div_bound=0.01, lr_decay=False)
@@ -97,23 +93,6 @@ def a_training(dtype):
     optimizer = torch.optim.Adam(objective.net.parameters(), lr=args.lr, fused=True)
     record = {"data": {"class_counts": COUNTS, "class_names": ["a", "b", "c"]}, "config": {}}
     return loop.Training(args, rt, objective.net, objective, OneBatch(), optimizer, record)
-
-
-def test_the_scale_changes_no_update():
-    """Gradients of the scaled loss, divided, clipped and given to Adam: those without a scale."""
-    plain = a_training(torch.float32)
-    scaled = a_training(torch.float16)
-    assert plain.scaler is None and scaled.scaler.get_scale() == 65536
-    norms = []
-    for training, factor in ((plain, 1), (scaled, 65536)):
-        if training.scaler:
-            training.scaler.scale(torch.zeros(()))              # makes its tensors
-        for k, p in enumerate(training.params.values()):
-            p.grad = torch.full_like(p, factor * 0.01 * (k + 1))
-        norms.append(training.update())
-    assert norms[0] == pytest.approx(norms[1])
-    for a, b in zip(plain.params.values(), scaled.params.values()):
-        assert torch.allclose(a, b, atol=1e-7)
 
 
 def test_the_loss_is_scaled_and_an_overflow_skips_the_update():
@@ -167,9 +146,6 @@ def test_a_float16_run_goes_on_to_the_bit(tmp_path, data_dir):
     assert a["scaler"] == b["scaler"] and a["scaler"]["_growth_tracker"] == 4
     assert a["config"]["dtype"] == "float16"
 
-
-# --------------------------------------------------------------------------------------------------
-# TF32, and dtypes that a device has not
 
 @pytest.fixture
 def cuda(monkeypatch):

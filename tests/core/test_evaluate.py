@@ -4,8 +4,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import call, picture, refuses
-from PIL import Image
+from conftest import call, make_folder, picture, refuses
 
 import disk
 import evaluate
@@ -16,9 +15,6 @@ from metrics import image_sets, scores
 from metrics.features import Features
 from recognition import resnet
 
-
-# --------------------------------------------------------------------------------------------------
-# The protocol
 
 def test_pool_is_the_papers():
     for C, many, few in ((100, 607, 589), (10, 6667, 5000)):
@@ -157,12 +153,7 @@ def test_folder_data_set_gets_a_balanced_reference(tmp_path, classifier, cm_run)
     """A checkpoint of a run on a folder: the folder, its resolution and a balanced reference are
     found without flags.
     """
-    rng, root = np.random.RandomState(0), tmp_path / "set"
-    for c, n in enumerate((30, 16, 12)):
-        (root / f"c{c}").mkdir(parents=True)
-        for i in range(n):
-            grey = rng.randint(0, 256, (9, 9, 1), np.uint8)
-            Image.fromarray(np.repeat(grey, 3, 2)).save(root / f"c{c}/{i}.png")
+    root = make_folder(tmp_path / "set", {"c0": 30, "c1": 16, "c2": 12})
     folders = ("--data-dir", root, "--pack-dir", tmp_path / "packed")
     call(train.main, "--dataset", "folder", *folders, "--resolution", 8, "--ch", 16,
          "--ch-mult", 1, 2, "--num-res-blocks", 1, "--batch-size", 8, "--steps", 2,
@@ -180,9 +171,6 @@ def test_folder_data_set_gets_a_balanced_reference(tmp_path, classifier, cm_run)
          *features)
     assert disk.read_json(tmp_path / "eval.json")["num_real"] == 36
 
-
-# --------------------------------------------------------------------------------------------------
-# Nothing is silently wrong
 
 @pytest.fixture
 def samples(data_dir, tmp_path):
@@ -223,12 +211,6 @@ def test_if_needed_notices_what_changed(against_digits, samples, tmp_path, capsy
     check(*flags, "--k", 4, change=lambda: np.savez(reference, images[::-1], labels[::-1]))
     check("--samples", folder, "--reference", reference, *rest,
           change=lambda: picture(folder / "0.png", 7, "L", (8, 8)))
-
-
-def test_a_record_that_is_not_of_these_samples(samples, against_digits, capsys):
-    record = {"settings": {}, "data": {"class_names": list("9876543210")}, "npz_sha256": "0"}
-    disk.write_json(samples.with_suffix(".json"), record)
-    refuses(capsys, evaluate.main, "--samples", samples, *against_digits, says=["--samples"])
 
 
 def test_classes_that_the_samples_lack(samples, against_digits, data_dir, tmp_path):

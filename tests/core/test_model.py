@@ -10,8 +10,7 @@ from conftest import randomize, tiny_net
 from torch.testing import assert_close
 
 from cm_layers import general_only, reserve
-from model import (ResBlock, UNet, UNetConfig, distance, drop, make_alphas_bar, signal_and_sigma,
-                   q_sample, sinusoid, stratified_timesteps)
+from model import (ResBlock, UNet, UNetConfig, drop, sinusoid, stratified_timesteps)
 from variants import fused_norm
 from variants.fused_norm import GroupNormSiLU
 
@@ -35,37 +34,6 @@ def test_parameter_counts_are_the_papers():
     assert smaller < parameters() < larger              # Fig. 4(d)
 
 
-# --------------------------------------------------------------------------------------------------
-# Forward process
-
-def test_schedule_is_the_products_of_a_linear_schedule():
-    alphas_bar = make_alphas_bar()
-    product = 1.0
-    for t in range(1000):
-        product *= 1 - (1e-4 + (0.02 - 1e-4) * t / 999)
-        assert math.isclose(float(alphas_bar[t]), product, rel_tol=1e-12)
-    assert alphas_bar.dtype == torch.float64 and len(alphas_bar) == 1000
-
-
-def test_q_sample_against_the_equation():
-    alphas_bar = make_alphas_bar()
-    g = torch.Generator().manual_seed(0)
-    x_0 = torch.randn(4, 3, 2, 2, generator=g)
-    eps = torch.randn(4, 3, 2, 2, generator=g)
-    t = torch.tensor([0, 10, 500, 999])
-    x_t = q_sample(x_0, t, eps, *signal_and_sigma(alphas_bar))
-    for i in range(4):
-        a = float(alphas_bar[t[i]])
-        assert_close(x_t[i], math.sqrt(a) * x_0[i] + math.sqrt(1 - a) * eps[i])
-
-
-def test_distance_is_a_mean_square_per_image():
-    g = torch.Generator().manual_seed(0)
-    a, b = torch.randn(2, 3, 2, 4, 5, generator=g)
-    expected = [((a[i] - b[i]) ** 2).sum() / (2 * 4 * 5) for i in range(3)]
-    assert_close(distance(a, b), torch.stack(expected))
-
-
 @pytest.mark.parametrize("n, repeats, T", [(1, 1, 1000), (7, 10, 37), (5000, 10, 1000)])
 def test_stratified_timesteps_are_the_literal_formula(n, repeats, T):
     """Bit for bit what NumPy gives."""
@@ -83,9 +51,6 @@ def test_sinusoid_has_the_frequencies_of_the_ddpm_code():
     expected = [math.sin(a) for a in angles] + [math.cos(a) for a in angles]
     assert_close(emb, torch.tensor(expected))
 
-
-# --------------------------------------------------------------------------------------------------
-# The U-Net
 
 @pytest.mark.parametrize("ch, ch_mult, size", [(8, (1, 2), 8), (32, (1, 2, 3, 4), 16)])
 def test_every_block_depends_on_t_and_y(ch, ch_mult, size):
@@ -162,19 +127,7 @@ def test_dropout_keeps_the_mean(dtype):
     assert drop(h, None, 0.25) is h
 
 
-def test_any_channels_and_sizes_and_a_clear_error():
-    cfg = UNetConfig(channels=2, num_classes=3, ch=8, ch_mult=(1, 2, 2), attn=(0, 2),
-                     num_res_blocks=2)
-    net = UNet(cfg)
-    eps = net(torch.randn(2, 2, 12, 20), torch.tensor([1, 2]), torch.tensor([0, -1]))
-    assert eps.shape == (2, 2, 12, 20)
-    with pytest.raises(ValueError):
-        UNet(UNetConfig(ch=130))
-
-
-# --------------------------------------------------------------------------------------------------
 # What stands for torch's group norm in code that is compiled for CUDA
-
 @pytest.mark.parametrize("silu", [True, False])
 @pytest.mark.parametrize("shape, groups", [
     ((3, 16, 5, 4), 4), ((2, 6, 1, 2), 3), ((1, 8, 7, 7), 1)])

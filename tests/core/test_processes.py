@@ -11,8 +11,8 @@ import time
 
 import numpy as np
 import pytest
-from conftest import (TINY_FLAGS, assert_same_losses, call, pixels, read_log, torchrun,
-                      wait_for)
+from conftest import (TINY_FLAGS, assert_same_losses, by_two_processes, call, pixels, read_log,
+                      torchrun, wait_for)
 
 import disk
 import evaluate
@@ -46,14 +46,9 @@ def two(tmp_path_factory, data_dir, cm_run, classifier):
                  "--data-dir", data_dir, "--out-json", out / "eval.json"])
     plain = [[str(word) for word in words] for words in work]
     (out / "work.json").write_text(json.dumps(plain))
-    p = torchrun("tests/two_processes.py", out / "work.json")
-    text = p.communicate(timeout=300)[0]
-    assert p.returncode == 0, text
+    by_two_processes("tests/two_processes.py", out / "work.json")
     return out
 
-
-# --------------------------------------------------------------------------------------------------
-# The same results
 
 @pytest.mark.parametrize("base, cm", RUNS)
 def test_losses_equal_one_processes(two, tmp_path, data_dir, base, cm):
@@ -71,8 +66,7 @@ def test_accumulate_and_processes_share_the_dropout_masks(tmp_path, data_dir):
     """A pass of --accumulate draws what a process would: two passes are two processes."""
     common = [*TINY_FLAGS, "--steps", 3, "--data-dir", data_dir, "--out"]
     call(train.main, *common, tmp_path / "one", "--accumulate", 2)
-    p = torchrun("train.py", *common, tmp_path / "two")
-    assert p.wait(120) == 0, p.stdout.read()
+    by_two_processes("train.py", *common, tmp_path / "two")
     assert_same_losses(tmp_path / "one", tmp_path / "two")
 
 
@@ -106,9 +100,6 @@ def test_samples_and_numbers_are_one_processes(two, cm_run, classifier, data_dir
     assert a["fd"] == pytest.approx(b["fd"], rel=1e-3)
     assert a["groups"]["Few"]["fd"] == pytest.approx(b["groups"]["Few"]["fd"], rel=1e-3)
 
-
-# --------------------------------------------------------------------------------------------------
-# Processes that end
 
 def children(pid):
     """Process ids of the children of a process."""

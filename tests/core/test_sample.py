@@ -26,9 +26,6 @@ AB = make_alphas_bar()
 SHAPE = (1, 8, 8)           # of a digit
 
 
-# --------------------------------------------------------------------------------------------------
-# Samplers against closed forms
-
 def gaussian_eps(x, t, mean=0.3, std=0.5):
     """The exact eps of data N(mean, std^2).
 
@@ -112,9 +109,6 @@ def test_the_noise_of_eta_is_equation_16s():
     got = sample.ddim(lambda x, t: 0 * x, x, AB, [600, 200], lambda: 2 * x, eta=0.5)
     assert_close(got, x * x_200 / math.sqrt(ab_0))
 
-
-# --------------------------------------------------------------------------------------------------
-# Images of a trained network
 
 def checkpoint(cm_run):
     """The checkpoint of a run."""
@@ -204,9 +198,6 @@ def test_load_network_is_load_unmerged_merged(cm_run, weights, branch):
     assert_close(loaded.state_dict(), merge(unmerged, branch).state_dict(), rtol=0, atol=0)
     assert not list(reserved(loaded)) and not any(p.requires_grad for p in loaded.parameters())
 
-
-# --------------------------------------------------------------------------------------------------
-# Files
 
 def test_files_and_branches(cm_run, tmp_path, capsys):
     common = ("--ckpt", cm_run / "ckpt.pt", "--num", 12, "--classes", "6-9", "--steps", 3,
@@ -447,9 +438,7 @@ def test_export_is_a_plain_network_that_generates_the_same_images(cm_run, cpu, t
             assert_close(dict(exported[part]), dict(expected), rtol=0, atol=0)
 
 
-# --------------------------------------------------------------------------------------------------
 # Against diffusers' schedulers, on one fixed function as the network
-
 def bumpy(x, t):
     """A smooth, non-linear function in place of a network."""
     return torch.tanh(0.8 * x + math.sin(t / 150)) + 0.1 * x.flip(-1)
@@ -549,9 +538,6 @@ def test_the_orders_of_dpm_add_up_to_the_calls(steps, order, orders):
     assert sample.dpm_orders(steps, order) == orders
     assert sum(orders) == steps
 
-
-# --------------------------------------------------------------------------------------------------
-# What makes it fast
 
 def test_a_padded_batch_gives_the_same_images(cpu, monkeypatch):
     """Seven images in fixed batches of three: no more, and the same ones."""

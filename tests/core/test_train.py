@@ -30,9 +30,6 @@ def resolved(*flags):
     return train.resolve(train.make_parser().parse_args(list(map(str, flags))))
 
 
-# --------------------------------------------------------------------------------------------------
-# Resuming, signals
-
 def test_ten_steps_are_five_and_kill_and_five(tmp_path, data_dir):
     straight, killed = tmp_path / "a", tmp_path / "b"
     flags = [*TINY_FLAGS, "--log-every", 2, "--save-every", 5, "--data-dir", data_dir, "--out"]
@@ -66,16 +63,12 @@ def test_a_signal_is_answered_within_a_pass(tmp_path, data_dir, monkeypatch):
     assert read_log(tmp_path / "stopped") == read_log(tmp_path / "straight")
 
 
-# --------------------------------------------------------------------------------------------------
-# Learning
-
 def test_it_learns(tmp_path, data_dir):
     call(train.main, *TINY_FLAGS, "--base", "ddpm", "--steps", 80, "--log-every", 20, "--lr", 0.003,
          "--warmup", 0, "--data-dir", data_dir, "--out", tmp_path)
     log = read_log(tmp_path)
     assert log[-1]["base"] < 0.35 < log[0]["base"]
-    names = {"base", "con", "div", "D_Many", "D_Few", "grad_norm", "lr", "step"}
-    assert names <= set(log[-1])
+    assert {"con", "div", "D_Many", "D_Few", "grad_norm", "lr", "step"} <= set(log[-1])
 
 
 @pytest.mark.parametrize("flags", [
@@ -123,9 +116,6 @@ def test_a_compiler_that_is_missing(tmp_path, data_dir, monkeypatch):
     assert read_log(tmp_path / "eager") == rest
 
 
-# --------------------------------------------------------------------------------------------------
-# What is written
-
 def test_d_per_group_is_weighted(digits):
     """With --cm-fraction an image stands for as many as its weight says."""
     meter = loop.Meter(digits.counts, digits.class_names, torch.device("cpu"))
@@ -143,8 +133,7 @@ def test_snapshots_and_grids(tmp_path, data_dir):
     snapshots = sorted(tmp_path.glob("ckpt-*.pt"))
     assert [disk.load(path, ["diffusion"])["step"] for path in snapshots] == [2, 4]
     board = EventAccumulator(str(tmp_path)).Reload()
-    image = board.Images("samples")[0]
-    assert image.step == 4
+    assert board.Images("samples")[0].step == 4
     scalars = set(board.Tags()["scalars"])
     assert {"loss/base", "loss/div", "D/Few", "optimisation/lr", "speed/images_per_s"} <= scalars
     assert (tmp_path / "grid-0000004.png").exists()
@@ -168,9 +157,6 @@ def test_distances_during_training(tmp_path, data_dir, classifier, capsys):
     for group in ("Many", "Medium", "Few"):
         assert records[0][f"FD_{group}"] == pytest.approx(result["groups"][group]["fd"], rel=1e-6)
 
-
-# --------------------------------------------------------------------------------------------------
-# Flags
 
 def test_default_names_and_paper_defaults():
     paper = vars(resolved("--preset", "paper"))

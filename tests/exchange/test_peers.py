@@ -16,9 +16,6 @@ TABLE = "time_embedding.timembedding.0.weight"
 LEVELS = [(1, False), (2, True)]            # multiplier, attention
 
 
-# --------------------------------------------------------------------------------------------------
-# Their network: parameters by their names, and what they compute
-
 class Weights(dict):
     """A state dict of random weights, filled layer by layer."""
 

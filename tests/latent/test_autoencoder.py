@@ -14,9 +14,6 @@ from latent.autoencoder import (Autoencoder, KLAutoencoder, LatentBatches, Pixel
 from runtime import generator
 
 
-# --------------------------------------------------------------------------------------------------
-# In use
-
 def test_latents_round_trip(tiny_sd):
     """encode, and decode in parts, are the autoencoder's own, times its scaling factor."""
     model = sd.Model(str(tiny_sd), torch.device("cpu"))
@@ -71,9 +68,6 @@ def test_latents_are_drawn_anew_in_every_step(digits, limit, monkeypatch):
     assert_close(x_0, mean + std * noise)
     assert y.tolist() == digits.labels[rows].tolist() and condition is None
 
-
-# --------------------------------------------------------------------------------------------------
-# The small one
 
 def test_shapes_and_moments():
     net = randomize(KLAutoencoder(ch=16, factor=4), scale=0.1)

@@ -2,14 +2,13 @@
 
 The cut network, its two low-rank parts, training, samples.
 """
-import json
 import shutil
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import assert_same_losses, call, refuses, torchrun
+from conftest import assert_same_losses, by_two_processes, call, read_log, refuses
 from PIL import Image
 from torch.testing import assert_close
 
@@ -41,9 +40,6 @@ def net(model):
     return model.network(NAMES, CONFIG)
 
 
-# --------------------------------------------------------------------------------------------------
-# The network
-
 def test_the_cut_network_is_the_whole_one(model, tiny_sd):
     """encode and decode are diffusers' forward, label by label, with its text encoder's states."""
     import diffusers
@@ -65,7 +61,7 @@ def test_what_is_trained(net):
     """
     layers = [name for name, _ in net.named_modules() if name.endswith(sd.PROJECTIONS)]
     in_decoder = [name for name in layers if name.startswith("decoder")]
-    names = set(sd.adapters(net))
+    names = sd.adapters(net).keys()
     assert {n for n, p in net.named_parameters() if p.requires_grad} == names
     assert sum(".0.A" in n for n in names) == len(layers)           # .0 is the LoRA
     assert all(n.startswith("decoder") for n in names if ".1.A" in n)       # .1 the reserved part
@@ -98,28 +94,22 @@ def step_of(model, net):
 def test_checkpointing_gives_the_same_gradients_with_less_memory(tiny_sd, cpu):
     """Those of theta^g's pass, too: --checkpointing reaches the blocks of both halves."""
     images = SimpleNamespace(images=np.zeros((1, 16, 16, 3)), class_names=NAMES)
-    found, kept = [], []
-    for more in ([], ["--checkpointing"]):
-        args = sd.make_train_parser().parse_args(
-            [*FLAGS, *CM_RANK, *more, "--model", tiny_sd])
+    found, kept = [], [0, 0]
+    for k, more in enumerate(([], ["--checkpointing"])):
+        args = sd.make_train_parser().parse_args([*FLAGS, *CM_RANK, *more, "--model", tiny_sd])
         model, net = sd.load_model(args, cpu, images, None)
-        saved = []
 
-        def keep(tensor, saved=saved):
-            saved.append(tensor.numel())
+        def keep(tensor, k=k):
+            kept[k] += tensor.numel()
             return tensor
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             found.append(step_of(model, net))
-        kept.append(sum(saved))
     (total, gradients), (other, others) = found
     assert_close(other, total)
     assert all(grad.abs().max() > 0 for grad in gradients.values())
     assert_close(others, gradients)
     assert kept[1] < 0.5 * kept[0], kept
 
-
-# --------------------------------------------------------------------------------------------------
-# Training
 
 @pytest.fixture(scope="module")
 def run_of(tmp_path_factory, tiny_sd, pictures):
@@ -149,13 +139,12 @@ def plain(run_of):
 def test_train_and_resume(run_of, whole):
     for epochs in (1, 3):
         parts = run_of("parts", "--epochs", epochs, "--lr", 0.01)
-    a = disk.load(whole / "ckpt.pt", ["latent"])
-    b = disk.load(parts / "ckpt.pt", ["latent"])
+    a, b = (disk.load(run / "ckpt.pt", ["latent"]) for run in (whole, parts))
     assert a["step"] == b["step"] == 8                                  # ceil(3 x 21 / 8)
     assert a["adapters"].keys() == a["ema"].keys()
     for key in ("adapters", "ema"):
-        assert all(torch.equal(value, b[key][name]) for name, value in a[key].items())
-    log = [json.loads(line) for line in (whole / "log.jsonl").open()]
+        assert_close(b[key], a[key], rtol=0, atol=0)
+    log = read_log(whole)
     assert [record["step"] for record in log] == list(range(1, 9))
     assert {"base", "con", "div", "D_Many", "D_Few"} <= set(log[-1])
     assert (whole / "ckpt.pt").stat().st_size < 1 << 20     # the low-rank parts, not the model
@@ -165,9 +154,8 @@ def test_grids_are_decoded_ema_samples(run_of, whole, tmp_path, monkeypatch):
     """As the command sample makes them; they move no weight."""
     monkeypatch.setitem(sample_py.STEPS, "ddim", 6)
     run = run_of("grids", "--epochs", 3, "--lr", 0.01, "--sample-every", 4, "--keep-every", 4)
-    a = disk.load(whole / "ckpt.pt", ["latent"])
-    b = disk.load(run / "ckpt.pt", ["latent"])
-    assert all(torch.equal(value, b["adapters"][name]) for name, value in a["adapters"].items())
+    a, b = (disk.load(folder / "ckpt.pt", ["latent"])["adapters"] for folder in (whole, run))
+    assert_close(b, a, rtol=0, atol=0)
     assert sorted(path.name for path in run.glob("*-0*")) == [
         "ckpt-0000004.pt", "ckpt-0000008.pt", "grid-0000004.png", "grid-0000008.png"]
     call(sd.main, "sample", "--ckpt", run / "ckpt-0000004.pt", "--num", 30,
@@ -210,19 +198,14 @@ def test_what_is_trained_how(run_of, monkeypatch, model):
 def test_two_processes_are_the_same_run(run_of, tmp_path, tiny_sd, pictures):
     one = run_of("one", "--epochs", 2)
     two = tmp_path / "two"
-    p = torchrun("-m", "latent.stable_diffusion", "train", *FLAGS, *CM_RANK, "--epochs", 2,
-                 "--model", tiny_sd,
-                 "--data-dir", pictures, "--pack-dir", tmp_path / "pack", "--out", two)
-    text = p.communicate(timeout=120)[0]
-    assert p.returncode == 0, text
+    by_two_processes("-m", "latent.stable_diffusion", "train", *FLAGS, *CM_RANK, "--epochs", 2,
+                     "--model", tiny_sd, "--data-dir", pictures, "--pack-dir", tmp_path / "pack",
+                     "--out", two)
     assert_same_losses(one, two)
     kept = [next(folder.glob("*-latents-*.npy")) for folder in (one.parent / "pack",
                                                                 tmp_path / "pack")]
     assert np.array_equal(*map(np.load, kept))              # two processes encode the same
 
-
-# --------------------------------------------------------------------------------------------------
-# Samples
 
 def sample(ckpt, out, *more):
     """Generate six images in few steps: int (6, H, W, 3)."""
@@ -244,9 +227,6 @@ def test_sample(whole, tmp_path):
     call(figures.main, "--column", f"CM={tmp_path}/full", "--out", tmp_path / "figure.png")
     assert (tmp_path / "figure.png").exists()           # with the training images
 
-
-# --------------------------------------------------------------------------------------------------
-# Export
 
 @pytest.fixture(scope="module")
 def wide(run_of):
@@ -353,9 +333,6 @@ def test_export_refuses(wide, plain, tiny_sd, tmp_path, capsys):
     assert not (tmp_path / "l").exists() and not (tmp_path / "p").exists()
 
 
-# --------------------------------------------------------------------------------------------------
-# Mistakes
-
 def test_train_refuses(plain, tmp_path, tiny_sd, pictures, capsys):
     def check(says, model, *more, out=tmp_path / "new"):
         refuses(capsys, sd.main, "train", *FLAGS, "--data-dir", pictures,
@@ -407,8 +384,6 @@ def test_a_model_that_lacks_weights(tiny_sd, tmp_path):
 
 
 def test_sample_refuses(plain, cm_run, capsys):
-    refuses(capsys, sd.main, "sample", "--ckpt", plain / "ckpt.pt", "--branch", "general",
-            says=["--branch"])
-    refuses(capsys, sd.main, "sample", "--ckpt", plain / "ckpt.pt", "--classes", "3",
-            says=["--classes"])
-    refuses(capsys, sd.main, "sample", "--ckpt", cm_run / "ckpt.pt", says=["--ckpt"])
+    for run, flags, named in ((plain, ["--branch", "general"], "--branch"),
+                              (plain, ["--classes", "3"], "--classes"), (cm_run, [], "--ckpt")):
+        refuses(capsys, sd.main, "sample", "--ckpt", run / "ckpt.pt", *flags, says=[named])

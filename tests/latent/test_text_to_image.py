@@ -1,14 +1,12 @@
 """text_to_image.py: captions, the text-conditioned transformer, training and sampling offline."""
-import json
-import math
 import shutil
 from argparse import Namespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import (assert_same_losses, call, cub200, flowers102, pixels, randomize, torchrun,
-                      write_text_encoder)
+from conftest import (assert_same_losses, by_two_processes, call, cub200, flowers102, pixels,
+                      randomize, read_log, write_text_encoder)
 from torch.testing import assert_close
 
 import disk
@@ -34,9 +32,6 @@ def refused(flag):
     """What is done in this block is refused in one line that names the flag."""
     return pytest.raises(UserError, match=f"^[^\n]*{flag}[^\n]*$")
 
-
-# --------------------------------------------------------------------------------------------------
-# Captions
 
 def write_captions(folder, images):
     """Reed et al.'s layout: FOLDER/text_c10/CLASS/NAME.txt, ten lines for each image."""
@@ -70,17 +65,11 @@ def test_released_captions_follow_their_images(tmp_path, name, build, where):
         assert captions[3][9] == "caption 9 of image_00007"
     rows = np.array([1, 4])
     assert captions_of(images.take(rows), args, "train") == [captions[1], captions[4]]
-
-
-def test_missing_captions_are_named(tmp_path):
-    cub200(tmp_path)
-    images = load("cub200", tmp_path, resolution=8)
-    args = data_args("cub200", tmp_path)
-    write_captions(tmp_path, sorted((tmp_path / "CUB_200_2011/images").rglob("*.jpg"))[1:])
+    next((tmp_path / "cvpr2016").rglob("*.txt")).unlink()
     with refused("--data-dir"):                         # of one image
         captions_of(images, args, "train")
-    texts = captions_of(images, data_args("cub200", tmp_path, prompt="the {}!"), "train")
-    assert texts[0] == ["the 001.Black footed Albatross!"] and len(texts) == 9
+    of_prompt = captions_of(images, data_args(name, tmp_path, prompt="the {}!"), "train")
+    assert of_prompt[0] == [f"the {images.class_names[0].replace('_', ' ')}!"]
 
 
 def test_captions_beside_images(pictures, tmp_path):
@@ -114,9 +103,6 @@ def test_the_table_draws_captions_of_images_and_classes():
     again = table.condition(np.array([1, 3, 2]), seed=0, step=5)(torch.tensor([0, 1, 2]))
     assert_close(torch.stack(again), torch.stack([own, other]))
 
-
-# --------------------------------------------------------------------------------------------------
-# The network
 
 TEXTS = ["a red bird", "a blue bird with a long beak", "a red fox"]
 
@@ -164,12 +150,8 @@ def test_the_text_and_nothing_else_of_y_reaches_the_prediction():
 
 
 def test_cross_attention_is_reserved_too():
-    net = text_net(rank_ratio=None)
-    x, t, y = torch.randn(3, 4, 4, 4), torch.tensor([0, 5, 999]), torch.tensor([0, 2, -1])
-    before = net(x, t, y)
-    reserve(net.decoder, 0.1)
-    assert_close(net(x, t, y), before)
-    assert is_reserved(net.decoder) and not is_reserved(net.encoder)
+    net = text_net()
+    assert not is_reserved(net.encoder)
     names = [name for name, _ in net.decoder.named_parameters() if name.endswith(".A")]
     assert sum("cross.kv" in name for name in names) == 2
 
@@ -201,9 +183,6 @@ def test_every_base_loss_takes_texts(base):
     assert all(p.grad is not None for p in net.parameters())
 
 
-# --------------------------------------------------------------------------------------------------
-# The commands
-
 def main(*words):
     call(text_to_image.main, *words)
 
@@ -231,15 +210,11 @@ def run(pictures, autoencoder, tmp_path_factory):
     return out
 
 
-def log_of(out):
-    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-
-
 def test_both_trainings_lower_the_loss(autoencoder, run):
-    log = log_of(autoencoder[0].parent)
+    log = read_log(autoencoder[0].parent)
     assert log[-1]["base"] < 0.3 * log[0]["base"]
     assert (autoencoder[0].parent / "grid-0000060.png").exists()
-    log = log_of(run)
+    log = read_log(run)
     first, last = ([r["base"] for r in log][k] for k in (slice(10), slice(-10, None)))
     assert np.mean(last) < 0.8 * np.mean(first)
     assert all("con" in r for r in log) and max(r.get("D_Many", 0) for r in log) > 0
@@ -267,36 +242,16 @@ def test_a_resumed_run_is_the_uninterrupted_one(pictures, autoencoder, tmp_path)
     assert_close(weights_of(tmp_path / "ae"), weights_of(tmp_path / "whole ae"), rtol=0, atol=0)
 
 
-def test_epochs(pictures, autoencoder, tmp_path):
-    """In place of steps; a run may be trained for more of them."""
-    flags = train_flags(pictures, autoencoder, tmp_path, 1, "--sample-every", 0)
-    at = flags.index("--steps")
-    flags = flags[:at] + flags[at + 2:]
-    for epochs in (1, 2):
-        main(*flags, "--epochs", epochs)
-    ckpt = disk.load(tmp_path / "ckpt.pt", ["text"])
-    images, batch_size = sum(ckpt["data"]["class_counts"]), ckpt["config"]["batch_size"]
-    assert ckpt["step"] == math.ceil(2 * images / batch_size)
-    with refused("--steps"):
-        main(*flags, "--epochs", 1, "--steps", 3)
-
-
 @pytest.mark.slow
 def test_two_processes_train_the_same_run(pictures, autoencoder, tmp_path):
     """The network, which sampled gives the same images."""
-    for name in ("one", "two"):
-        words = train_flags(pictures, autoencoder, tmp_path / name, 2, "--sample-every", 0)
-        if name == "one":
-            main(*words)
-            continue
-        process = torchrun("-m", "latent.text_to_image", *words)
-        output = process.communicate()[0]
-        assert process.returncode == 0, output
+    one, two = (train_flags(pictures, autoencoder, tmp_path / name, 2, "--sample-every", 0)
+                for name in ("one", "two"))
+    main(*one)
+    by_two_processes("-m", "latent.text_to_image", *two)
     assert_same_losses(tmp_path / "two", tmp_path / "one")
     sample = ["sample", "--ckpt", tmp_path / "one/ckpt.pt", *SAMPLE, "--out"]
-    process = torchrun("-m", "--", "latent.text_to_image", *sample, tmp_path / "samples two")
-    output = process.communicate()[0]
-    assert process.returncode == 0, output
+    by_two_processes("-m", "--", "latent.text_to_image", *sample, tmp_path / "samples two")
     main(*sample, tmp_path / "samples one")
     gap = pixels(tmp_path / "samples two") - pixels(tmp_path / "samples one")
     assert np.abs(gap).max() <= 1

@@ -13,7 +13,7 @@ from torchvision.transforms import functional as tv
 
 import disk
 import evaluate
-from metrics.features import Extractor, Features, Pretrained, VisionTransformer
+from metrics.features import Extractor, Features, VisionTransformer
 from runtime import UserError
 
 
@@ -68,15 +68,6 @@ def test_it_is_torchvisions_network(hub, published, cpu):
     assert not extractor.net.training
 
 
-@pytest.mark.parametrize("crop", [[8], [8, 8]])
-def test_images_are_stretched_to_the_size_of_the_weights(crop):
-    """What the last Linear gets, and its logits; transforms give one number, or two."""
-    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 8 * 8, 2))
-    whole = Pretrained(net, SimpleNamespace(crop_size=crop, mean=[0.5] * 3, std=[0.25] * 3))
-    features, logits = whole(torch.full((1, 3, 20, 12), 255, dtype=torch.uint8))
-    assert torch.allclose(features, torch.full((1, 192), 2.0)) and logits.shape == (1, 2)
-
-
 def test_an_extractor_takes_its_share_and_what_it_was_made_for(cpu):
     """No image is no batch; a classifier of grey images refuses colours."""
     extractor = Extractor.__new__(Extractor)
@@ -96,29 +87,14 @@ def test_an_extractor_takes_its_share_and_what_it_was_made_for(cpu):
         Extractor.batch(extractor, images)
 
 
-def test_its_distance_is_called_fd(hub, tmp_path):
-    rng = np.random.RandomState(1)
-    for name in "ab":
-        np.savez(tmp_path / f"{name}.npz", rng.randint(0, 256, (6, 8, 8, 3), np.uint8))
-    call(evaluate.main, "--samples", tmp_path / "a.npz", "--reference", tmp_path / "b.npz",
-         "--features", "torchvision:resnet18", "--device", "cpu")
-    result = disk.read_json(tmp_path / "eval.json")
-    assert "fd" in result and "fid" not in result and "is" not in result
-    assert result["settings"]["features"] == "torchvision:resnet18"
-
-
-@pytest.mark.parametrize("name", ["resnet18", "resnet17", "squeezenet1_0"])
-def test_offline_and_unknown(hub, name, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "empty"))
-    refuses(capsys, evaluate.main, "--samples", "digits", "--features", f"torchvision:{name}",
-            "--data-dir", tmp_path, "--device", "cpu", says=["--features"])
-
-
-def test_a_file_cut_short(hub, published, tmp_path, capsys, monkeypatch):
-    (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "checkpoints" / published.file.name).write_bytes(b"half")
+@pytest.mark.parametrize("name", ["resnet18", "cut short", "resnet17", "squeezenet1_0"])
+def test_offline_and_unknown(hub, published, name, tmp_path, capsys, monkeypatch):
+    if name == "cut short":
+        (tmp_path / "checkpoints").mkdir()
+        (tmp_path / "checkpoints" / published.file.name).write_bytes(b"half")
+        name = "resnet18"
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    refuses(capsys, evaluate.main, "--samples", "digits", "--features", "torchvision:resnet18",
+    refuses(capsys, evaluate.main, "--samples", "digits", "--features", f"torchvision:{name}",
             "--data-dir", tmp_path, "--device", "cpu", says=["--features"])
 
 
@@ -251,12 +227,3 @@ def test_classes_that_the_classifier_does_not_know():
     assert "b 33%, c 0%" in line and "x.pt" in line
     assert lines(labels) == [] and lines([0, 0, 1, 1, 0, 2, 2]) == []
     assert lines([0] * 7, evaluate.Metrics()) == []
-
-
-def test_the_warning_is_printed_and_kept(cm_run, classifier, data_dir, tmp_path, capsys,
-                                         monkeypatch):
-    monkeypatch.setattr(evaluate, "warnings_of", lambda *_: ["warning: of 7"])
-    call(evaluate.main, "--ckpt", cm_run / "ckpt.pt", "--num", 20, "--steps", 1, "--features",
-         classifier, "--data-dir", data_dir, "--device", "cpu", "--out-json", tmp_path / "e.json")
-    assert "warning: of 7\n" in capsys.readouterr().out
-    assert disk.read_json(tmp_path / "e.json")["warnings"] == ["warning: of 7"]

@@ -27,7 +27,6 @@ def test_every_pixel_is_where_it_belongs():
     picture = sample.grid_image(columns, names, None, across=3, down=2)
     array = np.asarray(picture)[..., 0].astype(int)
     assert array.shape[0] == 30 + 3 * 120                       # the classes that both have
-    right = array.shape[1] - 24
     left = next(x for x in range(array.shape[1]) if array[31, x] == 100)
     second = next(x for x in range(array.shape[1]) if array[31, x] == 200)
     assert second == left + 3 * 60 + 24
@@ -36,9 +35,6 @@ def test_every_pixel_is_where_it_belongs():
             for x0, first, step in ((left, 100, 10), (second, 200, 3)):
                 y, x = 30 + r * 120 + k // 3 * 60, x0 + k % 3 * 60
                 assert (array[y:y + 56, x:x + 56] == first + r + step * k).all()
-                assert (array[y:y + 56, x + 56:x + 60] == 255).all() or x + 60 > right
-    small = sample.grid_image(columns, names, None, across=9, down=9)   # four of each, at most
-    assert small.height == 30 + 3 * 60
 
 
 SETTINGS = {"seed": 0, "sampler": "ddim", "steps": 50, "guidance": 1.5, "clip": True, "num": 9,
@@ -87,23 +83,6 @@ def test_real_images_and_methods(sampled, digits, data_dir, tmp_path):
     for image, columns in ((real, range(300)), (theta[labels == 0][0, ..., 0], range(600, 900))):
         square = np.kron(image, np.ones((7, 7)))
         assert any(np.array_equal(array[30:86, x:x + 56], square) for x in columns)
-    call(figures.main, "--column", f"CM={sampled}/tail", "--no-real", "--across", 5, "--down", 3,
-         "--out", tmp_path / "tail.png")
-    assert Image.open(tmp_path / "tail.png").height >= 30 + 3 * 60 + 24
-
-
-@pytest.mark.parametrize("kind", ["latent", "text"])
-def test_training_images_of_latent_runs(sampled, cm_run, data_dir, tmp_path, kind):
-    shutil.copytree(sampled / "tail", tmp_path / "tail")
-    record = disk.read_json(tmp_path / "tail/samples.json")
-    record["settings"]["ckpt"] = str(tmp_path / "ckpt.pt")
-    disk.write_json(tmp_path / "tail/samples.json", record)
-    ckpt = disk.load(cm_run / "ckpt.pt", ["diffusion"])
-    disk.save(tmp_path / "ckpt.pt", {key: ckpt[key] for key in ("config", "data")}
-              | {"kind": kind}, "--out")
-    call(figures.main, "--column", f"CM={tmp_path}/tail", "--data-dir", data_dir, "--out",
-         tmp_path / "a.png")
-    assert (tmp_path / "a.png").exists()
 
 
 @pytest.mark.parametrize("flags, says", [

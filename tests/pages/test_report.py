@@ -18,9 +18,6 @@ CONTENT = disk.read_json(ROOT / "pages/paper_results.json")
 PAPER = CONTENT["tables"]
 
 
-# --------------------------------------------------------------------------------------------------
-# The paper's numbers
-
 def paper_cell(table, setting, row, column):
     """A number in paper_results.json."""
     setting = PAPER[table]["settings"][setting]
@@ -51,20 +48,6 @@ def test_the_papers_rows_are_whole():
     rows = CONTENT["not_measured_here"]["tableG7"]["settings"]["artbench10-ir100"]["rows"]
     assert [(sum(each), overall) for *each, overall in rows.values()] == [(63, 63), (151, 151)]
 
-
-@pytest.mark.parametrize("figure", ["fig4a", "fig4b", "fig4c", "fig4d"])
-def test_figures_have_the_numbers_of_the_same_runs_in_the_tables(figure):
-    """The paper's figures print no numbers of their own."""
-    for name, setting in PAPER[figure]["settings"].items():
-        for row, values in setting["rows"].items():
-            run = row.removesuffix(", 1 2 2 2")
-            assert values[-1] == paper_cell("table2", name, run, "fid")
-            if values[0] is not None and len(values) > 1:
-                assert values[2] == paper_cell("table3", name, run, "Few fid")
-
-
-# --------------------------------------------------------------------------------------------------
-# Tables
 
 def fake_result(fid, seed, settings=None, **changes):
     """What evaluate.py writes, with this FID overall and higher ones in the groups."""
@@ -269,53 +252,13 @@ def test_the_number_of_a_row():
     assert report.value_of(same_name, "Few fid") == 2               # the group, not a class
 
 
-def test_a_table_of_ones_own_has_what_any_row_has(tmp_path):
-    """Not only what the first one has; groups in the metric that they have; no KID of few."""
-    first, second = fake_result(9, 0), fake_result(8, 0, kid_subset_size=20)
-    for part in (first, *first["groups"].values()):
-        del part["recall"]
-    del first["groups"]["Few"], first["kid"]
-    rows = [write_row(tmp_path, "A", first), write_row(tmp_path, "B", second)]
-    text = make_page(tmp_path / "p.md", *rows)
-    assert "|  | seeds | Many FID | Medium FID | Few FID | FID | IS | recall |\n" in text
-    assert "\n| A | 1 | 12.000 | 13.000 | - | *9.000* |".replace("*", "") in text.replace("*", "")
-
-
-def test_classifiers_and_images_of_other_programs(tmp_path):
+def test_classifiers(tmp_path):
     classifier = {"accuracy": 90.0, "num": 9, "num_real": 30, "classes": {}, "groups": {
         "Many": {"accuracy": 95.0}, "Few": {"accuracy": 70.0}}, "settings": {
             "dataset": "digits", "ir": 10.0, "epochs": 1, "seed": 0, "group_rule": "counts"}}
     text = make_page(tmp_path / "p.md", write_row(tmp_path, "CE", classifier))
     assert "| Many accuracy | Few accuracy | accuracy |\n" in text and "digits, IR 10" in text
     assert "\n| CE | 1 | 95.00 | 70.00 | 90.00 |\n" in text
-    peer = {**fake_result(7.5, 0), "settings": {"samples": "peer.npz", "reference": "cifar100"}}
-    text = make_page(tmp_path / "p.md", write_row(tmp_path, "Peer", peer),
-                     paper=("table3", "cifar100-ir100"))
-    assert "20 images against 30 real images (cifar100" in text
-
-
-# --------------------------------------------------------------------------------------------------
-# Classifiers, several guidance strengths, pictures
-
-def demo_result(fd, **settings):
-    """What evaluate.py writes with a classifier's features and --floor."""
-    result = fake_result(fd, 0, settings)
-    del result["fid"]
-    for part in (result, *result["groups"].values()):
-        part.update({"fd": fd, "accuracy": 0.625, "floor": 0.5})
-    return result
-
-
-def test_guidance_strengths_and_the_floor(tmp_path):
-    """Columns of the table; settings that differ are said, but for the guidance."""
-    rows = [write_row(tmp_path, name, demo_result(fd, **settings)) for name, fd, settings in (
-        ("DDPM", 9.0, {}), ("CM", 13156.2, {"branch": "general"}), ("CM0", 8.0, {"guidance": 0.0}))]
-    text = make_page(tmp_path / "page/report.md", *rows)
-    assert "Differs: CM (branch general)." in text and "Real against real" in text
-    assert "\n| real against real |  |  | 0.500 | 0.500 | 0.500 | 0.500 |  |" in text
-    assert "\n| CM0 | 1 | 0 | **8.000** | **8.000** | **8.000** | **8.000** | 9.00 | 0.50 |" in text
-    assert "| 62.50 | 62.50 | 62.50 | 62.50 |\n" in text
-    assert "(report.png)" in text and (tmp_path / "page/report.png").exists()
 
 
 def test_samples_side_by_side(cm_run, classifier, data_dir, tmp_path, capsys):
@@ -336,25 +279,15 @@ def test_samples_side_by_side(cm_run, classifier, data_dir, tmp_path, capsys):
     result = disk.read_json(tmp_path / "full/eval.json")
     assert f"{result['groups']['Many']['fd']:.3f}" in text and f"{result['fd']:.3f}" in text
 
-    # Named, not shown: gone, made again since, of other training images
-    other = tmp_path / "other"
-    shutil.copytree(tmp_path / "full", other)
-    record = disk.read_json(other / "samples.json")
-    record["data"]["class_counts"][0] += 1
-    disk.write_json(other / "samples.json", record)
-    for name, change in (("gone", {"samples": "no.npz"}), ("stale", {"samples_sha256": "x"}),
-                         ("others", {"samples": str(other)})):
+    # Named, not shown: gone, made again since
+    for name, change in (("gone", {"samples": "no.npz"}), ("stale", {"samples_sha256": "x"})):
         settings = {**result["settings"], **change}
         rows.append(write_row(tmp_path, name, {**result, "settings": settings}))
-    text = make_page(tmp_path / "p.md", *rows)
-    assert "Not shown: gone, stale, others (" in text
+    assert "Not shown: gone, stale (" in make_page(tmp_path / "p.md", *rows)
     for wrong in (pair[::-1], pair[:1] * 2):
         refuses(capsys, report.main, "--row", rows[0], "--pair", *wrong, "--out",
                 tmp_path / "q.md", says=["--pair"])
 
-
-# --------------------------------------------------------------------------------------------------
-# run_all.sh
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target, pages", [

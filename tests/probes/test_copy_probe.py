@@ -38,27 +38,6 @@ def test_shares():
     assert found == {"all": 0.75, "Many": 0.5, "Few": 1.0}
 
 
-def test_the_picture_shows_few_where_there_are_some():
-    """Pixels say which image it is: 10 + the row of a generated one, 100 + that of a real one."""
-    images, real = (np.arange(n, dtype=np.uint8)[:, None, None, None].repeat(8, 1).repeat(8, 2)
-                    .repeat(3, 3) for n in (5, 50))
-    data = {"class_names": list("abc"), "class_counts": [9, 8, 7]}
-    groups = {"Many": [0], "Medium": [1], "Few": [2]}
-    index = np.array([30, 31, 32, 33, 34])
-
-    def shown(labels, groups, columns):
-        picture = copies.pairs_picture(images + 10, np.array(labels), index, real + 100, data,
-                                           groups)
-        left = picture.width - columns * 60
-        cells = [[picture.getpixel((left + 60 * k + 9, 60 * r + 9))[0] for k in range(columns)]
-                 for r in range(picture.height // 60)]
-        return [[value for value in row if value < 255] for row in cells]
-    assert shown([2, 0, 1, 2, 0], groups, 4) == [[10, 130, 13, 133]]
-    everything = [[11, 131, 14, 134], [10, 130, 12, 132, 13, 133]]
-    assert shown([1, 0, 1, 1, 0], groups, 6) == everything             # --classes without Few
-    assert shown([1, 0, 1, 1, 0], {}, 6) == everything
-
-
 @pytest.fixture(scope="module")
 def samples(cm_run, tmp_path_factory):
     out = tmp_path_factory.mktemp("samples")
@@ -67,14 +46,19 @@ def samples(cm_run, tmp_path_factory):
     return out / "samples.npz"
 
 
-def test_training_images_are_copies_and_noise_is_none(cm_run, classifier, data_dir, samples,
-                                                      digits, tmp_path, capsys):
-    """Training images as samples: all are copies; the unseen digits are not of the draw."""
+@pytest.fixture
+def perfect(samples, digits, tmp_path):
+    """The training images, as if they were samples."""
+    path = tmp_path / "perfect/samples.npz"
+    disk.write_npz(path, arr_0=digits.images, arr_1=digits.labels)
     record = disk.read_json(samples.with_suffix(".json"))
-    perfect = tmp_path / "perfect/samples.npz"
-    disk.write_npz(perfect, arr_0=digits.images, arr_1=digits.labels)
-    record["npz_sha256"] = disk.sha256(perfect)
-    disk.write_json(perfect.with_suffix(".json"), record)
+    disk.write_json(path.with_suffix(".json"), {**record, "npz_sha256": disk.sha256(path)})
+    return path
+
+
+def test_training_images_are_copies_and_noise_is_none(cm_run, classifier, data_dir, samples,
+                                                      perfect, tmp_path):
+    """Training images as samples: all are copies; the unseen digits are not of the draw."""
     call(copies.main, "--ckpt", cm_run / "ckpt.pt", "--samples", samples, perfect,
          "--features", classifier, "--data-dir", data_dir, "--device", "cpu", "--out", tmp_path)
     found = disk.read_json(tmp_path / "copies.json")
@@ -88,18 +72,14 @@ def test_training_images_are_copies_and_noise_is_none(cm_run, classifier, data_d
     assert (tmp_path / "pairs.png").is_file()
 
 
-def test_copies_of_training_images_that_are_there_twice(cm_run, classifier, data_dir, samples,
-                                                        digits, tmp_path, monkeypatch):
+def test_copies_of_training_images_that_are_there_twice(cm_run, classifier, data_dir,
+                                                        perfect, tmp_path, monkeypatch):
     """Each training image is in the set two times: samples that are training images are copies."""
     def twice(ckpt, data_dir, real=copies.training_images):
         found = real(ckpt, data_dir)
         return replace(found, images=np.concatenate([found.images] * 2),
                        labels=np.concatenate([found.labels] * 2))
     monkeypatch.setattr(copies, "training_images", twice)
-    perfect = tmp_path / "perfect/samples.npz"
-    disk.write_npz(perfect, arr_0=digits.images, arr_1=digits.labels)
-    disk.write_json(perfect.with_suffix(".json"), {
-        **disk.read_json(samples.with_suffix(".json")), "npz_sha256": disk.sha256(perfect)})
     call(copies.main, "--ckpt", cm_run / "ckpt.pt", "--samples", perfect, "--features", classifier,
          "--data-dir", data_dir, "--device", "cpu", "--out", tmp_path)
     found = disk.read_json(tmp_path / "copies.json")["rows"][str(perfect)]

@@ -23,9 +23,6 @@ from model import make_alphas_bar, stratified_timesteps
 from probes import capacity as cp
 
 
-# --------------------------------------------------------------------------------------------------
-# Pruning
-
 def cut_of(tensors, fraction):
     """The smallest |w| that is kept where this fraction of all entries is set to zero."""
     magnitudes = np.sort(np.concatenate([w.abs().flatten().numpy() for w in tensors]))
@@ -220,9 +217,6 @@ def test_checkpoints_of_different_data_are_refused(part, key, value, cm_run, dat
             "b", "--data-dir", data_dir, "--device", "cpu", "--out", tmp_path, says=["--ckpt"])
 
 
-# --------------------------------------------------------------------------------------------------
-# Dominance
-
 def test_group_gradients_are_sums_over_images(digits):
     """Against one backward pass per image, on the same noise; each image comes as often as it
     should, in each range of t. Nothing is dropped out.
@@ -361,9 +355,6 @@ def test_dominance_refuses_group_experts(tmp_path, data_dir, capsys):
     refuses(capsys, cp.main, "dominance", "--ckpt", tmp_path / "ckpt.pt", "--device", "cpu",
             says=["--experts"])
 
-
-# --------------------------------------------------------------------------------------------------
-# Allocation
 
 def test_layers_have_known_size_and_rank():
     net = tiny_net(0.5)

@@ -7,7 +7,7 @@ import signal
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, call, interrupted, refuses, torchrun
+from conftest import COUNTS, ROOT, by_two_processes, call, fill_reserved, interrupted, refuses
 from torch.nn import functional as F
 from torch.testing import assert_close
 
@@ -18,7 +18,6 @@ from data import load, long_tail_counts
 from losses import CMConfig
 from recognition import classify, resnet
 
-COUNTS = [148, 106, 76, 54, 39, 28, 20, 14, 10, 7]
 FAST = ("--width", 8, "--epochs", 4, "--device", "cpu", "--dtype", "float32", "--ir", 20)
 
 
@@ -28,14 +27,15 @@ def small(loss="ce", counts=COUNTS, stages=(), **options):
     net = resnet.make_resnet(1, 10, 8, loss == "ldam")
     for stage in stages:
         reserve(getattr(net, stage))
-    for _, _, part in reserved(net):
-        torch.nn.init.normal_(part.B, std=1.0)
+    fill_reserved(net)
     obj = resnet.ClassifierLoss(net=net, loss=loss, counts=counts, reserved=stages, **options)
     return obj, resnet.Images(torch.randn(16, 1, 8, 8), torch.arange(16) % 10)
 
 
-# --------------------------------------------------------------------------------------------------
-# Losses
+def resolved(*flags):
+    """The settings that these flags mean."""
+    return classify.resolve(classify.make_parser().parse_args([*flags]))
+
 
 def literal(loss, z, y, counts, tau=1.0):
     """Each loss word by word, in Python floats."""
@@ -74,9 +74,6 @@ def test_deferred_reweighting():
     assert_close(equal, torch.ones(3))
 
 
-# --------------------------------------------------------------------------------------------------
-# CM
-
 @pytest.mark.parametrize("stages", [("layer4",), ("layer2",), resnet.STAGES], ids="+".join)
 @pytest.mark.parametrize("loss, distance", [("ce", "probs"), ("ce", "logits"), ("la", "kl")])
 def test_cm_on_any_stages(stages, loss, distance):
@@ -113,17 +110,16 @@ def test_cm_on_any_stages(stages, loss, distance):
 
 def test_by_default_all_convolutions_are_reserved():
     """Sec. G.11: "the convolutional layers"; the stem and the 1 x 1 ones are among them."""
-    args = classify.resolve(classify.make_parser().parse_args(["--cm"]))
+    args = resolved("--cm")
     net = resnet.make_reserved({"channels": 1, "num_classes": 10, "width": 8}, args.reserve, 0.1)
     owners = {owner for owner, _, _ in reserved(net)}
     convolutions = {m for m in net.modules() if isinstance(m, torch.nn.Conv2d)}
     assert owners == convolutions and len(owners) == 20
-    some = classify.resolve(classify.make_parser().parse_args(["--cm", "--reserve", "layer4"]))
+    some = resolved("--cm", "--reserve", "layer4")
     assert some.reserve == ["layer4"] and some.out != args.out
     assert (args.distance, args.rank_ratio, args.scale, args.norms) == ("kl", 0.15, 0.8, "apart")
     assert (args.form, args.schedule) == ("flat", "onecycle")
-    release = classify.resolve(classify.make_parser().parse_args(
-        ["--cm", "--recipe", "release", "--dataset", "cifar100"]))
+    release = resolved("--cm", "--recipe", "release", "--dataset", "cifar100")
     assert release.reserve == [*resnet.STAGES, "fc"] and release.schedule == "tenths"
     assert (release.distance, release.weight_decay, release.w_div) == ("kl", 5e-4, 1)
     assert release.out == "out/classifier-cifar100-cmTrue-reciperelease"
@@ -149,8 +145,7 @@ def test_batch_norms_of_each_branch():
     network = {"channels": 1, "num_classes": 10, "width": 8, "normed": True}
     stages = ("layer3", "fc")
     net = resnet.make_reserved(network, stages, 0.5, norms="apart").train()
-    for _, _, part in reserved(net):
-        torch.nn.init.normal_(part.B)
+    fill_reserved(net)
     torch.manual_seed(1)
     two = [m for m in net.modules() if isinstance(m, resnet.TwoNorms)]
     assert len(two) == 10                   # of layer3 and layer4: theta^g passes no other
@@ -177,19 +172,6 @@ def test_batch_norms_of_each_branch():
     assert (a["layer3.0.bn1.general.running_mean"] - a["layer3.0.bn1.running_mean"]).norm() > 0.01
 
 
-def test_a_run_of_before_these_settings_goes_on(tmp_path, data_dir):
-    """Without CM, what belongs to CM does not count."""
-    flags = [*FAST, "--data-dir", data_dir, "--out", tmp_path]
-    call(classify.main, *flags, "--epochs", 1)
-    ckpt = dict(torch.load(tmp_path / "ckpt.pt", weights_only=True))
-    for key in ("recipe", "scale", "norms", "form"):
-        del ckpt["config"][key]
-    ckpt["config"].update(rank_ratio=0.1, distance="probs")
-    torch.save(ckpt, tmp_path / "ckpt.pt")
-    call(classify.main, *flags, "--epochs", 1)
-    assert "recipe" in disk.read_json(tmp_path / "result.json")["settings"]
-
-
 def test_the_releases_recipe(tmp_path, data_dir):
     """It learns; what is written is theta merged, with its own batch norm and last layer."""
     call(classify.main, *FAST, "--recipe", "release", "--cm", "--loss", "la", "--epochs", 16,
@@ -197,7 +179,7 @@ def test_the_releases_recipe(tmp_path, data_dir):
     net, ckpt = resnet.load_classifier(tmp_path / "ckpt.pt", "cpu")
     assert isinstance(net.fc, resnet.NormedLinear) and "bn1.general.weight" in ckpt["reserved"]
     assert disk.read_json(tmp_path / "result.json")["accuracy"] > 25
-    args = classify.resolve(classify.make_parser().parse_args(["--recipe", "release", "--cm"]))
+    args = resolved("--recipe", "release", "--cm")
     own = resnet.make_reserved(ckpt["network"], **classify.low_rank_of(args)).eval()
     own.load_state_dict(ckpt["reserved"])
     x = torch.randn(4, 1, 8, 8)
@@ -241,10 +223,6 @@ def test_merged_is_a_plain_resnet(tmp_path, data_dir):
     assert result["accuracy"] == pytest.approx(accuracy) == pytest.approx(result["recall"])
 
 
-# --------------------------------------------------------------------------------------------------
-# Runs
-
-
 def test_resume_is_exact(tmp_path, data_dir, monkeypatch):
     """Interrupted with SIGINT in step 7 and started again: the weights of one run."""
     flags = [*FAST, "--cm", "--data-dir", data_dir, "--out"]
@@ -268,7 +246,7 @@ def test_scores():
 
 
 def test_learning_rate_in_steps():
-    args = classify.resolve(classify.make_parser().parse_args(["--dataset", "cifar100"]))
+    args = resolved("--dataset", "cifar100")
     assert (args.epochs, args.lr, args.weight_decay) == (200, 0.1, 2e-4)
     assert (args.width, args.schedule, args.nesterov) == (64, "steps", False)
 
@@ -283,7 +261,7 @@ def test_learning_rate_in_steps():
 
 
 def test_learning_rate_in_one_cycle():
-    args = classify.resolve(classify.make_parser().parse_args([]))
+    args = resolved()
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1, momentum=0.9)
     theirs = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=351,
                                                  cycle_momentum=False)
@@ -297,15 +275,10 @@ def test_learning_rate_in_one_cycle():
 
 @pytest.mark.slow
 def test_two_processes_train(tmp_path, data_dir):
-    p = torchrun("-m", "recognition.classify", *FAST, "--cm", "--epochs", 16, "--width", 8,
-                 "--data-dir", data_dir, "--out", tmp_path)
-    text = p.communicate(timeout=300)[0]
-    assert p.returncode == 0, text
+    by_two_processes("-m", "recognition.classify", *FAST, "--cm", "--epochs", 16, "--width", 8,
+                     "--data-dir", data_dir, "--out", tmp_path)
     assert json.loads((tmp_path / "result.json").read_text())["accuracy"] > 25
 
-
-# --------------------------------------------------------------------------------------------------
-# Data
 
 @pytest.fixture(scope="module")
 def extra(tmp_path_factory, data_dir):
@@ -352,27 +325,11 @@ def test_a_run_with_extra_images(extra, data_dir, tmp_path, capsys):
     result = disk.read_json(tmp_path / "result.json")
     assert result["num"] == 802
     assert set(result["groups"]) == {"Many", "Medium", "Few"}       # by the real images' numbers
-    ckpt = disk.load(tmp_path / "ckpt.pt", ["classifier"])
-    assert ckpt["data"]["class_counts"] == COUNTS
     before = (tmp_path / "ckpt.pt").read_bytes()
-    refuses(capsys, classify.main, *FAST, "--lr", 0.05, *flags,
-            says=["--lr"])
+    assert disk.load(tmp_path / "ckpt.pt", ["classifier"])["data"]["class_counts"] == COUNTS
+    refuses(capsys, classify.main, *FAST, "--lr", 0.05, *flags, says=["--lr"])
     assert (tmp_path / "ckpt.pt").read_bytes() == before            # finished: not overwritten
 
-
-def test_extra_files_that_are_refused(extra, data_dir, tmp_path, capsys):
-    _, images, labels = extra
-    np.savez(tmp_path / "size.npz", images[:, :4], labels)
-    np.savez(tmp_path / "label.npz", images, labels + 5)
-    np.savez(tmp_path / "float.npz", images, labels + 0.5)
-    np.savez(tmp_path / "bare.npz", images)
-    for name in ("size", "float", "bare", "label", "none"):
-        refuses(capsys, classify.main, *FAST, "--extra", tmp_path / f"{name}.npz",
-                "--data-dir", data_dir, "--out", tmp_path / "y", says=["--extra"])
-
-
-# --------------------------------------------------------------------------------------------------
-# Nothing silently wrong, nothing lost
 
 def test_a_finished_run_is_not_trained_again(tmp_path, data_dir, capsys, monkeypatch):
     """Its result stays; one that is missing, or of other data, is measured without training."""

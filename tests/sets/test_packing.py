@@ -1,12 +1,10 @@
 """packing.py: anyone's image files, and packs that are current and whole; readers of one's own."""
 import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, make_folder, picture
+from conftest import make_folder, picture
 from PIL import Image
 from torchvision import transforms
 
@@ -17,9 +15,6 @@ from runtime import UserError
 from sets import packing, readers
 from sets.packing import open_image, read_image
 
-
-# --------------------------------------------------------------------------------------------------
-# Image files
 
 KINDS = {       # the suffix of each kind of file
     "png": "png", "jpeg": "jpg", "cmyk": "jpg", "exif": "jpg", "palette": "png", "gif": "gif",
@@ -88,16 +83,6 @@ def test_every_kind_and_size_of_image(tmp_path, kind, size):
     assert error.mean() < tolerance / 4 and error.max() < 3 * tolerance
 
 
-def test_open_image_keeps_the_size(tmp_path):
-    """Upright and in RGB, in its own size: what read_image resizes."""
-    image = gradient(40, 20)
-    got = open_image(save_as(tmp_path, "exif", image))
-    assert got.size == (40, 20) and got.mode == "RGB"
-    assert np.abs(np.asarray(got).astype(int) - np.asarray(image)).max() < 40
-    assert np.array_equal(read_image(save_as(tmp_path, "png", image), 20),
-                          np.asarray(image)[:, 10:30])
-
-
 @pytest.mark.parametrize("kind", ["cut", "text", "float", "32 bits"])
 def test_a_broken_image_is_named(tmp_path, kind):
     path = tmp_path / "x.png"
@@ -113,9 +98,6 @@ def test_a_broken_image_is_named(tmp_path, kind):
     with pytest.raises(UserError, match=f"--samples.*{path}"):
         open_image(path, "--samples")
 
-
-# --------------------------------------------------------------------------------------------------
-# Packs
 
 def load_folder(root, pack_dir):
     """The set of a folder, at 8 pixels."""
@@ -242,14 +224,6 @@ def test_another_set_does_not_go_on_with_what_was_packed(shape, source, tmp_path
     assert np.array_equal(np.load(pack), [read_image(f, 8) for f in files[:shape[0]]])
 
 
-def test_a_full_disk_is_an_error_before_the_work(root, tmp_path, monkeypatch):
-    def full(*_):
-        raise OSError(28, "No space left on device")
-    monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(UserError, match="--pack-dir"):
-        load_folder(root, tmp_path / "packs")
-
-
 def test_a_set_that_cannot_be_packed_completely(root, tmp_path):
     """A pack counts only when every image is in it."""
     (root / "b/001.png").write_text("not an image")
@@ -258,54 +232,6 @@ def test_a_set_that_cannot_be_packed_completely(root, tmp_path):
             load_folder(root, tmp_path / "packs")
     assert not list((tmp_path / "packs").glob("*.npy"))
 
-
-PACK_BLANK_IMAGES = """
-import resource, sys, numpy as np
-from pathlib import Path
-from sets import packing
-n, image = int(sys.argv[2]), np.zeros((64, 64, 3), np.uint8)
-packing.read_image = lambda path, resolution: image
-path = Path(sys.argv[1]) / f"{n}.npy"
-packing.pack_files(path, ["x"] * n, [n, 64, 64, 3], {}, block=512)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-"""
-
-
-@pytest.mark.slow
-def test_packing_needs_the_memory_of_a_block(tmp_path):
-    """Eight times the images, the same peak: the pack is mapped block by block."""
-    def peak(n):
-        command = [sys.executable, "-c", PACK_BLANK_IMAGES, tmp_path, str(n)]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-        return int(done.stdout)
-
-    few, many = peak(1024), peak(8192)
-    assert many - few < 30_000, (few, many)         # KiB; the larger pack has 98,304
-
-
-TWO_PACK = """
-import sys, time
-from data import load
-from sets import packing
-read = packing.read_image
-packing.read_image = lambda *args: time.sleep(0.02) or read(*args)
-print(load("folder", sys.argv[1], resolution=8, pack_dir=sys.argv[2]).sha256)
-"""
-
-
-@pytest.mark.slow
-def test_two_processes_pack_one_set(tmp_path):
-    """Both get the whole set; one of them packs it, and the other waits."""
-    root = make_folder(tmp_path / "set", {"a": 30, "b": 20})
-    command = [sys.executable, "-c", TWO_PACK, root, tmp_path / "packs"]
-    both = [subprocess.Popen([str(w) for w in command], cwd=ROOT, stdout=subprocess.PIPE,
-                             stderr=subprocess.DEVNULL, text=True) for _ in range(2)]
-    hashes = {p.communicate(timeout=120)[0].strip() for p in both}
-    assert hashes == {load_folder(root, tmp_path / "alone").sha256}
-
-
-# --------------------------------------------------------------------------------------------------
-# Readers of one's own
 
 def use_reader(monkeypatch, read):
     """Make `read` the reader of the set "own"."""

@@ -14,9 +14,6 @@ from model import make_alphas_bar
 from variants import augment
 
 
-# --------------------------------------------------------------------------------------------------
-# Augmentation: rates and limits
-
 def parameters(n=1, **values):
     """The parameters of n images: those of the identity but for `values`."""
     names = augment.draw_parameters(1, 0.0, torch.Generator()).keys()
@@ -39,9 +36,7 @@ def augmented(x, p):
 def test_p_0_is_the_identity_and_p_1_is_not():
     x = smooth(8) * 2 - 1
     same, a = augmented(x, 0.0)
-    assert torch.equal(same, x)
-    assert (a == 0).all()
-    assert a.shape == (8, augment.DIM)
+    assert torch.equal(same, x) and (a == 0).all() and a.shape == (8, augment.DIM)
     other, a = augmented(x, 1.0)
     assert ((other - x).abs().flatten(1).max(1).values > 0.1).all()
     assert (a != 0).any(0).all()
@@ -55,8 +50,7 @@ def test_rates_and_strengths_are_edms():
     rates = (a != 0).float().mean(0)
     expected = torch.full((augment.DIM,), 0.12)
     expected[0] = 0.5
-    expected[1] = 0.12 / 2              # half of the mirrors are none
-    expected[6] = 0.12 / 2              # half of the stretches are along x
+    expected[[1, 6]] = 0.12 / 2         # half of the mirrors are none, of the stretches along x
     assert (rates - expected).abs().max() < 0.012
     assert (a[:, 1:] != 0).any(1).float().mean() == pytest.approx(1 - 0.94 * 0.88 ** 4, abs=0.012)
     for name in ("scale", "stretch", "shift_x", "shift_y"):
@@ -68,9 +62,6 @@ def test_rates_and_strengths_are_edms():
     assert torch.equal(params["shift_x"] != 0, params["shift_y"] != 0)      # both or none
     assert (augment.SCALE_STD, augment.STRETCH_STD, augment.SHIFT_STD) == (0.2, 0.2, 0.125)
 
-
-# --------------------------------------------------------------------------------------------------
-# Augmentation: the operations
 
 def middle(x, margin=8):
     """Images without their border, where torchvision pads otherwise."""
@@ -125,10 +116,6 @@ def test_stretching_has_an_axis():
     turned = torch.rot90(augment.geometry(torch.rot90(x, 1, (2, 3)), parameters(
         2, stretch=1, axis=-math.pi / 4)), -1, (2, 3))
     assert_close(diagonal, middle(turned), atol=0.02, rtol=0)
-
-
-# --------------------------------------------------------------------------------------------------
-# Augmentation: in training
 
 
 def test_augmentation_is_the_same_for_parts_of_a_batch(digits):

@@ -19,9 +19,6 @@ ROOTS = signal_and_sigma(AB)
 SIGMA = [math.sqrt((1 - a) / a) for a in AB.tolist()]
 
 
-# --------------------------------------------------------------------------------------------------
-# The loss
-
 def literal_f(F, x_ve, sigma):
     """f as Song et al., 2023, App. C, print it: variance-exploding, x_ve = x_0 + sigma eps."""
     skip = 0.25 / ((sigma - SIGMA[0]) ** 2 + 0.25)
@@ -117,18 +114,6 @@ def test_both_points_have_the_same_masks_and_the_same_augmentation(digits):
         assert consistency.loss(pred, batch, objective)[0] > 0
 
 
-def test_boundary():
-    """At t = 0 the function is the identity, whatever the network says."""
-    x = torch.randn(3, 1, 4, 4)
-    t = torch.zeros(3, dtype=torch.int64)
-    factors = [value.float() for value in consistency.constants(AB).values()]
-    f = consistency.to_x_0(torch.randn_like(x) * 100, x, t, *factors)
-    torch.testing.assert_close(f, x / math.sqrt(AB[0]))
-
-
-# --------------------------------------------------------------------------------------------------
-# The curriculum
-
 @pytest.mark.parametrize("step, N, kind", [(0, 10, "karras"), (250, 40, "uniform"),
                                            (900, 640, "karras")])
 def test_pairs_are_drawn_by_noise_level(step, N, kind):
@@ -146,9 +131,6 @@ def test_pairs_are_drawn_by_noise_level(step, N, kind):
     assert chisquare(seen, expected).pvalue > 1e-3
 
 
-# --------------------------------------------------------------------------------------------------
-# The sampler
-
 def gaussian_F(x, t, mean=0.3, std=0.5):
     """The output F whose f is exact for data N(mean, std^2).
 
@@ -161,47 +143,25 @@ def gaussian_F(x, t, mean=0.3, std=0.5):
     return (f - literal_f(0, x_ve, sigma)) / literal_f(1, 0, sigma)
 
 
-def noise_source():
-    """A function that gives fresh standard normal noise of 20,000 images of one pixel."""
+@pytest.mark.parametrize("steps", [1, 2, 5, 31])
+def test_samples_of_a_gaussian_are_gaussian(steps):
     g = torch.Generator().manual_seed(0)
 
     def noise():
         return torch.randn(20_000, 1, 1, 1, generator=g, dtype=torch.float64)
-    return noise
-
-
-@pytest.mark.parametrize("steps", [1, 2, 5, 31])
-def test_samples_of_a_gaussian_are_gaussian(steps):
-    noise = noise_source()
     timesteps = consistency.make_timesteps(1000, steps)
-    assert timesteps[0] == 999
-    assert len(timesteps) == steps
+    assert timesteps[0] == 999 and len(timesteps) == steps
     assert timesteps == sorted(set(timesteps), reverse=True)
-    calls = []
-
-    def predict(x, t):
-        calls.append(t)
-        return gaussian_F(x, t)
-    x = consistency.sample(predict, noise(), AB, timesteps, noise)
-    assert calls == timesteps
-    assert abs(x.mean() - 0.3) < 0.015
-    assert abs(x.std() - 0.5) < 0.015
-
-
-# --------------------------------------------------------------------------------------------------
-# Runs
-
-def train_here(data_dir, out, *flags):
-    """A run of a small consistency model."""
-    call(train.main, *TINY_FLAGS, "--base", "consistency", "--data-dir", data_dir, "--out", out,
-         *flags)
+    x = consistency.sample(gaussian_F, noise(), AB, timesteps, noise)
+    assert abs(x.mean() - 0.3) < 0.015 and abs(x.std() - 0.5) < 0.015
 
 
 def test_a_run_resumes_bit_for_bit(tmp_path, data_dir):
     """Its curriculum is that of the steps at the start."""
-    train_here(data_dir, tmp_path / "whole", "--steps", 12, "--ct-double", 2)
-    for steps in (8, 12):
-        train_here(data_dir, tmp_path / "parts", "--steps", steps)      # --ct-double: a quarter
+    flags = [*TINY_FLAGS, "--base", "consistency", "--data-dir", data_dir, "--out"]
+    call(train.main, *flags, tmp_path / "whole", "--steps", 12, "--ct-double", 2)
+    for steps in (8, 12):                                               # --ct-double: a quarter
+        call(train.main, *flags, tmp_path / "parts", "--steps", steps)
     a, b = (disk.load(tmp_path / name / "ckpt.pt", ["consistency"]) for name in ("whole", "parts"))
     assert all(torch.equal(a["ema"][name], b["ema"][name]) for name in a["ema"])
     assert b["config"]["ct_double"] == 2
