@@ -53,17 +53,12 @@ CASES = {
     "transformer-eval": partial(transformer, False)}
 
 
-def state_shapes(module):
-    """{key: shape} of a module's state dict."""
-    return {k: v.shape for k, v in module.state_dict().items()}
-
-
 @pytest.mark.parametrize("form", ["flat", "kernel"])
 @pytest.mark.parametrize("case", CASES)
 def test_reserve_general_merge(case, form):
     torch.manual_seed(0)
     module, run = CASES[case]()
-    shapes = state_shapes(module)
+    shapes = {name: value.shape for name, value in module.state_dict().items()}
     plain = run()
     reserve(module, 0.25, form)
     assert torch.equal(run(), plain)                                    # B = 0
@@ -75,7 +70,7 @@ def test_reserve_general_merge(case, form):
     assert_close(run(), full)                                           # the switch goes back
     merge(module)
     assert_close(run(), full, atol=1e-5, rtol=1e-5)
-    assert state_shapes(module) == shapes
+    assert {name: value.shape for name, value in module.state_dict().items()} == shapes
     merge(module)                                                       # a second time: nothing
     assert_close(run(), full, atol=1e-5, rtol=1e-5)
 

@@ -37,6 +37,11 @@ TRAIN = [       # flags of train.py -> the flag that the line must name
     (["--base", "ddpm", "--cbdm-y", "train"], "--cbdm-y"),
     (["--no-cm", "--w-div", 2], "--w-div"),
     (["--no-cm", "--rank-ratio", 0.1], "--rank-ratio"),     # also where it is the default
+    (["--no-cm", "--reserve", "conv3x3"], "--reserve"),
+    (["--no-cm", "--equal-weights"], "--equal-weights"),
+    (["--rank-ratio", 0], "--rank-ratio"),              # theta^g would be theta
+    (["--rank-ratio", 0, "--independent-dropout", "all", "--form", "kernel"], "--form"),
+    (["--network", "dit", "--recipe", "release"], "--reserve"),
     (["--experts", "group", "--cm"], "--cm"),
     (["--lora"], "--lora"),
     (["--lora", "--init-from", "x", "--lam", 1], "--lam"),

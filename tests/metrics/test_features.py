@@ -98,9 +98,6 @@ def test_offline_and_unknown(hub, published, name, tmp_path, capsys, monkeypatch
             "--data-dir", tmp_path, "--device", "cpu", says=["--features"])
 
 
-# --------------------------------------------------------------------------------------------------
-# DINOv2 and CLIP: random weights in the files that transformers reads
-
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 CLIP_MEAN, CLIP_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
 
