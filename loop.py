@@ -35,7 +35,7 @@ MAX_D = 100.0               # a distance of two predictions of noise of variance
 FRECHET = ("FID", "FD")     # what a Frechet distance is called in Inception's features, in others
 RESUMABLE = {               # settings that may change when a run goes on
     "steps", "save_every", "keep_every", "sample_every", "log_every", "compile", "data_dir",
-    "pack_dir", "accumulate", "eval_every", "eval_num", "features"}
+    "pack_dir", "accumulate", "recompute", "eval_every", "eval_num", "features"}
 EARLIER = {                 # what runs did before these were settings
     "recipe": "ours", "reserve": "all", "form": "flat", "warmup_from": 1, "ema_ramp": True,
     "attention_gain": 1e-5, "scale": 1.0, "norms": "shared"}

@@ -13,15 +13,16 @@ Its settings are the arguments of what stands in NETWORKS: channels, num_classes
 which the data give, augment_dim (what --ada adds), and flags of train.py by their names.
 """
 import inspect
+from functools import partial
 
 import torch
 from torch import nn
 
-from cm_layers import merge, reserve
+from cm_layers import checkpoint, merge, reserve
 from data import class_groups
-from model import UNet, UNetConfig
+from model import ResBlock, UNet, UNetConfig
 from runtime import Plugins, UserError, integer
-from variants.dit import DiT
+from variants.dit import Block, DiT
 from variants.experts import add_group_experts
 
 KINDS = ("diffusion", "consistency")        # of the checkpoints whose networks are these
@@ -84,6 +85,18 @@ def add_low_rank(net, rank_ratio=None, experts=None, form="flat", where="all"):
         add_group_experts(net, list(class_groups(experts).values()), rank_ratio)
     elif rank_ratio is not None:
         reserve(net.decoder, rank_ratio, form, RESERVE[where])
+    return net
+
+
+def recompute(net):
+    """Let each block of a U-Net or DiT keep its input alone and compute the rest anew in backward.
+
+    In place; returns net. Gradients stay the same to the last bit, since dropout masks are
+    arguments.
+    """
+    for block in net.modules():
+        if isinstance(block, (ResBlock, Block)):
+            block.forward = partial(checkpoint, block, block.forward)
     return net
 
 

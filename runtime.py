@@ -424,8 +424,13 @@ def add_compile_flag(group):
 
 
 def wants_compile(args, rt):
-    """--compile or --no-compile; where neither is given, whether the device is CUDA."""
-    return rt.device.type == "cuda" if args.compile is None else args.compile
+    """--compile or --no-compile; where neither is given, whether the device is CUDA.
+
+    Not with --recompute, whose blocks change state that compiled code cannot see.
+    """
+    if args.compile is None:
+        return rt.device.type == "cuda" and not getattr(args, "recompute", False)
+    return args.compile
 
 
 def compile_or_not(module, loss_of, rt):

@@ -185,6 +185,8 @@ def add_network_flags(parser):
     g.add_argument("--num-res-blocks", type=integer(1, 1000), help="residual blocks per level")
     g.add_argument("--dropout", type=number(0, 0.99), help="dropout probability")
     add_own_flags(g, networks.FLAGS, map(networks.options_of, NETWORKS))
+    g.add_argument("--recompute", action="store_true",
+                   help="blocks compute anew in the backward pass: half of the memory, slower")
 
 
 def add_optimisation_flags(parser):
@@ -475,6 +477,8 @@ def main():
 
     net, described = make_network(args, images, old, source)
     net.to(rt.device, memory_format=torch.channels_last)
+    if args.recompute:
+        networks.recompute(net)
     flip = images.flip if args.flip is None else args.flip
     objective = Objective(
         net=net, base=bind(args.base, vars(args)), counts=images.counts,

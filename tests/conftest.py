@@ -22,6 +22,8 @@ import torch
 from PIL import Image
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
+# What run_all.sh calls is this Python, also where its environment is not activated
+os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
