@@ -774,7 +774,8 @@ def export(args, given):
     net = load_network(ckpt, args.weights, args.branch)
     if args.format == "diffusers":
         from exchange import diffusers_unet     # needs diffusers
-        rt.on_rank_0(lambda: diffusers_unet.write(ckpt, net, args.export))
+        made_of = {**ckpt, **which_weights(args, ckpt)}
+        rt.on_rank_0(lambda: diffusers_unet.write(made_of, net, args.export))
     else:
         state = {name: p.detach().cpu().contiguous() for name, p in net.state_dict().items()}
         kept = {k: ckpt[k] for k in ("kind", "step", "command", "config", "data", "network")}

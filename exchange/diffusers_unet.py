@@ -28,7 +28,7 @@ from runtime import UserError
 from sample import Sampling
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
-KEPT = ("kind", "step", "command", "config", "data")    # of a checkpoint, in export.json
+KEPT = ("kind", "step", "command", "config", "data", "weights", "branch")   # in export.json
 OUTSIDE = {     # our layers and theirs, outside of the blocks
     "encoder.embedding.linear1": "time_embedding.linear_1",
     "encoder.embedding.linear2": "time_embedding.linear_2",

@@ -122,7 +122,7 @@ def describe(args, network, step, size=None):
     settings = {k: v for k, v in vars(args).items() if k not in ("ckpt", "from_diffusers", "to")}
     config = {**settings, "dtype": "float32", "seed": 0, "imported_from": disk.sha256(path)}
     return {"kind": "diffusion", "step": step, "command": runtime.command_line("-m exchange.peers"),
-            "config": config, "data": record}
+            "config": config, "data": record, "weights": "ema", "branch": "full"}
 
 
 def main():
@@ -148,8 +148,8 @@ def main():
         refuse_unused(parser.given, dict.fromkeys(data_flags if record else [], why))
         known = record or describe(args, network, 0, size)
     disk.save(args.to, {
-        **{key: known[key] for key in diffusers_unet.KEPT}, "network": network, "rank_ratio": None,
-        "experts": None, "model": ours, "ema": ours}, "--to")
+        **known, "network": network, "rank_ratio": None, "experts": None, "model": ours,
+        "ema": ours}, "--to")
     print(f"wrote {args.to}: {sum(v.numel() for v in ours.values()):,} parameters of step "
           f"{known['step']}")
 
