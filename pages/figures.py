@@ -33,6 +33,7 @@ class Samples(NamedTuple):
     labels: np.ndarray      # (N,), class numbers
     settings: dict          # how sample.py made them
     data: dict              # the record of their network's training data
+    file: Path | None = None
 
 
 def read_column(file, flag):
@@ -42,7 +43,7 @@ def read_column(file, flag):
     if labels is None or "class_names" not in record.get("data", {}):
         raise UserError(f"{flag} {file}: without labels or the names of their classes; run "
                         "sample.py again")
-    return Samples(images, labels, record["settings"], record["data"])
+    return Samples(images, labels, record["settings"], record["data"], file)
 
 
 def fit_together(a, b):

@@ -1,7 +1,4 @@
-"""What all pages share: in what two results differ; tables; Markdown as one file of HTML.
-
-HTML pages fetch nothing from the network; their style is `style.css`.
-"""
+"""What all pages share: in what two results differ; tables; Markdown as one file of HTML."""
 import base64
 import html
 import io
@@ -15,25 +12,20 @@ import disk
 from loop import RESUMABLE
 from runtime import UserError
 
-FOLDER = Path(__file__).parent
 # Settings that say where files are, or move none of the numbers that are compared; seeds
 FREE = {"seed", "ckpt", "samples", "out", "command", "config", "per_class", "floor"}
 FILES = {"init_from", "extra"}          # of each seed its own: they differ where one has none
 PAGE = """<!doctype html>
-<html lang="en">
-<head>
 <meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title>
 <style>
-{style}</style>
-</head>
-<body>
-<main>
+body {{ max-width: 76rem; margin: 0 auto; padding: 1rem; font: 1rem/1.5 system-ui, sans-serif; }}
+p:not(:has(img)) {{ max-width: 48rem; }}
+img {{ max-width: 100%; }}
+table, pre {{ display: block; overflow-x: auto; border-collapse: collapse; }}
+th, td {{ padding: 0.3rem 0.7rem; border: 1px solid #d5d7db; white-space: nowrap; }}
+</style>
 {body}
-</main>
-</body>
-</html>
 """
 
 
@@ -91,9 +83,8 @@ def write(path, text):
     body = markdown.markdown(text, extensions=["tables", "fenced_code"])
     body = re.sub(r'src="([^":]+\.png)"', inside, body)
     title = html.escape(text.splitlines()[0].lstrip("# "))
-    style = (FOLDER / "style.css").read_text(encoding="utf-8")
     disk.write_text(path, text)
-    disk.write_text(path.with_suffix(".html"), PAGE.format(title=title, style=style, body=body))
+    disk.write_text(path.with_suffix(".html"), PAGE.format(title=title, body=body))
 
 
 def png_uri(image):

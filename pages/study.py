@@ -109,8 +109,7 @@ def main_make(argv):
             "b": (b.images, rows_of(b.labels, b.data["class_names"])),
             "real": (real.images, rows_of(real.labels, real.class_names))}
     # Not from the seed alone: who has the page and this code, but not the images, cannot draw it
-    npz = [disk.sha256(Path(file) / "samples.npz" if Path(file).is_dir() else file)
-           for file in files]
+    npz = [disk.sha256(samples.file) for samples in (a, b)]
     rng = np.random.default_rng(seed_of(args.seed, "study", *npz))
     questions = draw_questions(args, sets, class_names, rng)
 
