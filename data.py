@@ -42,6 +42,7 @@ class ImageSet:
     provenance: dict = field(default_factory=dict)
     sha256: str | None = None       # of the set as it was packed, see packing.content_hash
     rows: np.ndarray | None = None  # where the images are in that set; None: all, as packed
+    total: int = 0                  # how many images that set has
 
     @property
     def counts(self) -> np.ndarray:
@@ -53,17 +54,35 @@ class ImageSet:
         rows = np.sort(rows)
         packed = rows if self.rows is None else self.rows[rows]
         return ImageSet(self.name, self.images[rows], self.labels[rows], self.class_names,
-                        self.flip, self.provenance, self.sha256, packed)
+                        self.flip, self.provenance, self.sha256, packed, self.total)
 
-    def summary(self) -> str:
-        """One line: the number of images, of classes, and the first class sizes."""
+    def table(self, groups: dict[str, list[int]] | None = None,
+              rule: str = "thirds of the classes, by size") -> str:
+        """What is used, and of each class its name, its images and its group; the largest first.
+
+        groups, rule: other ones than those of class_groups, and what makes them, in words. Of more
+        than 12 classes the first five and the last five.
+        """
         n = self.counts
-        sizes = " ".join(map(str, n[:10]))
-        if len(n) > 10:
-            sizes += f" ... {n[-1]}"
-        ratio = f"IR {n.max() / n.min():.4g}" if n.min() else f"{(n == 0).sum()} classes empty"
-        return (f"{self.name}: {len(self.labels):,} images, {len(n)} classes, {ratio}, "
-                f"class sizes {sizes}")
+        N = len(self.labels)
+        used = f"{N:,}" if N == self.total else f"uses {N:,} of {self.total:,}"
+        lines = [f"{self.name}: {used} images, {len(n)} classes, IR {n.max() / n.min():.4g}"]
+        if n.min() == n.max():
+            return f"{lines[0]}, {n[0]:,} of each class"
+        groups = class_groups(n) if groups is None else groups
+        group_of = {c: name for name, classes in groups.items() for c in classes}
+        order = np.argsort(-n, kind="stable").tolist()
+        ends = [*order[:5], *order[-5:]] if len(order) > 12 else order
+        width = max(len(self.class_names[c]) for c in ends)
+        lines += [f"  {self.class_names[c]:<{width}} {n[c]:>9,}  {group_of.get(c, '')}".rstrip()
+                  for c in ends]
+        if len(order) > 12:
+            lines.insert(6, "  ...")
+        if groups:
+            sizes = [f"{name} {n[classes].sum():,} images of {len(classes)} classes"
+                     for name, classes in groups.items()]
+            lines.append(f"  groups ({rule}): {', '.join(sizes)}")
+        return "\n".join(lines)
 
     def record(self) -> dict:
         """What a checkpoint keeps of its training data, as plain types."""
@@ -114,9 +133,10 @@ def load(name: str, data_dir: str | Path = "data", split: str = "train",
     images, meta = pack_once(base, lambda: contents or source.read(data_dir, split), provenance,
                              stamp, resolution if source.files else None, name)
     names = meta["class_names"]
-    order = order_of(class_order, names, source)
+    order = order_of(class_order, names, source, meta["class_counts"])
     return ImageSet(name, images, np.argsort(order)[np.array(meta["labels"])],
-                    [names[c] for c in order], source.flip, meta["provenance"], meta["sha256"])
+                    [names[c] for c in order], source.flip, meta["provenance"], meta["sha256"],
+                    total=len(images))
 
 
 def read_if_there(name: str, data_dir: str | Path, split: str, base: Path) -> tuple | None:
@@ -194,8 +214,10 @@ def load_long_tailed(args: Namespace, ckpt: Checkpoint | None = None) -> ImageSe
 
     ckpt: the checkpoint that a run goes on or starts from, in whose order the classes stay.
     """
-    images = load(args.dataset, args.data_dir, "train", args.resolution,
-                  class_order_of(args, ckpt), args.pack_dir)
+    order = args.class_order
+    if order is None and ckpt:
+        order = ckpt["data"]["class_names"]
+    images = load(args.dataset, args.data_dir, "train", args.resolution, order, args.pack_dir)
     empty = [images.class_names[c] for c in np.flatnonzero(images.counts == 0)]
     if empty:
         raise UserError(f"--dataset {args.dataset}: class {empty[0]} has no training images; its "
@@ -276,21 +298,17 @@ def by_size(data: dict) -> list[str] | None:
     return [data["class_names"][c] for c in order]
 
 
-def class_order_of(args: Namespace, ckpt: Checkpoint | None) -> str | list[str] | None:
-    """--class-order; where it is not given, that of the checkpoint, or None for no checkpoint."""
-    if args.class_order is None and ckpt:
-        return ckpt["data"]["class_names"]
-    return args.class_order
-
-
-def order_of(class_order: str | list[str] | None, class_names: list[str],
-             source: Source) -> list[int]:
+def order_of(class_order: str | list[str] | None, class_names: list[str], source: Source,
+             counts: list[int]) -> list[int]:
     """The numbers of all classes, the most populous first.
 
     class_order: what --class-order says of each class, by names or numbers; a list of names, of a
     checkpoint; or None for the order of the set's `source`. Classes that such a list lacks follow
-    as they are numbered. Raises UserError where --class-order does not name each class once.
+    as they are numbered. counts (C,): images of each class. Raises UserError where --class-order
+    does not name each class once.
     """
+    if class_order is None and source.by_size:
+        return np.argsort(-np.asarray(counts), kind="stable").tolist()
     C = len(class_names)
     if isinstance(class_order, str):
         order = resolve_classes(class_order, class_names, "--class-order")
@@ -516,7 +534,7 @@ def add_data_flags(parser: Parser, dataset: str = "cifar100", ir: float | None =
     g.add_argument("--tail-seed", type=integer(0, 2**32 - 1), default=0, metavar="SEED",
                    help="seed of the long-tail draw (default: 0, Cao et al.)")
     g.add_argument("--class-order", help="classes, the most populous first: names or numbers with "
-                   "commas (default: the set's own)")
+                   "commas (default: the set's own; folder: by size)")
     return g
 
 
@@ -534,9 +552,7 @@ def main():
     args = parser.parse_args()
     refuse_unused(parser.given, unused_data_flags(args))
     images = load_long_tailed(args)
-    print(images.summary())
-    for name, classes in class_groups(images.counts).items():
-        print(f"  {name}: {len(classes)} classes, {images.counts[classes].sum():,} images")
+    print(images.table())
 
 
 if __name__ == "__main__":

@@ -322,6 +322,7 @@ def main():
     refuse_different_data(args.ckpt, ckpts)
     if args.images == "trained":
         images = training_images(ckpts[0], args.data_dir)
+        print(images.table())
         labels = images.labels
         words = f"{images.name}, training images, as long-tailed as they were"
     else:

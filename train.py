@@ -445,16 +445,6 @@ class Evaluation:
 
 # --------------------------------------------------------------------------------------------------
 
-def announce_data(images, rt):
-    """Print the sizes of the classes and of their groups, and whether there is no long tail."""
-    sizes = [f"; {name} {images.counts[classes].sum():,}"
-             for name, classes in class_groups(images.counts).items()]
-    rt.print(images.summary() + "".join(sizes))
-    if images.counts.min() == images.counts.max():
-        rt.print("note: all classes are equally large, and so none is rare; --ir 100 makes the set "
-                 "long-tailed")
-
-
 def main():
     """Settings, data, network, objective, loop."""
     parser = make_parser()
@@ -472,7 +462,10 @@ def main():
         refuse_other_data(old["data"], images.record(), args)
     if is_finished(old, args, rt):
         return
-    announce_data(images, rt)
+    rt.print(images.table())
+    if images.counts.min() == images.counts.max():
+        rt.print("note: all classes are equally large, and so none is rare; --ir 100 makes the set "
+                 "long-tailed")
     batches = Batches(images, args.batch_size, args.seed, rt.device, resample=args.resample)
 
     net, described = make_network(args, images, old, source)

@@ -356,7 +356,7 @@ def main_train(argv):
     args.steps = math.ceil(args.epochs * len(images.labels) / args.batch_size)
     if is_finished(old, args, rt):
         return
-    rt.print(images.summary())
+    rt.print(images.table())
     model, net = load_model(args, rt, images, old)
     objective = Objective(
         net=net, base=bind(args.base), counts=images.counts, alphas_bar=model.alphas_bar,

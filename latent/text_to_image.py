@@ -209,7 +209,7 @@ def main_autoencoder(argv):
     images = load_images(args, rt, old)
     if is_finished(old, args, rt):
         return
-    rt.print(images.summary())
+    rt.print(images.table())
     size = images.images.shape[1]
     if size % args.factor:
         raise UserError(f"--factor {args.factor}: does not divide {size} pixels; take a smaller "
@@ -333,7 +333,7 @@ def main_train(argv):
         refuse_other_parts(old, autoencoder, text)
     if is_finished(old, args, rt):
         return
-    rt.print(images.summary())
+    rt.print(images.table())
     rt.print(f"texts: {len(table.texts):,}, such as \"{table.texts[0]}\"")
 
     channels, size, _ = autoencoder.latent_shape(images.images.shape[1])

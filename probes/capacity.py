@@ -195,6 +195,7 @@ def dominance(args, rt, ckpt, net):
         raise UserError(f"--ckpt {args.ckpt}: its gradients are also of group experts; use one "
                         "that was trained without --experts")
     images = training_images(ckpt, args.data_dir)
+    print(images.table())
     objective = objective_of(ckpt, net, images.counts).to(rt.device)
     matrices = {name: p for name, p in net.named_parameters()
                 if p.dim() > 1 and "embedding.label" not in name}

@@ -137,6 +137,7 @@ def main():
     disk.check_writable(out / "copies.json")
     rt = runtime.setup(args.device, args.dtype)
     train = training_images(ckpt, args.data_dir)
+    print(train.table())
     unseen = unseen_images(args, ckpt, train)
     features = args.features or protocol_of(data["dataset"])["features"]
     extractor = Extractor(features, rt, args.batch_size)

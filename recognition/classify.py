@@ -22,8 +22,8 @@ import torch
 import disk
 import runtime
 from cm_layers import FORMS, merge
-from data import (Batches, ImageSet, add_data_flags, class_order_of, load, load_long_tailed,
-                  refuse_other_data, to_classes, to_float, unused_data_flags)
+from data import (Batches, ImageSet, add_data_flags, load, load_long_tailed, refuse_other_data,
+                  to_classes, to_float, unused_data_flags)
 from loop import RESUMABLE, Training, config_of, is_finished, loop, resume
 from losses import CMConfig, add_cm_flags
 from recognition.resnet import (DISTANCES, LOSSES, NORMS, STAGES, ClassifierLoss,
@@ -176,8 +176,8 @@ def load_sets(args, rt, old=None):
     with rt.rank_0_first():
         real = load_long_tailed(args, old)
         try:
-            test = load(args.dataset, args.data_dir, "test", args.resolution,
-                        class_order_of(args, old), args.pack_dir)
+            test = load(args.dataset, args.data_dir, "test", args.resolution, real.class_names,
+                        args.pack_dir)
         except NoSuchSplit:
             test = None
     train = real
@@ -330,6 +330,9 @@ def predict(net, images, rt, batch_size=500):
     return np.concatenate(predicted)
 
 
+GROUP_RULE = "over 100 / 20 to 100 / under 20 training images"
+
+
 def recognition_groups(counts):
     """{"Many", "Medium", "Few"}: the classes of over 100, 20 to 100, under 20 training images.
 
@@ -378,7 +381,7 @@ def report(sets, args, rt, settings):
         words += [f"overall {result['accuracy']:.2f}",
                   f"macro precision {result['precision']:.2f}", f"recall {result['recall']:.2f}"]
         print(f"test accuracy {'  '.join(words)}  (% of {result['num_real']:,} images; classes of "
-              "over 100 / 20 to 100 / under 20 training images)")
+              f"{GROUP_RULE})")
     disk.write_json(path.with_name("result.json"), result)
     print(f"wrote {path.parent}: ckpt.pt, result.json")
 
@@ -403,7 +406,9 @@ def main():
     args.grad_clip = math.inf
     if not is_finished(old, args, rt):
         method = args.loss + (f" + CM on {' '.join(args.reserve)}" if args.cm else "")
-        rt.print(f"{sets.train.summary()}; {method}{', DRW' if args.drw else ''}")
+        rt.print(sets.real.table(recognition_groups(sets.real.counts), GROUP_RULE))
+        more = f" and {N - len(sets.real.labels):,} generated images" if args.extra else ""
+        rt.print(f"training on these{more}: {method}{', DRW' if args.drw else ''}")
         loop(make_training(sets, args, rt, config, old))
 
     # A result is of these settings and of this content of the data

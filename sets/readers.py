@@ -403,6 +403,7 @@ class Source:
     reference: str = "train"    # the split that samples are compared with
     captions: Callable | None = None    # (data_dir, paths) -> a list of texts for each image, or
                                 # None; None: the set has class names alone
+    by_size: bool = False       # whether the classes are ordered by their sizes, the largest first
     order: tuple = ()           # names of classes, the most populous first where a draw makes them
                                 # so; others follow as they are numbered
 
@@ -428,5 +429,5 @@ READERS = {
     "cub200": Source(read_cub200, 64, True, files=True, captions=read_text_c10),
     "flowers102": Source(read_flowers102, 64, True, files=True, captions=read_text_c10),
     "folder": Source(read_folder, 64, True, files=True, listed=False, reference="test",
-                     captions=read_texts_beside),
+                     captions=read_texts_beside, by_size=True),
 }

@@ -13,9 +13,10 @@ from conftest import call, make_folder
 import data
 import disk
 import train
-from data import (Batches, class_groups, load, load_long_tailed, load_reference, long_tail,
-                  long_tail_counts, resolve_classes, to_float, to_uint8)
+from data import (Batches, ImageSet, class_groups, load, load_long_tailed, load_reference,
+                  long_tail, long_tail_counts, resolve_classes, to_float, to_uint8)
 from runtime import UserError
+from sets.packing import read_image
 
 
 @pytest.mark.parametrize("C, ir, total, last", [
@@ -148,6 +149,42 @@ def test_balanced_reference(tmp_path, data_dir):
         load_reference("folder", root, None, 8, packed)
     # Digits
     assert len(load_reference("digits", data_dir)[0].labels) == 1497
+
+
+def test_the_classes_of_a_folder_are_ordered_by_size(tmp_path):
+    """So a draw takes what there is of the rare ones; runs of before stay in their order."""
+    root = make_folder(tmp_path / "set", {"a": 4, "b": 40, "c": 12})
+    args = Namespace(dataset="folder", data_dir=root, resolution=8, class_order=None,
+                     pack_dir=tmp_path / "packed", ir=4, tail_seed=0)
+    images = load_long_tailed(args)
+    assert images.class_names == ["b", "c", "a"] and images.counts.tolist() == [18, 9, 4]
+    whole = load("folder", root, resolution=8, pack_dir=args.pack_dir)
+    of_a = whole.images[whole.labels == 2]
+    assert len(of_a) == 4 and np.array_equal(images.images[images.labels == 2], of_a)
+    assert np.array_equal(of_a[0], read_image(root / "a/000.png", 8))
+    old = {"data": {"class_names": ["a", "b", "c"]}}
+    args.ir = 1
+    assert load_long_tailed(args, old).counts.tolist() == [4, 40, 12]
+    args.class_order = "c,b,a"
+    assert load_long_tailed(args).class_names == ["c", "b", "a"]
+
+
+def test_the_table_of_a_set(digits):
+    """What is used of what there is; then all classes, or the first and the last; the groups."""
+    backwards = ImageSet("x", digits.images, 9 - digits.labels, list("jihgfedcba"), total=1497)
+    first, *rows, groups = backwards.table().splitlines()
+    assert "uses 502 of 1,497 images" in first
+    assert [row.split() for row in rows[:4]] == [
+        ["a", "148", "Many"], ["b", "106", "Many"], ["c", "76", "Many"], ["d", "54", "Medium"]]
+    assert len(rows) == 10 and "Few 51 images of 4 classes" in groups
+    rule = backwards.table({"Few": [0, 1]}, "under 11 images")
+    assert rule.count("Few") == 3 and "Many" not in rule and "under 11 images" in rule
+    labels = np.repeat(np.arange(13), np.arange(13, 0, -1))
+    rows = ImageSet("x", labels, labels, list("abcdefghijklm"), total=91).table().splitlines()
+    assert "uses" not in rows[0] and [row.split()[0] for row in rows[1:-1]] == [
+        *"abcde", "...", *"ijklm"]
+    balanced = ImageSet("x", labels[:2], np.arange(2), ["a", "b"], total=2).table()
+    assert "1 of each class" in balanced and len(balanced.splitlines()) == 1
 
 
 def test_a_class_without_images_is_refused(monkeypatch):

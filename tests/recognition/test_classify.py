@@ -7,7 +7,8 @@ import signal
 import numpy as np
 import pytest
 import torch
-from conftest import COUNTS, ROOT, by_two_processes, call, fill_reserved, interrupted, refuses
+from conftest import (COUNTS, ROOT, by_two_processes, call, fill_reserved, interrupted,
+                      make_folder, refuses)
 from torch.nn import functional as F
 from torch.testing import assert_close
 
@@ -329,6 +330,18 @@ def test_a_run_with_extra_images(extra, data_dir, tmp_path, capsys):
     assert disk.load(tmp_path / "ckpt.pt", ["classifier"])["data"]["class_counts"] == COUNTS
     refuses(capsys, classify.main, *FAST, "--lr", 0.05, *flags, says=["--lr"])
     assert (tmp_path / "ckpt.pt").read_bytes() == before            # finished: not overwritten
+
+
+def test_the_test_set_has_the_training_sets_order(tmp_path, cpu):
+    """Of a folder, too, whose classes are ordered by size: by that of the training set."""
+    make_folder(tmp_path / "set/train", {"a": 3, "b": 9, "c": 6})
+    make_folder(tmp_path / "set/test", {"a": 3, "b": 1, "c": 2})
+    args = classify.make_parser().parse_args([
+        "--dataset", "folder", "--data-dir", str(tmp_path / "set"), "--resolution", "8",
+        "--pack-dir", str(tmp_path / "packed")])
+    sets = classify.load_sets(args, cpu)
+    assert sets.real.class_names == sets.test.class_names == ["b", "c", "a"]
+    assert sets.test.counts.tolist() == [1, 2, 3]
 
 
 def test_a_finished_run_is_not_trained_again(tmp_path, data_dir, capsys, monkeypatch):
