@@ -12,18 +12,19 @@ labels y (N,) and Null's label, null (N,), which is the last, the number of clas
         eps = 2.5 * pipe.unet(x, t, y).sample - 1.5 * pipe.unet(x, t, null).sample
         x = pipe.scheduler.step(eps, t, x, use_clipped_model_output=True).prev_sample
 
-Both networks compute one function; names differ, and Null is a row of zeros in theirs, since our
-y = -1 adds no vector. export.json, in DIR, has what a checkpoint knows beside its weights, so that
-an export is read back whole. Each exchange is checked by one call of both networks.
-Needs diffusers.
+Both networks compute one function, which an export checks by one call of both; names differ, and
+Null is a row of zeros in theirs, since our y = -1 adds no vector. export.json, in DIR, has what a
+checkpoint knows beside its weights, so that an export is read back whole, also where diffusers has
+trained it further. To write one, diffusers is needed.
 """
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch.nn import GroupNorm
 
 import disk
-from model import ResBlock, UNet, UNetConfig, make_alphas_bar
+from model import ResBlock, UNet, UNetConfig
 from runtime import UserError
 from sample import Sampling
 
@@ -101,11 +102,10 @@ def to_theirs(net):
     return state
 
 
-def to_ours(state, net, cosines_first):
+def to_ours(state, net):
     """Our state dict, for a UNet like `net`, of their weights. Raises KeyError for an unknown one.
 
-    cosines_first: whether their sinusoid has all cosines first; ours has all sines first. A row of
-    Null that is not zero becomes a part of the time's bias: that is the same sum.
+    A row of Null that is not zero becomes a part of the time's bias: that is the same sum.
     """
     names = {theirs: ours for ours, theirs in pairs_of(net)}
     ours = {}
@@ -118,14 +118,11 @@ def to_ours(state, net, cosines_first):
     if null.any():
         ours[LABEL] = ours[LABEL] - null
         ours["encoder.embedding.linear2.bias"] = ours["encoder.embedding.linear2.bias"] + null
-    if cosines_first:
-        name = "encoder.embedding.linear1.weight"
-        ours[name] = torch.cat(ours[name].chunk(2, 1)[::-1], 1)
     return ours
 
 
 @torch.no_grad()
-def refuse_difference(net, theirs, flag):
+def refuse_difference(net, theirs):
     """Raise UserError where the two networks do not predict the same, with and without a label."""
     size = 2 ** len(net.cfg.ch_mult)
     x = torch.randn(2, net.cfg.channels, size, size, generator=torch.Generator().manual_seed(0))
@@ -134,9 +131,8 @@ def refuse_difference(net, theirs, flag):
     expected = theirs.eval()(x, t, torch.tensor([0, null])).sample
     got = net(x, t, torch.tensor([0, -1]))
     if not (got - expected).abs().max() <= 1e-4 * expected.abs().max():    # nor if it is NaN
-        raise UserError(f"{flag}: our U-Net and that of diffusers {package().__version__} do not "
-                        "predict the same: theirs has a setting that ours has not, such as heads "
-                        "of attention, or this version computes otherwise")
+        raise UserError("--format diffusers: our U-Net and that of diffusers "
+                        f"{package().__version__} do not predict the same; take another version")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -189,77 +185,24 @@ def write(ckpt, net, path):
     refuse_network(ckpt, net)
     diffusers = package()
     theirs = their_network(net, ckpt["data"]["resolution"])
-    refuse_difference(net, theirs, "--format diffusers")
+    refuse_difference(net, theirs)
     pipeline = diffusers.DDIMPipeline(theirs, their_schedule(ckpt["config"].get("recipe")))
-    disk.write_folder(path, pipeline.save_pretrained, "diffusers", "--export",
-                      checkpoint={key: ckpt[key] for key in KEPT})
+    known = {**{key: ckpt[key] for key in KEPT}, "network": {**net.cfg.to_dict(), "augment_dim": 0}}
+    disk.write_folder(path, pipeline.save_pretrained, "diffusers", "--export", checkpoint=known)
 
 
 # --------------------------------------------------------------------------------------------------
-# A network of ours from a folder of theirs
-
-def load_theirs(folder, flag):
-    """The UNet2DModel and the DDIMScheduler in a folder, in float32. Raises UserError."""
-    diffusers = package()
-    found = disk.read_json(Path(folder) / "unet/config.json")
-    if not isinstance(found, dict) or found.get("_class_name") != "UNet2DModel":
-        raise UserError(f"{flag} {folder}: not a pipeline's folder with a UNet2DModel in unet/")
-    try:
-        unet, info = diffusers.UNet2DModel.from_pretrained(
-            folder, subfolder="unet", output_loading_info=True, use_safetensors=True)
-        lacking = sorted(info["missing_keys"]) + sorted(info["unexpected_keys"])
-        if lacking:                             # theirs would be random numbers
-            raise ValueError(f"{lacking[0]} is missing or unknown")
-        schedule = diffusers.DDIMScheduler.from_pretrained(folder, subfolder="scheduler")
-    except Exception as e:                      # of many kinds
-        why = " ".join(str(e).split())[:200]
-        raise UserError(f"{flag} {folder}: cannot be loaded ({why})") from e
-    return unet.float(), schedule
-
-
-def refuse_schedule(schedule, flag):
-    """Raise UserError where a network was not trained to predict the noise of our schedule."""
-    ours, theirs = make_alphas_bar(), schedule.alphas_cumprod.double()
-    if (schedule.config.prediction_type != "epsilon" or theirs.shape != ours.shape
-            or (theirs - ours).abs().max() > 1e-5):
-        raise UserError(f"{flag}: its network does not predict the noise (epsilon) of the linear "
-                        f"schedule of {len(ours)} steps, 1e-4 to 0.02; here there is no other")
-
-
-def translate(unet, flag):
-    """(the dict of a UNetConfig, our state dict) of a UNet2DModel.
-
-    Raises UserError where our network has other weights, or others of its settings: then it does
-    not predict the same.
-    """
-    config = unet.config
-    if (config.num_class_embeds or 0) < 2:
-        raise UserError(f"{flag}: its network takes no labels; num_class_embeds must be the "
-                        "classes and one for Null")
-    widths = config.block_out_channels
-    network = UNetConfig(
-        channels=config.in_channels, num_classes=config.num_class_embeds - 1, ch=widths[0],
-        ch_mult=tuple(width // widths[0] for width in widths),
-        attn=tuple(k for k, kind in enumerate(config.down_block_types) if "Attn" in kind),
-        num_res_blocks=config.layers_per_block, dropout=config.dropout)
-    net = UNet(network)
-    try:
-        net.load_state_dict(to_ours(unet.state_dict(), net, config.flip_sin_to_cos))
-    except (KeyError, RuntimeError) as e:
-        raise UserError(f"{flag}: its weights are not those of our U-Net "
-                        f"({str(e).splitlines()[-1].strip()})") from e
-    refuse_difference(net, unet, flag)
-    return network.to_dict(), net.state_dict()
-
+# And back
 
 def read(folder, flag="--from-diffusers"):
-    """What is in a folder of theirs: (the dict of a UNetConfig, our state dict, size, record).
+    """(what a checkpoint holds beside its weights, our state dict) of a folder that `write` made.
 
-    size: pixels per side, None where they do not say it. record: what a checkpoint of ours knew
-    beside its weights, None where it is not ours. Raises UserError for what is no such folder, and
-    for a network that ours is not.
+    Raises UserError for another folder.
     """
-    unet, schedule = load_theirs(folder, flag)
-    refuse_schedule(schedule, f"{flag} {folder}")
-    made = disk.read_json(Path(folder) / "export.json") or {}
-    return *translate(unet, f"{flag} {folder}"), unet.config.sample_size, made.get("checkpoint")
+    made = disk.read_json(Path(folder) / "export.json")
+    if not isinstance(made, dict) or made.get("kind") != "diffusers":
+        raise UserError(f"{flag} {folder}: not a folder of sample.py --export --format diffusers")
+    known = made["checkpoint"]
+    net = UNet(UNetConfig(**known["network"]))
+    net.load_state_dict(to_ours(load_file(Path(folder) / WEIGHTS), net))
+    return known, net.state_dict()

@@ -1,16 +1,15 @@
 """Checkpoints of CBDM-pytorch and OC_LT as checkpoints of this project, to sample and measure here.
 
     python -m exchange.peers --ckpt logs/ckpt_300000.pt --dataset cifar100 --ir 100 --to cbdm.pt
-    python -m exchange.peers --from-diffusers DIR --to ours.pt      # DIR: sample.py's export
+    python -m exchange.peers --from-diffusers DIR --to ours.pt      # of sample.py's export
     python evaluate.py --ckpt cbdm.pt
 
 Both peers have one U-Net, that of pytorch-ddpm with labels, and one layout of their files; names
 below are those of qym7/CBDM-pytorch 4530ee4 and MediaBrain-SJTU/OC_LT 3d95b13. Their averaged
 weights ("ema_model") become a plain network, as sample.py --export writes it. What such a file does
 not say comes from flags: the data set, whose classes the labels are, and how it was made
-long-tailed. Their schedule must be their default, which is the paper's. The same holds for a folder
-of diffusers that others made: a UNet2DModel with labels, of which Null is the last
-(diffusers_unet.py).
+long-tailed. Their schedule must be their default, which is the paper's. --from-diffusers takes a
+folder that sample.py exported, perhaps trained further there, back (diffusers_unet.py).
 """
 import torch
 
@@ -107,22 +106,20 @@ def read(path, flag="--ckpt"):
     return content["ema_model"], content.get("step", 0)
 
 
-def describe(args, network, step, size=None):
+def describe(args, network, step):
     """What a checkpoint holds beside its weights, for one that does not say it: from the flags.
 
-    network: the dict of a UNetConfig. size: of its images, where that is known. Raises UserError.
+    network: the dict of a UNetConfig. Raises UserError.
     """
     record = load_long_tailed(args).record()
-    for what, ours, theirs in (("classes", len(record["class_names"]), network["num_classes"]),
-                               ("pixels per side", record["resolution"], size)):
-        if theirs not in (None, ours):
-            raise UserError(f"--dataset {args.dataset}: {ours} {what}, and the network has "
-                            f"{theirs}")
-    path = args.ckpt or f"{args.from_diffusers}/{diffusers_unet.WEIGHTS}"
+    if len(record["class_names"]) != network["num_classes"]:
+        raise UserError(f"--dataset {args.dataset}: {len(record['class_names'])} classes, and the "
+                        f"network has {network['num_classes']}")
     settings = {k: v for k, v in vars(args).items() if k not in ("ckpt", "from_diffusers", "to")}
-    config = {**settings, "dtype": "float32", "seed": 0, "imported_from": disk.sha256(path)}
+    config = {**settings, "dtype": "float32", "seed": 0, "imported_from": disk.sha256(args.ckpt)}
     return {"kind": "diffusion", "step": step, "command": runtime.command_line("-m exchange.peers"),
-            "config": config, "data": record, "weights": "ema", "branch": "full"}
+            "config": config, "data": record, "weights": "ema", "branch": "full",
+            "network": network}
 
 
 def main():
@@ -131,8 +128,7 @@ def main():
     one = parser.add_mutually_exclusive_group(required=True)
     one.add_argument("--ckpt", help="a ckpt_STEP.pt of CBDM-pytorch or OC_LT")
     one.add_argument("--from-diffusers", metavar="DIR",
-                     help="a pipeline's folder with a UNet2DModel; one that sample.py exported "
-                     "needs no data flags")
+                     help="a folder that sample.py exported; it needs no data flags")
     parser.add_argument("--to", required=True, metavar="FILE", help="the file to write")
     data_flags = [action.dest for action in add_data_flags(parser, ir=100.0)._group_actions]
     args = parser.parse_args()
@@ -143,13 +139,11 @@ def main():
         network, ours = translate(state)
         known = describe(args, network, step)
     else:
-        network, ours, size, record = diffusers_unet.read(args.from_diffusers)
         why = f"the export in {args.from_diffusers} says it itself"
-        refuse_unused(parser.given, dict.fromkeys(data_flags if record else [], why))
-        known = record or describe(args, network, 0, size)
+        refuse_unused(parser.given, dict.fromkeys(data_flags, why))
+        known, ours = diffusers_unet.read(args.from_diffusers)
     disk.save(args.to, {
-        **known, "network": network, "rank_ratio": None, "experts": None, "model": ours,
-        "ema": ours}, "--to")
+        **known, "rank_ratio": None, "experts": None, "model": ours, "ema": ours}, "--to")
     print(f"wrote {args.to}: {sum(v.numel() for v in ours.values()):,} parameters of step "
           f"{known['step']}")
 

@@ -1,12 +1,13 @@
 """diffusers_unet.py: what diffusers computes from an export is what we compute, and it comes back
 whole; what one of both cannot compute is refused with the reason."""
 import re
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
 from conftest import call, refuses
-from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DDIMPipeline
 
 import disk
 import sample
@@ -17,10 +18,6 @@ from runtime import UserError
 
 NETWORK = {"channels": 1, "num_classes": 10, "ch": 128, "ch_mult": [1, 2], "attn": [1],
            "num_res_blocks": 1, "dropout": 0.1, "augment_dim": 0}
-THEIRS = {"sample_size": 8, "in_channels": 1, "out_channels": 1, "block_out_channels": (128, 256),
-          "layers_per_block": 1, "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
-          "up_block_types": ("AttnUpBlock2D", "UpBlock2D"), "attention_head_dim": 256,
-          "num_class_embeds": 11}
 Y = torch.tensor([0, 3, 9, -1])
 
 
@@ -144,8 +141,7 @@ def test_other_shapes(tmp_path):
     x, t = torch.randn(2, 3, 8, 8), torch.tensor([3, 800])
     with torch.no_grad():
         same(unet(x, t, torch.tensor([2, 4])).sample, net(x, t, torch.tensor([2, -1])))
-    network, state = diffusers_unet.translate(unet, "")
-    assert network == net.cfg.to_dict()
+    state = diffusers_unet.to_ours(unet.state_dict(), net)
     assert all(torch.equal(value, state[name]) for name, value in net.state_dict().items())
 
 
@@ -160,25 +156,16 @@ def test_it_comes_back_bit_for_bit(ckpt, exported, tmp_path):
     assert back == plain
 
 
-def other_folder(path, seed=0, pipeline=DDPMPipeline, schedule=None, **changes):
-    """A pipeline that others saved, with random weights: (the path, its U-Net)."""
-    unet = fill(UNet2DModel(**{**THEIRS, **changes}), seed).eval()
-    pipeline(unet, schedule or DDPMScheduler()).save_pretrained(path)
-    return path, unet
-
-
-@pytest.mark.parametrize("cosines_first", [True, False])
-def test_a_folder_of_others(tmp_path, data_dir, cosines_first):
-    """Their Null is no zero, their sinusoid may have the cosines first."""
-    path, unet = other_folder(tmp_path / "d", flip_sin_to_cos=cosines_first)
-    assert unet.class_embedding.weight[-1].abs().max() > 1
-    call(peers.main, "--from-diffusers", path, "--to", tmp_path / "ours.pt", "--dataset", "digits",
-         "--ir", 20, "--data-dir", data_dir)
+def test_it_comes_back_after_training_there(exported, tmp_path):
+    """Their Null is then no zero."""
+    folder = shutil.copytree(exported, tmp_path / "trained")
+    pipe = DDIMPipeline.from_pretrained(folder)
+    fill(pipe.unet, seed=5)
+    assert pipe.unet.class_embedding.weight[-1].abs().max() > 1
+    pipe.save_pretrained(folder)
+    call(peers.main, "--from-diffusers", folder, "--to", tmp_path / "ours.pt")
     found = disk.load(tmp_path / "ours.pt", ["diffusion"])
-    same(*predictions(sample.load_network(found), unet))
-    assert sum(found["data"]["class_counts"]) == 502 and found["step"] == 0
-    assert found["config"]["imported_from"] == disk.sha256(path / diffusers_unet.WEIGHTS)
-    assert found["network"] == {**NETWORK, "dropout": 0.0}
+    same(*predictions(sample.load_network(found), pipe.unet.eval()))
 
 
 @pytest.mark.parametrize("network, kind", [
@@ -193,40 +180,7 @@ def test_networks_that_theirs_is_not(network, kind):
     diffusers_unet.refuse_network({"kind": "diffusion"}, build(NETWORK))
 
 
-@pytest.mark.parametrize("changes", [
-    {"num_class_embeds": None}, {"num_class_embeds": 1}, {"out_channels": 2},
-    {"attention_head_dim": 8}, {"norm_num_groups": 16}, {"freq_shift": 1},
-    {"resnet_time_scale_shift": "scale_shift"}, {"add_attention": False},
-    {"down_block_types": ("DownBlock2D", "SkipDownBlock2D")},
-    {"block_out_channels": (128, 192), "attention_head_dim": None},
-    {"block_out_channels": (64, 256)},
-], ids=str)
-def test_networks_that_ours_is_not(changes):
-    """Also where all weights have the same shapes."""
-    with pytest.raises(UserError, match="^here"):
-        diffusers_unet.translate(fill(UNet2DModel(**{**THEIRS, **changes})), "here")
-
-
-@pytest.mark.parametrize("changes", [
-    {"prediction_type": "v_prediction"}, {"beta_end": 0.012}, {"num_train_timesteps": 500}],
-    ids=str)
-def test_schedules_that_ours_is_not(changes):
-    with pytest.raises(UserError):
-        diffusers_unet.refuse_schedule(DDIMScheduler(**changes), "here")
-    diffusers_unet.refuse_schedule(DDIMScheduler(), "here")
-
-
-def test_folders_that_are_not_theirs(tmp_path, data_dir, capsys):
-    """A missing one, other images, other classes, a damaged file."""
-    def check(path, *says):
-        refuses(capsys, peers.main, "--from-diffusers", path, "--to", tmp_path / "o.pt", "--ir",
-                20, "--data-dir", data_dir, "--dataset", "digits", says=says)
-    check(tmp_path / "none", "--from-diffusers")
-    path, _ = other_folder(tmp_path / "d", sample_size=16)
-    check(path, "--dataset")
-    path, _ = other_folder(tmp_path / "d", num_class_embeds=8)
-    check(path, "--dataset")
-    weights = path / diffusers_unet.WEIGHTS
-    weights.write_bytes(weights.read_bytes()[:1000])
-    check(path, "--from-diffusers")
+def test_a_folder_that_is_not_an_export(tmp_path, capsys):
+    refuses(capsys, peers.main, "--from-diffusers", tmp_path / "none", "--to", tmp_path / "o.pt",
+            says=["--from-diffusers"])
     assert not (tmp_path / "o.pt").exists()
