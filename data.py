@@ -333,9 +333,8 @@ def resolve_classes(text: str, class_names: list[str], flag: str = "--classes") 
         found = re.fullmatch("([0-9]{1,9})(?:-([0-9]{1,9}))?", word)
         numbered = range(int(found[1]), int(found[2] or found[1]) + 1) if found else []
         if named and numbered and named != list(numbered):
-            raise UserError(f"{flag} {text}: {word} is the name of class number {named[0]}, and "
-                            f"also a number or range; write {named[0]}-{named[0]}, or each number "
-                            "twice, such as 7-7")
+            raise UserError(f"{flag} {text}: {word} is the name of class number {named[0]}, and a "
+                            f"number, too; write {named[0]}-{named[0]}, or {word}-{word}")
         chosen = named or numbered
         if not chosen or chosen[-1] >= len(class_names):
             raise UserError(f"{flag} {text}: {word!r} is none of the classes; write names, numbers "
