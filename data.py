@@ -266,7 +266,8 @@ def refuse_other_source(images: ImageSet, old: dict, data_dir: str | Path) -> No
     images: the split that it was trained on, or another one, of which it has no record.
     old: the record of the training data.
     """
-    same_split = all(images.provenance.get(key) == old["provenance"].get(key)
+    provenance = old.get("provenance", {})          # of others' samples not known
+    same_split = all(images.provenance.get(key) == provenance.get(key)
                      for key in ("dataset", "split"))
     if same_split and old["sha256"] and images.sha256 != old["sha256"]:
         raise UserError(f"--data-dir {data_dir}: not the images of the set that the checkpoint was "
@@ -367,17 +368,40 @@ def to_classes(labels: np.ndarray | None, from_names: list[str] | None,
 
 
 # --------------------------------------------------------------------------------------------------
-# The balanced reference
+# The real images that samples are measured against
+
+def is_balanced(counts: ArrayLike) -> bool:
+    """Whether classes of these sizes count equally as they are: the one rule of the reference.
+
+    The largest has at most 1.5 times the images of the smallest. Elsewhere the metrics weigh the
+    classes (scores.weights_of), or take equally many of each (equal_rows).
+    """
+    return max(counts) <= 1.5 * min(counts)
+
+
+def equal_rows(labels: np.ndarray) -> np.ndarray:
+    """Rows of as many images of each class as the smallest has; of all where these are balanced.
+
+    labels (N,): the classes are those that occur. The choice is always the same.
+    """
+    _, labels, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    if is_balanced(counts):
+        return np.arange(len(labels))
+    order = np.random.RandomState(0).permutation(len(labels))
+    by_class = order[np.argsort(labels[order], kind="stable")]      # shuffled within each class
+    starts = np.cumsum(counts) - counts
+    return np.sort(by_class[(starts[:, None] + np.arange(counts.min())).ravel()])
+
 
 def load_reference(name: str, data_dir: str | Path = "data", split: str | None = None,
-                   resolution: int | None = None,
-                   pack_dir: str | Path | None = None) -> tuple[ImageSet, str]:
-    """The class-balanced real images that samples are measured against: (ImageSet, what it is).
+                   resolution: int | None = None, pack_dir: str | Path | None = None,
+                   trained_on: dict | None = None) -> tuple[ImageSet, str]:
+    """The real images that samples are measured against: (ImageSet, what it is in words).
 
     split: "train", "test", or None for the set's own choice: the training set, or (ImageNet-LT,
-    iNaturalist, a folder that has one) the test set. Where its largest class has more than 1.5
-    times the images of its smallest, equally many of each class are taken, as many as the smallest
-    has. The second result is a few words for a reader.
+    iNaturalist, a folder that has one) the test set. All of its images, see is_balanced.
+    trained_on: the record of the training data. Raises UserError where these were others, and where
+    a class is empty.
     """
     chosen = split or (READERS[name].reference if name in READERS else "train")
     try:
@@ -387,31 +411,29 @@ def load_reference(name: str, data_dir: str | Path = "data", split: str | None =
             raise
         chosen = "train"
         images = load(name, data_dir, chosen, resolution, None, pack_dir)
+    if trained_on:
+        refuse_other_source(images, trained_on, data_dir)
     words = {"train": "training set", "test": "test set"}[chosen]
-    n = images.counts.min()
-    if not n:
+    if not images.counts.min():
         empty = images.class_names[int(np.argmin(images.counts))]
         raise UserError(f"--data-dir {data_dir}: class {empty} has no image in the {words}")
-    if images.counts.max() <= 1.5 * n:
-        return images, "full " + words
-    order = np.random.RandomState(0).permutation(len(images.labels))
-    by_class = order[np.argsort(images.labels[order], kind="stable")]   # shuffled within each class
-    starts = np.cumsum(images.counts) - images.counts
-    rows = by_class[(starts[:, None] + np.arange(n)).ravel()]
-    return images.take(rows), f"{words}, {n} images of each class"
+    return images, "full " + words
 
 
 def reference_images(ckpt: Checkpoint, data_dir: str | Path | None = None,
                      split: str | None = None) -> tuple[ImageSet, np.ndarray, str]:
-    """load_reference for a checkpoint: (the images, labels (N,) in its classes, what they are).
+    """equal_rows of load_reference: (images, labels (N,) in a checkpoint's classes, the words).
 
     data_dir: where data sets are; None for where they were in training. split: as there. Raises
     UserError for a data set with other images, or classes, than in training.
     """
     data = ckpt["data"]
     data_dir, pack_dir = folders_of(ckpt["config"], data_dir)
-    images, words = load_reference(data["dataset"], data_dir, split, data["resolution"], pack_dir)
-    refuse_other_source(images, data, data_dir)
+    images, words = load_reference(data["dataset"], data_dir, split, data["resolution"], pack_dir,
+                                   data)
+    if not is_balanced(images.counts):
+        images = images.take(equal_rows(images.labels))
+        words = f"{images.counts[0]} images of each class of the {words}"
     labels = to_classes(images.labels, images.class_names, data["class_names"], "--data-dir")
     return images, labels, f"{data['dataset']}, {words}"
 

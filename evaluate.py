@@ -8,7 +8,8 @@ All but IS also per group and per class.
                                                         # the reference's features, computed once
 
 Protocol (Sec. 4.1): 50,000 class-balanced images against the balanced full training set. Per group
-(Many, Medium, Few): 20,000 images of its classes against the real images of its classes. Features
+(Many, Medium, Few): 20,000 images of its classes against the real images of its classes. Where the
+reference is not balanced, its classes get equal weights (data.is_balanced). Features
 are those of Inception (inception.py), so that FID, KID and IS are what torch-fidelity computes. On
 digits, or with --features, they are those of another network; the Frechet distance and the kernel
 distance are then named FD and KD, never FID and KID.
@@ -25,19 +26,20 @@ import torch
 
 import disk
 import runtime
-from data import by_size, folders_of
+from data import by_size, equal_rows
 from metrics.features import DIGITS_CLASSIFIER, INCEPTION, Extractor, Features
 from metrics.image_sets import (compare, find_reference, from_checkpoint, from_samples,
                                 parse_about, protocol_of, read_npz)
 from metrics.inception import INPUTS
-from metrics.scores import (DENSITY_K, FLOOR_IMAGES, IS_SPLITS, KID_SIZE, KID_SUBSETS, METRIC_SEED,
-                            density_coverage, distance_of, floor_of, inception_score,
-                            kernel_distance, placed, precision_recall)
+from metrics.scores import (DENSITY_K, FLOOR_IMAGES, IS_SPLITS, KID_SIZE, KID_SUBSETS, LEAST_REAL,
+                            METRIC_SEED, density_coverage, distance_of, floor_of, inception_score,
+                            kernel_distance, placed, precision_recall, weights_of)
 from networks import KINDS
 from runtime import Parser, UserError, integer, run
 from sample import add_sampling_flags, dtype_of, generate, make_samples, prepare
 
 FEW = 2048          # with fewer images a Frechet distance depends mostly on their number
+FLOOR_ROUNDS = 3    # of a user's folder, whose numbers compare with no one else's
 
 
 # --------------------------------------------------------------------------------------------------
@@ -106,23 +108,28 @@ class Metrics:
         """The numbers of one set of images; fake, real: Features; score: also the IS."""
         frechet, kernel = ("fid", "kid") if self.inception else ("fd", "kd")
         generated, reference = (placed(x.features, self.device) for x in (fake, real))
-        mean, std, size = kernel_distance(generated, reference)
+        weights = weights_of(real.labels)
+        result = {frechet: distance_of(generated, reference, weights)}
+        rows = slice(None) if weights is None else equal_rows(real.labels)
+        if len(reference[rows]) >= LEAST_REAL:
+            mean, std, size = kernel_distance(generated, reference[rows])
+            result |= {kernel: mean, f"{kernel}_std": std, "kid_subset_size": size}
         precision, recall = precision_recall(fake.features, real.features, self.k,
-                                             device=self.device)
-        density, coverage = density_coverage(fake.features, real.features, device=self.device)
+                                             device=self.device, weights=weights)
+        density, coverage = density_coverage(fake.features, real.features, device=self.device,
+                                             weights=weights)
         others = len(real.features) - 1
-        result = {frechet: distance_of(generated, reference),
-                  kernel: mean, f"{kernel}_std": std, "kid_subset_size": size,
-                  "precision": precision, "recall": recall,
-                  "k": min(self.k, len(fake.features) - 1, others),
-                  "density": density, "coverage": coverage, "density_k": min(DENSITY_K, others)}
+        result |= {"precision": precision, "recall": recall,
+                   "k": min(self.k, len(fake.features) - 1, others),
+                   "density": density, "coverage": coverage, "density_k": min(DENSITY_K, others)}
         if score and len(fake.logits) >= IS_SPLITS:
             result["is"], result["is_std"] = inception_score(fake.logits)
         if self.output_classes is not None and fake.labels is not None:
             result["accuracy"] = float(self.is_right(fake).mean())
         result["num"] = len(fake.features)
         result["num_real"] = len(real.features)
-        if self.floor and len(real.features) >= FLOOR_IMAGES:
+        alone = weights is not None and np.unique(real.labels, return_counts=True)[1].min() < 2
+        if self.floor and len(real.features) >= FLOOR_IMAGES and not alone:
             result["floor"] = floor_of(reference, self.floor, real.labels)
         return result
 
@@ -157,11 +164,12 @@ def balanced_rows(labels, n, num):
 
 def why_left_out(members, fake, real):
     """Why these classes together cannot be measured, in words; "" where they can."""
-    for labels, side in ((fake.labels, "samples"), (real.labels, "reference")):
+    sides = (fake.labels, "samples", 2), (real.labels, "reference", LEAST_REAL)
+    for labels, side, least in sides:
         if not np.isin(members, labels).all():
             return f"no image of a class in the {side}"
-        if np.isin(labels, members).sum() < 2:
-            return f"fewer than two images in the {side}"
+        if np.isin(labels, members).sum() < least:
+            return f"fewer than {least} images in the {side}"
     return ""
 
 
@@ -170,8 +178,8 @@ def measure_all(fake, real, num, groups, classes, metrics):
 
     fake, real: Features. The overall numbers are against the real images of the samples' classes.
     groups: {group: its classes}; classes: {name: class}. Both are measured on all images that there
-    are. One with a class that has no image, or with fewer than two images on either side, is left
-    out; "left_out" then says why, by name.
+    are. One with a class that has no image, or with fewer than two samples or LEAST_REAL real
+    images, is left out; "left_out" then says why, by name.
     """
     labelled = fake.labels is not None and real.labels is not None
     rows = balanced_rows(fake.labels, len(fake.features), num)
@@ -211,9 +219,15 @@ def announce(args, comparison, extractor, rt):
     labelled = comparison.labels is not None and reference.labels is not None
     per = ", per group" if labelled and comparison.groups else ""
     per += ", per class" if labelled and args.per_class else ""
+    pixels = " of {1} x {0} pixels".format(*reference.size) if reference.size else ""
     rt.print(f"{comparison.n:,} images of {subject.words}: overall on {comparison.num:,}{per}, "
-             f"against {reference.words} ({reference.n:,} images), in features of "
+             f"against {reference.words} ({reference.n:,} images{pixels}), in features of "
              f"{extractor.name}, float32, on {rt.device} x {rt.world}")
+    if reference.is_weighted:
+        low, high = reference.per_class
+        rt.print(f"the reference has {low:,} to {high:,} images of a class: the Frechet distance, "
+                 "recall and coverage weigh its classes equally, the kernel distance takes equally "
+                 "many of each, precision and density take all")
     if comparison.used < reference.n:
         rt.print(f"the samples lack some classes of the reference: overall against its "
                  f"{comparison.used:,} images of the samples' classes")
@@ -237,8 +251,11 @@ def print_result(result, k=3, floor=0):
     for name, r in rows:
         words = [f"{name:<{name_width}}  {r['num']:>6,} images",
                  f"{frechet.upper()} {r[frechet]:8.3f}"]
-        if r["kid_subset_size"] == KID_SIZE:
-            words.append(f"{kernel.upper()} {r[kernel]:.5f} ± {r[f'{kernel}_std']:.5f}")
+        if "floor" in r:
+            words.append(f"floor {r['floor']:.3f}")
+        if kernel in r:
+            words.append(f"{kernel.upper()} {r[kernel]:.5f} ± {r[f'{kernel}_std']:.5f} "
+                         f"(subsets of {r['kid_subset_size']:,})")
         words.append(f"precision {r['precision']:.3f}  recall {r['recall']:.3f} (k {r['k']})")
         words.append(f"density {r['density']:.3f}  coverage {r['coverage']:.3f} "
                      f"(k {r['density_k']})")
@@ -252,16 +269,18 @@ def print_result(result, k=3, floor=0):
         print(f"left out: {first(name for name in left_out if left_out[name] == why)} ({why})")
     notes = {
         f"warning: fewer than {FEW:,} images on one side; a Frechet distance is then biased "
-        "upwards and can be compared only at equal counts; KID is not biased":
+        "upwards and can be compared only at equal counts; "
+        f"{kernel.upper()} is not biased":
             lambda r: min(r["num"], r["num_real"]) < FEW,
         f"warning: fewer neighbours than {k} in precision and recall, or than {DENSITY_K} in "
         "density and coverage, since there are no more images on one side; these do not compare":
             lambda r: r["k"] < k or r["density_k"] < DENSITY_K,
-        f"note: no {kernel.upper()}; its subsets have {KID_SIZE:,} images, and one side fewer":
-            lambda r: r["kid_subset_size"] < KID_SIZE,
+        f"note: no {kernel.upper()}; equally many real images of each class are fewer than "
+        f"{LEAST_REAL}":
+            lambda r: kernel not in r,
         f"note: no IS; it needs at least {IS_SPLITS} images":
             lambda r: r is result and "fid" in r and "is" not in r,
-        f"note: no --floor; the halves need at least {FLOOR_IMAGES} images of the reference":
+        f"note: no floor; it needs at least {FLOOR_IMAGES} real images, two of each class":
             lambda r: floor and "floor" not in r}
     for words, holds in notes.items():
         if names := [name for name, r in rows if holds(r)]:
@@ -285,6 +304,7 @@ def settings_of(args, comparison, extractor, rt):
     counts = data.get("class_counts")
     return {
         **made, **({"plugin": plugins} if plugins else {}),
+        **({"reference_weights": "equal classes"} if comparison.reference.is_weighted else {}),
         "trained_on": counts and f"{sum(counts):,} images, {max(counts):,} to {min(counts):,} of "
                                  "a class",
         "reference": comparison.reference.words,
@@ -375,8 +395,9 @@ def make_parser():
     g.add_argument("--reference-split", choices=("train", "test"),
                    help="of a data set as --reference; the same as writing NAME:test (default: "
                    "train; imagenet-lt, inat2018: test, their validation images; folder: test "
-                   "where it has one). Of a long-tailed split, equally many of each class")
-    g.add_argument("--data-dir", help="where data sets are (default: the checkpoint's, or data)")
+                   "where it has one)")
+    g.add_argument("--data-dir", help="where data sets are (default: where they were in training, "
+                   "or data)")
     g.add_argument("--pack-dir", help="where packed arrays are "
                    "(default: the checkpoint's, or packed in --data-dir)")
     g.add_argument("--num", type=integer(2, 10_000_000), help="class-balanced images overall "
@@ -385,9 +406,10 @@ def make_parser():
                    help="images per group (Many, Medium, Few), at least "
                    "(default: 20,000; with --num, and on digits: what --num gives)")
     g.add_argument("--per-class", action="store_true", help="also each class by itself")
-    g.add_argument("--floor", type=integer(0), default=0, metavar="R",
+    g.add_argument("--floor", type=integer(0), metavar="R",
                    help="also the Frechet distance between random halves of the reference, each "
-                   "class halved, the mean of R halvings (default: 0, none)")
+                   f"class halved, the mean of R halvings (default: folders {FLOOR_ROUNDS}, "
+                   "others 0, none)")
     g.add_argument("--k", type=integer(1), default=3,
                    help="neighbours in precision and recall (default: 3); density and coverage "
                    f"always take {DENSITY_K}")
@@ -431,14 +453,14 @@ def main():
     ckpt = disk.load(args.ckpt, KINDS) if args.ckpt else None
     # Features are always computed in float32, so a dtype is that of sampling
     rt = runtime.setup(args.device, dtype_of(args, ckpt) if ckpt else "float32")
-    config = ckpt["config"] if ckpt else {}
-    args.data_dir, args.pack_dir = folders_of(config, args.data_dir, args.pack_dir)
     out = Path(args.out or Path(args.ckpt or args.samples).parent)
     out_json = Path(args.out_json or out / "eval.json")
 
     # What is measured, against what, in which features
     subject = from_checkpoint(args, ckpt, rt) if ckpt else from_samples(args, rt)
     reference = find_reference(args, subject, rt)
+    if args.floor is None:
+        args.floor = FLOOR_ROUNDS if reference.is_folder else 0
     extractor = make_extractor(args, subject, reference, rt)
     comparison = compare(args, subject, reference, extractor)
     settings = settings_of(args, comparison, extractor, rt)
@@ -459,6 +481,8 @@ def main():
     metrics = make_metrics(args, comparison, extractor, rt)
     result = measure_all(fake, real, comparison.num, comparison.groups, classes, metrics)
     seconds["metrics"] = time.time() - start
+    result["reference"] = {"pixels": reference.size and [*map(int, reference.size)],
+                           "images_per_class": reference.per_class}
 
     # Numbers to eval.json
     if warnings := warnings_of(real, metrics, comparison.class_names, extractor):

@@ -22,8 +22,8 @@ import disk
 import losses
 import networks
 import runtime
-from data import (Batches, add_data_flags, class_groups, load_long_tailed, load_reference,
-                  refuse_other_data, to_classes, to_rgb, unused_data_flags)
+from data import (Batches, add_data_flags, class_groups, load_long_tailed,
+                  load_reference, refuse_other_data, to_classes, to_rgb, unused_data_flags)
 from loop import (FRECHET, RESUMABLE, Training, add_step_flags, add_write_flags, config_of,
                   is_finished, loop, resume)
 from losses import BASES, CMConfig, Objective, add_cm_flags, bind
@@ -422,21 +422,22 @@ class Evaluation:
 
     def measure(self, training, log):
         """Generate, on all ranks, measure and log. log: a loop.Log, on rank 0, else None."""
-        from metrics.scores import distance_of, placed
+        from metrics.scores import LEAST_REAL, distance_of, placed, weights_of
         images = ema_samples(training.state(), self.labels.tolist(), self.rt, gather=False)
         fake, _ = self.extractor.extract(lambda rows: to_rgb(images[rows]), len(images),
                                          "features of samples", shared=False)
         if not log:
             return
-        groups = {"": range(len(self.data["class_names"])),
-                  **class_groups(self.data["class_counts"])}
+        counts = self.data["class_counts"]
+        groups = {"": range(len(counts)),
+                  **class_groups(counts)}
         fake, real = (placed(features, self.rt.device) for features in (fake, self.real))
         found = {}
         for group, classes in groups.items():
             f, r = (np.isin(labels, classes) for labels in (self.labels, self.real_labels))
-            if min(f.sum(), r.sum()) > 1:
+            if f.sum() > 1 and r.sum() >= LEAST_REAL:
                 name = f"{self.name}_{group}" if group else self.name
-                found[name] = distance_of(fake[f], real[r])
+                found[name] = distance_of(fake[f], real[r], weights_of(self.real_labels[r]))
         words = ", ".join(f"{name} {value:.3g}" for name, value in found.items())
         self.rt.print(f"step {training.step}/{self.args.steps}  {words} ({len(self.labels):,} "
                       "samples)")

@@ -13,12 +13,12 @@ import numpy as np
 import torch
 
 import disk
-from data import class_groups, load_reference, to_classes, to_rgb
+from data import class_groups, folders_of, is_balanced, load_reference, to_classes, to_rgb
 from metrics.features import DIGITS_CLASSIFIER
 from networks import load_network
 from runtime import UserError
 from sample import Sampling, describe, image_shape, sampling_in_words, sampling_of
-from sets.packing import open_image
+from sets.packing import open_image, read_image
 from sets.readers import READERS, image_folder
 from sets.samples import images_of_npz, open_npz, read_record
 
@@ -49,13 +49,32 @@ class Images:
         """What the set is: "cifar10, full training set", or the name of its file."""
         return self.about.get("what", self.name)
 
+    @property
+    def per_class(self):
+        """(images of the smallest class, of the largest); None without labels."""
+        if self.labels is None:
+            return None
+        counts = np.unique(self.labels, return_counts=True)[1]
+        return int(counts.min()), int(counts.max())
 
-def read_set(text, flag, args, split=None, resolution=None):
+    @property
+    def is_weighted(self):
+        """Whether its classes differ so much in size that the metrics weigh them."""
+        return self.labels is not None and not is_balanced(self.per_class)
+
+    @property
+    def is_folder(self):
+        """Whether it is a user's own folder."""
+        return self.name.partition(":")[0] == "folder" or Path(self.name).is_dir()
+
+
+def read_set(text, flag, args, split=None, resolution=None, trained_on=None):
     """The Images that --samples or --reference names: an .npz, a folder, a data set.
 
-    split, resolution: of a data set; None for its balanced reference and for its own resolution.
-    Its `sha256` is the hash of a file, of the content of a data set, or of the names and content
-    of a folder's files.
+    split: of a data set; None for its reference. resolution: to which image files are brought, as
+    for training; None for a data set's own, and for files as they are. trained_on: see
+    load_reference. Its `sha256` is the hash of a file, of the content of a data set, or of the
+    names and content of a folder's files.
     """
     dataset, _, own_split = text.partition(":")
     path = Path(text)
@@ -66,13 +85,13 @@ def read_set(text, flag, args, split=None, resolution=None):
     if split and (dataset not in READERS or own_split not in ("", split)):
         raise UserError(f"--reference-split {split}: {flag} {text} has no such split; leave it out")
     if dataset in READERS:
-        images, words = load_reference(dataset, args.data_dir, own_split or split, resolution,
-                                       args.pack_dir)
+        images, words = load_reference(dataset, args.data_dir or "data", own_split or split,
+                                       resolution, args.pack_dir, trained_on)
         found = Images(text, len(images.labels), lambda rows: to_rgb(images.images[rows]),
                        images.labels, images.class_names, about={"what": f"{dataset}, {words}"},
                        sha256=images.sha256)
     elif path.is_dir():
-        found = read_image_files(text, path, flag)
+        found = read_image_files(text, path, flag, resolution)
     elif path.exists():
         found = read_npz(text, path, flag)
     else:
@@ -116,8 +135,11 @@ def parse_about(text):
     return about if isinstance(about, dict) and needed <= set(about) else None
 
 
-def read_image_files(name, root, flag):
-    """A folder of image files of one size: flat, or one sub-folder per class."""
+def read_image_files(name, root, flag, resolution=None):
+    """A folder of image files: flat, or one sub-folder per class.
+
+    Of one size; or with a resolution of any, brought to it as load_reference does.
+    """
     paths, labels, names = image_folder(root, flag)
     made = disk.read_json(root / "export.json")
     if isinstance(made, dict) and made.get("class_names"):      # of sample.py --png: 0003-cat
@@ -126,6 +148,8 @@ def read_image_files(name, root, flag):
     first = open_image(paths[0], flag).size
 
     def at(rows):
+        if resolution:
+            return np.stack([read_image(paths[row], resolution) for row in rows])
         images = [open_image(paths[row], flag) for row in rows]
         for row, image in zip(rows, images):
             if image.size != first:
@@ -215,16 +239,19 @@ class Comparison:
 
 def find_reference(args, subject, rt):
     """The Images that --reference names, by default those of the subject's training set."""
+    args.data_dir, args.pack_dir = folders_of(subject.made.get("config", {}), args.data_dir,
+                                              args.pack_dir)
     name = args.reference or subject.dataset
     if name is None:
         raise UserError("--reference: name what the samples are measured against: "
                         "a data set, an .npz, a folder, or a file of --save-stats")
     source = READERS.get(name.partition(":")[0])
     resolution = subject.data.get("resolution")
-    if resolution is None and source and source.files and subject.images and subject.images.at:
-        resolution = subject.images.size[0]         # files of any size: read at the samples'
+    if resolution is None and (not source or source.files) and subject.images:
+        height, width = subject.images.size or (0, 1)
+        resolution = height if height == width else None    # files of any size: the samples'
     with rt.rank_0_first():
-        return read_set(name, "--reference", args, args.reference_split, resolution)
+        return read_set(name, "--reference", args, args.reference_split, resolution, subject.data)
 
 
 def protocol_of(dataset):
@@ -238,7 +265,6 @@ def compare(args, subject, reference, extractor):
     class_counts = subject.data.get("class_counts")
     assumed = assumed_labels(subject, reference)
     reference = renumber(reference, class_names, "--reference")
-    refuse_long_tailed(reference, class_counts)
     for flag, images in (("--reference", reference), ("--samples", subject.images)):
         if images and images.features and images.about["features_sha256"] != extractor.sha256:
             raise UserError(f"{flag}: its features were made by {images.about['made_by']}, "
@@ -284,20 +310,6 @@ def renumber(images, class_names, flag):
     """The same Images with labels that refer to `class_names`, where both names are known."""
     labels = to_classes(images.labels, images.class_names, class_names, flag)
     return replace(images, labels=labels, class_names=class_names)
-
-
-def refuse_long_tailed(reference, class_counts):
-    """Raise UserError where the reference is the long-tailed training set itself.
-
-    Sec. 4.1 measures against a balanced set. class_counts: of the training set, or None.
-    """
-    if class_counts is None or reference.labels is None:
-        return
-    counts = np.bincount(reference.labels, minlength=len(class_counts)).tolist()
-    if counts == list(class_counts) and max(counts) > 1.5 * min(counts):
-        raise UserError(f"--reference {reference.name}: this is the long-tailed set that the model "
-                        f"was trained on; the distance to it rewards the imbalance. "
-                        f"Leave --reference out, or name balanced images")
 
 
 def refuse_lacking(reference, labels, class_names):

@@ -13,6 +13,8 @@ tests/metrics/test_scores.py compares each metric with torch-fidelity's, and wit
 import numpy as np
 import torch
 
+from data import is_balanced
+
 # The settings of torch-fidelity
 KID_SUBSETS = 100
 KID_SIZE = 1000
@@ -24,6 +26,7 @@ DENSITY_K = 5           # neighbours in density and coverage, as in their paper
 Array = np.ndarray | torch.Tensor
 
 FLOOR_IMAGES = 4        # floor_of: a covariance needs two images in each half
+LEAST_REAL = 10         # of fewer, a number says which images they are, and not what the class is
 
 
 def placed(features: np.ndarray, device: torch.device | str) -> Array:
@@ -41,12 +44,35 @@ def double(x: Array) -> Array:
 # --------------------------------------------------------------------------------------------------
 # Frechet distance
 
-def statistics(features: Array) -> tuple[Array, Array]:
-    """Mean (D,) and covariance (D, D), divided by N - 1, of features (N, D): float64."""
+def equal_weights(labels: np.ndarray) -> np.ndarray:
+    """Weights (N,) with which C classes count equally: w_i = 1 / (C N_c) for image i of class c."""
+    _, numbers, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    return 1 / (len(counts) * counts[numbers])
+
+
+def weights_of(labels: np.ndarray | None) -> np.ndarray | None:
+    """equal_weights of a reference; None where it is balanced, or without labels."""
+    if labels is None or is_balanced(np.unique(labels, return_counts=True)[1]):
+        return None
+    return equal_weights(labels)
+
+
+def statistics(features: Array, weights: np.ndarray | None = None) -> tuple[Array, Array]:
+    """Mean (D,) and covariance (D, D) of features x_i (N, D): float64.
+
+    mu = sum_i w_i x_i and S = sum_i w_i (x_i - mu) (x_i - mu)^T / (1 - sum_i w_i^2), for weights
+    w (N,) with sum 1. Without weights w_i = 1 / N, which makes S the usual one, divided by N - 1.
+    """
     features = double(features)
-    mean = features.mean(0)
+    if weights is None:
+        mean = features.mean(0)
+        features = features - mean
+        return mean, features.T @ features / (len(features) - 1)
+    if isinstance(features, torch.Tensor):
+        weights = torch.from_numpy(weights).to(features.device)
+    mean = weights @ features
     features = features - mean
-    return mean, features.T @ features / (len(features) - 1)
+    return mean, (features.T * weights) @ features / (1 - (weights ** 2).sum())
 
 
 def frechet_distance(mu_1: Array, sigma_1: Array, mu_2: Array, sigma_2: Array) -> float:
@@ -64,24 +90,29 @@ def frechet_distance(mu_1: Array, sigma_1: Array, mu_2: Array, sigma_2: Array) -
     return float(distance)
 
 
-def distance_of(a: Array, b: Array) -> float:
-    """Frechet distance between two sets of features (N, D) and (M, D)."""
-    return frechet_distance(*statistics(a), *statistics(b))
+def distance_of(a: Array, b: Array, weights: np.ndarray | None = None) -> float:
+    """Frechet distance between two sets of features (N, D) and (M, D); weights (M,): of b's."""
+    return frechet_distance(*statistics(a), *statistics(b, weights))
 
 
 def floor_of(features: Array, rounds: int = 10, labels: np.ndarray | None = None) -> float:
     """Mean Frechet distance between two random halves of real features, over `rounds` divisions.
 
     It says how small the distance of perfect samples would be, with half as many images. labels
-    (N,): each class is halved, since samples have as many of each; None: one class.
+    (N,): each class is halved, and in both halves classes count as they do in the whole; None: one
+    class.
     """
+    weighted = weights_of(labels) is not None
+
+    def half(rows):
+        return statistics(features[rows], equal_weights(labels[rows]) if weighted else None)
     rng = np.random.RandomState(0)
     labels = np.zeros(len(features)) if labels is None else labels
     total = 0.0
     for _ in range(rounds):
         order = rng.permutation(len(features))
         order = order[np.argsort(labels[order], kind="stable")]     # class by class
-        total += distance_of(features[order[::2]], features[order[1::2]])
+        total += frechet_distance(*half(order[::2]), *half(order[1::2]))
     return total / rounds
 
 
@@ -155,12 +186,19 @@ def centered(fake: np.ndarray, real: np.ndarray,
     return [torch.from_numpy(np.ascontiguousarray(x - center)).to(device) for x in (fake, real)]
 
 
+def share_of(covered: torch.Tensor, weights: np.ndarray | None) -> float:
+    """The share of real images that are covered (M,); with weights (M,) their weight, of 1."""
+    return float(covered.double().mean() if weights is None else weights @ covered.cpu().numpy())
+
+
 def precision_recall(fake: np.ndarray, real: np.ndarray, k: int = 3, block: int = 2048,
-                     device: torch.device | str = "cpu") -> tuple[float, float]:
+                     device: torch.device | str = "cpu",
+                     weights: np.ndarray | None = None) -> tuple[float, float]:
     """Improved precision and recall (Kynkaanniemi et al., 2019), both in [0, 1].
 
     Precision: the share of generated images that are no farther from some real image than that
-    image's k-th nearest real neighbour. Recall: the same with the two sets exchanged.
+    image's k-th nearest real neighbour. Recall: the same with the two sets exchanged; weights (M,),
+    with sum 1, make it the weight of the covered real images in place of their share.
     fake (N, D) and real (M, D) are compared in blocks of rows, so memory holds at most
     block x max(N, M) distances.
     """
@@ -173,18 +211,19 @@ def precision_recall(fake: np.ndarray, real: np.ndarray, k: int = 3, block: int 
         inside.append((d <= real_radii).any(1))
         covered |= (d <= part_radii[:, None]).any(0)
     precision = torch.cat(inside).double().mean()
-    recall = covered.double().mean()
-    return float(precision), float(recall)
+    return float(precision), share_of(covered, weights)
 
 
 def density_coverage(fake: np.ndarray, real: np.ndarray, k: int = DENSITY_K, block: int = 2048,
-                     device: torch.device | str = "cpu") -> tuple[float, float]:
+                     device: torch.device | str = "cpu",
+                     weights: np.ndarray | None = None) -> tuple[float, float]:
     """Density, at least 0, and coverage, in [0, 1] (Naeem et al., 2020).
 
     Around each real image lies a ball, as wide as its k-th nearest real neighbour is far. Density:
     in how many balls a generated image lies, divided by k, on average. Coverage: the share of balls
     with a generated image; of as many perfect samples it is about 1 - 2^-k.
-    fake (N, D), real (M, D); k is M - 1 where there are no more neighbours.
+    fake (N, D), real (M, D); weights (M,) as in precision_recall; k is M - 1 where there are no
+    more neighbours.
     """
     k = min(k, len(real) - 1)
     fake, real = centered(fake, real, device)
@@ -195,7 +234,7 @@ def density_coverage(fake: np.ndarray, real: np.ndarray, k: int = DENSITY_K, blo
         inside = squared_distances(part, real) < real_radii
         count += int(inside.sum())
         covered |= inside.any(0)
-    return count / (k * len(fake)), float(covered.double().mean())
+    return count / (k * len(fake)), share_of(covered, weights)
 
 
 # --------------------------------------------------------------------------------------------------

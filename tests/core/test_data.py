@@ -14,7 +14,8 @@ import data
 import disk
 import train
 from data import (Batches, ImageSet, class_groups, load, load_long_tailed, load_reference,
-                  long_tail, long_tail_counts, resolve_classes, to_float, to_uint8)
+                  long_tail, long_tail_counts, reference_images, resolve_classes, to_float,
+                  to_uint8)
 from runtime import UserError
 from sets.packing import read_image
 
@@ -129,12 +130,16 @@ def test_the_papers_command_on_cifar100(small_cifar):
     assert (sum(counts), len(counts), counts[0] // counts[-1]) == (2131, 100, 100)
 
 
-def test_balanced_reference(tmp_path, data_dir):
+def test_reference(tmp_path, data_dir):
+    """All images; for the probes equally many of each class."""
     packed = tmp_path / "packed"
     root = make_folder(tmp_path / "set", {"a": 30, "b": 20, "c": 12})
     images, words = load_reference("folder", root, None, 8, packed)
-    assert images.counts.tolist() == [12, 12, 12]
-    assert words == "training set, 12 images of each class"
+    assert images.counts.tolist() == [30, 20, 12] and words == "full training set"
+    ckpt = {"config": {"data_dir": root, "pack_dir": packed}, "data": images.record()}
+    chosen, labels, words = reference_images(ckpt)
+    assert chosen.counts.tolist() == np.bincount(labels).tolist() == [12, 12, 12]
+    assert words == "folder, 12 images of each class of the full training set"
     # A folder with a test set
     root = tmp_path / "split"
     make_folder(root / "train", {"a": 30, "b": 20, "c": 12})

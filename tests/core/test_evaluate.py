@@ -149,9 +149,9 @@ def write_colour_classifier(classifier, path):
     torch.save({**ckpt, "network": network, "model": net.state_dict()}, path)
 
 
-def test_folder_data_set_gets_a_balanced_reference(tmp_path, classifier, cm_run):
-    """A checkpoint of a run on a folder: the folder, its resolution and a balanced reference are
-    found without flags.
+def test_a_folder_is_its_own_reference(tmp_path, classifier, cpu, capsys, monkeypatch):
+    """A run on a long-tailed folder is measured against all of its images, each class with equal
+    weight, beside the floor; the folder and its resolution are found without flags.
     """
     root = make_folder(tmp_path / "set", {"c0": 30, "c1": 16, "c2": 12})
     folders = ("--data-dir", root, "--pack-dir", tmp_path / "packed")
@@ -162,14 +162,40 @@ def test_folder_data_set_gets_a_balanced_reference(tmp_path, classifier, cm_run)
     write_colour_classifier(classifier, tmp_path / "colour.pt")
     call(evaluate.main, "--ckpt", tmp_path / "run/ckpt.pt", *features, "--num", 30,
          "--num-group", 0, "--steps", 2)
-    assert disk.read_json(tmp_path / "run/eval.json")["num_real"] == 36      # 12 of each class
+    result = disk.read_json(tmp_path / "run/eval.json")
+    assert result["num_real"] == 58 and result["kid_subset_size"] == 30
+    assert result["reference"] == {"pixels": [8, 8], "images_per_class": [12, 30]}
+    assert all(part["floor"] > 0 for part in (result, *result["groups"].values()))
 
-    # samples without a .json: the reference is read at their size, 8 pixels
-    theirs = np.random.RandomState(0).randint(0, 256, (30, 8, 8, 3), np.uint8)
-    np.savez(tmp_path / "theirs.npz", theirs)
-    call(evaluate.main, "--samples", tmp_path / "theirs.npz", "--reference", "folder", *folders,
-         *features)
-    assert disk.read_json(tmp_path / "eval.json")["num_real"] == 36
+    # Named in two ways, and as samples of the run: the same images, weights and numbers
+    run = ("--ckpt", tmp_path / "run/ckpt.pt", "--num", 30, "--steps", 2, "--device", "cpu",
+           "--dtype", "float32")
+    call(sample.main, *run, "--out", tmp_path / "samples")
+    monkeypatch.chdir(tmp_path)
+    found = []
+    for reference in ([], ["--reference", "folder", *folders], ["--reference", root]):
+        call(evaluate.main, "--samples", "samples", *reference, *features, "--out-json", "x.json")
+        found.append(disk.read_json("x.json"))
+    for other in found[1:]:
+        assert {key: other[key] for key in ("fd", "kd", "recall", "floor", "reference")} == {
+            key: found[0][key] for key in ("fd", "kd", "recall", "floor", "reference")}
+        assert other["groups"] == found[0]["groups"]
+    extractor = evaluate.Extractor(str(features[1]), cpu)
+    ours = np.load("samples/samples.npz")["arr_0"]
+    real = load("folder", root, resolution=8, pack_dir=folders[3]).images
+    (ours, _), (real, _) = (extractor.extract(x.__getitem__, len(x), "x") for x in (ours, real))
+    weights = np.repeat(1 / (3 * np.array([30, 16, 12])), [30, 16, 12])
+    assert found[0]["fd"] == pytest.approx(scores.distance_of(ours, real, weights), rel=1e-5)
+
+    # Images without a .json: the reference is read at their size, 8 pixels
+    np.savez("theirs.npz", np.random.RandomState(0).randint(0, 256, (30, 8, 8, 3), np.uint8))
+    call(evaluate.main, "--samples", "theirs.npz", "--reference", "folder", *folders, *features)
+    assert disk.read_json("eval.json")["num_real"] == 58
+
+    # Other images in its place
+    picture(root / "c0/0.png", 5, size=(9, 9))
+    for subject in (run, ("--samples", tmp_path / "samples")):
+        refuses(capsys, evaluate.main, *subject[:2], *features, says=["--data-dir"])
 
 
 @pytest.fixture
@@ -224,8 +250,7 @@ def test_classes_that_the_samples_lack(samples, against_digits, data_dir, tmp_pa
     assert n == int((load("digits", data_dir).labels < 4).sum())
 
 
-def test_what_cannot_be_compared_is_refused(samples, against_digits, cm_run, digits, tmp_path,
-                                            capsys):
+def test_what_cannot_be_compared_is_refused(samples, against_digits, tmp_path, capsys):
     """Wrong flags; too few or other images; labels, classes and features that do not fit."""
     reference, rest = against_digits[:2], against_digits[2:]
     with np.load(samples) as f:
@@ -253,8 +278,6 @@ def test_what_cannot_be_compared_is_refused(samples, against_digits, cm_run, dig
 
     ours = ("--reference", other)
     check("--reference", reference=ours, arr_0=images[labels < 9], arr_1=labels[labels < 9])
-    check("--reference", reference=ours, samples=("--ckpt", cm_run / "ckpt.pt"),
-          arr_0=np.repeat(digits.images, 3, 3), arr_1=digits.labels)    # the long tail itself
     call(evaluate.main, "--samples", samples, *against_digits, "--save-stats", tmp_path / "s.npz")
     with np.load(tmp_path / "s.npz") as f:
         about = json.loads(str(f["about"]))
@@ -269,15 +292,18 @@ def test_parts_that_are_left_out_are_said():
     def side(*labels):
         features = rng.randn(len(labels), 4).astype(np.float32)
         return Features(features, features, np.array(labels))
-    fake, real = side(0, 0, 1, 1, 2, 3, 3), side(0, 0, 1, 1, 1, 2, 2, 4)
+    fake, real = side(0, 0, 1, 1, 2, 3, 3), side(*[0, 1] * 10, *[2] * 9, 4)
     groups = {"Many": [0, 1], "Medium": [1, 3], "Few": [2, 4]}
     settings = evaluate.Metrics(inception=True, floor=2)
     result = evaluate.measure_all(fake, real, 7, groups, {"a": 0, "b": 1, "c": 2}, settings)
     assert list(result["groups"]) == ["Many"] and list(result["classes"]) == ["a", "b"]
     assert list(result["left_out"]) == ["Medium", "Few", "c"]
     assert "is" not in result and result["floor"] > 0 and result["groups"]["Many"]["floor"] > 0
-    assert "floor" not in result["classes"]["b"]
     assert "NaN" not in json.dumps(result)
+    # Ten images of each class would be needed, and one class has a single one
+    rare = evaluate.measure_all(fake, side(*[0] * 20, 1, 2, 3, 3), 7, {}, {}, settings)
+    assert "kid" not in rare and "floor" not in rare and rare["fid"] > 0
+    evaluate.print_result(rare, floor=2)
 
 
 def test_features_that_are_not_finite(samples, against_digits, tmp_path, capsys):

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 import disk
 import losses
 from cm_layers import is_reserved, reserve
-from data import load, load_reference
+from data import load, reference_images
 from latent import text_to_image
 from latent.captions import Table, captions_of
 from latent.text_dit import LENGTH, PAD, UNKNOWN, TextDiT, Texts, WordEncoder, Words, vocabulary_of
@@ -283,7 +283,7 @@ def test_sampled_captions_are_those_of_the_reference(run, pictures, tmp_path):
     assert labels == [0, 1, 2] * 20
     names, numbers, which = zip(*(text.split() for text in texts))
     assert list(names) == [NAMES[c] for c in labels]
-    images, _ = load_reference("folder", folder, None, 16, tmp_path)
+    images = reference_images(ckpt, folder)[0]
     assert images.counts.tolist() == [3, 3, 3]
     for c in range(3):          # three images of each class take turns
         own = numbers[c::3]

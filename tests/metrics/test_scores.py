@@ -45,6 +45,28 @@ def test_fid_and_kid_of_tensors_are_those_of_arrays():
     assert scores.placed(a, "meta").device.type == "meta"
 
 
+def test_classes_of_a_reference_count_equally():
+    """The weighted mean, covariance and recall; no weights where sizes differ by 1.5 at most."""
+    fake, real = gaussian_features(60, 60, 4)
+    labels = np.repeat([7, 3], [50, 10])
+    w = np.repeat([0.01, 0.05], [50, 10])
+    assert np.allclose(scores.weights_of(labels), w)
+    assert scores.weights_of(np.repeat([0, 1], [15, 10])) is None
+    mean, covariance = scores.statistics(real, w)
+    assert np.allclose(mean, (real[:50].mean(0) + real[50:].mean(0)) / 2, atol=1e-6)
+    assert np.allclose(covariance, np.cov(real.T, aweights=w))
+    assert np.allclose(scores.statistics(torch.from_numpy(real), w)[1], covariance)
+    for ours, usual in zip(scores.statistics(real, np.full(60, 1 / 60)), scores.statistics(real)):
+        assert np.allclose(ours, usual)
+    real[:50] += 100                                    # no sample is near the larger class
+    for share in (scores.precision_recall, scores.density_coverage):
+        covered = round(60 * share(fake, real, 3)[1])
+        assert covered and share(fake, real, 3, weights=w)[1] == pytest.approx(0.05 * covered)
+    # Halves of a class of 20 and one of 4, which are alike in each class, and so alike
+    real = np.concatenate([np.zeros((20, 2)), np.ones((4, 2))]).astype(np.float32)
+    assert scores.floor_of(real, 2, np.repeat([0, 1], [20, 4])) < 1e-6
+
+
 def test_kernel_distance_equals_torch_fidelitys():
     a, b = gaussian_features(1500, 1300)
     theirs = metric_kid.kid_features_to_metric(torch.from_numpy(a), torch.from_numpy(b),
