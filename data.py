@@ -367,6 +367,18 @@ def to_classes(labels: np.ndarray | None, from_names: list[str] | None,
     return np.array([to_names.index(n) for n in from_names])[labels]
 
 
+def note_on_num(num: int, C: int, flag: str) -> str:
+    """A note where there are few images for each of C classes, else "". num: of them all.
+
+    Raises UserError, which names the flag, where there are fewer than classes: the first images are
+    then of the first classes only.
+    """
+    if num < C:
+        raise UserError(f"{flag} {num}: fewer images than the {C} classes, and then of the first "
+                        f"ones only; take {C} or more")
+    return f"note: {num:,} images are {num // C} of a class; take more" if num < 5 * C else ""
+
+
 # --------------------------------------------------------------------------------------------------
 # The real images that samples are measured against
 

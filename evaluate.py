@@ -26,7 +26,7 @@ import torch
 
 import disk
 import runtime
-from data import by_size, equal_rows
+from data import by_size, equal_rows, is_balanced, note_on_num
 from metrics.features import DIGITS_CLASSIFIER, INCEPTION, Extractor, Features
 from metrics.image_sets import (compare, find_reference, from_checkpoint, from_samples,
                                 parse_about, protocol_of, read_npz)
@@ -228,6 +228,16 @@ def announce(args, comparison, extractor, rt):
         rt.print(f"the reference has {low:,} to {high:,} images of a class: the Frechet distance, "
                  "recall and coverage weigh its classes equally, the kernel distance takes equally "
                  "many of each, precision and density take all")
+    if comparison.labels is not None:
+        found, counts = np.unique(comparison.labels, return_counts=True)
+        C = len(found) if subject.images else len(comparison.class_names)
+        if note := note_on_num(comparison.num, C, "--num"):
+            rt.print(note)
+        if subject.images and not is_balanced(counts):
+            names = comparison.class_names or range(max(found) + 1)
+            sizes = [f"{names[found[i]]} {counts[i]:,}" for i in np.argsort(counts)]
+            rt.print(f"note: the samples differ in number from class to class ({first(sizes)}, "
+                     f"{sizes[-1]}), and count as they are")
     if comparison.used < reference.n:
         rt.print(f"the samples lack some classes of the reference: overall against its "
                  f"{comparison.used:,} images of the samples' classes")
@@ -269,8 +279,8 @@ def print_result(result, k=3, floor=0):
         print(f"left out: {first(name for name in left_out if left_out[name] == why)} ({why})")
     notes = {
         f"warning: fewer than {FEW:,} images on one side; a Frechet distance is then biased "
-        "upwards and can be compared only at equal counts; "
-        f"{kernel.upper()} is not biased":
+        f"upwards{', IS downwards,' if 'is' in result else ''} and can be compared only at equal "
+        f"counts; {kernel.upper()} is not biased":
             lambda r: min(r["num"], r["num_real"]) < FEW,
         f"warning: fewer neighbours than {k} in precision and recall, or than {DENSITY_K} in "
         "density and coverage, since there are no more images on one side; these do not compare":
@@ -476,8 +486,9 @@ def main():
     if rt.rank > 0:
         return
     start = time.time()
-    per_class = args.per_class or not comparison.groups
-    classes = {name: c for c, name in enumerate(comparison.class_names or [])} if per_class else {}
+    names = comparison.class_names or []
+    per_class = args.per_class or len(names) < 3
+    classes = {name: c for c, name in enumerate(names)} if per_class else {}
     metrics = make_metrics(args, comparison, extractor, rt)
     result = measure_all(fake, real, comparison.num, comparison.groups, classes, metrics)
     seconds["metrics"] = time.time() - start

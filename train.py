@@ -22,8 +22,9 @@ import disk
 import losses
 import networks
 import runtime
-from data import (Batches, add_data_flags, class_groups, load_long_tailed,
-                  load_reference, refuse_other_data, to_classes, to_rgb, unused_data_flags)
+from data import (Batches, add_data_flags, class_groups, is_balanced, load_long_tailed,
+                  load_reference, note_on_num, refuse_other_data, to_classes, to_rgb,
+                  unused_data_flags)
 from loop import (FRECHET, RESUMABLE, Training, add_step_flags, add_write_flags, config_of,
                   is_finished, loop, resume)
 from losses import BASES, CMConfig, Objective, add_cm_flags, bind
@@ -397,6 +398,8 @@ class Evaluation:
         self.rt = rt = training.rt
         self.data = data = training.record["data"]
         names = data["class_names"]
+        if note := note_on_num(args.eval_num, len(names), "--eval-num"):
+            rt.print(note)
         self.labels = np.arange(args.eval_num) % len(names)
         own = DIGITS_CLASSIFIER if args.dataset == "digits" else "inception"
         self.extractor = Extractor(args.features or own, rt)
@@ -430,7 +433,7 @@ class Evaluation:
             return
         counts = self.data["class_counts"]
         groups = {"": range(len(counts)),
-                  **class_groups(counts)}
+                  **({} if is_balanced(counts) else class_groups(counts))}
         fake, real = (placed(features, self.rt.device) for features in (fake, self.real))
         found = {}
         for group, classes in groups.items():

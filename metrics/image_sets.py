@@ -272,8 +272,8 @@ def compare(args, subject, reference, extractor):
     extractor.refuse_other_size(reference.size, "--reference")
     extractor.refuse_other_size(subject.images.size if subject.images else subject.shape[1:],
                                 "--samples" if subject.images else "--ckpt")
-    groups = {}
-    if class_names:
+    groups = {}                         # none where the training set was balanced
+    if class_names and not (class_counts and is_balanced(class_counts)):
         groups = class_groups(class_counts or np.arange(len(class_names), 0, -1))
     protocol = protocol_of(subject.dataset or reference.name)
     num_group = args.num_group

@@ -239,6 +239,33 @@ def test_if_needed_notices_what_changed(against_digits, samples, tmp_path, capsy
           change=lambda: picture(folder / "0.png", 7, "L", (8, 8)))
 
 
+def test_images_that_the_classes_share_unequally(samples, against_digits, cm_run, tmp_path,
+                                                 capsys):
+    """Fewer images than classes are refused; few of a class, and unequal numbers, are said."""
+    for subject in (("--ckpt", cm_run / "ckpt.pt"), ("--samples", samples)):
+        refuses(capsys, evaluate.main, *subject, *against_digits, "--num", 9, says=["--num"])
+    with np.load(samples) as f:
+        images, labels = f["arr_0"], f["arr_1"]
+    of_class = [np.flatnonzero(labels == c) for c in range(10)]
+    for chosen, said in ((of_class, ""), ([rows[:3] for rows in of_class], "3 of a class"),
+                         ([of_class[0][:15], *of_class[1:]], "0 15, ")):
+        rows = np.concatenate(chosen)
+        np.savez(samples, images[rows], labels[rows])
+        call(evaluate.main, "--samples", samples, *against_digits, "--out-json", tmp_path / "x")
+        notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note:")]
+        assert len(notes) == bool(said) and all(said in line for line in notes)
+
+
+def test_a_balanced_training_set_has_no_many_and_few(samples, against_digits, digits, tmp_path):
+    for counts, groups in (([100] * 10, 0), (digits.counts.tolist(), 3)):
+        record = {"class_names": digits.class_names, "class_counts": counts}
+        disk.write_json(samples.with_suffix(".json"), {
+            "settings": {}, "data": record, "npz_sha256": disk.sha256(samples)})
+        call(evaluate.main, "--samples", samples, *against_digits)
+        result = disk.read_json(tmp_path / "eval.json")
+        assert len(result["groups"]) == groups and not result["classes"]
+
+
 def test_classes_that_the_samples_lack(samples, against_digits, data_dir, tmp_path):
     """The overall numbers are against the real images of the samples' classes."""
     with np.load(samples) as f:

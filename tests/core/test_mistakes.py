@@ -47,6 +47,7 @@ TRAIN = [       # flags of train.py -> the flag that the line must name
     (["--lora", "--init-from", "x", "--lam", 1], "--lam"),
     (["--ada", 0.12, "--flip"], "--flip"),
     (["--eval-num", 5], "--eval-num"),
+    (["--eval-every", 1, "--eval-num", 9], "--eval-num"),   # of ten classes
     (["--cm", "False"], "False"),                       # takes no value
     (["--learning-rate", 1], "--learning-rate"),        # no such flag
     (["--device", "tpu9"], "--device"),
