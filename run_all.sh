@@ -47,6 +47,8 @@
 #   NUM                       how many images are evaluated, for example 10000
 #   FEATURES                  a checkpoint of classify.py to measure with (default: Inception)
 #   EXTRA         50000       how many generated images tableG8 adds to the training set
+#   FILL                      tableG8 of a folder: how many images each class has with generated
+#                             ones (if not given: as many as the largest class)
 #   CLASSES                   of figures (default: ten) and of tableG7 (those of Few): cat,7,20-25
 #   TAIL          rarest      the class of which figures shows many images
 #   MODEL                     the Stable Diffusion of table6, tableG7, tableG11 and figures of
@@ -281,6 +283,10 @@ else
   PRESET=${PRESET:-paper} SEEDS=${SEEDS:-0,1,2} ROOT=${ROOT:-out/paper}
 fi
 DATA_DIR=${DATA_DIR:-data}
+if [[ $TARGET:$DATASET == tableG8:folder && ! -d $DATA_DIR/train ]]; then
+  python data.py split --data-dir "$DATA_DIR"   # a classifier needs images to be tested on
+  DATA_DIR=${DATA_DIR%/}-split
+fi
 
 # SETTING: the data set and its ratio, in names of folders and for report.py
 SETTING=$DATASET-ir$IR${RESOLUTION:+-$RESOLUTION}
@@ -332,7 +338,7 @@ train() {
   shift 2
   case $KIND in
     train) script=train.py own=(--preset "$PRESET" ${STEPS:+--steps "$STEPS"} $QUIET) ;;
-    classify) script="-m recognition.classify" own=(${EPOCHS:+--epochs "$EPOCHS"}) ;;
+    classify) script="-m recognition.classify" own=(--preset "$PRESET" ${EPOCHS:+--epochs "$EPOCHS"}) ;;
     stable_diffusion) own=(${MODEL:+--model "$MODEL"} ${EPOCHS:+--epochs "$EPOCHS"}) ;;
     text_to_image)
       own=(${MODEL:+--autoencoder "$MODEL" --text-encoder "$MODEL"} ${PARTS[@]+"${PARTS[@]}"}
@@ -413,11 +419,13 @@ classes() {
   KIND=classify NGPU=1 FLAGS=$flags row "$1" classify-$2 "${@:3}"
 }
 
-# extra_images RUN [flags of train.py]: train a run with each seed; images for a classifier from it
+# extra_images RUN [flags of train.py]: train a run with each seed; images for a classifier from
+# it: EXTRA in all; of a folder what each class lacks to have FILL
 extra_images() {
-  local seed
+  local seed how=(--num "${EXTRA:-50000}")
+  [[ $DATASET != folder ]] || how=(--fill-to ${FILL:-})
   for seed in ${SEEDS//,/ }; do
-    train $1 $seed "${@:2}" && sample $1 $seed extra --num "${EXTRA:-50000}" --seed $seed \
+    train $1 $seed "${@:2}" && sample $1 $seed extra "${how[@]}" --seed $seed \
       || failed "$1, seed $seed"
   done
 }
@@ -435,10 +443,12 @@ figure() {
   SHOWN=()
 }
 
-# page TABLE [FILE]: the page of one of the tables in paper_results.json, from the rows so far
+# page TABLE [FILE [flags of report.py]]: the page of one of the tables in paper_results.json, from
+# the rows so far
 page() {
-  local file=$PAGES/$TARGET/$SETTING/${2:-report}.md
-  python -m pages.report --paper $1 --setting "$SETTING" "${ROWS[@]}" --out "$file" \
+  local file=$PAGES/$TARGET/$SETTING/${2:-report}.md table=(--paper $1 --setting "$SETTING")
+  [[ $DATASET != folder ]] || table=()          # all that was measured
+  python -m pages.report ${table[@]+"${table[@]}"} "${ROWS[@]}" "${@:3}" --out "$file" \
     || failed "a row of $file"
   ROWS=()
 }
@@ -494,9 +504,14 @@ case $TARGET in
   tableG8)                      # Classification with generated images in the training set
     classes "No augmentation" plain
     extra_images ddpm --base ddpm --no-cm
-    extra_images cm --base oc --cm
     classes DDPM ddpm --extra "${RUNS}ddpm-seed@SEED/extra/samples.npz"
-    classes CM cm --extra "${RUNS}cm-seed@SEED/extra/samples.npz"
+    if [[ $DATASET == folder ]]; then
+      extra_images cm-ddpm --base ddpm --cm
+      classes "CM on DDPM" cm-ddpm --extra "${RUNS}cm-ddpm-seed@SEED/extra/samples.npz"
+    else
+      extra_images cm --base oc --cm
+      classes CM cm --extra "${RUNS}cm-seed@SEED/extra/samples.npz"
+    fi
     page tableG8 ;;
   tableG9)                      # Consistency models
     row "Consistency model" consistency --base consistency --no-cm
@@ -510,7 +525,7 @@ case $TARGET in
     if [[ $SCALE == demo ]]; then
       # The autoencoder, and a classifier to measure with, on the images of DATA_DIR
       FEATURES=$ROOT/$SETTING/classifier/ckpt.pt AUTOENCODER=$ROOT/$SETTING/autoencoder
-      python -m recognition.classify --dataset folder --ir 1 --data-dir "$DATA_DIR" \
+      python -m recognition.classify --preset paper --dataset folder --ir 1 --data-dir "$DATA_DIR" \
         --resolution "$RESOLUTION" --width 16 --epochs 30 --out "$ROOT/$SETTING/classifier"
       python -m latent.text_to_image autoencoder "${DATA[@]}" --factor 4 --ch 16 --lr 2e-3 \
         --warmup 50 --ema 0.99 --batch-size 32 --steps 400 --sample-every 400 --out "$AUTOENCODER"

@@ -727,6 +727,20 @@ def labels_in_turn(classes, num):
     return [classes[i % len(classes)] for i in range(num)]
 
 
+def labels_to_fill(classes, data, size):
+    """The labels, a list, of what each of these classes lacks to have `size` images.
+
+    data: the training set's record. size: 0 for that of its largest class. Raises UserError.
+    """
+    counts = data.get("class_counts")
+    if counts is None or classes == [-1]:
+        raise UserError("--fill-to: not known how many training images there were; take --num")
+    lacking = [max(0, (size or max(counts)) - counts[c]) for c in classes]
+    if not any(lacking):
+        raise UserError(f"--fill-to {size}: each class has as many training images already")
+    return np.repeat(classes, lacking).tolist()
+
+
 def dtype_of(args, ckpt):
     """--dtype; where it is auto the checkpoint's: it moves the last digits of every image."""
     return ckpt["config"]["dtype"] if args.dtype == "auto" else args.dtype
@@ -740,6 +754,9 @@ def make_parser():
     add_image_flags(parser)
     add_sampling_flags(parser)
     add_output_flags(parser)
+    parser.add_argument("--fill-to", type=integer(0), nargs="?", const=0, metavar="N",
+                        help="in place of --num: what each class lacks to have N images with its "
+                        "training images; without N as many as the largest class has")
     parser.add_argument("--export", metavar="FILE",
                         help="write the merged plain network to FILE instead of sampling; a "
                         "folder with --format diffusers")
@@ -795,16 +812,21 @@ def main():
     refuse_unused(parser.given, {"format": "belongs to --export"})
     ckpt = disk.load(args.ckpt, KINDS)
     classes, sampling = asked_for(args, ckpt, sampling_of(args, ckpt["kind"], ckpt["config"]))
-    labels = labels_in_turn(classes, args.num)
+    if args.fill_to is None:
+        labels = labels_in_turn(classes, args.num)
+    else:
+        refuse_unused(parser.given, {"num": "--fill-to says how many"})
+        labels = labels_to_fill(classes, ckpt["data"], args.fill_to)
     rt = runtime.setup(args.device, dtype_of(args, ckpt))
     net = load_network(ckpt, args.weights, args.branch, rt.device)
 
     def make_images(keep_in):
         shape = image_shape(ckpt)
-        fast = prepare(net, rt, shape, args.num, args.batch_size)
-        return generate(fast, labels, range(args.num), shape, rt, sampling, args.batch_size,
+        fast = prepare(net, rt, shape, len(labels), args.batch_size)
+        return generate(fast, labels, range(len(labels)), shape, rt, sampling, args.batch_size,
                         keep_in=keep_in)
-    record = {**describe(args, ckpt, sampling, rt), "classes": classes, "num": args.num}
+    record = {**describe(args, ckpt, sampling, rt), "classes": classes, "num": len(labels),
+              **({} if args.fill_to is None else {"fill_to": args.fill_to})}
     make_samples(samples_folder(args), ckpt["data"], rt, record, labels, make_images,
                  args.if_needed, args.png)
 

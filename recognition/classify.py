@@ -29,16 +29,18 @@ from losses import CMConfig, add_cm_flags
 from recognition.resnet import (DISTANCES, LOSSES, NORMS, STAGES, ClassifierLoss,
                                 load_classifier, make_reserved, refuse_narrow)
 from runtime import Parser, UserError, integer, number, run
-from sets.readers import NoSuchSplit
+from sets.readers import READERS, NoSuchSplit
 from sets.samples import images_of_npz, open_npz, read_record
 
 CM_ONLY = ("w_con", "w_div", "div_bound", "distance")
 RESERVED = ("reserve", "rank_ratio", "scale", "form", "norms", "lam")   # what --cm needs as well
-PRESETS = {     # the field's recipe, and what is different for the small digits
-    "paper": {"epochs": 200, "weight_decay": 2e-4, "schedule": "steps", "nesterov": False,
-              "width": 64},
-    "digits": {"epochs": 30, "weight_decay": 5e-4, "schedule": "onecycle", "nesterov": True,
-               "width": 16},
+SHORT = {"weight_decay": 5e-4, "schedule": "onecycle", "nesterov": True}
+PRESETS = {     # defaults by size: the field's recipe; for images as those of train.py's presets
+    "paper": {"resolution": None, "epochs": 200, "steps": None, "weight_decay": 2e-4,
+              "schedule": "steps", "nesterov": False, "width": 64},
+    "small": {**SHORT, "resolution": 32, "epochs": None, "steps": 3000, "width": 32},
+    "tiny": {**SHORT, "resolution": 16, "epochs": None, "steps": 1000, "width": 16},
+    "digits": {**SHORT, "resolution": None, "epochs": 30, "steps": None, "width": 16},
 }
 RECIPES = {     # defaults by what is followed
     # The authors' release where the paper is silent about CM; with and without it all else is equal
@@ -54,20 +56,16 @@ RECIPES = {     # defaults by what is followed
 # --------------------------------------------------------------------------------------------------
 # Settings
 
-def per_class_argument(text):
-    """--extra-per-class: "all", "balance", or a whole number."""
-    return text if text in ("all", "balance") else str(integer(1)(text))
-
-
 def make_parser():
     """All flags; those in PRESETS and RECIPES have their default filled in by `resolve`."""
     parser = Parser(__doc__)
+    parser.add_argument("--preset", choices=PRESETS,
+                        help="the defaults that have several values below, and the resolution of "
+                        "train.py's preset; tiny: minutes on a CPU (default: paper; folder without "
+                        "a GPU: tiny; digits: digits)")
     g = add_data_flags(parser, dataset="digits", ir=1)
     g.add_argument("--extra", metavar="FILE",
                    help="an .npz of generated images, added to the training set")
-    g.add_argument("--extra-per-class", type=per_class_argument, default="all", metavar="N",
-                   help="how many of each class: all, a number, or balance, which fills every "
-                        "class up to the largest (default: all)")
     g = parser.add_argument_group("method")
     g.add_argument("--recipe", choices=RECIPES, default="ours",
                    help="what is followed: with release the optimisation is also the authors' "
@@ -94,16 +92,21 @@ def make_parser():
     g.add_argument("--distance", choices=DISTANCES,
                    help="D between theta and theta^g (default: kl)")
     g = parser.add_argument_group("training")
-    g.add_argument("--epochs", type=integer(1),
-                   help="passes over the training set (default: 200; digits: 30)")
+    length = g.add_mutually_exclusive_group()
+    length.add_argument("--epochs", type=integer(1),
+                        help="passes over the training set (paper: 200; digits: 30)")
+    length.add_argument("--steps", type=integer(1),
+                        help="in place of --epochs: as many steps for any number of images "
+                        "(small: 3000; tiny: 1000)")
     g.add_argument("--weight-decay", type=number(0),
-                   help="SGD's (default: 0.0002; digits, release: 0.0005)")
+                   help="SGD's (default: 0.0005; paper: 0.0002)")
     g.add_argument("--width", type=integer(1, 4096),
-                   help="channels of the first stage; 64 is ResNet-18 (default: 64; digits: 16)")
+                   help="channels of the first stage; 64 is ResNet-18 (default: 64; small: 32; "
+                        "digits, tiny: 16)")
     g.add_argument("--schedule", choices=("steps", "tenths", "onecycle"),
-                   help="of the learning rate (default: steps; digits: onecycle; release: tenths)")
+                   help="of the learning rate (default: onecycle; paper: steps; release: tenths)")
     g.add_argument("--nesterov", action=BooleanOptionalAction, default=None,
-                   help="Nesterov momentum (default: off; digits: on)")
+                   help="Nesterov momentum (default: on; paper: off)")
     g.add_argument("--batch-size", type=integer(1), default=128,
                    help="images per step, over all processes (default: 128)")
     g.add_argument("--lr", type=number(above=0), default=0.1,
@@ -113,7 +116,7 @@ def make_parser():
                    help="epochs between checkpoints (default: 10)")
     parser.add_common("folder of the run (default: out/classifier-DATASET, and the settings that "
                       "are not the defaults)")
-    parser.set_defaults(accumulate=1)
+    parser.set_defaults(accumulate=1, lr_decay=True)    # every schedule depends on the last step
     return parser
 
 
@@ -122,19 +125,25 @@ def resolve(args, given=()):
 
     given: Parser.given.
     """
-    defaults = {**PRESETS["paper"], **PRESETS.get(args.dataset, {}), **RECIPES[args.recipe]}
+    usual = "digits" if args.dataset == "digits" else "paper"
+    if args.preset is None:
+        on_cpu = runtime.find_device(args.device).type == "cpu"
+        args.preset = "tiny" if args.dataset == "folder" and on_cpu else usual
+    defaults = {**PRESETS[args.preset], **RECIPES[args.recipe]}
+    if args.epochs or args.steps:
+        defaults.update(epochs=None, steps=None)
+    if args.dataset not in READERS or not READERS[args.dataset].files:
+        defaults["resolution"] = None           # the set has one of its own
     for key, value in defaults.items():
         if getattr(args, key) is None:
             setattr(args, key, value)
     if args.out is None:
-        args.out = default_folder(args, defaults)
+        args.out = default_folder(args, {**defaults, "preset": usual})
     if not args.cm:
         args.reserve = []
     unused = unused_data_flags(args)
     if args.loss != "la":
         unused["tau"] = "belongs to --loss la, which adds the prior"
-    if not args.extra:
-        unused["extra_per_class"] = "belongs to --extra"
     if not args.cm:
         unused.update(dict.fromkeys((*RESERVED, *CM_ONLY), "belongs to --cm"))
     elif not args.lam:
@@ -182,7 +191,7 @@ def load_sets(args, rt, old=None):
             test = None
     train = real
     if args.extra:
-        train = with_extra(real, args.extra, args.extra_per_class, args.seed)
+        train = with_extra(real, args.extra)
         if not read_record(args.extra, "--extra"):
             names = real.class_names
             rt.print(f"note: --extra {args.extra}: without the .json of sample.py beside it; its "
@@ -193,23 +202,22 @@ def load_sets(args, rt, old=None):
     return Sets(real, train, test)
 
 
-def with_extra(images, path, per_class, seed):
-    """The ImageSet `images` and, after them, generated ones of an .npz, chosen at random per class.
-
-    per_class: "all", a number at most, or "balance": as many as fill the class up to the largest.
-    Raises UserError.
-    """
+def with_extra(images, path):
+    """The ImageSet `images` and, after them, the generated ones of an .npz. Raises UserError."""
     extra, labels = read_extra(path, images)
-    C = len(images.class_names)
-    if per_class == "balance":
-        wanted = images.counts.max() - images.counts
-    else:
-        wanted = np.full(C, len(labels) if per_class == "all" else int(per_class))
-    rng = np.random.RandomState(seed)
-    rows = [rng.permutation(np.flatnonzero(labels == c))[:wanted[c]] for c in range(C)]
-    rows = np.concatenate(rows).astype(int)
-    return replace(images, images=np.concatenate([images.images, extra[rows]]),
-                   labels=np.concatenate([images.labels, labels[rows]]))
+    return replace(images, images=np.concatenate([images.images, extra]),
+                   labels=np.concatenate([images.labels, labels]))
+
+
+def lacking_in_words(counts, names):
+    """Which classes have fewer images, of counts (C,), than the largest one; "" where none has."""
+    lacking = counts.max() - counts
+    order = [c for c in np.argsort(-lacking, kind="stable") if lacking[c]]
+    if not order:
+        return ""
+    words = [f"{names[c]} {lacking[c]:,}" for c in order[:10]] + ["..."] * (len(order) > 10)
+    return (f"note: still fewer images than the largest class, by: {', '.join(words)}; "
+            f"to fill them: python sample.py --ckpt CKPT --fill-to {counts.max()}")
 
 
 def read_extra(path, images):
@@ -399,7 +407,7 @@ def main():
 
     N = len(sets.train.labels)
     args.steps_per_epoch = max(1, N // args.batch_size)
-    args.steps = max(1, args.epochs * N // args.batch_size)
+    args.steps = args.steps or max(1, args.epochs * N // args.batch_size)
     args.save_every *= args.steps_per_epoch
     args.log_every = args.steps_per_epoch
     args.keep_every = args.sample_every = None
@@ -409,10 +417,15 @@ def main():
         rt.print(sets.real.table(recognition_groups(sets.real.counts), GROUP_RULE))
         more = f" and {N - len(sets.real.labels):,} generated images" if args.extra else ""
         rt.print(f"training on these{more}: {method}{', DRW' if args.drw else ''}")
+        if args.extra and (words := lacking_in_words(sets.train.counts, sets.train.class_names)):
+            rt.print(words)
+        if sets.test is None:
+            rt.print("note: the set has no test images, so only the accuracy on the training "
+                     "images is measured; of a folder, `python data.py split` makes test/")
         loop(make_training(sets, args, rt, config, old))
 
     # A result is of these settings and of this content of the data
-    settings = {**{k: v for k, v in config.items() if k not in RESUMABLE},
+    settings = {**{k: v for k, v in config.items() if k == "steps" or k not in RESUMABLE},
                 "data_sha256": sets.real.sha256, "test_sha256": sets.test and sets.test.sha256}
     result = Path(args.out) / "result.json"
     if rt.rank == 0 and not disk.up_to_date(result, settings):

@@ -102,6 +102,21 @@ def test_variables_reach_what_a_target_trains(tmp_path, target, script, own):
     assert any("--w-div 0.2" in line for line in lines)
 
 
+def test_a_better_classifier_for_a_folder(tmp_path, monkeypatch):
+    """It is divided first; generator and classifier have images of one size; classes are filled."""
+    calls = recorded("tableG8", {"DATASET": "folder", "DATA_DIR": "my data/", "PRESET": "tiny",
+                                 "FILL": "50", "SEEDS": "0"}, tmp_path)
+    for script, flags in calls:
+        parse_only(monkeypatch, script, flags)
+    assert calls[0] == ("data", ["split", "--data-dir", "my data/"])
+    runs = [" ".join(flags) for script, flags in calls if script in ("train",
+                                                                     "recognition.classify")]
+    assert len(runs) == 5
+    assert all("--data-dir my data-split --preset tiny" in line for line in runs)
+    filled = [flags for script, flags in calls if script == "sample"]
+    assert len(filled) == 2 and all("--fill-to 50" in " ".join(flags) for flags in filled)
+
+
 @pytest.mark.parametrize("target", [name for name, table in PAPER.items()
                                     if len(table["settings"]) > 1])
 def test_all_settings(tmp_path, target):

@@ -224,6 +224,19 @@ def test_files_and_branches(cm_run, tmp_path, capsys):
     assert (full / "samples.npz").read_bytes() == before
 
 
+def test_what_classes_lack_is_filled(cm_run, tmp_path, capsys):
+    """Up to a number, or to the largest class; the training images count."""
+    flags = ("--ckpt", cm_run / "ckpt.pt", "--steps", 1, "--guidance", 0, "--device", "cpu",
+             "--out", tmp_path)
+    call(sample.main, *flags, "--fill-to", 12)
+    assert np.bincount(np.load(tmp_path / "samples.npz")["arr_1"]).tolist() == [0] * 8 + [2, 5]
+    call(sample.main, *flags, "--classes", "7-8", "--fill-to")
+    assert np.bincount(np.load(tmp_path / "samples.npz")["arr_1"]).tolist() == [0] * 7 + [134, 138]
+    for more in (("--fill-to", 7), ("--fill-to", 9, "--classes", "null")):
+        refuses(capsys, sample.main, *flags, *more, says=["--fill-to"])
+    refuses(capsys, sample.main, *flags, "--fill-to", 9, "--num", 9, says=["--num"])
+
+
 SHORT = ("--num", 6, "--classes", "6-8", "--steps", 2, "--device", "cpu")
 
 

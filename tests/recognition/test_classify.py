@@ -14,6 +14,7 @@ from torch.testing import assert_close
 
 import disk
 import runtime
+import train
 from cm_layers import general_only, merge, reserve, reserved
 from data import load, long_tail_counts
 from losses import CMConfig
@@ -291,15 +292,16 @@ def extra(tmp_path_factory, data_dir):
     return path, images, test.labels
 
 
-@pytest.mark.parametrize("how, expected", [
-    ("all", [n + 30 for n in COUNTS]),
-    ("5", [n + 5 for n in COUNTS]),
-    ("balance", [n + min(30, 148 - n) for n in COUNTS])])
-def test_how_many_extra_images(extra, digits, how, expected):
-    joined = classify.with_extra(digits, extra[0], how, 0)
+def test_extra_images_are_added(extra, digits):
+    """And it is said which classes still have fewer than the largest one."""
+    joined = classify.with_extra(digits, extra[0])
     assert joined.labels.dtype == np.int64
-    assert joined.counts.tolist() == expected and joined.images.shape[1:] == (8, 8, 1)
+    assert joined.counts.tolist() == [n + 30 for n in COUNTS]
+    assert joined.images.shape[1:] == (8, 8, 1)
     assert np.array_equal(joined.images[:502], digits.images)
+    text = classify.lacking_in_words(joined.counts, digits.class_names)
+    assert "by: 9 141, 8 138, 7 134" in text and "--fill-to 178" in text
+    assert classify.lacking_in_words(np.full(10, 150), digits.class_names) == ""
 
 
 def test_extra_classes_are_matched_by_name(extra, digits, data_dir, tmp_path, capsys):
@@ -309,8 +311,8 @@ def test_extra_classes_are_matched_by_name(extra, digits, data_dir, tmp_path, ca
     backwards = {"data": {"class_names": names[::-1]},      # of a run with another --class-order
                  "settings": {}, "npz_sha256": disk.sha256(tmp_path / "reversed.npz")}
     disk.write_json(tmp_path / "reversed.json", backwards)
-    joined = classify.with_extra(digits, tmp_path / "reversed.npz", "all", 0)
-    again = classify.with_extra(digits, path, "all", 0)
+    joined = classify.with_extra(digits, tmp_path / "reversed.npz")
+    again = classify.with_extra(digits, path)
     assert np.array_equal(joined.labels, again.labels)
     assert np.array_equal(joined.images, again.images)
     np.savez(tmp_path / "others.npz", images, labels)
@@ -343,6 +345,29 @@ def test_the_test_set_has_the_training_sets_order(tmp_path, cpu):
     assert sets.real.class_names == sets.test.class_names == ["b", "c", "a"]
     assert sets.test.counts.tolist() == [1, 2, 3]
 
+
+# --------------------------------------------------------------------------------------------------
+# A folder of images
+
+def test_a_folder_without_test_images(tmp_path, capsys):
+    """On a CPU it has the preset tiny; it is said first that nothing will be tested."""
+    folder = make_folder(tmp_path / "images", {"a": 6, "b": 3})
+    flags = ("--dataset", "folder", "--data-dir", folder, "--pack-dir", tmp_path, "--device", "cpu")
+    call(classify.main, *flags, "--width", 8, "--steps", 2, "--out", tmp_path / "run")
+    text = capsys.readouterr().out
+    assert text.index("data.py split") < text.index("step 1/2")
+    config = disk.load(tmp_path / "run/ckpt.pt", ["classifier"])["config"]
+    assert (config["preset"], config["resolution"], config["epochs"]) == ("tiny", 16, None)
+    refuses(capsys, classify.main, *flags, "--epochs", 2, "--steps", 2, says=["--steps"])
+
+
+@pytest.mark.parametrize("preset", ["small", "tiny"])
+def test_a_classifier_reads_what_the_generator_makes(preset):
+    assert classify.PRESETS[preset]["resolution"] == train.PRESETS[preset]["resolution"]
+
+
+# --------------------------------------------------------------------------------------------------
+# Nothing silently wrong, nothing lost
 
 def test_a_finished_run_is_not_trained_again(tmp_path, data_dir, capsys, monkeypatch):
     """Its result stays; one that is missing, or of other data, is measured without training."""
