@@ -213,13 +213,6 @@ def test_the_hash_is_of_the_whole_set_and_of_its_content(data_dir, tmp_path):
     assert load("digits", data_dir, "test").sha256 != images.sha256
 
 
-def test_one_pack_dir_for_two_data_dirs(tmp_path):
-    """Each has its own pack, for sets that are not folders too."""
-    paths = [data.pack_path("cub200", tmp_path / name, "train", 64, tmp_path / "packs")
-             for name in ("a/cub", "b/cub")]
-    assert paths[0] != paths[1] and paths[0].parent == paths[1].parent
-
-
 def test_folders_that_a_received_checkpoint_names_are_not_made(cm_run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     ckpt = disk.load(cm_run / "ckpt.pt", ["diffusion"])

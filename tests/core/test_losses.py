@@ -15,8 +15,8 @@ from scipy import stats
 from torch import nn
 
 from cm_layers import general_only, reserved
-from losses import (BASES, CMConfig, Objective, Predictions, bind, cbdm,
-                    choose, class_weights, cm_terms, oc_target, options_of)
+from losses import (CMConfig, Objective, Predictions, bind, cbdm,
+                    choose, class_weights, cm_terms, oc_target)
 from model import distance, make_alphas_bar, q_sample, signal_and_sigma
 
 AB = make_alphas_bar()
@@ -311,14 +311,16 @@ def test_class_weights():
 
 def test_a_batch_is_pure_and_shared_between_ranks(digits):
     objective, batch = a_step(digits)
+    objective.ada = 0.5
     draw = partial(objective.draw_batch, batch.pool.x_0, batch.pool.y, seed=0)
-    again = draw(step=3)
+    batch, again = draw(step=3), draw(step=3)
     halves = [draw(step=3, part=part, parts=2) for part in (0, 1)]
-    for name in ("x_0", "y", "y_cond", "t", "eps", "y_other", "y_other_cond"):
+    for name in ("x_0", "y", "y_cond", "t", "eps", "y_other", "y_other_cond", "augmentation"):
         whole = getattr(batch, name)
         assert torch.equal(getattr(again, name), whole), name
         assert torch.equal(torch.cat([getattr(half, name) for half in halves]), whole), name
     assert torch.equal(torch.cat([half.pool.gumbel for half in halves]), batch.pool.gumbel)
+    assert torch.equal(batch.pool.x_0, halves[1].pool.x_0)
     assert not torch.equal(draw(step=4).eps, batch.eps)
 
 
@@ -364,10 +366,3 @@ def test_label_drop_is_per_image(digits):
     y_cond = objective.draw_batch(torch.zeros(1000, 1, 8, 8), y, seed=0, step=0).y_cond
     assert 400 < (y_cond == -1).sum() < 600
     assert ((y_cond == -1) | (y_cond == y)).all()
-
-
-def test_the_defaults_of_the_bases():
-    assert {name: options_of(base) for name, base in BASES.items()} == {
-        "ddpm": {}, "oc": {}, "cbdm": {"cbdm_tau": 0.001, "cbdm_gamma": 0.25},
-        "focal": {"focal_gamma": 2.0}, "rop": {"rop_weight": 0.1, "rop_margin": 0.1},
-        "consistency": {"ct_double": 1, "ct_grid": "uniform"}}

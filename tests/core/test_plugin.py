@@ -9,15 +9,23 @@ import disk
 import runtime
 
 MY_RUN = """
-import losses
+import data, losses
+import numpy as np
 from torch.nn.functional import huber_loss
 
 def huber(pred, batch, obj, *, huber_delta=1.0):
     loss = huber_loss(pred.eps, batch.eps, delta=huber_delta)
     return loss, {"base": loss}
 
+def read_stripes(data_dir, split):
+    labels = np.arange(60) % 3
+    images = np.zeros((60, 8, 8, 1), np.uint8)
+    images[np.arange(60), labels * 2] = 255
+    return images, labels, ["top", "middle", "bottom"]
+
 losses.BASES["huber"] = losses.Base(huber)
 losses.FLAGS["huber_delta"] = (float, "where --base huber turns linear")
+data.READERS["stripes"] = data.Source(read_stripes, resolution=8, flip=False)
 
 import train; train.run(train.main)
 """
@@ -40,9 +48,10 @@ def folder(tmp_path_factory):
 
 
 def flags_of(folder):
-    """Two steps of the loss of my_run.py."""
-    return [*TINY_FLAGS, "--data-dir", folder / "data", "--steps", 2, "--base", "huber",
-            "--huber-delta", 0.5, "--out", folder / "run"]
+    """Two steps of the loss and the data set of my_run.py."""
+    return [*TINY_FLAGS[2:], "--dataset", "stripes", "--ch-mult", 1, 2, "--num-res-blocks", 1,
+            "--data-dir", folder / "data", "--steps", 2, "--base", "huber", "--huber-delta", 0.5,
+            "--ir", 4, "--out", folder / "run"]
 
 
 def test_it_is_recorded_and_must_be_named_again(folder):

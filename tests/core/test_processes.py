@@ -101,12 +101,6 @@ def test_samples_and_numbers_are_one_processes(two, cm_run, classifier, data_dir
     assert a["groups"]["Few"]["fd"] == pytest.approx(b["groups"]["Few"]["fd"], rel=1e-3)
 
 
-def children(pid):
-    """Process ids of the children of a process."""
-    done = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True)
-    return [int(word) for word in done.stdout.split()]
-
-
 def step_of(out):
     """The step of a run's checkpoint."""
     return disk.load(out / "ckpt.pt", ["diffusion"])["step"]
@@ -116,7 +110,8 @@ def test_a_killed_rank_ends_the_job_and_the_checkpoint_is_whole(tmp_path, data_d
     often = ("--save-every", 1)
     p = torchrun("train.py", *train_flags("oc", "--cm", 10 ** 6, data_dir, tmp_path, *often))
     wait_for(tmp_path / "ckpt.pt", p)
-    os.kill(children(p.pid)[1], signal.SIGKILL)
+    ranks = subprocess.run(["pgrep", "-P", str(p.pid)], capture_output=True, text=True).stdout
+    os.kill(int(ranks.split()[1]), signal.SIGKILL)
     start = time.time()
     p.communicate(timeout=60)
     assert p.returncode != 0

@@ -105,17 +105,7 @@ def test_every_command_is_understood(monkeypatch, name):
         parse_only(monkeypatch, module, flags)
 
 
-def anchors(path):
-    """The names that a link into a Markdown file may have: GitHub's, of its headings."""
-    headings = re.findall(r"^#+ (.*)$", path.read_text(), re.M)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
-
-
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 def test_links_and_pictures_exist(path):
-    for target, anchor in re.findall(r"\]\(([^)#]*)(?:#([^)]*))?\)", path.read_text()):
-        if target.startswith("https://"):
-            continue
-        file = path.parent / target if target else path
-        assert file.exists(), target
-        assert not anchor or anchor in anchors(file), anchor
+    for target in re.findall(r"\]\(([^)#]+)", path.read_text()):
+        assert target.startswith("https://") or (path.parent / target).exists(), target

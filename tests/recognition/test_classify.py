@@ -120,7 +120,6 @@ def test_by_default_all_convolutions_are_reserved():
     some = resolved("--cm", "--reserve", "layer4")
     assert some.reserve == ["layer4"] and some.out != args.out
     assert (args.distance, args.rank_ratio, args.scale, args.norms) == ("kl", 0.15, 0.8, "apart")
-    assert (args.form, args.schedule) == ("flat", "onecycle")
     release = resolved("--cm", "--recipe", "release", "--dataset", "cifar100")
     assert release.reserve == [*resnet.STAGES, "fc"] and release.schedule == "tenths"
     assert (release.distance, release.weight_decay, release.w_div) == ("kl", 5e-4, 1)

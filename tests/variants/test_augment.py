@@ -3,14 +3,10 @@ import math
 
 import pytest
 import torch
-from conftest import tiny_net
 from scipy.stats import kstest
 from torch.testing import assert_close
 from torchvision.transforms import functional as tv
 
-from data import to_float
-from losses import Objective, bind
-from model import make_alphas_bar
 from variants import augment
 
 
@@ -116,16 +112,3 @@ def test_stretching_has_an_axis():
     turned = torch.rot90(augment.geometry(torch.rot90(x, 1, (2, 3)), parameters(
         2, stretch=1, axis=-math.pi / 4)), -1, (2, 3))
     assert_close(diagonal, middle(turned), atol=0.02, rtol=0)
-
-
-def test_augmentation_is_the_same_for_parts_of_a_batch(digits):
-    objective = Objective(net=tiny_net(None, augment_dim=augment.DIM, dropout=0.0), base=bind("oc"),
-                          counts=digits.counts, alphas_bar=make_alphas_bar(), ada=0.5)
-    x_0 = to_float(torch.from_numpy(digits.images[:12]))
-    y = torch.from_numpy(digits.labels[:12])
-    whole = objective.draw_batch(x_0, y, seed=0, step=3)
-    halves = [objective.draw_batch(x_0, y, seed=0, step=3, part=k, parts=2) for k in range(2)]
-    assert torch.equal(whole.x_0, torch.cat([half.x_0 for half in halves]))
-    assert torch.equal(whole.augmentation, torch.cat([half.augmentation for half in halves]))
-    assert torch.equal(whole.pool.x_0, halves[1].pool.x_0)
-    assert not torch.equal(whole.x_0, x_0)
