@@ -79,9 +79,8 @@ class ImageSet:
         if len(order) > 12:
             lines.insert(6, "  ...")
         if groups:
-            sizes = [f"{name} {n[classes].sum():,} images of {len(classes)} classes"
-                     for name, classes in groups.items()]
-            lines.append(f"  groups ({rule}): {', '.join(sizes)}")
+            sizes = [f"{name} {n[classes].sum():,}" for name, classes in groups.items()]
+            lines.append(f"  images of the groups ({rule}): {', '.join(sizes)}")
         return "\n".join(lines)
 
     def record(self) -> dict:

@@ -181,7 +181,7 @@ def test_the_table_of_a_set(digits):
     assert "uses 502 of 1,497 images" in first
     assert [row.split() for row in rows[:4]] == [
         ["a", "148", "Many"], ["b", "106", "Many"], ["c", "76", "Many"], ["d", "54", "Medium"]]
-    assert len(rows) == 10 and "Few 51 images of 4 classes" in groups
+    assert len(rows) == 10 and "Few 51" in groups
     rule = backwards.table({"Few": [0, 1]}, "under 11 images")
     assert rule.count("Few") == 3 and "Many" not in rule and "under 11 images" in rule
     labels = np.repeat(np.arange(13), np.arange(13, 0, -1))
