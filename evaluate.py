@@ -401,7 +401,7 @@ def make_parser():
                         "name (also NAME:test), or a file of --save-stats")
     g = parser.add_argument_group("protocol")
     g.add_argument("--reference", help="what to compare with, of the same kinds as --samples "
-                   "(default: the balanced images of the set that was trained on)")
+                   "(default: the real images of the set that was trained on)")
     g.add_argument("--reference-split", choices=("train", "test"),
                    help="of a data set as --reference; the same as writing NAME:test (default: "
                    "train; imagenet-lt, inat2018: test, their validation images; folder: test "
