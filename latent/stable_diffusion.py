@@ -51,7 +51,6 @@ from train import IR, preset_words
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")      # the layers of attention, in diffusers
 RESOLUTION = 256        # of image files, where no flag says it: that of the paper's model
 GRID_BATCH = 25     # images of a grid that are generated at a time, beside what training holds
-CM_ONLY = ("cm_rank", "lam", "w_con", "w_div", "div_bound")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -270,14 +269,10 @@ def make_train_parser():
                    "lambdalabs/miniSD-diffusers, the paper's)")
     g.add_argument("--prompt", default="a {} painting",
                    help='the text of an image, {} its class (default: "a {} painting")')
-    g.add_argument("--base", choices=("ddpm", "cbdm", "oc"), default="oc",
-                   help="L_base of Eq. (4) (default: oc)")
-    g.add_argument("--cm", action=BooleanOptionalAction, default=True,
-                   help="reserve capacity and add L_CM (default: on)")
+    add_method_flags(g, base="oc")
     g.add_argument("--rank", type=integer(1), default=128, help="of the LoRA (default: 128)")
     g.add_argument("--cm-rank", type=integer(1), default=8,
                    help="of the reserved part (default: 8)")
-    add_cm_flags(g)
     g = parser.add_argument_group("optimisation")
     g.add_argument("--epochs", type=integer(1), default=100,
                    help="may be raised to train longer (default: 100)")
@@ -303,6 +298,15 @@ def add_image_set_flags(parser, dataset):
                            "miniSD's; Stable Diffusion 1 and 2 were trained on 512)")
 
 
+def add_method_flags(group, base):
+    """--base, --cm and the constants of L_CM."""
+    group.add_argument("--base", choices=("ddpm", "cbdm", "oc"), default=base,
+                       help=f"L_base of Eq. (4) (default: {base})")
+    group.add_argument("--cm", action=BooleanOptionalAction, default=True,
+                       help="reserve capacity and add L_CM (default: on)")
+    add_cm_flags(group)
+
+
 def resolve_data(args, given):
     """Fill in what depends on the data set. given: Parser.given. Raises UserError."""
     if args.ir is None:
@@ -318,14 +322,18 @@ def run_name(args, kind, *words):
     return "-".join([f"out/{kind}", dataset, f"ir{args.ir:g}", *words, f"seed{args.seed}"])
 
 
-def resolve(args, given):
-    """Fill in what depends on other flags. given: Parser.given. Raises UserError."""
+def resolve(args, given, kind="latent", rank="cm_rank"):
+    """Fill in what depends on other flags. given: Parser.given. Raises UserError.
+
+    kind: the run's, in the name of its folder. rank: the flag of the reserved part's.
+    """
     resolve_data(args, given)
     if not args.cm:
-        refuse_unused(given, {name: "means something with --cm only" for name in CM_ONLY})
-    check_form(args.prompt)
-    words = [args.base, "cm"] if args.cm else [args.base]
-    args.out = args.out or run_name(args, "latent", *words)
+        refuse_unused(given, dict.fromkeys((rank, "lam", "w_con", "w_div", "div_bound"),
+                                           "means something with --cm only"))
+    if args.prompt is not None:
+        check_form(args.prompt)
+    args.out = args.out or run_name(args, kind, args.base, *["cm"] * args.cm)
     return args
 
 

@@ -25,7 +25,7 @@ command.
 import hashlib
 import json
 import math
-from argparse import BooleanOptionalAction, Namespace
+from argparse import Namespace
 from functools import partial
 from pathlib import Path
 
@@ -36,15 +36,16 @@ import disk
 import runtime
 from cm_layers import merge, reserve
 from data import Batches, folders_of, reference_images, to_float, to_uint8
+from latent import stable_diffusion
 from latent.autoencoder import (Autoencoder, KLAutoencoder, LatentBatches, Reconstruction,
                                 content_hash, encode_once, latent_scale, load_part, packages)
-from latent.captions import Table, captions_of, check_form
-from latent.stable_diffusion import (add_image_set_flags, load_images, refuse_general, resolve_data,
-                                     run_name)
+from latent.captions import Table, captions_of
+from latent.stable_diffusion import (add_image_set_flags, add_method_flags, load_images,
+                                     refuse_general, resolve_data, run_name)
 from latent.text_dit import TextDiT, Texts, WordEncoder, Words, vocabulary_of
 from loop import (Training, add_step_flags, add_write_flags, config_of, is_finished, loop,
                   resume)
-from losses import CMConfig, Objective, add_cm_flags, bind
+from losses import CMConfig, Objective, bind
 from model import make_alphas_bar
 from runtime import Parser, UserError, integer, number, refuse_unused, run
 from sample import (Sampling, add_output_flags, add_sampling_flags, describe, dtype_of, generate,
@@ -53,7 +54,6 @@ from sample import (Sampling, add_output_flags, add_sampling_flags, describe, dt
 PRETRAINED = "lambdalabs/miniSD-diffusers"      # its autoencoder and its text encoder, CLIP's
 WORDS = "words"                                 # --text-encoder: one that is trained here
 WRITE_EVERY = {"save_every": 1000, "sample_every": 10_000, "log_every": 100}
-CM_ONLY = ("rank_ratio", "lam", "w_con", "w_div", "div_bound")
 BETAS = (0.9, 0.96)         # of AdamW
 SCALE_IMAGES = 256          # on which the variance of latents is measured
 
@@ -256,11 +256,7 @@ def make_train_parser():
     g.add_argument("--prompt", help="make texts of class names in place of the captions, {} is the "
                    'class (default: the captions; for a set without: "a photo of a {}")')
     g = parser.add_argument_group("method")
-    g.add_argument("--base", choices=("ddpm", "cbdm", "oc"), default="ddpm",
-                   help="L_base of Eq. (4) (default: ddpm)")
-    g.add_argument("--cm", action=BooleanOptionalAction, default=True,
-                   help="reserve capacity and add L_CM (default: on)")
-    add_cm_flags(g)
+    add_method_flags(g, base="ddpm")
     g.add_argument("--rank-ratio", type=number(above=0, high=1), default=0.1,
                    help="r / min(d, k) of Eq. (1) (default: 0.1)")
     g = parser.add_argument_group("network")
@@ -293,17 +289,10 @@ def add_part_flags(group, default):
 
 
 def resolve(args, given):
-    """Fill in what depends on other flags. given: Parser.given. Raises UserError."""
-    resolve_data(args, given)
-    if not args.cm:
-        refuse_unused(given, {name: "means something with --cm only" for name in CM_ONLY})
+    """As stable_diffusion's, and --epochs in place of --steps."""
     if args.epochs:
         refuse_unused(given, {"steps": "--epochs says how long"})
-    if args.prompt is not None:
-        check_form(args.prompt)
-    words = [args.base, "cm"] if args.cm else [args.base]
-    args.out = args.out or run_name(args, "text", *words)
-    return args
+    return stable_diffusion.resolve(args, given, "text", "rank_ratio")
 
 
 class TextTraining(Training):

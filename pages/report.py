@@ -322,14 +322,12 @@ def results_figure(rows, columns, paper, title, path):
     size = (across * (2 + 0.4 * len(rows)), 3.2 * down)
     fig, axes = plt.subplots(down, across, figsize=size, squeeze=False, constrained_layout=True)
     names = [disk.in_figure(label_of(rows, *row)) for row in rows]
-    order = list(dict(rows))
-    colors = [f"C{order.index(name) % 10}" for name, _ in rows]
     x = np.arange(len(rows))
     for ax, column in zip(axes.flat, columns):
         numbers = [over_seeds(results, column) for _, results in rows]
         heights = [number.mean if number else np.nan for number in numbers]
         errors = [number.std if number and number.std is not None else np.nan for number in numbers]
-        bars = ax.bar(x, heights, 0.7, yerr=errors, color=colors, capsize=2)
+        bars = ax.bar(x, heights, 0.7, yerr=errors, capsize=2)
         labels = [f"{number.mean:.3g}" if number else "" for number in numbers]
         ax.bar_label(bars, labels, fontsize=7, padding=1)
         for i, (name, _) in enumerate(rows):
@@ -343,7 +341,6 @@ def results_figure(rows, columns, paper, title, path):
             ax.set_yscale("log")
         better = "higher" if is_higher_better(column) else "lower"
         ax.set(title=title_of(rows[0][1][0], column), ylabel=f"{better} is better")
-        ax.spines[["top", "right"]].set_visible(False)
     for ax in axes.flat[len(columns):]:
         ax.remove()
     # About ten characters to an inch

@@ -36,20 +36,13 @@ RESAMPLES = 10_000          # of the evaluators, for the interval that respects 
 # --------------------------------------------------------------------------------------------------
 # make
 
-class Question(NamedTuple):
-    """Ten real images and two to choose from: rows of the sets that they are from."""
-    id: str
-    class_name: str
-    real: list          # rows of the real images that are said to be real
-    left: tuple         # ("a", "b" or "real", its row)
-    right: tuple
-
-
 def draw_questions(args, sets, class_names, rng):
-    """The Questions of a study, in the page's order. Raises UserError for too few images.
+    """{id: question} of a study, in the page's order. Raises UserError for too few images.
 
-    sets: {"a", "b", "real": (images, {class name: rows})}. The classes take turns; each image is
-    shown once to choose from, and a real one that is, is shown as a real one nowhere.
+    sets: {"a", "b", "real": (images, {class name: rows})}. A question: its "class"; "left" and
+    "right", each (a key of sets, its row); "real", rows of the images that are said to be real. The
+    classes take turns; each image is shown once to choose from, and a real one that is, is shown as
+    a real one nowhere.
     """
     unused = {(which, name): rng.permutation(rows.get(name, [])).tolist()
               for name in class_names for which, (_, rows) in sets.items()}
@@ -73,8 +66,9 @@ def draw_questions(args, sets, class_names, rng):
         shown = take("real", name, args.num_real)
         unused["real", name] = rows             # they may be shown beside other questions as well
         left, right = pair[::-1] if swap else pair
-        found.append(Question(rng.bytes(6).hex(), name, [int(row) for row in shown], left, right))
-    return [found[i] for i in rng.permutation(len(found))]
+        found.append((rng.bytes(6).hex(), {"class": name, "real": shown, "left": left,
+                                           "right": right}))
+    return dict(found[i] for i in rng.permutation(len(found)))
 
 
 def real_images(args, size):
@@ -115,8 +109,8 @@ def main_make(argv):
 
     def uri(which, row):
         return png_uri(to_rgb(sets[which][0][[row]])[0])
-    shown = [{"id": q.id, "class": q.class_name, "real": [uri("real", row) for row in q.real],
-              "left": uri(*q.left), "right": uri(*q.right)} for q in questions]
+    shown = [{"id": name, "class": q["class"], "real": [uri("real", row) for row in q["real"]],
+              "left": uri(*q["left"]), "right": uri(*q["right"])} for name, q in questions.items()]
     study = hashlib.sha256(json.dumps(shown).encode()).hexdigest()[:16]
     old = disk.read_json(out / "key.json")
     if old is not None and old.get("study") != study:
@@ -126,9 +120,10 @@ def main_make(argv):
            "seed": args.seed, "real": args.real, "classes": class_names,
            **{which: {"name": name, "samples": file, "npz_sha256": digest, "settings": m.settings}
               for which, name, file, digest, m in zip("ab", names, files, npz, (a, b))},
-           "questions": {q.id: {"class": q.class_name, "left": q.left[0], "right": q.right[0],
-                                "rows": {"real": q.real, "left": q.left[1], "right": q.right[1]}}
-                         for q in questions}}
+           "questions": {name: {"class": q["class"], "left": q["left"][0], "right": q["right"][0],
+                                "rows": {"real": q["real"], "left": q["left"][1],
+                                         "right": q["right"][1]}}
+                         for name, q in questions.items()}}
     data = json.dumps({"id": study, "size": size, "questions": shown})
     text = (FOLDER / "study.html").read_text(encoding="utf-8")
     disk.write_json(out / "key.json", key)
