@@ -10,7 +10,8 @@ from conftest import randomize, tiny_net
 from torch.testing import assert_close
 
 from cm_layers import general_only, reserve
-from model import (ResBlock, UNet, UNetConfig, drop, sinusoid, stratified_timesteps)
+from model import (ResBlock, UNet, UNetConfig, drop, make_alphas_bar, q_sample, signal_and_sigma,
+                   sinusoid, stratified_timesteps)
 from variants import fused_norm
 from variants.fused_norm import GroupNormSiLU
 
@@ -32,6 +33,21 @@ def test_parameter_counts_are_the_papers():
     smaller = parameters(ch_mult=(1, 2, 2))
     larger = parameters(ch_mult=(1, 2, 3, 4))
     assert smaller < parameters() < larger              # Fig. 4(d)
+
+
+def test_the_forward_process():
+    """alphas_bar are the products of a linear schedule, and x_t is the equation's."""
+    alphas_bar = make_alphas_bar()
+    product = 1.0
+    for t in range(1000):
+        product *= 1 - (1e-4 + (0.02 - 1e-4) * t / 999)
+        assert math.isclose(float(alphas_bar[t]), product, rel_tol=1e-12)
+    g = torch.Generator().manual_seed(0)
+    x_0, eps = torch.randn(2, 4, 3, 2, 2, generator=g)
+    t = torch.tensor([0, 10, 500, 999])
+    x_t = q_sample(x_0, t, eps, *signal_and_sigma(alphas_bar))
+    for i, a in enumerate(alphas_bar[t].tolist()):
+        assert_close(x_t[i], math.sqrt(a) * x_0[i] + math.sqrt(1 - a) * eps[i])
 
 
 @pytest.mark.parametrize("n, repeats, T", [(1, 1, 1000), (7, 10, 37), (5000, 10, 1000)])
