@@ -338,7 +338,9 @@ train() {
   shift 2
   case $KIND in
     train) script=train.py own=(--preset "$PRESET" ${STEPS:+--steps "$STEPS"} $QUIET) ;;
-    classify) script="-m recognition.classify" own=(--preset "$PRESET" ${EPOCHS:+--epochs "$EPOCHS"}) ;;
+    classify)
+      script="-m recognition.classify"
+      own=(--preset "$PRESET" ${EPOCHS:+--epochs "$EPOCHS"}) ;;
     stable_diffusion) own=(${MODEL:+--model "$MODEL"} ${EPOCHS:+--epochs "$EPOCHS"}) ;;
     text_to_image)
       own=(${MODEL:+--autoencoder "$MODEL" --text-encoder "$MODEL"} ${PARTS[@]+"${PARTS[@]}"}
@@ -453,6 +455,22 @@ page() {
   ROWS=()
 }
 
+# look_at_pair: gain's samples of the first seed at OMEGA beside training images, and whether images
+# are copied; SEEN: the flags of report.py that show it
+look_at_pair() {
+  local folder=$PAGES/gain/$SETTING cm=${RUNS}cm-ddpm-seed$FIRST_SEED
+  show DDPM ddpm samples-$OMEGA --num "${NUM:-2000}" --guidance $OMEGA
+  show "CM on DDPM" cm-ddpm samples-$OMEGA --num "${NUM:-2000}" --guidance $OMEGA
+  figure gain/$SETTING/samples-$OMEGA
+  NGPU=1 launch -m probes.copies --ckpt "$cm/ckpt.pt" --data-dir "$DATA_DIR" \
+    --samples "$cm/samples-$OMEGA/samples.npz" \
+    "${RUNS}ddpm-seed$FIRST_SEED/samples-$OMEGA/samples.npz" \
+    ${FEATURES:+--features "$FEATURES"} --out "$folder/copies-$OMEGA" || failed "the probe"
+  SEEN=(--copies "$folder/copies-$OMEGA/copies.json"
+    --picture "Training images, DDPM, CM on DDPM=$folder/samples-$OMEGA.png"
+    --picture "CM on DDPM, and the nearest training images=$folder/copies-$OMEGA/pairs.png")
+}
+
 # --------------------------------------------------------------------------------------------------
 # The paper's tables: one block per target
 
@@ -512,7 +530,7 @@ case $TARGET in
       extra_images cm --base oc --cm
       classes CM cm --extra "${RUNS}cm-seed@SEED/extra/samples.npz"
     fi
-    page tableG8 ;;
+    page tableG8 report --summary ;;
   tableG9)                      # Consistency models
     row "Consistency model" consistency --base consistency --no-cm
     row "CM on Consistency model" cm-consistency --base consistency --cm
@@ -602,14 +620,19 @@ case $TARGET in
   gain)     # Not in the paper: what CM adds to DDPM and to OC, without and with guidance
     # A step of CM takes as long as 1.7 steps without (bench.py)
     LONG=$((17 * ${STEPS:-300000} / 10))
+    SEEN=()
     for OMEGA in 0 1.5; do
       ddpm -- --guidance $OMEGA
       row "CM on DDPM" cm-ddpm --base ddpm --cm -- --guidance $OMEGA
       row "DDPM, as long" ddpm-long --base ddpm --no-cm --steps $LONG -- --guidance $OMEGA
-      oc -- --guidance $OMEGA
-      cm -- --guidance $OMEGA
-      row "OC, as long" oc-long --base oc --no-cm --steps $LONG -- --guidance $OMEGA
-      page table3 guidance-$OMEGA
+      if [[ $DATASET == folder ]]; then
+        look_at_pair
+      else
+        oc -- --guidance $OMEGA
+        cm -- --guidance $OMEGA
+        row "OC, as long" oc-long --base oc --no-cm --steps $LONG -- --guidance $OMEGA
+      fi
+      page table3 guidance-$OMEGA --summary ${SEEN[@]+"${SEEN[@]}"}
     done ;;
   pictures)                     # Training images, and beside them samples of DDPM and of CM on it
     with_and_without DDPM ddpm --base ddpm

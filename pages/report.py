@@ -15,6 +15,7 @@ settings rows differ, and lists the commands behind each row. The files of one r
 seeds and paths only.
 """
 import glob
+import json
 import os
 import textwrap
 from pathlib import Path
@@ -37,6 +38,7 @@ HIGHER_IS_BETTER = {"recall", "precision", "density", "coverage", "is", "accurac
 DIGITS = {"fid": 3, "kid": 4}       # after the point, as in the paper; else two
 IN_CAPITALS = {"fid", "kid", "fd", "kd", "is"}
 CLASSIFIER_KEYS = {"fid": "fd", "kid": "kd"}        # in a classifier's features
+NO_EXTRA = "No augmentation"        # Table G.8's row without generated images
 MEANS_NOTE = "Mean ± standard deviation over seeds; best in bold, second best in italics."
 CLASSIFIER_NOTE = (
     "FD and KD are distances in other features than Inception's, not FID and KID: do not compare "
@@ -142,8 +144,8 @@ def value_of(result, column):
 
     A KID of smaller subsets than the protocol's is another number, and counts as not measured.
     """
-    *group, metric = column.split()
-    part = {**result["classes"], **result["groups"]}.get(group[0], {}) if group else result
+    group, _, metric = column.rpartition(" ")
+    part = {**result["classes"], **result["groups"]}.get(group, {}) if group else result
     if metric == "kid" and part.get("kid_subset_size", KID_SIZE) < KID_SIZE:
         return None
     value = part.get(key_of(result, column))
@@ -251,21 +253,22 @@ def results_table(rows, columns, paper):
     return markdown_table(head, lines)
 
 
-def without_cm(name):
-    """The names of the rows that a row with CM is compared with; [] for other rows.
+def compared_with(name):
+    """The names of the rows that a row is compared with; [] for none.
 
-    X of "X + CM" and of "CM on X"; OC of "CM"; "OC, widths" of "CM, widths": they differ only in
-    having no CM. Then "X, as long", which has also been trained for as many seconds.
+    With CM, X of "X + CM" and of "CM on X", OC of "CM", "OC, widths" of "CM, widths": they differ
+    only in having no CM. Then "X, as long", which has also been trained for as many seconds. Of
+    classifiers with generated images, the one without.
     """
+    other = None
     if name.endswith(" + CM"):
         other = name.removesuffix(" + CM")
     elif name.startswith("CM on "):
         other = name.removeprefix("CM on ")
     elif name == "CM" or name.startswith("CM, "):
         other = "OC" + name.removeprefix("CM")
-    else:
-        return []
-    return [other, f"{other}, as long"]
+    plain = [] if name == NO_EXTRA else [NO_EXTRA]
+    return [other, f"{other}, as long", *plain] if other else plain
 
 
 def seeds_of(results):
@@ -275,31 +278,45 @@ def seeds_of(results):
             for s in every]
 
 
-def paired_differences(rows, columns):
-    """Markdown: for each row with CM, its difference to rows without; "" if there are none.
+def pairs_of(rows):
+    """[(a row, one that it is compared with)]: of one guidance and of the same seeds.
 
-    The mean over seeds and its 95 % t interval. Both rows must have one guidance and the same
-    seeds, of training and of sampling, at least two, in the order of their files.
+    The seeds are those of training and of sampling, in the order of the rows' files.
     """
-    lines = []
-    pairs = [(a, b) for a in rows for name in without_cm(a[0]) for b in rows if b[0] == name
-             and strengths_of([a]) == strengths_of([b])]
-    for (name, results), (other, others) in pairs:
-        n = len(results)
-        if n < 2 or seeds_of(results) != seeds_of(others):
-            continue
-        line = [escaped(f"{name} against {label_of(rows, other, others)}")]
-        for column in columns:
-            values = [(value_of(a, column), value_of(b, column)) for a, b in zip(results, others)]
-            if any(None in pair for pair in values):
-                line.append("-")
-                continue
-            gains = np.array([a - b for a, b in values])
-            mean, digits = gains.mean(), digits_of(column)
-            half = float(stats.t.ppf(0.975, n - 1) * gains.std(ddof=1) / n ** 0.5)
-            line.append(f"{mean:+.{digits}f} ({mean - half:+.{digits}f} to "
-                        f"{mean + half:+.{digits}f})")
-        lines.append(line)
+    return [(a, b) for a in rows for name in compared_with(a[0]) for b in rows if b[0] == name
+            and strengths_of([a]) == strengths_of([b]) and seeds_of(a[1]) == seeds_of(b[1])]
+
+
+def difference(results, others, column):
+    """(mean, half of the 95 % t interval) of a column's paired differences; (mean, None) of one.
+
+    None where one of them was not measured.
+    """
+    values = [(value_of(a, column), value_of(b, column)) for a, b in zip(results, others)]
+    if any(None in pair for pair in values):
+        return None
+    gains = np.array([a - b for a, b in values])
+    n = len(gains)
+    if n == 1:
+        return gains[0], None
+    return gains.mean(), float(stats.t.ppf(0.975, n - 1) * gains.std(ddof=1) / n ** 0.5)
+
+
+def show_difference(found, column):
+    """A difference as text, with its interval; "-" for None."""
+    if found is None:
+        return "-"
+    mean, half = found
+    digits = digits_of(column)
+    interval = "" if half is None else f" ({mean - half:+.{digits}f} to {mean + half:+.{digits}f})"
+    return f"{mean:+.{digits}f}{interval}"
+
+
+def paired_differences(rows, columns):
+    """Markdown: the differences of pairs_of, over two seeds at least; "" if there are none."""
+    lines = [[escaped(f"{name} against {label_of(rows, other, others)}"),
+              *(show_difference(difference(results, others, column), column) for column in columns)]
+             for (name, results), (other, others) in pairs_of(rows) if len(results) > 1]
     if not lines:
         return ""
     titles = [title_of(rows[0][1][0], column) for column in columns]
@@ -360,7 +377,8 @@ def conditions_of(rows):
         text = (f"{s['dataset']}; {sampling_in_words(s)}, noise of seed {seeds}; {result['num']:,} "
                 f"class-balanced samples against {against}.")
     elif "epochs" in s:         # a classifier of classify.py
-        text = (f"{s['dataset']}, IR {s['ir']:g}, {s['epochs']} epochs, per cent on "
+        length = f"{s['epochs']} epochs" if s["epochs"] else f"{s['steps']} steps"
+        text = (f"{s['dataset']}, IR {s['ir']:g}, {length}, per cent on "
                 f"{result['num_real']:,} test images; Many / Medium / Few: over 100, 20 to 100, "
                 "under 20 training images.")
     return " ".join(filter(None, [text, what_differs(rows, told)]))
@@ -425,7 +443,7 @@ def samples_parts(rows, out):
     return parts
 
 
-def summary(rows):
+def demo_summary(rows):
     """What the first three rows say: a baseline, CM on it, CM's theta_g alone. Three sentences.
 
     One run against one: the paired differences of the demo's seeds have a standard deviation of
@@ -450,6 +468,81 @@ def summary(rows):
           for words, group in (("Rare classes (Few)", "Few"), ("Frequent classes (Many)", "Many"))),
         f"Without the reserved part, CM's is {few:.1f} times as large on Few and {many:.1f} "
         f"times on Many: that part {holds} of the rare classes than of the frequent ones."]
+
+
+def seconds_per_step(results):
+    """The median over the training logs of a row's runs; None where they are not there."""
+    found = []
+    for settings in (result["settings"] for result in results):
+        log = Path(settings.get("ckpt", "")).with_name("log.jsonl")
+        lines = map(json.loads, log.read_text().splitlines()) if log.is_file() else []
+        found += [settings["config"]["batch_size"] / line["images_per_s"] for line in lines
+                  if line.get("images_per_s")]
+    return float(np.median(found)) if found else None
+
+
+def verdict(rows):
+    """What each of pairs_of shows, per group: a sentence for each, with what a step of CM cost.
+
+    A difference is said to be better or worse where its 95 % interval excludes zero.
+    """
+    first = rows[0][1][0]
+    metric, overall = ("fid", "fid") if {"fid", "fd"} & first.keys() else ("accuracy", "recall")
+    columns = [*(f"{part} {metric}" for part in first["groups"] or first["classes"]), overall]
+    said = []
+    for (name, results), (other, others) in pairs_of(rows):
+        found = {"better": [], "worse": [], "no difference shown": []}
+        for column in columns:
+            gain = difference(results, others, column)
+            if gain is None:
+                continue
+            mean, half = gain
+            shown = half is not None and abs(mean) > half
+            title = ("" if column != "fid" else "overall ") + title_of(first, column)
+            kind = "better" if (mean > 0) == is_higher_better(column) else "worse"
+            found[kind if shown else "no difference shown"].append(
+                f"{title} {show_difference(gain, column)}")
+        how = "" if metric == "accuracy" else " after as many steps"
+        if other.endswith(", as long"):
+            how = " for about as much time"
+            with_cm, without = seconds_per_step(results), seconds_per_step(others)
+            if with_cm and without:
+                how += (f" (a step takes {with_cm:.3g} s with CM and {without:.3g} s without, "
+                        f"{with_cm / without:.2f} times as long)")
+        n = len(results)
+        seeds = f"{n} seeds" if n > 1 else "one seed, which decides nothing"
+        words = "; ".join(f"{kind}: {', '.join(texts)}" for kind, texts in found.items() if texts)
+        said.append(f"{name} against {other}{how}, {seeds}: {words}.")
+    return said
+
+
+def copies_in_words(path, rows):
+    """What copies.json of probes.copies shows: of Few, or of all where there are no groups.
+
+    The criterion holds for some images that are new, so that unseen real ones say how many are
+    expected; more is a share that exceeds theirs by two standard errors. Raises UserError.
+    """
+    found = (disk.read_json(path) or {}).get("rows")
+    if not found:
+        raise UserError(f"--copies {path}: not a copies.json of probes.copies")
+    runs = {Path(results[0]["settings"].get("ckpt", "")).parent: name for name, results in rows}
+    real = found.get("real, not in the training set")
+    words = []
+    for file, result in found.items():
+        name = next((name for run, name in runs.items() if run in Path(file).parents), None)
+        group = "Few" if "Few" in result["features"] else "all"
+        if not name:
+            continue
+        share, n = result["features"][group], result["num"][group]
+        text = f"{share:.0%} of {name}'s {n:,} samples"
+        if real and group in real["features"]:
+            expected, m = real["features"][group], real["num"][group]
+            error = (share * (1 - share) / n + expected * (1 - expected) / m) ** 0.5
+            more = "more than" if share - expected > 2 * error else "not more than"
+            text += f" ({more} {expected:.0%} of {m:,} real images that were not trained on)"
+        words.append(text)
+    return (f"Copies ({'rare classes, Few' if group == 'Few' else 'all classes'}; nearer to a "
+            f"training image than any other training image is): {', '.join(words)}.")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -495,8 +588,11 @@ def make_parser():
     parser.add_argument("--pair", nargs=2, metavar=("GENERAL", "FULL"),
                         help="samples.npz of theta_g and of theta")
     parser.add_argument("--summary", action="store_true",
-                        help="three sentences on the first three rows, which must be a baseline, "
-                        "CM, and CM's theta_g alone")
+                        help="say first, in sentences, whether CM helped, and what it cost; of a "
+                        "baseline, CM, and CM's theta_g alone: what the reserved part holds")
+    parser.add_argument("--copies", metavar="FILE",
+                        help="with --summary: copies.json of probes.copies, to say whether images "
+                        "are copied")
     parser.add_argument("--picture", action="append", default=[], metavar="TITLE=FILE",
                         help="a picture that is shown below the others; repeatable")
     parser.add_argument("--paper", metavar="TABLE",
@@ -538,10 +634,18 @@ def main():
     table = "\n\n".join(filter(None, [results_table(given, columns, paper),
                                       paired_differences(rows, columns)]))
     results_figure(rows, columns, paper, title, out)
-    said = summary(rows) if args.summary and len(rows) > 2 else []      # else one has failed
+    said = []
+    if args.summary and rows[-1][1][0]["settings"].get("branch") == "general":
+        said = demo_summary(rows) if len(rows) > 2 else []      # else one has failed
+    elif args.summary:
+        said = verdict(rows)
+    lost = []
+    if args.copies and Path(args.copies).is_file():
+        said.append(copies_in_words(args.copies, rows))
+    elif args.copies:
+        lost.append(f"--copies {args.copies}")
     pictures = [named(text, "--picture") for text in args.picture]
-    if lost := [file for _, file in pictures if not Path(file).is_file()]:
-        raise UserError(f"--picture: there is no {lost[0]}")
+    lost += [f"--picture {file}" for _, file in pictures if not Path(file).is_file()]
     page.write(out, "\n".join([
         f"# {title}\n",
         *(f"- {line}" for line in said), "",
@@ -551,9 +655,11 @@ def main():
         *pair,
         *samples_parts(rows, out),
         *(f"## {name}\n\n![{name}]({os.path.relpath(file, out.parent)})\n"
-          for name, file in pictures),
+          for name, file in pictures if Path(file).is_file()),
         commands_part(rows)]))
     print("\n".join([table, *said, f"wrote {out}, {out.with_suffix('.html').name}"]))
+    if lost:
+        raise UserError(f"{lost[0]}: not on the page, since there is no such file")
     if failed := [name for name, _, missing in given if missing]:
         files = ", ".join(file for _, _, missing in given for file in missing)
         raise UserError(f"--row {', '.join(failed)}: shown as failed, since there is no {files}")

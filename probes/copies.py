@@ -24,6 +24,7 @@ from metrics.scores import radii, squared_distances
 from networks import KINDS
 from runtime import Parser, UserError, integer, run
 from sample import grid_image
+from sets.readers import NoSuchSplit
 from sets.samples import read_samples
 
 BLOCK = 2048        # rows whose distances are in memory at once
@@ -63,16 +64,20 @@ def points_of(extractor, images, title):
 # --------------------------------------------------------------------------------------------------
 
 def unseen_images(args, ckpt, images):
-    """(images uint8 (N, H, W, 3), labels) of the data set that the draw left out; None for none."""
+    """(images uint8 (N, H, W, 3), labels) that the draw left out, or of the test set; or None."""
     config = ckpt["config"]
     data_dir, pack_dir = folders_of(config, args.data_dir)
-    whole = load(config["dataset"], data_dir, "train", config["resolution"],
-                 ckpt["data"]["class_names"], pack_dir)
     seen = {image.tobytes() for image in images.images}
-    rows = [i for i, image in enumerate(whole.images) if image.tobytes() not in seen]
-    if not rows:
-        return None
-    return to_rgb(whole.images[rows]), whole.labels[rows]
+    for split in ("train", "test"):
+        try:
+            whole = load(config["dataset"], data_dir, split, config["resolution"],
+                         ckpt["data"]["class_names"], pack_dir)
+        except NoSuchSplit:
+            break
+        rows = [i for i, image in enumerate(whole.images) if image.tobytes() not in seen]
+        if rows:
+            return to_rgb(whole.images[rows]), whole.labels[rows]
+    return None
 
 
 def read_all(args, ckpt):
@@ -153,7 +158,8 @@ def main():
         sets = {"real, not in the training set": unseen, **sets}
     rows, indices = {}, {}
     for name, (images, labels) in sets.items():
-        rows[name] = {"num": len(labels)}
+        rows[name] = {"num": {"all": len(labels), **{
+            group: int(np.isin(labels, classes).sum()) for group, classes in groups.items()}}}
         for space, points in points_of(extractor, images, name).items():
             is_copy, index = copies(points, of_train[space])
             rows[name][space] = shares(is_copy, labels, groups)

@@ -114,7 +114,8 @@ def test_the_summary_says_what_the_numbers_say(tmp_path, capsys):
     disk.write_png(tmp_path / "p.png", Image.new("RGB", (2, 2)))
 
     def said(*fids):
-        rows = [write_row(tmp_path, name, fake_result(fid, 0)) for name, fid in zip("abc", fids)]
+        rows = [write_row(tmp_path, name, fake_result(fid, 0, {"branch": branch}))
+                for name, fid, branch in zip("abc", fids, ["full", "full", "general"])]
         return make_page(tmp_path / "page.md", *rows,
                          more=["--summary", "--picture", f"mine={tmp_path}/p.png"])
     text = said(20, 5, 45)
@@ -124,6 +125,65 @@ def test_the_summary_says_what_the_numbers_say(tmp_path, capsys):
     assert "FID 11.0 with CM, 10.0 without: a single run cannot show" in said(5, 6, 9)
     refuses(capsys, report.main, "--row", f"a={tmp_path}/a-0.json", "--picture", "mine=none.png",
             "--out", tmp_path / "page.md", says=["--picture"])
+
+
+def verdict_of(tmp_path, seeds, more=()):
+    """The page of DDPM, CM on it (better on Few alone) and DDPM trained for as long."""
+    rows = []
+    for name, few, speed in (("DDPM", 9, 640), ("CM on DDPM", 5, 320), ("DDPM, as long", 4, 640)):
+        results = []
+        for seed in range(seeds):
+            ckpt = tmp_path / f"{name}-{seed}/ckpt.pt"
+            config = {"seed": seed, "batch_size": 64}
+            result = fake_result(10 + seed % 2, seed, {"ckpt": str(ckpt), "config": config})
+            result["groups"]["Few"]["fid"] = few + seed / 10
+            ckpt.parent.mkdir(parents=True)
+            ckpt.with_name("log.jsonl").write_text(f'{{"step": 1, "images_per_s": {speed}}}\n')
+            results.append(result)
+        row = write_row(tmp_path, f"row{len(rows)}", *results)      # its files: no comma
+        rows.append(f"{name}={row.split('=')[1]}")
+    return make_page(tmp_path / "page.md", *rows, more=["--summary", *more])
+
+
+def test_the_verdict_on_cm(tmp_path):
+    """Per group: better where the interval excludes zero; what a step costs, by the logs."""
+    text = verdict_of(tmp_path, seeds=3)
+    assert ("- CM on DDPM against DDPM after as many steps, 3 seeds: better: Few FID -4.000 "
+            "(-4.000 to -4.000); no difference shown: Many FID +0.000" in text)
+    assert "a step takes 0.2 s with CM and 0.1 s without, 2.00 times as long" in text
+    assert "3 seeds: worse: Few FID +1.000" in text
+    text = verdict_of(tmp_path / "one", seeds=1)
+    assert "one seed, which decides nothing: no difference shown: Many FID +0.000, " in text
+    assert "better" not in text.split("\n\n")[1]
+
+
+@pytest.mark.parametrize("share, says", [(0.9, "more than 50%"), (0.55, "not more than 50%")])
+def test_copies_are_compared_with_unseen_images(tmp_path, share, says):
+    real, samples = {"all": 0.5, "Few": 0.5}, {"all": 0.1, "Few": share}
+    disk.write_json(tmp_path / "copies.json", {"rows": {
+        "real, not in the training set": {"num": {"all": 900, "Few": 40}, "features": real},
+        str(tmp_path / "DDPM-0/samples/samples.npz"):
+            {"num": {"all": 300, "Few": 100}, "features": samples}}})
+    text = verdict_of(tmp_path, 2, ["--copies", tmp_path / "copies.json"])
+    assert f"{share:.0%} of DDPM's 100 samples ({says} of 40 real images" in text
+
+
+def test_the_verdict_on_generated_images(tmp_path):
+    """Each classifier is compared with the one that saw none."""
+    rows = []
+    for name, gain in (("No augmentation", 0), ("DDPM", -2), ("CM on DDPM", 3)):
+        results = [{"accuracy": 50.0 + gain + s, "recall": 40.0 + s, "precision": 40.0,
+                    "groups": {"Few": {"accuracy": 20.0 + gain + s}}, "classes": {}, "num": 9,
+                    "num_real": 8, "command": "", "settings": {
+                        "dataset": "folder", "ir": 1.0, "epochs": None, "steps": 7, "seed": s,
+                        "group_rule": "counts"}} for s in range(2)]
+        rows.append(write_row(tmp_path, name, *results))
+    text = make_page(tmp_path / "page.md", *rows, more=["--summary"])
+    assert ("- CM on DDPM against No augmentation, 2 seeds: better: Few accuracy +3.00 "
+            "(+3.00 to +3.00); no difference shown: recall" in text)
+    assert "- CM on DDPM against DDPM, 2 seeds: better: Few accuracy +5.00" in text
+    assert "- DDPM against No augmentation, 2 seeds: worse: Few accuracy -2.00" in text
+    assert "7 steps" in text
 
 
 def test_rows_without_files_are_shown_as_failed(tmp_path, three_rows, capsys):

@@ -64,7 +64,7 @@ def test_training_images_are_copies_and_noise_is_none(cm_run, classifier, data_d
     found = disk.read_json(tmp_path / "copies.json")
     rows = found["rows"]
     unseen, generated, copied = rows.values()
-    assert unseen["num"] == 1497 - 502
+    assert unseen["num"]["all"] == 1497 - 502
     for space in ("pixels", "features"):
         assert set(copied[space].values()) == {1.0}
         assert 0.2 < unseen[space]["all"] < 0.8
