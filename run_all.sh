@@ -17,7 +17,7 @@
 #   tables     table1 table2 table3 table4 table5 table6 table7
 #              tableE2 tableG7 tableG8 tableG9 tableG10 tableG11 tableG12 tableG13
 #   figures    fig1b fig4a fig4b fig4c fig4d figures (1(a), 3, G.4 to G.12: samples)
-#   others     theory allocation dominance gain pictures
+#   others     theory allocation dominance gain curves pictures
 # They share their runs, which are in out/paper.
 #
 # Environment variables of these targets (the demo and the smoke run take none of them):
@@ -445,6 +445,26 @@ figure() {
   SHOWN=()
 }
 
+# along NAME RUN TENTHS [flags of train.py]: train a run with each seed, for TENTHS tenths of the
+# steps; measure it four times on the way, and add a curve to the picture
+along() {
+  local steps=$(( $3 * ${STEPS:-300000} / 10 )) seed quarter omega folder
+  for seed in ${SEEDS//,/ }; do
+    folder=$RUNS$2-seed$seed
+    STEPS=$steps train $2 $seed --keep-every $(( steps / 4 )) "${@:4}" \
+      || { failed "$1, seed $seed"; continue; }
+    for quarter in 1 2 3 4; do
+      for omega in 0 1.5; do
+        launch evaluate.py --ckpt "$folder/ckpt-$(printf %07d $(( quarter * (steps / 4) ))).pt" \
+          --sampler dpm --guidance $omega --seed $seed ${NUM:+--num "$NUM"} \
+          ${FEATURES:+--features "$FEATURES"} --out-json "$folder/curve-$quarter-$omega.json" \
+          --if-needed || failed "$1, seed $seed, a point of its curve"
+      done
+    done
+  done
+  CURVES+=(--curve "$1=$RUNS$2-seed*/curve-*.json")
+}
+
 # page TABLE [FILE [flags of report.py]]: the page of one of the tables in paper_results.json, from
 # the rows so far
 page() {
@@ -634,6 +654,12 @@ case $TARGET in
       fi
       page table3 guidance-$OMEGA --summary ${SEEN[@]+"${SEEN[@]}"}
     done ;;
+  curves)   # Not in the paper: CM on DDPM beside DDPM, along as many seconds of training
+    CURVES=()
+    along DDPM ddpm-long 17 --base ddpm --no-cm
+    along "CM on DDPM" cm-ddpm 10 --base ddpm --cm
+    python -m pages.curves "${CURVES[@]}" --cost 1.7 --out "$PAGES/curves/$SETTING/report.md" \
+      || failed "the page" ;;
   pictures)                     # Training images, and beside them samples of DDPM and of CM on it
     with_and_without DDPM ddpm --base ddpm
     show DDPM ddpm samples --num "${NUM:-400}"

@@ -144,7 +144,7 @@ def test_a_failed_row_does_not_stop_a_target(tmp_path):
 
 
 @pytest.mark.parametrize("target", ["figures", "pictures", "fig1b", "dominance", "allocation",
-                                    "tableG7", "tableG8"])
+                                    "curves", "tableG7", "tableG8"])
 def test_nothing_looks_at_a_failed_run(tmp_path, target):
     """Its checkpoint may be that of an earlier step."""
     calls = recorded(target, {"SEEDS": "0", "FAIL": "--cm "}, tmp_path, code=1)

@@ -1,0 +1,129 @@
+"""Curves against training time: when, and for what, does CM pay?
+
+    python -m pages.curves --curve "DDPM=out/a/ddpm-seed*/eval-*.json" \\
+        --curve "CM on DDPM=out/a/cm-ddpm-seed*/eval-*.json" --cost 1.7 --out out/curves.md
+
+The files are evaluate.py's, of checkpoints that train.py kept (--keep-every). There is a panel for
+each width and guidance, and in it a curve for each method: the mean over seeds, and a band from the
+lowest seed to the highest. Time counts in steps of the first curve's method: --cost says how many
+of these a step of another one takes. The table has the differences to the first curve, paired by
+seed, where both were measured at the same time (within 3 %), with 95 % t intervals. Bold: p is
+below 0.05, corrected for the number of intervals in the table (Holm, 1979).
+"""
+import glob
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+from scipy import stats
+
+import disk
+from pages import page
+from pages.page import escaped, markdown_table, named
+from pages.report import value_of
+from runtime import Parser, UserError, number, run
+
+COLUMNS = ["fid", "Many fid", "Medium fid", "Few fid", "Few recall"]
+
+
+def read_curve(text):
+    """(name, {panel: {step: {seed: result}}}) of "NAME=FILES". Raises UserError.
+
+    panel: (width, guidance).
+    """
+    name, pattern = named(text, "--curve")
+    panels = defaultdict(lambda: defaultdict(dict))
+    for path in sorted(glob.glob(pattern)):
+        result = disk.read_json(path)
+        s = result["settings"]
+        panels[s["config"]["ch"], s["guidance"]][s["step"]][s["config"]["seed"]] = result
+    if not panels:
+        raise UserError(f"--curve {text}: no such file")
+    return name, panels
+
+
+def draw(curves, costs, column, path):
+    """Write the picture as PNG and PDF: a row of panels per width, a column per guidance."""
+    plt = disk.pyplot()
+    panels = sorted({panel for _, found in curves for panel in found})
+    widths, omegas = (sorted({panel[i] for panel in panels}) for i in (0, 1))
+    fig, axes = plt.subplots(len(widths), len(omegas), squeeze=False, constrained_layout=True,
+                             figsize=(4 * len(omegas), 3 * len(widths)), sharey="row")
+    for panel in panels:
+        ax = axes[widths.index(panel[0]), omegas.index(panel[1])]
+        for k, (name, found) in enumerate(curves):
+            steps = sorted(found.get(panel, []))
+            values = [[value_of(r, column) for r in found[panel][s].values()] for s in steps]
+            time = [s * costs[k] for s in steps]
+            ax.plot(time, [np.mean(v) for v in values], f"C{k}o-", label=disk.in_figure(name))
+            ax.fill_between(time, [min(v) for v in values], [max(v) for v in values],
+                            color=f"C{k}", alpha=0.2, linewidth=0)
+        ax.set(title=f"width {panel[0]}, guidance {panel[1]:g}", ylim=(0, None),
+               xlabel=f"training time, in steps of {curves[0][0]}", ylabel=column)
+    axes[0, 0].legend()
+    disk.save_figure(fig, path, ("png", "pdf"))
+
+
+def compare(curves, costs):
+    """The differences to the first curve: [(panel, time, name, gain of each seed)] by COLUMNS."""
+    (_, first), *others = curves
+    found = []
+    for (name, panels), cost in zip(others, costs[1:]):
+        for panel in sorted(set(panels) & set(first)):
+            for step, results in sorted(panels[panel].items()):
+                time = min(first[panel], key=lambda s: abs(s - step * cost))
+                base = first[panel][time]
+                seeds = sorted(set(results) & set(base))
+                if abs(time / (step * cost) - 1) > 0.03 or len(seeds) < 2:
+                    continue
+                found += [(panel, time, name,
+                           np.array([value_of(results[s], column) - value_of(base[s], column)
+                                     for s in seeds])) for column in COLUMNS]
+    return found
+
+
+def holm(p):
+    """Holm's corrected p values of (n,) p values."""
+    order = np.argsort(p)
+    raised = np.maximum.accumulate(np.array(p)[order] * np.arange(len(p), 0, -1))
+    corrected = np.empty(len(p))
+    corrected[order] = raised.clip(max=1)
+    return corrected
+
+
+def table_of(gains):
+    """Markdown of what `compare` found: a row per panel, time and method, a column per number."""
+    p = holm([stats.ttest_1samp(gain, 0).pvalue for *_, gain in gains])
+    rows = defaultdict(list)
+    for (panel, time, name, gain), corrected in zip(gains, p):
+        mean, half = gain.mean(), stats.t.ppf(0.975, len(gain) - 1) * stats.sem(gain)
+        mark = "**" if corrected < 0.05 else ""
+        rows[panel, time, name, len(gain)].append(
+            f"{mark}{mean:+.2f} ({mean - half:+.2f} to {mean + half:+.2f}){mark}")
+    lines = [[escaped(name), width, f"{omega:g}", f"{time:,}", seeds, *cells]
+             for ((width, omega), time, name, seeds), cells in rows.items()]
+    return markdown_table(["difference", "width", "guidance", "time", "seeds", *COLUMNS], lines)
+
+
+def main():
+    """Write the page that the flags ask for."""
+    parser = Parser(__doc__)
+    parser.add_argument("--curve", action="append", required=True, metavar="NAME=FILES",
+                        help="results of one method, wildcards allowed; repeatable")
+    parser.add_argument("--cost", action="append", type=number(above=0), default=[],
+                        help="time of a step in steps of the first --curve: one for each other")
+    parser.add_argument("--out", default="out/curves.md", help="the page (default: out/curves.md)")
+    args = parser.parse_args()
+    if len(args.cost) != len(args.curve) - 1:
+        raise UserError("--cost: give one for each --curve but the first")
+    curves, costs = [read_curve(text) for text in args.curve], [1.0, *args.cost]
+    picture = Path(args.out).with_suffix(".png")
+    draw(curves, costs, "Few fid", picture)
+    page.write(args.out, "\n\n".join([
+        "# FD on Few against training time", f"![curves]({picture.name})",
+        "The band goes from the lowest to the highest seed.", table_of(compare(curves, costs))]))
+    print(f"wrote {args.out}")
+
+
+if __name__ == "__main__":
+    run(main)
