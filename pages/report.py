@@ -545,6 +545,16 @@ def copies_in_words(path, rows):
             f"training image than any other training image is): {', '.join(words)}.")
 
 
+def summary(rows, copies):
+    """The sentences of --summary; copies: the file of --copies, or None."""
+    if rows[-1][1][0]["settings"].get("branch") == "general":
+        return demo_summary(rows) if len(rows) > 2 else []      # else one has failed
+    said = verdict(rows)
+    if copies and Path(copies).is_file():
+        said.append(copies_in_words(copies, rows))
+    return said
+
+
 # --------------------------------------------------------------------------------------------------
 # A table of the paper's, or of rows of one's own: means over seeds
 
@@ -634,18 +644,10 @@ def main():
     table = "\n\n".join(filter(None, [results_table(given, columns, paper),
                                       paired_differences(rows, columns)]))
     results_figure(rows, columns, paper, title, out)
-    said = []
-    if args.summary and rows[-1][1][0]["settings"].get("branch") == "general":
-        said = demo_summary(rows) if len(rows) > 2 else []      # else one has failed
-    elif args.summary:
-        said = verdict(rows)
-    lost = []
-    if args.copies and Path(args.copies).is_file():
-        said.append(copies_in_words(args.copies, rows))
-    elif args.copies:
-        lost.append(f"--copies {args.copies}")
+    said = summary(rows, args.copies) if args.summary else []
     pictures = [named(text, "--picture") for text in args.picture]
-    lost += [f"--picture {file}" for _, file in pictures if not Path(file).is_file()]
+    files = [args.copies] * bool(args.copies) + [file for _, file in pictures]
+    lost = [file for file in files if not Path(file).is_file()]
     page.write(out, "\n".join([
         f"# {title}\n",
         *(f"- {line}" for line in said), "",
@@ -655,11 +657,11 @@ def main():
         *pair,
         *samples_parts(rows, out),
         *(f"## {name}\n\n![{name}]({os.path.relpath(file, out.parent)})\n"
-          for name, file in pictures if Path(file).is_file()),
+          for name, file in pictures if file not in lost),
         commands_part(rows)]))
     print("\n".join([table, *said, f"wrote {out}, {out.with_suffix('.html').name}"]))
     if lost:
-        raise UserError(f"{lost[0]}: not on the page, since there is no such file")
+        raise UserError(f"--picture, --copies: not on the page, since there is no {lost[0]}")
     if failed := [name for name, _, missing in given if missing]:
         files = ", ".join(file for _, _, missing in given for file in missing)
         raise UserError(f"--row {', '.join(failed)}: shown as failed, since there is no {files}")
