@@ -256,7 +256,8 @@ def refuse_other_data(old: dict, record: dict, args: Namespace) -> None:
     """Raise UserError where a run's data, of its checkpoint, are not `record`, this command's."""
     if any(record.get(key) != value for key, value in old.items()):
         raise UserError(f"--data-dir {args.data_dir}: not the images that the run in {args.out} "
-                        "was started with; choose another folder with --out")
+                        "was started with; choose another folder with --out, or in "
+                        "run_all.sh with ROOT")
 
 
 def refuse_other_source(images: ImageSet, old: dict, data_dir: str | Path) -> None:

@@ -344,4 +344,5 @@ def refuse_changes(old, config, out, resumable):
         else:
             was = old.get(key)
         raise UserError(f"{flag_of(name)} {value}: the run in {out} was started with {was}; repeat "
-                        "that to resume it, or choose another folder with --out")
+                        "that to resume it, or choose another folder with --out, or in "
+                        "run_all.sh with ROOT")

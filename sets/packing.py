@@ -137,13 +137,21 @@ def pack_files(path: Path, files, shape, source, block=4096):
     """Read and resize image files into the .npy `path`, block by block.
 
     They go to path.partial first; path.mark says how many of which set are there, so that a stopped
-    packing goes on with the block that it was at.
+    packing goes on with the block that it was at. Raises UserError that names the files that cannot
+    be read, once all have been tried.
     """
+    def read(file):
+        try:
+            return read_image(file, shape[1])
+        except UserError as e:
+            return e
+
     partial, mark = (path.with_name(path.name + end) for end in (".partial", ".mark"))
     made = {"shape": shape, "source": source}
     before = read_json(mark) or {}
     goes_on = partial.exists() and before == {**made, "done": before.get("done")}
     first = before["done"] if goes_on else 0
+    bad = {}            # file: why it cannot be read
     with writing(path, "--pack-dir"):
         if not goes_on:
             mark.unlink(missing_ok=True)
@@ -154,12 +162,21 @@ def pack_files(path: Path, files, shape, source, block=4096):
                 packed = np.lib.format.open_memmap(partial, "r+")
                 own = files[start:start + block]
                 with ThreadPoolExecutor(os.cpu_count()) as pool:    # Pillow works outside the GIL
-                    images = pool.map(lambda file: read_image(file, shape[1]), own)
-                    for i, image in enumerate(images, start):
-                        packed[i] = image
+                    for i, image in enumerate(pool.map(read, own), start):
+                        if isinstance(image, UserError):
+                            bad[files[i]] = image
+                        else:
+                            packed[i] = image
                         bar.update()
                 packed.flush()
-                write_json(mark, {**made, "done": start + len(own)}, "--pack-dir")
+                if not bad:
+                    write_json(mark, {**made, "done": start + len(own)}, "--pack-dir")
+        if len(bad) == 1:
+            raise bad.popitem()[1]
+        if bad:
+            more = f" and {len(bad) - 10:,} more" if len(bad) > 10 else ""
+            raise UserError(f"--data-dir: {len(bad):,} files cannot be read as images; fix or "
+                            f"remove them: {', '.join(map(str, list(bad)[:10]))}{more}")
         os.replace(partial, path)
     mark.unlink(missing_ok=True)
 

@@ -233,6 +233,16 @@ def test_a_set_that_cannot_be_packed_completely(root, tmp_path):
     assert not list((tmp_path / "packs").glob("*.npy"))
 
 
+def test_all_broken_images_are_named_at_once(tmp_path):
+    """Those of all blocks, ten by name; none of them is taken for read in the next call."""
+    files = [picture(tmp_path / f"{i:02d}.png", i) for i in range(16)]
+    for file in files[3:]:
+        file.write_text("not an image")
+    for _ in range(2):
+        with pytest.raises(UserError, match="13 files.*03.png.*12.png and 3 more"):
+            packing.pack_files(tmp_path / "p/x.npy", files, [16, 8, 8, 3], {"dataset": "x"}, 4)
+
+
 def use_reader(monkeypatch, read):
     """Make `read` the reader of the set "own"."""
     monkeypatch.setitem(readers.READERS, "own", data.Source(read, resolution=8, flip=False))
