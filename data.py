@@ -535,15 +535,19 @@ class Batches:
         parts = [self.order(e)[positions[positions // N == e] % N] for e in epochs]
         return np.concatenate(parts)
 
-    def at(self, step: int) -> tuple[Tensor, Tensor]:
-        """The global batch of a step: x_0 (B, C, H, W) float32 in [-1, 1], y (B,) int64."""
-        rows = self.rows(step)
+    def take(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+        """The images of these rows as they are stored, and their labels, on the device."""
         index = send(torch.from_numpy(rows), self.device)
         if self.on_device:
             pixels = self.pixels[index]
         else:
             pixels = send(torch.from_numpy(self.pixels[rows]), self.device)
-        return to_float(pixels), self.labels[index]
+        return pixels, self.labels[index]
+
+    def at(self, step: int) -> tuple[Tensor, Tensor]:
+        """The global batch of a step: x_0 (B, C, H, W) float32 in [-1, 1], y (B,) int64."""
+        pixels, y = self.take(self.rows(step))
+        return to_float(pixels), y
 
 
 # --------------------------------------------------------------------------------------------------

@@ -36,7 +36,8 @@ from metrics.scores import (DENSITY_K, FLOOR_IMAGES, IS_SPLITS, KID_SIZE, KID_SU
                             kernel_distance, placed, precision_recall, weights_of)
 from networks import KINDS
 from runtime import Parser, UserError, integer, run
-from sample import add_sampling_flags, dtype_of, generate, make_samples, prepare
+from sample import (add_latents_flag, add_sampling_flags, dtype_of, generate, make_samples,
+                    prepare)
 
 FEW = 2048          # with fewer images a Frechet distance depends mostly on their number
 FLOOR_ROUNDS = 3    # of a user's folder, whose numbers compare with no one else's
@@ -67,7 +68,8 @@ def images_of_checkpoint(args, comparison, folder, rt):
     def make_images(keep_in):
         net = prepare(subject.net, rt, subject.shape, comparison.n, args.batch_size)
         return generate(net, comparison.labels, comparison.indices, subject.shape, rt,
-                        subject.sampling, args.batch_size, keep_in=keep_in)
+                        subject.sampling, args.batch_size, to_image=subject.to_image,
+                        keep_in=keep_in)
     make_samples(out, subject.data, rt, record, comparison.labels.tolist(), make_images,
                  if_needed=True)
     return read_npz(str(out), out / "samples.npz", "--ckpt")
@@ -440,7 +442,7 @@ def make_parser():
                    help="images at a time in the extractor (default: 64)")
     g.add_argument("--save-stats", metavar="FILE",
                    help="keep the reference's features in FILE, for a later --reference FILE")
-    add_sampling_flags(parser)
+    add_latents_flag(add_sampling_flags(parser))
     parser.add_argument("--out-json", help="the numbers and every setting that moves them "
                         "(default: eval.json in --out). The images of --ckpt stay beside it, in "
                         "eval-samples-..., for a later call with the same sampling, and may be "
@@ -457,7 +459,7 @@ def main():
     args = parser.parse_args()
     if args.samples:
         sampling = ("sampler", "steps", "grid", "order", "eta", "last_step", "guidance", "clip",
-                    "branch", "weights", "batch_size", "seed", "dtype", "num_group")
+                    "branch", "weights", "batch_size", "latents", "seed", "dtype", "num_group")
         runtime.refuse_unused(parser.given, dict.fromkeys(
             sampling, "says how --ckpt generates images, and those of --samples are there"))
     ckpt = disk.load(args.ckpt, KINDS) if args.ckpt else None

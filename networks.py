@@ -25,7 +25,7 @@ from runtime import Plugins, UserError, integer
 from variants.dit import Block, DiT
 from variants.experts import add_group_experts
 
-KINDS = ("diffusion", "consistency")        # of the checkpoints whose networks are these
+KINDS = ("diffusion", "consistency", "latent diffusion")    # of checkpoints with these networks
 
 
 def unet(**settings):

@@ -207,7 +207,7 @@ SAMPLERS = {
 STEPS = {"ddim": 50, "ddpm": 1000, "dpm": 15, "dpm++": 15, "consistency": 2}
 DEFAULTS = {        # per kind of model, where they are not Sampling's; latents have no range
     "diffusion": {"clip": True}, "consistency": {"sampler": "consistency", "guidance": 0.0},
-    "latent": {}, "text": {}}
+    "latent diffusion": {}, "latent": {}, "text": {}}
 RECIPES = {         # per --recipe of train.py, where they are others yet
     "release": {"clip": False, "last_step": "identity"}}
 LAST_STEPS = ("x_0", "identity")
@@ -414,10 +414,21 @@ def generate(net, labels, indices, shape, rt, sampling, batch_size=250, title="s
     return np.concatenate(parts or [empty])
 
 
-def image_shape(ckpt):
-    """(C, H, W) of a checkpoint's images."""
+def space_of(ckpt, device, latents=None):
+    """((C, H, W) of a network's x_0, what makes images of it: None where it is one).
+
+    Latents are decoded by the autoencoder that they were made with. latents: where that is; None:
+    where it was in training. Raises UserError where it is gone, or another one is there.
+    """
     size = ckpt["data"]["resolution"]
-    return ckpt["network"]["channels"], size, size
+    if ckpt["kind"] != "latent diffusion":
+        if latents:
+            raise UserError(f"--latents {latents}: this checkpoint's network generates pixels; "
+                            "leave it out")
+        return (ckpt["network"]["channels"], size, size), None
+    from latent.autoencoder import load_autoencoder
+    autoencoder = load_autoencoder(latents or ckpt["config"]["latents"], device, ckpt=ckpt)
+    return autoencoder.latent_shape(size), autoencoder.decode
 
 
 # --------------------------------------------------------------------------------------------------
@@ -660,6 +671,12 @@ def add_sampling_flags(parser):
     return g
 
 
+def add_latents_flag(group):
+    """--latents, the same for evaluate.py."""
+    group.add_argument("--latents", metavar="NAME", help="where the autoencoder of train.py's "
+                       "--latents is (default: where it was in training)")
+
+
 def add_weights_flags(group):
     """--branch and --weights, the same for evaluate.py and stable_diffusion.py."""
     group.add_argument("--branch", choices=("full", "general"), default="full",
@@ -752,7 +769,7 @@ def make_parser():
     parser.add_argument("--ckpt", required=True,
                         help="a checkpoint of train.py, or a file that --export wrote")
     add_image_flags(parser)
-    add_sampling_flags(parser)
+    add_latents_flag(add_sampling_flags(parser))
     add_output_flags(parser)
     parser.add_argument("--fill-to", type=integer(0), nargs="?", const=0, metavar="N",
                         help="in place of --num: what each class lacks to have N images with its "
@@ -795,7 +812,8 @@ def export(args, given):
         rt.on_rank_0(lambda: diffusers_unet.write(made_of, net, args.export))
     else:
         state = {name: p.detach().cpu().contiguous() for name, p in net.state_dict().items()}
-        kept = {k: ckpt[k] for k in ("kind", "step", "command", "config", "data", "network")}
+        kept = {k: ckpt[k] for k in ("kind", "step", "command", "config", "data", "network",
+                                     "autoencoder_sha256") if k in ckpt}
         plain = {"rank_ratio": None, "experts": None, "model": state, "ema": state,
                  **which_weights(args, ckpt)}
         rt.on_rank_0(lambda: disk.save(args.export, {**kept, **plain}, "--export"))
@@ -819,12 +837,12 @@ def main():
         labels = labels_to_fill(classes, ckpt["data"], args.fill_to)
     rt = runtime.setup(args.device, dtype_of(args, ckpt))
     net = load_network(ckpt, args.weights, args.branch, rt.device)
+    shape, to_image = space_of(ckpt, rt.device, args.latents)
 
     def make_images(keep_in):
-        shape = image_shape(ckpt)
         fast = prepare(net, rt, shape, len(labels), args.batch_size)
         return generate(fast, labels, range(len(labels)), shape, rt, sampling, args.batch_size,
-                        keep_in=keep_in)
+                        to_image=to_image, keep_in=keep_in)
     record = {**describe(args, ckpt, sampling, rt), "classes": classes, "num": len(labels),
               **({} if args.fill_to is None else {"fill_to": args.fill_to})}
     make_samples(samples_folder(args), ckpt["data"], rt, record, labels, make_images,

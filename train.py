@@ -12,6 +12,7 @@ leaves ckpt.pt, config.json, log.jsonl, TensorBoard events and grids of samples 
 same command resumes a stopped run, bit for bit on a CPU.
 """
 from argparse import BooleanOptionalAction
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,7 @@ from losses import BASES, CMConfig, Objective, add_cm_flags, bind
 from model import Attention, init_layer, make_alphas_bar
 from networks import KINDS, NETWORKS, add_low_rank, load_network
 from runtime import Parser, UserError, integer, number, refuse_unused, run
-from sample import Sampling, generate, image_shape, prepare
+from sample import Sampling, generate, prepare
 from sets.readers import READERS
 from variants import augment
 from variants.experts import freeze_all_but_low_rank
@@ -69,6 +70,7 @@ RECIPES = {     # defaults by what is followed; what one does not have is as in 
 IR = {          # --ir by data set; 100 for the others
     "digits": 20.0, "cub200": 10.0, "flowers102": 10.0,         # small ones
     "folder": 1.0, "imagenet-lt": 1.0, "inat2018": 1.0}         # as they are
+LATENT_RESOLUTION = 256         # --resolution, with --latents
 NETWORK_FLAGS = ("ch", "ch_mult", "attn", "num_res_blocks", "dropout")      # and networks.FLAGS
 CM_ONLY = ("lam", "w_con", "w_div", "div_bound", "equal_weights", "independent_dropout",
            "cm_fraction")
@@ -120,6 +122,10 @@ def add_training_data_flags(parser):
                    help="+RS: draw class c in proportion to N_c^Q; 0: balanced (default: 1)")
     g.add_argument("--ada", type=number(0, 1), default=0.0, metavar="P",
                    help="+ADA: probability of each augmentation; EDM has 0.12 (default: 0)")
+    g.add_argument("--latents", metavar="NAME",
+                   help="train on latents: of a checkpoint of latent.text_to_image autoencoder, or "
+                   "of a folder or hub name of diffusers, such as stabilityai/sd-vae-ft-mse; "
+                   f"images of {LATENT_RESOLUTION} pixels by default, not mirrored")
 
 
 def add_method_flags(parser):
@@ -217,6 +223,8 @@ def resolve(args, given=()):
                 **RECIPES["ours"], **RECIPES[args.recipe]}
     if (args.recipe, args.preset, args.dataset) == ("release", "paper", "cifar10"):
         defaults["steps"] = 200_000
+    if args.latents:
+        defaults["resolution"] = LATENT_RESOLUTION
     if args.dataset not in READERS or not READERS[args.dataset].files:
         defaults["resolution"] = None           # the set has one of its own
     for key, value in defaults.items():
@@ -224,6 +232,11 @@ def resolve(args, given=()):
             setattr(args, key, value)
     check_network(args, given)
     check_method(args, given)
+    if args.latents:
+        why = "--latents encodes each image once, as it is"
+        refuse_unused(given, {"flip": why, "ada": why})
+        if args.base == "consistency":
+            raise UserError("--base consistency: made for pixels, not for --latents")
     refuse_unused(given, unused_data_flags(args))
     if not args.eval_every:
         refuse_unused(given, dict.fromkeys(("eval_num", "features"), "belongs to --eval-every"))
@@ -327,13 +340,13 @@ def run_name(args, defaults):
 # --------------------------------------------------------------------------------------------------
 # The network
 
-def make_network(args, images, old, source):
+def make_network(args, images, shape, old, source):
     """(the network to train, what a checkpoint says of it): for the plain settings see networks.py.
 
-    Its weights are initial ones, or the averaged ones of the checkpoint `source`, of --init-from,
-    or those of the checkpoint `old`. Raises UserError.
+    shape: (C, H, W) of its x_0. Its weights are initial ones, or the averaged ones of the
+    checkpoint `source`, of --init-from, or those of the checkpoint `old`. Raises UserError.
     """
-    resolution = images.images.shape[1]
+    channels, resolution, _ = shape
     halvings = len(args.ch_mult) - 1
     if args.network == "unet" and resolution % 2 ** halvings:
         raise UserError(f"--ch-mult: {halvings + 1} levels halve the image {halvings} times, and "
@@ -341,7 +354,7 @@ def make_network(args, images, old, source):
     if args.experts and not class_groups(images.counts):
         raise UserError("--experts group: fewer than three classes have no Many, Medium and Few")
     settings = networks.settings_of(args.network, {
-        **vars(args), "channels": images.images.shape[3], "num_classes": len(images.class_names),
+        **vars(args), "channels": channels, "num_classes": len(images.class_names),
         "size": resolution, "augment_dim": augment.DIM if args.ada else 0})
     low_rank = {"rank_ratio": args.rank_ratio or None if args.cm or args.experts else None,
                 "experts": images.counts.tolist() if args.experts else None,
@@ -373,29 +386,30 @@ def make_network(args, images, old, source):
     return net, {"network": settings, **low_rank}
 
 
-def ema_samples(state, labels, rt, gather=True):
+def ema_samples(shape, to_image, state, labels, rt, gather=True):
     """Images of a checkpoint's EMA weights with these labels, as sample.py makes them by default.
 
-    Each from its own fixed noise; what generate returns.
+    Each from its own fixed noise; what generate returns. shape, to_image: see sample.space_of.
     """
-    shape = image_shape(state)
     net = prepare(load_network(state, device=rt.device), rt, shape, len(labels), batch_size=250)
     config = state["config"]
     sampling = Sampling.of(state["kind"], config["recipe"], seed=config["seed"])
-    return generate(net, labels, range(len(labels)), shape, rt, sampling, title=None, gather=gather)
+    return generate(net, labels, range(len(labels)), shape, rt, sampling, title=None, gather=gather,
+                    to_image=to_image)
 
 
 class Evaluation:
     """--eval-every: Frechet distances of EMA samples to the reference, overall and per group.
 
-    Reference, features and distances are evaluate.py's. old: the checkpoint that the run goes on
-    from, or None.
+    Reference, features and distances are evaluate.py's. samples: as loop's, with `gather`. old: the
+    checkpoint that the run goes on from, or None.
     """
 
-    def __init__(self, training, old):
+    def __init__(self, training, samples, old):
         from metrics.features import DIGITS_CLASSIFIER, Extractor
         self.args = args = training.args
         self.rt = rt = training.rt
+        self.samples = samples
         self.data = data = training.record["data"]
         names = data["class_names"]
         if note := note_on_num(args.eval_num, len(names), "--eval-num"):
@@ -426,7 +440,7 @@ class Evaluation:
     def measure(self, training, log):
         """Generate, on all ranks, measure and log. log: a loop.Log, on rank 0, else None."""
         from metrics.scores import LEAST_REAL, distance_of, placed, weights_of
-        images = ema_samples(training.state(), self.labels.tolist(), self.rt, gather=False)
+        images = self.samples(training.state(), self.labels.tolist(), self.rt, gather=False)
         fake, _ = self.extractor.extract(lambda rows: to_rgb(images[rows]), len(images),
                                          "features of samples", shared=False)
         if not log:
@@ -470,9 +484,14 @@ def main():
     if images.counts.min() == images.counts.max():
         rt.print("note: all classes are equally large, and so none is rare; --ir 100 makes the set "
                  "long-tailed")
-    batches = Batches(images, args.batch_size, args.seed, rt.device, resample=args.resample)
 
-    net, described = make_network(args, images, old, source)
+    _, H, W, C = images.images.shape
+    shape, to_image = (C, H, W), None
+    if args.latents:
+        from latent.autoencoder import LatentBatches, encode_once, load_autoencoder
+        autoencoder = load_autoencoder(args.latents, rt.device, ckpt=old or source)
+        shape, to_image = autoencoder.latent_shape(H), autoencoder.decode
+    net, described = make_network(args, images, shape, old, source)
     net.to(rt.device, memory_format=torch.channels_last)
     if args.recompute:
         networks.recompute(net)
@@ -480,16 +499,23 @@ def main():
     objective = Objective(
         net=net, base=bind(args.base, vars(args)), counts=images.counts,
         alphas_bar=make_alphas_bar(), cm=CMConfig.of(args), label_drop=args.label_drop,
-        drop_batch=args.drop_batch, flip=flip and not args.ada, ada=args.ada,
+        drop_batch=args.drop_batch, flip=flip and not args.ada and not args.latents, ada=args.ada,
         y_other=args.cbdm_y).to(rt.device)
     optimizer = torch.optim.Adam([p for p in net.parameters() if p.requires_grad], lr=args.lr,
                                  betas=(0.9, 0.999), fused=True)
     record = {"kind": "consistency" if args.base == "consistency" else "diffusion",
               "command": runtime.command_line("train.py"), "config": config_of(args),
               "data": images.record(), **described}
+    if args.latents:
+        record |= {"kind": "latent diffusion", "autoencoder_sha256": autoencoder.encoder_sha256()}
+        batches = LatentBatches(images, encode_once(autoencoder, images, args, rt), args.batch_size,
+                                args.seed, rt.device, resample=args.resample)
+    else:
+        batches = Batches(images, args.batch_size, args.seed, rt.device, resample=args.resample)
     training = Training(args, rt, net, objective, batches, optimizer, record, old)
-    evaluation = Evaluation(training, old) if args.eval_every else None
-    loop(training, ema_samples, evaluation)
+    samples = partial(ema_samples, shape, to_image)
+    evaluation = Evaluation(training, samples, old) if args.eval_every else None
+    loop(training, samples, evaluation)
 
 
 if __name__ == "__main__":

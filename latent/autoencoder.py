@@ -13,6 +13,7 @@ other networks: its images are blurred. text_to_image.py trains it.
 import hashlib
 import json
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ import torch
 from torch import nn
 
 import disk
-from data import Batches, pack_path, send, to_float
+from data import Batches, pack_path, to_float
 from model import Down, Up, conv, distance, group_norm, norm_silu
 from runtime import UserError, generator, progress
 
@@ -163,15 +164,15 @@ def packages():
 def load_part(flag, name, kind, part, **options):
     """An object of a class of diffusers or transformers, from a sub-folder of a Stable Diffusion.
 
-    name: a folder, or a name on the Hugging Face hub. Raises UserError, also where weights are
-    missing, which would be random numbers.
+    name: a folder, or a name on the Hugging Face hub. part: the sub-folder, or None. Raises
+    UserError, also where weights are missing, which would be random numbers.
     """
     try:
         if not issubclass(kind, nn.Module):
             return kind.from_pretrained(name, subfolder=part, **options)
         net, info = kind.from_pretrained(name, subfolder=part, output_loading_info=True, **options)
         if info["missing_keys"]:
-            raise ValueError(f"{part} lacks {sorted(info['missing_keys'])[0]}")
+            raise ValueError(f"it lacks {sorted(info['missing_keys'])[0]}")
         return net
     except (OSError, ValueError, RuntimeError, TypeError) as e:
         why = " ".join(str(e).split())[:200]
@@ -237,6 +238,30 @@ class Autoencoder:
         return self.vae.config.latent_channels, size, size
 
 
+def load_autoencoder(name, device, flag="--latents", ckpt=None):
+    """An Autoencoder: of a checkpoint of `text_to_image.py autoencoder`, or of Stable Diffusion.
+
+    name: a file; or a folder or hub name in diffusers' layout, of a whole Stable Diffusion or of an
+    AutoencoderKL alone. ckpt: a checkpoint that was trained on its latents, or None. Raises
+    UserError, also where it is another one than ckpt's.
+    """
+    if Path(name).is_file() or name.endswith(".pt"):
+        saved = disk.load(name, ["autoencoder"], flag)
+        vae = KLAutoencoder(**saved["network"], scale=saved["scale"])
+        vae.load_state_dict(saved["ema"])
+    else:
+        kind = packages()[0].AutoencoderKL
+        try:
+            vae = load_part(flag, name, kind, None)
+        except UserError:
+            vae = load_part(flag, name, kind, "vae")
+    autoencoder = Autoencoder(vae, device)
+    if ckpt and ckpt.get("autoencoder_sha256") != autoencoder.encoder_sha256():
+        raise UserError(f"{flag} {name}: another autoencoder than the checkpoint was trained with "
+                        "(its weights are others); name that one")
+    return autoencoder
+
+
 # --------------------------------------------------------------------------------------------------
 # Latents: encoded once, drawn anew in every step
 
@@ -247,7 +272,10 @@ def encode_once(autoencoder, images, args, rt):
     NAME-latents-HASH.npy, where HASH is that of all they are made from. Each rank encodes every
     rt.world-th batch, rank 0 writes.
     """
-    N, resolution = images.images.shape[:2]
+    N, resolution, _, channels = images.images.shape
+    if channels != 3:
+        raise UserError(f"--dataset {args.dataset}: its images are grey, and an autoencoder takes "
+                        "colours; take another set")
     shape = (N, 2, *autoencoder.latent_shape(resolution))
     made_from = {
         "images": images.sha256, "resolution": resolution, "encoder": autoencoder.encoder_sha256(),
@@ -282,23 +310,20 @@ def encode_once(autoencoder, images, args, rt):
 class LatentBatches(Batches):
     """The training batches of latents, drawn from the distributions of encode_once.
 
-    table: of captions.py, where each image has texts of its own.
+    table: of captions.py, where each image has texts of its own. The rest as Batches.
     """
 
-    def __init__(self, images, moments, batch_size, seed, device, table=None):
-        super().__init__(replace(images, images=moments), batch_size, seed, device)
+    def __init__(self, images, moments, batch_size, seed, device, table=None, resample=1.0):
+        super().__init__(replace(images, images=moments), batch_size, seed, device,
+                         resample=resample)
         self.table = table
 
     def at(self, step):
         """x_0 (G, C, h, w), y (G,) and the condition: what Objective.draw_batch takes."""
         rows = self.rows(step)
-        index = send(torch.from_numpy(rows), self.device)
-        if self.on_device:
-            moments = self.pixels[index]
-        else:
-            moments = send(torch.from_numpy(self.pixels[rows]), self.device)
+        moments, y = self.take(rows)
         mean, std = moments.unbind(1)
         g = generator(self.device, self.seed, "latent", step)
         eps = torch.randn(mean.shape, generator=g, device=self.device)
         condition = self.table and self.table.condition(rows, self.seed, step)
-        return mean + std * eps, self.labels[index], condition
+        return mean + std * eps, y, condition

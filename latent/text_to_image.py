@@ -27,7 +27,6 @@ import json
 import math
 from argparse import Namespace
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -37,8 +36,8 @@ import runtime
 from cm_layers import merge, reserve
 from data import Batches, folders_of, reference_images, to_float, to_uint8
 from latent import stable_diffusion
-from latent.autoencoder import (Autoencoder, KLAutoencoder, LatentBatches, Reconstruction,
-                                content_hash, encode_once, latent_scale, load_part, packages)
+from latent.autoencoder import (KLAutoencoder, LatentBatches, Reconstruction, content_hash,
+                                encode_once, latent_scale, load_autoencoder, load_part, packages)
 from latent.captions import Table, captions_of
 from latent.stable_diffusion import (add_image_set_flags, add_method_flags, load_images,
                                      refuse_general, resolve_data, run_name)
@@ -59,22 +58,7 @@ SCALE_IMAGES = 256          # on which the variance of latents is measured
 
 
 # --------------------------------------------------------------------------------------------------
-# The autoencoder and the text encoder
-
-def load_autoencoder(name, device):
-    """An Autoencoder: of a checkpoint of `text_to_image.py autoencoder`, or of Stable Diffusion.
-
-    name: a file; or a folder or hub name in diffusers' layout. Raises UserError.
-    """
-    flag = "--autoencoder"
-    if Path(name).is_file():
-        ckpt = disk.load(name, ["autoencoder"], flag)
-        net = KLAutoencoder(**ckpt["network"], scale=ckpt["scale"])
-        net.load_state_dict(ckpt["ema"])
-        return Autoencoder(net, device)
-    diffusers, _ = packages()
-    return Autoencoder(load_part(flag, name, diffusers.AutoencoderKL, "vae"), device)
-
+# The text encoder
 
 class TrainedWords:
     """A text encoder that is trained with the network, on the words of a vocabulary."""
@@ -133,13 +117,11 @@ def load_text_encoder(name, vocabulary):
     return TrainedWords(vocabulary) if name == WORDS else FrozenCLIP(name)
 
 
-def refuse_other_parts(ckpt, autoencoder, text):
-    """Raise UserError where a checkpoint was trained with another autoencoder or text encoder."""
-    parts = {"autoencoder": autoencoder.encoder_sha256(), "text_encoder": text.sha256}
-    for name, sha256 in parts.items():
-        if ckpt[f"{name}_sha256"] != sha256:
-            raise UserError(f"{runtime.flag_of(name)}: not the one that the checkpoint was trained "
-                            "with (its weights are others); name that one")
+def refuse_other_text_encoder(ckpt, text):
+    """Raise UserError where a checkpoint was trained with another text encoder."""
+    if ckpt["text_encoder_sha256"] != text.sha256:
+        raise UserError("--text-encoder: not the one that the checkpoint was trained with (its "
+                        "weights are others); name that one")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -308,7 +290,7 @@ def main_train(argv):
     args = resolve(parser.parse_args(argv), parser.given)
     # The content of both parts is compared below
     old, rt = resume(args, ["text"], {"autoencoder", "text_encoder", "epochs"})
-    autoencoder = load_autoencoder(args.autoencoder, rt.device)
+    autoencoder = load_autoencoder(args.autoencoder, rt.device, "--autoencoder", old)
     images = load_images(args, rt, old)
     if args.epochs:
         args.steps = math.ceil(args.epochs * len(images.labels) / args.batch_size)
@@ -319,7 +301,7 @@ def main_train(argv):
                         f"{args.out} was started with; choose another folder with --out")
     text = load_text_encoder(args.text_encoder, vocabulary_of(table.texts))
     if old:
-        refuse_other_parts(old, autoencoder, text)
+        refuse_other_text_encoder(old, text)
     if is_finished(old, args, rt):
         return
     rt.print(images.table())
@@ -424,10 +406,11 @@ def main_sample(argv):
 
     def make_images(keep_in):
         config = ckpt["config"]
-        autoencoder = load_autoencoder(args.autoencoder or config["autoencoder"], rt.device)
+        autoencoder = load_autoencoder(args.autoencoder or config["autoencoder"], rt.device,
+                                       "--autoencoder", ckpt)
         text = load_text_encoder(args.text_encoder or config["text_encoder"],
                                  ckpt["network"]["vocabulary"])
-        refuse_other_parts(ckpt, autoencoder, text)
+        refuse_other_text_encoder(ckpt, text)
         net = load_network(ckpt, text, texts, args.weights, args.branch, rt.device)
         return decoded(autoencoder, net, list(range(args.num)), ckpt, rt, sampling,
                        args.batch_size, keep_in=keep_in)

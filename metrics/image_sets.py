@@ -17,7 +17,7 @@ from data import class_groups, folders_of, is_balanced, load_reference, to_class
 from metrics.features import DIGITS_CLASSIFIER
 from networks import load_network
 from runtime import UserError
-from sample import Sampling, describe, image_shape, sampling_in_words, sampling_of
+from sample import Sampling, describe, sampling_in_words, sampling_of, space_of
 from sets.packing import open_image, read_image
 from sets.readers import READERS, image_folder
 from sets.samples import images_of_npz, open_npz, read_record
@@ -176,7 +176,8 @@ class Subject:
     images: Images | None = None
     net: torch.nn.Module | None = None
     sampling: Sampling | None = None    # how it generates them
-    shape: tuple | None = None          # (C, H, W) of an image that the network generates
+    shape: tuple | None = None          # (C, H, W) of what the network generates, and
+    to_image: Callable | None = None    # what makes images of it: see sample.space_of
 
     @property
     def class_names(self):
@@ -193,7 +194,8 @@ def from_checkpoint(args, ckpt, rt):
     data = ckpt["data"]
     words = (f"{args.ckpt} (step {ckpt['step']:,}, {made['weights']} weights, {made['branch']} "
              f"branch; {sampling_in_words(sampling.record())}, {rt.dtype_name()})")
-    return Subject(words, made, data, data["dataset"], None, net, sampling, image_shape(ckpt))
+    return Subject(words, made, data, data["dataset"], None, net, sampling,
+                   *space_of(ckpt, rt.device, args.latents))
 
 
 def from_samples(args, rt):
@@ -270,8 +272,9 @@ def compare(args, subject, reference, extractor):
             raise UserError(f"{flag}: its features were made by {images.about['made_by']}, "
                             f"not by {extractor.name}")
     extractor.refuse_other_size(reference.size, "--reference")
-    extractor.refuse_other_size(subject.images.size if subject.images else subject.shape[1:],
-                                "--samples" if subject.images else "--ckpt")
+    extractor.refuse_other_size(
+        subject.images.size if subject.images else (subject.data["resolution"],) * 2,
+        "--samples" if subject.images else "--ckpt")
     groups = {}                         # none where the training set was balanced
     if class_names and not (class_counts and is_balanced(class_counts)):
         groups = class_groups(class_counts or np.arange(len(class_names), 0, -1))

@@ -32,7 +32,7 @@ import runtime
 import train
 from cm_layers import reserved
 from data import load, long_tail, to_float
-from recognition import classify
+from recognition import classify, resnet
 from losses import BASES, Objective, bind, options_of
 from model import make_alphas_bar
 from networks import build
@@ -200,6 +200,16 @@ def make_folder(root, sizes):
     return root
 
 
+def write_colour_classifier(classifier, path, resolution=8):
+    """Write a copy of the digits' classifier that takes colour images of this size."""
+    ckpt = torch.load(classifier, weights_only=True)
+    net = resnet.load_classifier(classifier, "cpu")[0]
+    net.conv1 = torch.nn.Conv2d(3, net.conv1.out_channels, 3, padding=1, bias=False)
+    network = {**ckpt["network"], "channels": 3}
+    data = {**ckpt["data"], "resolution": resolution}
+    torch.save({**ckpt, "network": network, "data": data, "model": net.state_dict()}, path)
+
+
 def cub200(root):
     top = root / "CUB_200_2011"
     names = ["001.Black_footed_Albatross", "002.Laysan_Albatross", "003.Sooty_Albatross"]
@@ -326,3 +336,15 @@ def pictures(tmp_path_factory):
             pixels = np.clip(rng.randint(0, 60, (16, 16, 3)) + colour, 0, 255)
             Image.fromarray(pixels.astype(np.uint8)).save(folder / name / f"{i}.png")
     return folder
+
+
+@pytest.fixture(scope="session")
+def autoencoder(pictures, tmp_path_factory):
+    """A checkpoint of an autoencoder trained on `pictures`, factor 2, and the folder of packs."""
+    from latent import text_to_image
+    folder = tmp_path_factory.mktemp("ae")
+    call(text_to_image.main, "autoencoder", "--dataset", "folder", "--data-dir", pictures,
+         "--resolution", 16, "--pack-dir", folder / "packs", "--ch", 8, "--factor", 2, "--lr", 3e-3,
+         "--warmup", 0, "--batch-size", 4, "--steps", 60, "--ema", 0.9, "--sample-every", 60,
+         "--log-every", 1, "--dtype", "float32", "--device", "cpu", "--out", folder / "run")
+    return folder / "run/ckpt.pt", folder / "packs"

@@ -4,7 +4,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import call, make_folder, picture, refuses
+from conftest import call, make_folder, picture, refuses, write_colour_classifier
 
 import disk
 import evaluate
@@ -13,7 +13,6 @@ import train
 from data import class_groups, load
 from metrics import image_sets, scores
 from metrics.features import Features
-from recognition import resnet
 
 
 def test_pool_is_the_papers():
@@ -138,15 +137,6 @@ def test_accuracy_knows_the_classifiers_own_order_of_classes(classifier, data_di
     result = disk.read_json(tmp_path / "eval.json")
     nine = result["classes"]["9"]
     assert result["accuracy"] > 0.9 and nine["accuracy"] > 0.7 and nine["num_real"] == 150
-
-
-def write_colour_classifier(classifier, path):
-    """Write a copy of the digits' classifier that takes colour images."""
-    ckpt = torch.load(classifier, weights_only=True)
-    net = resnet.load_classifier(classifier, "cpu")[0]
-    net.conv1 = torch.nn.Conv2d(3, net.conv1.out_channels, 3, padding=1, bias=False)
-    network = {**ckpt["network"], "channels": 3}
-    torch.save({**ckpt, "network": network, "model": net.state_dict()}, path)
 
 
 def test_a_folder_is_its_own_reference(tmp_path, classifier, cpu, capsys, monkeypatch):

@@ -38,10 +38,12 @@ def test_no_circles():
 
 
 def test_the_top_imports_no_page_no_probe_and_nothing_latent():
+    """What --latents needs is imported where it is asked for."""
     for name in NAMES:
         if "." not in name:
             wings = {other.split(".")[0] for other in imported(name, lazily=True) if "." in other}
-            assert not wings & {"latent", "probes", "pages"}, name
+            assert not wings & {"probes", "pages"}, name
+            assert not any(other.startswith("latent.") for other in closure(name)), name
 
 
 def test_variants_import_the_model_and_its_layers_only():

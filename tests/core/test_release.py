@@ -211,10 +211,10 @@ def test_recipes():
 @pytest.mark.parametrize("recipe", train.RECIPES)
 def test_a_recipe_reaches_the_step_and_the_grids(recipe, monkeypatch, data_dir, tmp_path):
     found = []
-    monkeypatch.setattr(train, "loop", lambda training, *_: found.append(training))
+    monkeypatch.setattr(train, "loop", lambda *given: found.extend(given[:2]))
     monkeypatch.setattr(train, "generate", lambda *args, **_: found.append(args[5]))
     call(train.main, *TINY_FLAGS, "--recipe", recipe, "--data-dir", data_dir, "--out", tmp_path)
-    training, settings = found[0], {**train.RECIPES["ours"], **train.RECIPES[recipe]}
+    (training, samples), settings = found, {**train.RECIPES["ours"], **train.RECIPES[recipe]}
     objective = training.objective
     for key in ("w_div", "div_bound", "independent_dropout"):
         assert getattr(objective.cm, key) == settings[key]
@@ -222,8 +222,8 @@ def test_a_recipe_reaches_the_step_and_the_grids(recipe, monkeypatch, data_dir, 
     kernels = [owner.weight.shape[2:] == (3, 3)
                for owner, _, _ in cm_layers.reserved(objective.net)]
     assert all(kernels) == (recipe == "release")
-    train.ema_samples(training.state(), [0, 1], training.rt)
-    assert found[1] == sample.Sampling.of("diffusion", recipe)
+    samples(training.state(), [0, 1], training.rt)
+    assert found[2] == sample.Sampling.of("diffusion", recipe)
 
 
 def test_warm_up_from_zero_and_averages_without_a_ramp(data_dir, tmp_path):

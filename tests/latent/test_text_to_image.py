@@ -187,16 +187,6 @@ def main(*words):
     call(text_to_image.main, *words)
 
 
-@pytest.fixture(scope="module")
-def autoencoder(pictures, tmp_path_factory):
-    """A checkpoint of a trained autoencoder, factor 2, and the folder of packs."""
-    folder = tmp_path_factory.mktemp("ae")
-    main("autoencoder", *SMALL, "--data-dir", pictures, "--pack-dir", folder / "packs", "--ch", 8,
-         "--factor", 2, "--lr", 3e-3, "--steps", 60, "--ema", 0.9, "--sample-every", 60,
-         "--out", folder / "run")
-    return folder / "run/ckpt.pt", folder / "packs"
-
-
 def train_flags(pictures, autoencoder, out, steps, *more):
     return ["train", *SMALL, *NET, "--data-dir", pictures, "--pack-dir", autoencoder[1],
             "--autoencoder", autoencoder[0], "--steps", steps, "--lr", 3e-3, "--out", out, *more]
