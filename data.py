@@ -9,12 +9,14 @@
 A new data set is one function that returns images (N x H x W x C uint8, or N paths of image files),
 labels (N,) and class names: see sets/readers.py.
 """
+import csv
 import hashlib
 import re
 import sys
 from argparse import Namespace
 from dataclasses import dataclass, field
 from pathlib import Path
+from unicodedata import normalize
 
 import numpy as np
 import torch
@@ -312,7 +314,7 @@ def order_of(class_order: str | list[str] | None, class_names: list[str], source
         return np.argsort(-np.asarray(counts), kind="stable").tolist()
     C = len(class_names)
     if isinstance(class_order, str):
-        order = resolve_classes(class_order, class_names, "--class-order")
+        order = resolve_classes(class_order, class_names, "--class-order", counts)
         if sorted(order) != list(range(C)):
             raise UserError(f"--class-order: name each of the {C} classes once, the most populous "
                             "first")
@@ -322,14 +324,17 @@ def order_of(class_order: str | list[str] | None, class_names: list[str], source
     return known + sorted(set(range(C)) - set(known))
 
 
-def resolve_classes(text: str, class_names: list[str], flag: str = "--classes") -> list[int]:
-    """Class numbers from a string such as "0-2,7" or "cat,dog", in the order given.
+def resolve_classes(text: str, class_names: list[str], flag: str = "--classes",
+                    counts: ArrayLike | None = None) -> list[int]:
+    """Class numbers from a string such as "0-2,7" or 'cat,"ducks, geese"', in the order given.
 
-    Raises UserError that names `flag`: also for a word that is one class's name and another's
-    number.
+    A name by itself needs no quotes. counts (C,): images of each class, for the message. Raises
+    UserError that names `flag`: also for a word that is one class's name and another's number.
     """
+    text = normalize("NFC", str(text))
+    words = next(csv.reader([text], skipinitialspace=True)) or [""]
     result = []
-    for word in (word.strip() for word in str(text).split(",")):
+    for word in [text] if text in class_names else map(str.strip, words):
         named = [class_names.index(word)] if word in class_names else []
         found = re.fullmatch("([0-9]{1,9})(?:-([0-9]{1,9}))?", word)
         numbered = range(int(found[1]), int(found[2] or found[1]) + 1) if found else []
@@ -338,8 +343,13 @@ def resolve_classes(text: str, class_names: list[str], flag: str = "--classes") 
                             f"number, too; write {named[0]}-{named[0]}, or {word}-{word}")
         chosen = named or numbered
         if not chosen or chosen[-1] >= len(class_names):
-            raise UserError(f"{flag} {text}: {word!r} is none of the classes; write names, numbers "
-                            f"from 0 to {len(class_names) - 1}, or ranges like 6-9")
+            known = class_names if counts is None else [
+                f"{name} ({n:,})" for name, n in zip(class_names, counts)]
+            more = f" and {len(known) - 12:,} more" if len(known) > 12 else ""
+            raise UserError(f"{flag} {text}: {word!r} is none of the classes; write names (in "
+                            "double quotes where they have commas), numbers from 0 to "
+                            f"{len(known) - 1}, or ranges like 6-9. There are "
+                            f"{', '.join(known[:12])}{more}")
         result.extend(chosen)
     return result
 

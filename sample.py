@@ -22,6 +22,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib import get_data_path
+from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
@@ -460,8 +462,12 @@ def grid_image(columns, class_names, counts, classes=None, across=10, down=1, ti
     down = min(down, -(-most // across))
 
     # Where everything is, in pixels
-    font, small = ImageFont.load_default(16), ImageFont.load_default(13)
+    file = Path(get_data_path()) / "fonts/ttf/DejaVuSans.ttf"       # has more scripts than Pillow's
+    font, small = (ImageFont.truetype(file, height) for height in (16, 13))
+    letters = FT2Font(file).get_charmap()
     names = [printable(class_names[c])[:60] for c in classes]
+    names = [name if letters.keys() >= set(map(ord, name)) else f"class {c}"
+             for name, c in zip(names, classes)]
     if counts is not None:
         names = [f"{name} ({counts[c]})" for name, c in zip(names, classes)]
     groups = class_groups(counts) if counts is not None else {}
@@ -696,7 +702,8 @@ def sampling_of(args, kind, config=None):
 def add_image_flags(parser):
     """--classes and --num, the same for stable_diffusion.py."""
     parser.add_argument("--classes",
-                        help="numbers, ranges or names: 6-9 or 0,3,cat; rarest, the smallest one "
+                        help="numbers, ranges or names: 6-9 or 0,3,cat; names with a comma in "
+                        "double quotes: 'cat,\"ducks, geese\"'; rarest, the smallest one "
                         "of the training set; or null, none: p(x | Null) (default: all)")
     parser.add_argument("--num", type=integer(1, 10_000_000), default=100,
                         help="images, over all classes (default: 100)")
@@ -723,7 +730,7 @@ def chosen_classes(args, data):
             raise UserError("--classes rarest: this checkpoint does not say how many images each "
                             "class had; name the class")
         return [names.index(by_size(data)[-1])]
-    return resolve_classes(args.classes, names)
+    return resolve_classes(args.classes, names, counts=data.get("class_counts"))
 
 
 def asked_for(args, ckpt, sampling):

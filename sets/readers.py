@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from unicodedata import normalize
 
 import numpy as np
 
@@ -154,7 +155,8 @@ def files_by_class(root, flag="--data-dir"):
     """{sub-folder: the paths of all images in it, however deep}, in alphabetical order.
 
     Sub-folders that are named by whole numbers are in the order of these; those without images are
-    no classes. Raises UserError where it is not clear what the classes are.
+    no classes. Names are in Unicode's form NFC, whatever form the disk keeps. Raises UserError
+    where it is not clear what the classes are.
     """
     root = Path(root)
     if not root.is_dir():
@@ -163,8 +165,11 @@ def files_by_class(root, flag="--data-dir"):
     folders = [entry.name for entry in root.iterdir()
                if entry.is_dir() and not entry.name.startswith(".")]
     numbered = all(name.isdecimal() and name.isascii() for name in folders)
-    folders.sort(key=lambda name: (int(name), name) if numbered else name)
-    classes = {name: files for name in folders if (files := files_under(root / name, flag))}
+    folders.sort(key=lambda name: (int(name), name) if numbered else normalize("NFC", name))
+    classes = {}
+    for name in folders:
+        if files := files_under(root / name, flag):
+            classes.setdefault(normalize("NFC", name), []).extend(files)
     flat = sorted(entry.name for entry in root.iterdir() if is_image(entry.name))
     if classes and flat:
         raise UserError(f"{flag} {root}: images, such as {flat[0]}, beside sub-folders of images, "

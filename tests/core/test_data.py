@@ -73,6 +73,13 @@ def test_resolve_classes():
         resolve_classes("2", ["1", "2", "3"])
     assert resolve_classes("1-1,2-2", ["1", "2", "3"]) == [1, 2]
     assert resolve_classes("2", [str(c) for c in range(10)]) == [2]
+    names = ["ducks, geese", "Nävus", "owl"]
+    assert resolve_classes("ducks, geese", names) == [0]
+    assert resolve_classes('owl, "ducks, geese",Na\u0308vus', names) == [2, 0, 1]
+    with pytest.raises(UserError, match=r"ducks, geese \(1,000\), Nävus \(9\), owl \(3\)"):
+        resolve_classes("geese", names, counts=[1000, 9, 3])
+    with pytest.raises(UserError, match="11 and 8 more"):
+        resolve_classes("x", [str(c) for c in range(20)])
 
 
 def test_digits(data_dir):

@@ -37,6 +37,16 @@ def test_every_pixel_is_where_it_belongs():
                 assert (array[y:y + 56, x:x + 56] == first + r + step * k).all()
 
 
+def test_names_in_other_scripts():
+    """Each letter has its shape; of a script that the font lacks stands the class's number."""
+    def named(*names):
+        images = np.zeros((len(names), 4, 4, 3), np.uint8)
+        return np.asarray(sample.grid_image({"": (images, range(len(names)))}, names, None))
+    for word in ("кот", "γάα", "öäü"):
+        assert not np.array_equal(named(word), named(word[::-1]))
+    assert np.array_equal(named("a", "黑色"), named("a", "class 1"))
+
+
 SETTINGS = {"seed": 0, "sampler": "ddim", "steps": 50, "guidance": 1.5, "clip": True, "num": 9,
             "ckpt": "a", "step": 3000, "branch": "full", "weights": "ema", "command": "x"}
 

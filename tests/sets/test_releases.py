@@ -3,6 +3,7 @@
 The miniatures have the irregularities of the official releases too.
 """
 import json
+import os
 from argparse import Namespace
 from pathlib import Path
 
@@ -227,6 +228,11 @@ def test_names_of_classes(tmp_path):
     assert readers.read_folder(root, "train")[2] == [str(c) for c in range(1, 13)]
     root = make_folder(tmp_path / "words", {"bus": 2, "train": 2})
     assert readers.read_folder(root, "train")[2] == ["bus", "train"]
+    # "a" and two dots, as a Mac may write it, is an "ä"; the paths are those on the disk
+    root = make_folder(tmp_path / "dots", {"train/Na\u0308vus": 1, "train/b": 1, "test/Nävus": 1})
+    for split in ("train", "test"):
+        paths, _, names = readers.read_folder(root, split)
+        assert names == ["Nävus", "b"] and all(map(os.path.exists, paths))
 
 
 @pytest.mark.parametrize("folders, files", [
