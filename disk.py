@@ -6,6 +6,7 @@
 
 A file under its real name is whole.
 """
+import csv
 import hashlib
 import json
 import os
@@ -209,6 +210,15 @@ def read_json(path):
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
+
+
+def read_pairs(path, flag):
+    """{first: second} of the lines FIRST,SECOND of a CSV file. Raises UserError with `flag`."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as f:
+            return {row[0].strip(): row[1].strip() for row in csv.reader(f) if len(row) > 1}
+    except (OSError, ValueError) as e:
+        raise UserError(f"{flag} {path}: cannot be read ({e})") from e
 
 
 def up_to_date(path, settings):

@@ -124,7 +124,7 @@ def is_finished(old, args, rt):
     if not old or old["step"] < args.steps:
         return False
     if old["step"] > args.steps:
-        flag = "--epochs" if "epochs" in args else "--steps"
+        flag = "--epochs" if getattr(args, "epochs", None) else "--steps"
         raise UserError(f"{flag}: the run in {args.out} is at step {old['step']} already, beyond "
                         f"{args.steps}; raise it, or choose another folder with --out")
     rt.print(f"{args.out}: finished, step {old['step']} of {args.steps}")

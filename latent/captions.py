@@ -5,34 +5,52 @@
 
 Class labels stay what they are: the long-tail draw, Eq. (3) and the groups look at those.
 """
+from unicodedata import normalize
+
 import numpy as np
 import torch
 
+from disk import read_pairs
 from runtime import UserError, generator
 from sets.readers import READERS
 
 FORM = "a photo of a {}"        # where a set has no captions; {} is the class
 
 
-def check_form(form):
-    """Raise UserError unless a text holds {}: it would be the same one for all classes."""
-    if "{}" not in form:
-        raise UserError(f"--prompt {form!r}: must hold {{}}, which stands for the class")
+def read_prompt(prompt):
+    """What --prompt says: a text with {} for the class, or {class: text} of the lines of a .csv.
+
+    Raises UserError for a text without {}: it would be the same one for all classes.
+    """
+    if prompt.endswith(".csv"):
+        pairs = read_pairs(prompt, "--prompt")
+        return {normalize("NFC", name): text for name, text in pairs.items()}
+    if "{}" not in prompt:
+        raise UserError(f"--prompt {prompt!r}: must hold {{}}, which stands for the class")
+    return prompt
+
+
+def texts_of(prompt, class_names):
+    """The text of each class, a list. prompt: of read_prompt. Raises UserError."""
+    if isinstance(prompt, str):
+        return [prompt.replace("{}", name.replace("_", " ")) for name in class_names]
+    if lacking := [name for name in class_names if name not in prompt]:
+        raise UserError(f"--prompt: no line {lacking[0]},TEXT in the file, and it is a class")
+    return [prompt[name] for name in class_names]
 
 
 def captions_of(images, args, split):
     """The captions of an ImageSet's images: a list of N lists of texts, at least one each.
 
-    args: the data flags, and args.prompt: a text with {} for the class in place of the released
-    captions, or None. split: of the images. Raises UserError.
+    args: the data flags, and args.prompt: of read_prompt, in place of the released captions, or
+    None. split: of the images. Raises UserError.
     """
     captions, source = None, READERS[args.dataset]
     if source.captions and not args.prompt:
         paths, _, _ = source.read(args.data_dir, split)     # in the order of the pack
         captions = source.captions(args.data_dir, paths)
     if captions is None:
-        form = args.prompt or FORM
-        texts = [form.format(name.replace("_", " ")) for name in images.class_names]
+        texts = texts_of(args.prompt or FORM, images.class_names)
         return [[texts[c]] for c in images.labels]
     return captions if images.rows is None else [captions[row] for row in images.rows]
 

@@ -11,7 +11,8 @@
 
 As in Sec. 3.3 and 4.2: W = W_0 + B_1 A_1 + B A on the attention projections. W_0 is the frozen
 model. B_1 A_1 is a LoRA of rank 128, which belongs to theta^g. BA is the reserved part, theta^e, of
-rank 8, in the up-sampling half. An image's text is "a {class} painting", Null is the empty text.
+rank 8, in the up-sampling half. An image's text is "a {class} painting", of other sets than
+ArtBench-10 "a photo of a {class}", or what --prompt says; Null is the empty text.
 
 The paper leaves open which layers carry the LoRA (here those that LoRA is usually put on), what has
 a "dropout rate of 0.1" (here the text) and whether weights are averaged (here as in train.py).
@@ -37,7 +38,7 @@ from cm_layers import LowRank, checkpoint, general_only, merge, reserve, weight_
 from data import add_data_flags, load_long_tailed, refuse_other_data, unused_data_flags
 from latent.autoencoder import (Autoencoder, LatentBatches, content_hash, encode_once, load_part,
                                 packages)
-from latent.captions import check_form
+from latent.captions import FORM, read_prompt, texts_of
 from loop import (Training, add_step_flags, add_write_flags, config_of, is_finished, loop,
                   resume)
 from losses import CMConfig, Objective, add_cm_flags, bind
@@ -50,6 +51,7 @@ from train import IR, preset_words
 
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")      # the layers of attention, in diffusers
 RESOLUTION = 256        # of image files, where no flag says it: that of the paper's model
+PAINTING = "a {} painting"      # the text of ArtBench-10's images, Sec. 4.2
 GRID_BATCH = 25     # images of a grid that are generated at a time, beside what training holds
 
 
@@ -234,12 +236,12 @@ class Model(Autoencoder):
                             "the checkpoint was trained on; take that model")
 
     @torch.no_grad()
-    def prompts(self, class_names, form):
+    def prompts(self, class_names, prompt):
         """The encoded texts of all classes and the empty text: (K + 1, L, D) on the CPU.
 
-        form: the text with {} for the class.
+        prompt: of captions.read_prompt.
         """
-        texts = [form.format(name.replace("_", " ")) for name in class_names] + [""]
+        texts = [*texts_of(prompt, class_names), ""]
         ids = self.tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt",
                              max_length=self.tokenizer.model_max_length).input_ids
         return self.text(ids)[0]
@@ -267,8 +269,8 @@ def make_train_parser():
     g.add_argument("--model", default="lambdalabs/miniSD-diffusers",
                    help="a folder or hub name in diffusers' layout (default: "
                    "lambdalabs/miniSD-diffusers, the paper's)")
-    g.add_argument("--prompt", default="a {} painting",
-                   help='the text of an image, {} its class (default: "a {} painting")')
+    g.add_argument("--prompt", help="the text of an image, {} its class; or the name of a .csv "
+                   f'with lines class,text (default: "{FORM}"; artbench10: "{PAINTING}")')
     add_method_flags(g, base="oc")
     g.add_argument("--rank", type=integer(1), default=128, help="of the LoRA (default: 128)")
     g.add_argument("--cm-rank", type=integer(1), default=8,
@@ -276,6 +278,8 @@ def make_train_parser():
     g = parser.add_argument_group("optimisation")
     g.add_argument("--epochs", type=integer(1), default=100,
                    help="may be raised to train longer (default: 100)")
+    g.add_argument("--steps", type=integer(1),
+                   help="training steps, in place of --epochs; may be raised")
     add_step_flags(g, lr=3e-4, warmup=0, ema=0.999)
     g.add_argument("--weight-decay", type=number(0), default=1e-6,
                    help="AdamW's (default: 1e-6)")
@@ -332,7 +336,9 @@ def resolve(args, given, kind="latent", rank="cm_rank"):
         refuse_unused(given, dict.fromkeys((rank, "lam", "w_con", "w_div", "div_bound"),
                                            "means something with --cm only"))
     if args.prompt is not None:
-        check_form(args.prompt)
+        args.prompt = read_prompt(args.prompt)
+    elif kind == "latent":
+        args.prompt = PAINTING if args.dataset == "artbench10" else FORM
     args.out = args.out or run_name(args, kind, args.base, *["cm"] * args.cm)
     return args
 
@@ -357,14 +363,19 @@ def main_train(argv):
     """Resume or start; images and their latents; network; loop: train.py's main, on latents."""
     parser = make_train_parser()
     args = resolve(parser.parse_args(argv), parser.given)
+    if args.steps:
+        refuse_unused(parser.given, {"epochs": "--steps says how long"})
+        args.epochs = None
     packages()              # fails here, before any work
     old, rt = resume(args, ["latent"], {"epochs", "checkpointing"})
-    config = config_of(args)        # without args.steps, which the number of images gives
+    config = config_of(args)        # before args.steps follows from the number of images
     images = load_images(args, rt, old)
-    args.steps = math.ceil(args.epochs * len(images.labels) / args.batch_size)
+    if args.epochs:
+        args.steps = math.ceil(args.epochs * len(images.labels) / args.batch_size)
     if is_finished(old, args, rt):
         return
     rt.print(images.table())
+    rt.print(f'texts, such as "{texts_of(args.prompt, images.class_names)[0]}"')
     model, net = load_model(args, rt, images, old)
     objective = Objective(
         net=net, base=bind(args.base), counts=images.counts, alphas_bar=model.alphas_bar,

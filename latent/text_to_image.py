@@ -236,7 +236,8 @@ def make_train_parser():
     g = parser.add_argument_group("autoencoder and texts")
     add_part_flags(g, PRETRAINED)
     g.add_argument("--prompt", help="make texts of class names in place of the captions, {} is the "
-                   'class (default: the captions; for a set without: "a photo of a {}")')
+                   "class; or the name of a .csv with lines class,text (default: the captions; for "
+                   'a set without: "a photo of a {}")')
     g = parser.add_argument_group("method")
     add_method_flags(g, base="ddpm")
     g.add_argument("--rank-ratio", type=number(above=0, high=1), default=0.1,

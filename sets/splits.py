@@ -7,7 +7,6 @@ DIR has one sub-folder per class. Of each class a share goes to test, but at lea
 and at most half of the class. Groups are never divided: images of one patient or one film are so
 alike that a test on them says too little. Files with the same content are one group.
 """
-import csv
 import os
 import re
 import shutil
@@ -28,11 +27,7 @@ def groups_of(files, text, data_dir):
     if text is None:
         return [disk.sha256(Path(data_dir) / file) for file in files]
     if text.endswith(".csv"):
-        try:
-            with open(text, newline="", encoding="utf-8-sig") as f:
-                given = {row[0].strip(): row[1].strip() for row in csv.reader(f) if len(row) > 1}
-        except OSError as e:
-            raise UserError(f"--groups {text}: cannot be read ({e})") from e
+        given = disk.read_pairs(text, "--groups")
         found = [given.get(file, given.get(Path(file).name)) for file in files]
     else:
         try:

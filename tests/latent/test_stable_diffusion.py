@@ -165,6 +165,19 @@ def test_grids_are_decoded_ema_samples(run_of, whole, tmp_path, monkeypatch):
     assert np.abs(again - grids[0]).max() <= 1 and np.abs(again - grids[1]).max() > 10
 
 
+def test_prompts(run_of, tmp_path, capsys):
+    """Photographs of a folder's classes; with a file each class has its text, in the checkpoint."""
+    ckpt = disk.load(run_of("photos", "--steps", 2) / "ckpt.pt", ["latent"])
+    assert ckpt["step"] == 2 and ckpt["config"]["prompt"] == "a photo of a {}"
+    assert '"a photo of a old master"' in capsys.readouterr().out
+    file = tmp_path / "texts.csv"
+    disk.write_text(file, 'pop,"loud, in colour"\nrealism,a {} of life\nold_master,dark\n')
+    texts = {"pop": "loud, in colour", "realism": "a {} of life", "old_master": "dark"}
+    ckpt = disk.load(run_of("texts", "--steps", 1, "--prompt", file) / "ckpt.pt", ["latent"])
+    assert ckpt["config"]["prompt"] == texts
+    assert sd.texts_of(texts, NAMES) == ["dark", "loud, in colour", "a {} of life"]
+
+
 def test_the_defaults_are_those_of_sec_4_2():
     args = vars(sd.resolve(sd.make_train_parser().parse_args([]), ()))
     expected = {"model": "lambdalabs/miniSD-diffusers", "prompt": "a {} painting", "rank": 128,
@@ -342,6 +355,9 @@ def test_train_refuses(plain, tmp_path, tiny_sd, pictures, capsys):
     check("--model", tmp_path / "nothing")
     check("--resolution", tiny_sd, "--resolution", 18)
     check("--prompt", tiny_sd, "--prompt", "a painting")
+    disk.write_text(tmp_path / "texts.csv", "pop,art\nrealism,life\n")
+    check("old_master", tiny_sd, "--prompt", tmp_path / "texts.csv")
+    check("--epochs", tiny_sd, "--epochs", 1, "--steps", 1)
     check("--cm-rank", tiny_sd, "--no-cm", *CM_RANK)
     config = disk.read_json(tiny_sd / "scheduler/scheduler_config.json")
     velocity = shutil.copytree(tiny_sd, tmp_path / "v")
