@@ -253,29 +253,26 @@ def announce(args, comparison, extractor, rt):
 
 
 def print_result(result, k=3, floor=0):
-    """One line per group and class, then what is left out, and what weakens some numbers.
+    """A table, a line per group and class; then what is left out, and what weakens some numbers.
 
     k, floor: those of the flags.
     """
     rows = [("overall", result), *result["groups"].items(), *result["classes"].items()]
-    name_width = max(len(name) for name, _ in rows)
     frechet, kernel = ("fid", "kid") if "fid" in result else ("fd", "kd")
-    for name, r in rows:
-        words = [f"{name:<{name_width}}  {r['num']:>6,} images",
-                 f"{frechet.upper()} {r[frechet]:8.3f}"]
-        if "floor" in r:
-            words.append(f"floor {r['floor']:.3f}")
-        if kernel in r:
-            words.append(f"{kernel.upper()} {r[kernel]:.5f} ± {r[f'{kernel}_std']:.5f} "
-                         f"(subsets of {r['kid_subset_size']:,})")
-        words.append(f"precision {r['precision']:.3f}  recall {r['recall']:.3f} (k {r['k']})")
-        words.append(f"density {r['density']:.3f}  coverage {r['coverage']:.3f} "
-                     f"(k {r['density_k']})")
-        if "is" in r:
-            words.append(f"IS {r['is']:.3f} ± {r['is_std']:.3f}")
-        if "accuracy" in r:
-            words.append(f"accuracy {r['accuracy']:.1%}")
-        print("  ".join(words))
+    columns = [
+        ("images", "num", ","), (frechet.upper(), frechet, ".3f"), ("floor", "floor", ".3f"),
+        (kernel.upper(), kernel, ".5f"), ("±", f"{kernel}_std", ".5f"),
+        ("subsets of", "kid_subset_size", ","),
+        ("precision", "precision", ".3f"), ("recall", "recall", ".3f"), ("k", "k", ""),
+        ("density", "density", ".3f"), ("coverage", "coverage", ".3f"), ("k", "density_k", ""),
+        ("IS", "is", ".3f"), ("±", "is_std", ".3f"), ("accuracy", "accuracy", ".1%")]
+    table = [["", *(name for name, _ in rows)]]
+    for title, key, form in columns:
+        if any(key in r for _, r in rows):
+            table.append([title, *(f"{r[key]:{form}}" if key in r else "-" for _, r in rows)])
+    widths = [max(map(len, cells)) for cells in table]
+    for name, *cells in zip(*table):
+        print(f"{name:<{widths[0]}}", *(f"{c:>{w}}" for c, w in zip(cells, widths[1:])), sep="  ")
     left_out = result.get("left_out", {})
     for why in dict.fromkeys(left_out.values()):
         print(f"left out: {first(name for name in left_out if left_out[name] == why)} ({why})")

@@ -579,7 +579,6 @@ def make_samples(out, data, rt, record, labels, make_images, if_needed, png=Fals
             if unfinished.exists() and not keep_in.exists():
                 print(f"{unfinished}: removed, since it has images of other settings")
                 shutil.rmtree(unfinished)
-            print(f"until all are there, images are kept in {keep_in}")
 
         rt.on_rank_0(begin)
         start = time.time()
