@@ -5,6 +5,7 @@
     python train.py --dataset digits                            # minutes on a laptop
     python train.py --dataset digits --base ddpm --no-cm        # the plain baseline
     python train.py --dataset cifar100 --recipe release         # CM as its authors released it
+    python train.py --dataset folder --data-dir DIR --latents NAME      # images of 256 pixels
 
 --batch-size counts the images of all processes. The defaults are the paper's (Sec. 4.1, G.1);
 digits, and folders of images where there is no GPU, have others (see PRESETS and RECIPES). A run
