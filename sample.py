@@ -4,6 +4,7 @@
     python sample.py --ckpt out/NAME/ckpt.pt --branch general         # theta^g alone, without BA
     python sample.py --ckpt out/NAME/ckpt.pt --classes null           # p(x | Null), Sec. 2.1
     python sample.py --ckpt out/NAME/ckpt.pt --export merged.pt       # theta as a plain U-Net
+    python sample.py --ckpt out/NAME/ckpt.pt --export merged.safetensors  # its weights, for others
     python sample.py --ckpt out/NAME/ckpt.pt --export DIR --format diffusers        # for diffusers
 
 Image i is a pure function of (checkpoint, --seed, --dtype, i): its label is the i-th of the classes
@@ -11,6 +12,7 @@ in turn, its noise is drawn from (seed, i), so the batch size and the number of 
 nothing. samples.npz has the layout of the ADM evaluator: arr_0 N x H x W x 3 uint8 (grey images
 repeated), arr_1 N labels; without arr_1 where no class was asked for.
 """
+import json
 import math
 import re
 import shutil
@@ -781,8 +783,8 @@ def make_parser():
                         help="in place of --num: what each class lacks to have N images with its "
                         "training images; without N as many as the largest class has")
     parser.add_argument("--export", metavar="FILE",
-                        help="write the merged plain network to FILE instead of sampling; a "
-                        "folder with --format diffusers")
+                        help="write the merged plain network to FILE instead of sampling; "
+                        "its weights alone to FILE.safetensors; a folder with --format diffusers")
     parser.add_argument("--format", choices=("checkpoint", "diffusers"), default="checkpoint",
                         help="of --export: a checkpoint, or a folder with a UNet2DModel and its "
                         "DDIMScheduler, which diffusers reads (default: checkpoint)")
@@ -798,13 +800,20 @@ def is_export(path):
 
 
 def export(args, given):
-    """What --export asks for: the merged network as a checkpoint of its own, or for diffusers.
+    """What --export asks for: the merged network as a checkpoint of its own, or for others.
 
-    Every script takes the checkpoint, and its "model" fits a plain network.
+    Every script takes the checkpoint, and its "model" fits a plain network. FILE.safetensors has
+    just this "model", with the settings as JSON in its metadata.
     """
     used = {"ckpt", "weights", "branch", "export", "format", "device", "plugin"}
     refuse_unused(given, dict.fromkeys(sorted(given - used), "--export generates no images"))
-    if args.format == "checkpoint":
+    safe = args.format == "checkpoint" and args.export.endswith(".safetensors")
+    if safe:
+        try:
+            from safetensors.torch import save_file
+        except ImportError as e:
+            raise UserError("--export FILE.safetensors: needs pip install safetensors") from e
+    elif args.format == "checkpoint":
         disk.refuse_overwriting(args.export, is_export, "--export", "an export of sample.py")
     ckpt = disk.load(args.ckpt, KINDS)
     if ckpt["experts"]:
@@ -820,9 +829,17 @@ def export(args, given):
         state = {name: p.detach().cpu().contiguous() for name, p in net.state_dict().items()}
         kept = {k: ckpt[k] for k in ("kind", "step", "command", "config", "data", "network",
                                      "autoencoder_sha256") if k in ckpt}
-        plain = {"rank_ratio": None, "experts": None, "model": state, "ema": state,
-                 **which_weights(args, ckpt)}
-        rt.on_rank_0(lambda: disk.save(args.export, {**kept, **plain}, "--export"))
+        kept.update(which_weights(args, ckpt))
+        plain = {"rank_ratio": None, "experts": None, "model": state, "ema": state}
+        metadata = {"format": "pt", **{name: json.dumps(value) for name, value in kept.items()}}
+
+        def write():
+            if safe:
+                disk.write_atomic(args.export, lambda path: save_file(state, path, metadata),
+                                  "--export")
+            else:
+                disk.save(args.export, {**kept, **plain}, "--export")
+        rt.on_rank_0(write)
     made = which_weights(args, ckpt)
     rt.print(f"wrote {args.export}: {made['weights']} weights, {made['branch']} branch")
 

@@ -1,4 +1,5 @@
 """sample.py: the samplers against closed forms, per-image seeds, output files, export."""
+import json
 import math
 import subprocess
 import sys
@@ -11,6 +12,8 @@ import pytest
 import torch
 from conftest import ROOT, TINY, call, pixels, randomize, refuses, tiny_net
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
 from torch.testing import assert_close
 
 import disk
@@ -449,6 +452,20 @@ def test_export_is_a_plain_network_that_generates_the_same_images(cm_run, cpu, t
         exported = disk.load(path, ["diffusion"])
         for part in ("model", "ema"):
             assert_close(dict(exported[part]), dict(expected), rtol=0, atol=0)
+
+
+def test_export_to_safetensors_and_back(cm_run, tmp_path):
+    """By the two lines of docs/USING.md; the metadata has the settings."""
+    path = tmp_path / "merged.safetensors"
+    for branch in ("general", "full"):                  # the second one replaces the first
+        call(sample.main, "--ckpt", cm_run / "ckpt.pt", "--export", path, "--branch", branch,
+             "--device", "cpu")
+    metadata = safe_open(path, "pt").metadata()
+    net = networks.build(json.loads(metadata["network"]))
+    net.load_state_dict(load_file(path))
+    assert_close(dict(net.state_dict()), dict(network(cm_run).state_dict()), rtol=0, atol=0)
+    assert json.loads(metadata["data"]) == checkpoint(cm_run)["data"]
+    assert json.loads(metadata["branch"]) == "full" and metadata["step"] == "30"
 
 
 # Against diffusers' schedulers, on one fixed function as the network
