@@ -102,6 +102,21 @@ def test_variables_reach_what_a_target_trains(tmp_path, target, script, own):
     assert any("--w-div 0.2" in line for line in lines)
 
 
+def test_the_verdict_on_a_folder(tmp_path, monkeypatch):
+    """CM on DDPM against DDPM, as many steps and as long; its samples; whether they are copies."""
+    calls = recorded("gain", {"DATASET": "folder", "PRESET": "tiny", "SEEDS": "0,1", "NUM": "9"},
+                     tmp_path)
+    for script, flags in calls:
+        parse_only(monkeypatch, script, flags)
+    assert not [line for line in trained(calls) if "--base ddpm" not in line]
+    assert len({line.split()[-1] for line in trained(calls)}) == 3 * 2
+    pages = [" ".join(flags) for script, flags in calls if script == "pages.report"]
+    assert len(pages) == 2
+    for omega, page in zip(("0", "1.5"), pages):
+        assert f"--summary --copies out/gain/folder-ir1-tiny/copies-{omega}/copies.json" in page
+    assert len([flags for script, flags in calls if script == "probes.copies"]) == 2
+
+
 def test_a_better_classifier_for_a_folder(tmp_path, monkeypatch):
     """It is divided first; generator and classifier have images of one size; classes are filled."""
     calls = recorded("tableG8", {"DATASET": "folder", "DATA_DIR": "my data/", "PRESET": "tiny",
