@@ -71,7 +71,7 @@ RECIPES = {     # defaults by what is followed; what one does not have is as in 
 IR = {          # --ir by data set; 100 for the others
     "digits": 20.0, "cub200": 10.0, "flowers102": 10.0,         # small ones
     "folder": 1.0, "imagenet-lt": 1.0, "inat2018": 1.0}         # as they are
-LATENT_RESOLUTION = 256         # --resolution, with --latents
+LATENT_RESOLUTION = 256         # of image files with --latents, and that of miniSD
 NETWORK_FLAGS = ("ch", "ch_mult", "attn", "num_res_blocks", "dropout")      # and networks.FLAGS
 CM_ONLY = ("lam", "w_con", "w_div", "div_bound", "equal_weights", "independent_dropout",
            "cm_fraction")
@@ -124,9 +124,9 @@ def add_training_data_flags(parser):
     g.add_argument("--ada", type=number(0, 1), default=0.0, metavar="P",
                    help="+ADA: probability of each augmentation; EDM has 0.12 (default: 0)")
     g.add_argument("--latents", metavar="NAME",
-                   help="train on latents: of a checkpoint of latent.text_to_image autoencoder, or "
-                   "of a folder or hub name of diffusers, such as stabilityai/sd-vae-ft-mse; "
-                   f"images of {LATENT_RESOLUTION} pixels by default, not mirrored")
+                   help="train on latents of an autoencoder: a checkpoint of latent.text_to_image "
+                   "autoencoder, or a folder or hub name of diffusers (stabilityai/sd-vae-ft-mse); "
+                   f"images have {LATENT_RESOLUTION} pixels by default and are not mirrored")
 
 
 def add_method_flags(parser):

@@ -47,10 +47,9 @@ from sample import (Sampling, add_image_flags, add_output_flags, add_sampling_fl
                     add_weights_flags, asked_for, describe, dtype_of, generate, labels_in_turn,
                     make_samples, samples_folder, sampling_of)
 from sets.readers import READERS
-from train import IR, preset_words
+from train import IR, LATENT_RESOLUTION, preset_words
 
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")      # the layers of attention, in diffusers
-RESOLUTION = 256        # of image files, where no flag says it: that of the paper's model
 PAINTING = "a {} painting"      # the text of ArtBench-10's images, Sec. 4.2
 GRID_BATCH = 25     # images of a grid that are generated at a time, beside what training holds
 
@@ -298,8 +297,9 @@ def add_image_set_flags(parser, dataset):
         if action.dest == "ir":
             action.help += preset_words("100", IR)
         elif action.dest == "resolution":
-            action.help = (f"pixels per side, of sets of image files (default: {RESOLUTION}, "
-                           "miniSD's; Stable Diffusion 1 and 2 were trained on 512)")
+            action.help = ("pixels per side, of sets of image files (default: "
+                           f"{LATENT_RESOLUTION}, miniSD's; Stable Diffusion 1 and 2 were trained "
+                           "on 512)")
 
 
 def add_method_flags(group, base):
@@ -316,7 +316,7 @@ def resolve_data(args, given):
     if args.ir is None:
         args.ir = IR.get(args.dataset, 100.0)
     if args.resolution is None and args.dataset in READERS and READERS[args.dataset].files:
-        args.resolution = RESOLUTION
+        args.resolution = LATENT_RESOLUTION
     refuse_unused(given, unused_data_flags(args))
 
 
