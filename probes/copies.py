@@ -110,7 +110,8 @@ def pairs_picture(images, labels, index, train, data, groups):
     if not len(rows):
         rows = np.arange(len(labels))
     both = np.stack([images[rows], train[index[rows]]], 1).reshape(-1, *images.shape[1:])
-    return grid_image({"": (both, np.repeat(labels[rows], 2))}, data["class_names"],
+    title = "in pairs: a generated image, its nearest training image"
+    return grid_image({title: (both, np.repeat(labels[rows], 2))}, data["class_names"],
                       data["class_counts"])
 
 
@@ -156,6 +157,9 @@ def main():
     of_train = points_of(extractor, real, "training images")
     if unseen:
         sets = {"real, not in the training set": unseen, **sets}
+    else:
+        print("note: no real images that the model has not seen, so what is a copy by chance is "
+              "not measured; of a folder, `python data.py split` holds some out")
     rows, indices = {}, {}
     for name, (images, labels) in sets.items():
         rows[name] = {"num": {"all": len(labels), **{
