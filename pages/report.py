@@ -561,8 +561,8 @@ def summary(rows, copies):
 def columns_of(args, rows):
     """(title, columns, the paper's numbers or None) of the table. Raises UserError.
 
-    With --paper the paper's columns; without it every metric that a first file has, and the groups
-    in the first metric that they have and in accuracy.
+    With --paper the paper's columns; without it every metric that a first file has, and the groups,
+    or without groups the classes, in the first metric that they have and in accuracy.
     """
     if args.paper:
         tables = disk.read_json(PAPER)["tables"]
@@ -576,7 +576,8 @@ def columns_of(args, rows):
         return ": ".join(filter(None, [table["title"], args.setting])), columns, paper
 
     firsts = [results[0] for _, results in rows]
-    groups = list(dict.fromkeys(group for first in firsts for group in first["groups"]))
+    groups = list(dict.fromkeys(group for first in firsts
+                                for group in first["groups"] or first["classes"]))
 
     def known(columns):
         return [c for c in columns if any(value_of(first, c) is not None for first in firsts)]

@@ -157,6 +157,18 @@ def test_the_verdict_on_cm(tmp_path):
     assert "better" not in text.split("\n\n")[1]
 
 
+def test_a_verdict_on_two_classes(tmp_path):
+    """They have no groups; a name may have a space."""
+    rows = []
+    for name, fid in (("DDPM", 9), ("CM on DDPM", 5)):
+        results = [fake_result(9, s, groups={}, classes={"big one": {"fid": 5}, "b": {"fid": fid}})
+                   for s in range(2)]
+        rows.append(write_row(tmp_path, name, *results))
+    text = make_page(tmp_path / "page.md", *rows, more=["--summary"])
+    assert "better: b FID -4.000" in text and "shown: big one FID +0.000" in text
+    assert "| big one FID | b FID | FID |" in text
+
+
 @pytest.mark.parametrize("share, says", [(0.9, "more than 50%"), (0.55, "not more than 50%")])
 def test_copies_are_compared_with_unseen_images(tmp_path, share, says):
     real, samples = {"all": 0.5, "Few": 0.5}, {"all": 0.1, "Few": share}
