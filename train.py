@@ -33,7 +33,8 @@ from losses import BASES, CMConfig, Objective, add_cm_flags, bind
 from model import Attention, init_layer, make_alphas_bar
 from networks import KINDS, NETWORKS, add_low_rank, load_network
 from runtime import Parser, UserError, integer, number, refuse_unused, run
-from sample import Sampling, generate, prepare
+from sample import generate, prepare
+from samplers import Sampling
 from sets.readers import READERS
 from variants import augment
 from variants.experts import freeze_all_but_low_rank

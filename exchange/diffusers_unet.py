@@ -26,7 +26,7 @@ from torch.nn import GroupNorm
 import disk
 from model import ResBlock, UNet, UNetConfig
 from runtime import UserError
-from sample import Sampling
+from samplers import Sampling
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 KEPT = ("kind", "step", "command", "config", "data", "weights", "branch")   # in export.json

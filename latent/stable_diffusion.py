@@ -43,9 +43,10 @@ from loop import (Training, add_step_flags, add_write_flags, config_of, is_finis
                   resume)
 from losses import CMConfig, Objective, add_cm_flags, bind
 from runtime import Parser, UserError, integer, number, refuse_unused, run
-from sample import (Sampling, add_image_flags, add_output_flags, add_sampling_flags,
-                    add_weights_flags, asked_for, describe, dtype_of, generate, labels_in_turn,
-                    make_samples, samples_folder, sampling_of)
+from sample import (add_image_flags, add_output_flags, add_sampling_flags, add_weights_flags,
+                    asked_for, describe, dtype_of, generate, labels_in_turn, make_samples,
+                    samples_folder, sampling_of)
+from samplers import Sampling
 from sets.readers import READERS
 from train import IR, LATENT_RESOLUTION, preset_words
 

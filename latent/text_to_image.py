@@ -47,8 +47,9 @@ from loop import (Training, add_step_flags, add_write_flags, config_of, is_finis
 from losses import CMConfig, Objective, bind
 from model import make_alphas_bar
 from runtime import Parser, UserError, integer, number, refuse_unused, run
-from sample import (Sampling, add_output_flags, add_sampling_flags, describe, dtype_of, generate,
+from sample import (add_output_flags, add_sampling_flags, describe, dtype_of, generate,
                     labels_in_turn, make_samples, samples_folder, sampling_of)
+from samplers import Sampling
 
 PRETRAINED = "lambdalabs/miniSD-diffusers"      # its autoencoder and its text encoder, CLIP's
 WORDS = "words"                                 # --text-encoder: one that is trained here

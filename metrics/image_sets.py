@@ -17,7 +17,8 @@ from data import class_groups, folders_of, is_balanced, load_reference, to_class
 from metrics.features import DIGITS_CLASSIFIER
 from networks import load_network
 from runtime import UserError
-from sample import Sampling, describe, sampling_in_words, sampling_of, space_of
+from sample import describe, sampling_in_words, sampling_of, space_of
+from samplers import Sampling
 from sets.packing import open_image, read_image
 from sets.readers import READERS, image_folder
 from sets.samples import images_of_npz, open_npz, read_record

@@ -134,7 +134,7 @@ def loss(pred, batch, obj):
 
 
 # --------------------------------------------------------------------------------------------------
-# Sampling: an entry of sample.SAMPLERS
+# Sampling: an entry of samplers.SAMPLERS
 
 def make_timesteps(T: int, steps: int) -> list[int]:
     """Descending timesteps of the multistep sampler, (T - 1) (i / steps)^2.

@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_map_only
 import loop
 import runtime
 import sample
+import samplers
 import train
 from cm_layers import reserve
 from losses import BASES, CMConfig, Objective, bind
@@ -78,8 +79,8 @@ def test_sampling_needs_no_float64_of_the_device(meta):
     net = make_objective().net.to(meta)
     rt = runtime.Runtime(meta, torch.float32)
     y = torch.zeros(2, dtype=torch.int64, device=meta)
-    for name in sample.SAMPLERS:
-        sampling = sample.Sampling(name, steps=2, guidance=1.0)
+    for name in samplers.SAMPLERS:
+        sampling = samplers.Sampling(name, steps=2, guidance=1.0)
         x = sample.sample_batch(net, y, [0, 1], (1, 8, 8), rt, sampling)
         assert x.is_meta and x.dtype == torch.float32
 

@@ -17,6 +17,7 @@ import evaluate
 import losses
 import networks
 import sample
+import samplers
 import train
 from losses import CMConfig, Objective, bind
 from model import Attention, make_alphas_bar
@@ -223,7 +224,7 @@ def test_a_recipe_reaches_the_step_and_the_grids(recipe, monkeypatch, data_dir, 
                for owner, _, _ in cm_layers.reserved(objective.net)]
     assert all(kernels) == (recipe == "release")
     samples(training.state(), [0, 1], training.rt)
-    assert found[2] == sample.Sampling.of("diffusion", recipe)
+    assert found[2] == samplers.Sampling.of("diffusion", recipe)
 
 
 def test_warm_up_from_zero_and_averages_without_a_ramp(data_dir, tmp_path):
@@ -290,12 +291,12 @@ def test_the_releases_ddim(cpu):
         of_eps = (1 - a_prev) ** 0.5 - (a_prev * (1 - a) / a) ** 0.5
         x = of_x * x + of_eps * predict(x, t)
     assert (of_x, of_eps) == (1, 0)
-    sampling = sample.Sampling.of("diffusion", "release")
+    sampling = samplers.Sampling.of("diffusion", "release")
     assert (sampling.steps, sampling.guidance, sampling.clip) == (50, 1.5, False)
-    got = sample.ddim(predict, x_T, ab, sampling.timesteps(ab), None, eta=sampling.eta,
+    got = samplers.ddim(predict, x_T, ab, sampling.timesteps(ab), None, eta=sampling.eta,
                       last_step=sampling.last_step)
     torch.testing.assert_close(got, x, rtol=1e-9, atol=1e-9)
-    usual = sample.ddim(predict, x_T, ab, sampling.timesteps(ab), None)
+    usual = samplers.ddim(predict, x_T, ab, sampling.timesteps(ab), None)
     assert (usual - got).abs().max() > 1e-3
     a, b = (sample.sample_batch(tiny_net(None), torch.tensor([0, 1]), [0, 1], (1, 8, 8), cpu,
                                 replace(sampling, steps=3, last_step=end))
@@ -305,15 +306,15 @@ def test_the_releases_ddim(cpu):
 
 def test_default_sampling_of_each_recipe():
     for recipe in (None, "ours", "paper"):
-        assert sample.Sampling.of("diffusion", recipe) == sample.Sampling.of("diffusion")
-    usual = sample.Sampling.of("diffusion").record()
-    release = sample.Sampling.of("diffusion", "release").record()
+        assert samplers.Sampling.of("diffusion", recipe) == samplers.Sampling.of("diffusion")
+    usual = samplers.Sampling.of("diffusion").record()
+    release = samplers.Sampling.of("diffusion", "release").record()
     assert release == {**usual, "clip": False, "last_step": "identity"}
     assert "last_step" not in usual
-    assert sample.Sampling.of("diffusion", "release", sampler="dpm").record() == {
-        **sample.Sampling.of("diffusion", sampler="dpm").record(), "clip": False}
-    own = sample.Sampling.of("diffusion", "release", clip=True, last_step="x_0")
-    assert own == sample.Sampling.of("diffusion")
+    assert samplers.Sampling.of("diffusion", "release", sampler="dpm").record() == {
+        **samplers.Sampling.of("diffusion", sampler="dpm").record(), "clip": False}
+    own = samplers.Sampling.of("diffusion", "release", clip=True, last_step="x_0")
+    assert own == samplers.Sampling.of("diffusion")
 
 
 @pytest.mark.parametrize("recipe", ["ours", "release"])

@@ -21,6 +21,7 @@ import evaluate
 import networks
 import runtime
 import sample
+import samplers
 from cm_layers import merge, reserved
 from model import UNet, UNetConfig, make_alphas_bar
 from runtime import UserError
@@ -45,32 +46,32 @@ def test_samplers_generate_a_gaussian(name, steps, options, tolerance):
 
     def noise():
         return torch.randn(20000, generator=g, dtype=torch.float64)
-    timesteps = sample.make_timesteps(AB, steps)
-    x = sample.SAMPLERS[name](gaussian_eps, noise(), AB, timesteps, noise, **options)
+    timesteps = samplers.make_timesteps(AB, steps)
+    x = samplers.SAMPLERS[name](gaussian_eps, noise(), AB, timesteps, noise, **options)
     assert abs(x.mean() - 0.3) < tolerance and abs(x.std() - 0.5) < tolerance
 
 
 def test_timesteps():
-    quad = sample.make_timesteps(AB, 50, "quad")
+    quad = samplers.make_timesteps(AB, 50, "quad")
     assert quad[-1] == 0 and quad[0] in (799, 800) and sorted(quad, reverse=True) == quad
     assert all(abs(t - (i / 49) ** 2 * 800) <= 1 for i, t in enumerate(quad[::-1]))
     for grid in ("uniform", "logsnr"):
         with pytest.raises(UserError, match="--steps"):
-            sample.make_timesteps(AB, 1001, grid)
-    assert sample.Sampling("dpm", 4).timesteps(AB) == [800, 600, 400, 200]
-    assert sample.Sampling("dpm++", 4).timesteps(AB) == [750, 500, 250, 0]
-    assert sample.Sampling("dpm", 999).timesteps(AB) == list(range(999, 0, -1))
+            samplers.make_timesteps(AB, 1001, grid)
+    assert samplers.Sampling("dpm", 4).timesteps(AB) == [800, 600, 400, 200]
+    assert samplers.Sampling("dpm++", 4).timesteps(AB) == [750, 500, 250, 0]
+    assert samplers.Sampling("dpm", 999).timesteps(AB) == list(range(999, 0, -1))
 
 
 def test_the_logsnr_grid():
     """Equal parts of log(alpha / sigma), as near as whole timesteps come to them."""
-    t = sample.make_timesteps(AB, 15, "logsnr")
+    t = samplers.make_timesteps(AB, 15, "logsnr")
     log_snr = (AB[t] / (1 - AB[t])).log() / 2
     assert (t[0], t[-1]) == (999, 0)
     widths = log_snr.diff()
     assert (widths[:-2] / widths.mean() - 1).abs().max() < 0.02     # at 8, 2 and 0 it is coarser
     assert (widths / widths.mean() - 1).abs().max() < 0.15
-    many = sample.make_timesteps(AB, 200, "logsnr")                 # many fall on one timestep
+    many = samplers.make_timesteps(AB, 200, "logsnr")                 # many fall on one timestep
     assert many == sorted(set(many), reverse=True) and len(many) == 200
     assert many[0] == 999 and many[-50:] == list(range(49, -1, -1))
 
@@ -109,7 +110,7 @@ def test_the_noise_of_eta_is_equation_16s():
     ab, ab_0 = float(AB[600]), float(AB[200])
     sigma = 0.5 * math.sqrt((1 - ab_0) / (1 - ab) * (1 - ab / ab_0))
     x_200 = math.sqrt(ab_0 / ab) + 2 * sigma
-    got = sample.ddim(lambda x, t: 0 * x, x, AB, [600, 200], lambda: 2 * x, eta=0.5)
+    got = samplers.ddim(lambda x, t: 0 * x, x, AB, [600, 200], lambda: 2 * x, eta=0.5)
     assert_close(got, x * x_200 / math.sqrt(ab_0))
 
 
@@ -131,7 +132,7 @@ def test_batch_size_changes_nothing(cm_run, cpu, settings):
     def images(rows, **more):
         rows = list(rows)
         return sample.sample_batch(net, y[rows], rows, SHAPE, cpu,
-                                   sample.Sampling(steps=10, **settings, **more))
+                                   samplers.Sampling(steps=10, **settings, **more))
     whole = images(range(16))
     single = torch.cat([images([i]) for i in range(16)])
     assert (whole - single).abs().max() < 1e-4
@@ -152,7 +153,7 @@ def test_a_batch_is_what_its_settings_say(changed, cpu):
     net = tiny_net(None)
     y, numbers = torch.tensor([3, 3, 7]), [5, 8, 2]
     given = {k: v for k, v in changed.items() if k != "alphas_bar"}
-    sampling = sample.Sampling(**{"steps": 4, **given})
+    sampling = samplers.Sampling(**{"steps": 4, **given})
     got = sample.sample_batch(net, y, numbers, SHAPE, cpu, sampling, changed.get("alphas_bar"))
     generators = [runtime.generator("cpu", settings["seed"], "image", i) for i in numbers]
 
@@ -162,12 +163,12 @@ def test_a_batch_is_what_its_settings_say(changed, cpu):
     timesteps = sampling.timesteps(ab)
     own = {name: changed[name] for name in ("eta", "order") if name in changed}
     with torch.no_grad():
-        expected = sample.SAMPLERS[settings["sampler"]](
+        expected = samplers.SAMPLERS[settings["sampler"]](
             sample.guided(net, y, settings["guidance"], cpu), x_T, ab, timesteps, noise,
             limit_of(settings["clip"]), **own)
     assert_close(got, expected, atol=1e-4, rtol=1e-4)
     if changed:
-        plain = sample.sample_batch(net, y, numbers, SHAPE, cpu, sample.Sampling(steps=4))
+        plain = sample.sample_batch(net, y, numbers, SHAPE, cpu, samplers.Sampling(steps=4))
         assert not torch.allclose(got, plain, atol=0.01, rtol=0)
 
 
@@ -363,7 +364,7 @@ def test_null(cm_run, cpu, tmp_path, capsys):
          tmp_path / "null", *flags)
     npz = np.load(tmp_path / "null/samples.npz")
     plain = sample.generate(network(cm_run), [-1] * 4, range(4), SHAPE, cpu,
-                            sample.Sampling.of("diffusion", steps=2, guidance=0.0))
+                            samplers.Sampling.of("diffusion", steps=2, guidance=0.0))
     assert npz.files == ["arr_0"] and (npz["arr_0"][..., :1] == plain).all()
     assert [p.name for p in (tmp_path / "null/png").iterdir() if p.is_dir()] == ["null"]
     ckpt = checkpoint(cm_run)
@@ -439,7 +440,7 @@ def test_export_is_a_plain_network_that_generates_the_same_images(cm_run, cpu, t
 
     def images(net):
         return sample.sample_batch(net, torch.arange(8), range(8), SHAPE, cpu,
-                                   sample.Sampling(steps=5))
+                                   samplers.Sampling(steps=5))
     original = images(network(cm_run))
     assert (images(plain) - original).abs().max() < 1e-4
     assert torch.equal(original, images(sample.load_network(exported)))
@@ -492,7 +493,7 @@ CLIP = pytest.mark.parametrize("clip", [False, True])
 
 def limit_of(clip):
     """The samplers' limit on x_0."""
-    return sample.to_range if clip else None
+    return samplers.to_range if clip else None
 
 
 @CLIP
@@ -511,12 +512,12 @@ def test_samplers_are_diffusers(name, steps, clip):
                "ddpm": {"generator": torch.Generator().manual_seed(1)}}.get(name, {})
     theirs.set_timesteps(steps)
     timesteps = theirs.timesteps.tolist()
-    assert name == "dpm++" or timesteps == sample.make_timesteps(AB, steps)
+    assert name == "dpm++" or timesteps == samplers.make_timesteps(AB, steps)
     g = torch.Generator().manual_seed(1)
 
     def noise():
         return torch.randn(2, 3, 8, 8, dtype=torch.float64, generator=g)
-    got = sample.SAMPLERS[name](bumpy, start(), AB, timesteps, noise, limit_of(clip))
+    got = samplers.SAMPLERS[name](bumpy, start(), AB, timesteps, noise, limit_of(clip))
     expected = by_diffusers(theirs, timesteps, start(), **options)
     assert_close(got, expected, atol=1e-3, rtol=1e-3)
 
@@ -540,7 +541,7 @@ def test_dpm_is_diffusers(steps, order, clip):
             return bumpy(x, t)
         signal, sigma = AB[t].sqrt(), (1 - AB[t]).sqrt()
         return (x - signal * ((x - sigma * bumpy(x, t)) / signal).clamp(-1, 1)) / sigma
-    ours = sample.Sampling("dpm", steps, "logsnr").timesteps(AB)
+    ours = samplers.Sampling("dpm", steps, "logsnr").timesteps(AB)
     theirs.set_timesteps(timesteps=ours)
     assert len(theirs.order_list) == steps
     expected = [start()]
@@ -555,9 +556,9 @@ def test_dpm_is_diffusers(steps, order, clip):
     def predict(x, t):
         points.append(x)
         return bumpy(x, t)
-    x_0 = sample.dpm(predict, start(), AB, ours, None, limit_of(clip), order=order)
+    x_0 = samplers.dpm(predict, start(), AB, ours, None, limit_of(clip), order=order)
     assert_close(torch.stack(points), torch.stack(expected[:-1]), atol=1e-3, rtol=1e-3)
-    last = sample.ddim(bumpy, expected[-2], AB, ours[-1:], None, limit_of(clip))
+    last = samplers.ddim(bumpy, expected[-2], AB, ours[-1:], None, limit_of(clip))
     assert_close(x_0, last, atol=1e-3, rtol=1e-3)
 
 
@@ -565,7 +566,7 @@ def test_dpm_is_diffusers(steps, order, clip):
     (15, 3, [3, 3, 3, 3, 2, 1]), (16, 3, [3] * 5 + [1]), (17, 3, [3] * 5 + [1, 1]),
     (15, 2, [2] * 7 + [1]), (16, 2, [2] * 7 + [1, 1]), (3, 1, [1, 1, 1]), (1, 3, [1])])
 def test_the_orders_of_dpm_add_up_to_the_calls(steps, order, orders):
-    assert sample.dpm_orders(steps, order) == orders
+    assert samplers.dpm_orders(steps, order) == orders
     assert sum(orders) == steps
 
 
@@ -573,7 +574,7 @@ def test_a_padded_batch_gives_the_same_images(cpu, monkeypatch):
     """Seven images in fixed batches of three: no more, and the same ones."""
     net = tiny_net(None)
     make = partial(sample.generate, net, [1] * 7, range(7), SHAPE, cpu,
-                   sample.Sampling(steps=2), 3, title=None)
+                   samplers.Sampling(steps=2), 3, title=None)
     images = make()
     monkeypatch.setattr(sample, "batches_of", lambda rows, size, fixed, of=sample.batches_of:
                         of(rows, size, True))

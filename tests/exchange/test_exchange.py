@@ -11,6 +11,7 @@ from diffusers import DDIMPipeline
 
 import disk
 import sample
+import samplers
 from exchange import diffusers_unet, peers
 from model import UNet, UNetConfig
 from networks import build
@@ -116,7 +117,7 @@ def test_the_lines_of_the_docstring_generate_our_images(ckpt, cpu, recipe, tmp_p
     lines = re.search(r"    pipe = .*?\n\n", diffusers_unet.__doc__, re.S)[0]
     lines = "\n".join(line[4:] for line in lines.splitlines())
     assert len(lines.splitlines()) == 5
-    settings = sample.Sampling.of("diffusion", recipe, seed=3, steps=5)
+    settings = samplers.Sampling.of("diffusion", recipe, seed=3, steps=5)
     net = sample.load_network(whole)
     y = torch.tensor([0, 4, 9])
     expected = sample.sample_batch(net, y, range(3), (1, 8, 8), cpu, settings)

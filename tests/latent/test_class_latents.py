@@ -10,6 +10,7 @@ from torch.testing import assert_close
 import disk
 import evaluate
 import sample
+import samplers
 import train
 from data import load, to_uint8
 from latent.autoencoder import load_autoencoder
@@ -73,7 +74,7 @@ def test_samples_are_decoded(whole, autoencoder, tmp_path, cpu):
     ckpt = disk.load(whole / "ckpt.pt", KIND)
     y = torch.tensor([0, 1, 2] * 2)
     z = sample.sample_batch(load_network(ckpt), y, range(6), (4, 8, 8), cpu,
-                            sample.Sampling(steps=3))
+                            samplers.Sampling(steps=3))
     own = load_autoencoder(str(autoencoder[0]), "cpu")
     with np.load(tmp_path / "a/samples.npz") as f:
         found = f["arr_0"]
