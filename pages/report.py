@@ -502,9 +502,9 @@ def verdict(rows):
             kind = "better" if (mean > 0) == is_higher_better(column) else "worse"
             found[kind if shown else "no difference shown"].append(
                 f"{title} {show_difference(gain, column)}")
-        how = "" if metric == "accuracy" else " after as many steps"
+        how = "" if metric == "accuracy" else ", as many steps"
         if other.endswith(", as long"):
-            how = " for about as much time"
+            how = ""
             with_cm, without = seconds_per_step(results), seconds_per_step(others)
             if with_cm and without:
                 how += (f" (a step takes {with_cm:.3g} s with CM and {without:.3g} s without, "
@@ -534,15 +534,17 @@ def copies_in_words(path, rows):
         if not name:
             continue
         share, n = result["features"][group], result["num"][group]
-        text = f"{share:.0%} of {name}'s {n:,} samples"
+        text = f"{share:.0%} of {n:,} samples of {name}"
         if real and group in real["features"]:
             expected, m = real["features"][group], real["num"][group]
             error = (share * (1 - share) / n + expected * (1 - expected) / m) ** 0.5
-            more = "more than" if share - expected > 2 * error else "not more than"
-            text += f" ({more} {expected:.0%} of {m:,} real images that were not trained on)"
+            text += ", more" if share - expected > 2 * error else ", not more"
         words.append(text)
-    return (f"Copies ({'rare classes, Few' if group == 'Few' else 'all classes'}; nearer to a "
-            f"training image than any other training image is): {', '.join(words)}.")
+    if real and group in real["features"]:
+        words.append(f"expected are {expected:.0%}, as of {m:,} real images that were not trained "
+                     "on")
+    return (f"Images of {'Few' if group == 'Few' else 'all classes'} that are nearer to a training "
+            f"image than any other training image is, as copies are: {'; '.join(words)}.")
 
 
 def summary(rows, copies):
@@ -642,6 +644,8 @@ def main():
         notes.append(FEW_NOTE)
     if any(floor_of(rows[0][1][0], column) for column in columns):
         notes.append(FLOOR_NOTE)
+    notes += dict.fromkeys(text for _, results in rows for result in results
+                           for text in result.get("warnings", ()))
     table = "\n\n".join(filter(None, [results_table(given, columns, paper),
                                       paired_differences(rows, columns)]))
     results_figure(rows, columns, paper, title, out)
