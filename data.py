@@ -24,7 +24,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from disk import Checkpoint, fingerprint, path_id, read_json
-from runtime import Parser, UserError, integer, number, refuse_unused, run, seed_of
+from runtime import Parser, UserError, integer, number, print_next, refuse_unused, run, seed_of
 from sets import splits
 from sets.packing import labels_hash, names_and_sizes, pack_once
 from sets.readers import READERS, NoSuchSplit, Source
@@ -585,6 +585,11 @@ def add_data_flags(parser: Parser, dataset: str = "cifar100", ir: float | None =
     return g
 
 
+def data_flags(config: dict) -> list[str]:
+    """The flags with which another script takes the data set of these settings."""
+    return ["--dataset", config["dataset"], "--data-dir", config["data_dir"]]
+
+
 def unused_data_flags(args: Namespace) -> dict[str, str]:
     """{flag: why it does nothing}, of the data flags beside each other."""
     return {"tail_seed": "--ir 1 takes every image, and draws none"} if args.ir == 1 else {}
@@ -600,6 +605,7 @@ def main():
     refuse_unused(parser.given, unused_data_flags(args))
     images = load_long_tailed(args)
     print(images.table())
+    print_next("train.py", *sys.argv[1:])
 
 
 if __name__ == "__main__":

@@ -502,6 +502,8 @@ def main():
     write_result(out_json, result, settings, seconds, by_size(subject.data))
     if args.save_stats:
         save_stats(args.save_stats, real, about)
+    name = out_json.resolve().parent.name
+    runtime.print_next("-m", "pages.report", "--row", f"{name}={out_json}")
 
 
 if __name__ == "__main__":

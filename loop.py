@@ -36,6 +36,11 @@ FRECHET = ("FID", "FD")     # what a Frechet distance is called in Inception's f
 RESUMABLE = {               # settings that may change when a run goes on
     "steps", "save_every", "keep_every", "sample_every", "log_every", "compile", "data_dir",
     "pack_dir", "accumulate", "recompute", "eval_every", "eval_num", "features"}
+NEXT = {                    # what most people run after a training, by its kind
+    **dict.fromkeys(("diffusion", "consistency", "latent diffusion"), "sample.py --ckpt {ckpt}"),
+    "latent": "-m latent.stable_diffusion sample --ckpt {ckpt}",
+    "text": "-m latent.text_to_image sample --ckpt {ckpt}",
+    "autoencoder": "train.py --dataset {dataset} --data-dir {data_dir} --latents {ckpt}"}
 EARLIER = {                 # what runs did before these were settings
     "recipe": "ours", "reserve": "all", "form": "flat", "warmup_from": 1, "ema_ramp": True,
     "attention_gain": 1e-5, "scale": 1.0, "norms": "shared"}
@@ -128,7 +133,15 @@ def is_finished(old, args, rt):
         raise UserError(f"{flag}: the run in {args.out} is at step {old['step']} already, beyond "
                         f"{args.steps}; raise it, or choose another folder with --out")
     rt.print(f"{args.out}: finished, step {old['step']} of {args.steps}")
+    print_next(old["kind"], args)
     return True
+
+
+def print_next(kind, args):
+    """Print what follows this kind of training; nothing for a classifier, which is measured now."""
+    values = {**vars(args), "ckpt": Path(args.out) / "ckpt.pt"}
+    if kind in NEXT:
+        runtime.print_next(*(word.format(**values) for word in NEXT[kind].split()))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -466,6 +479,7 @@ def loop(training, samples=None, evaluation=None):
                  "the same command goes on from there")
         sys.exit(128 + signal)
     rt.print(f"finished: {out / 'ckpt.pt'}")
+    print_next(training.record["kind"], args)
 
 
 def run_steps(training, module, log, samples, evaluation):

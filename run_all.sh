@@ -56,7 +56,7 @@
 set -euo pipefail
 set -f                          # a * or [ in a variable is a character of a name, not a pattern
 cd "$(dirname "$0")"
-export PYTHONUNBUFFERED=1
+export PYTHONUNBUFFERED=1 RUN_ALL=1      # with the second one no script says what is next
 TARGET=${1:-demo}
 
 # --------------------------------------------------------------------------------------------------

@@ -243,6 +243,12 @@ def command_line(script):
     return shlex.join(["python", *script.split(), *sys.argv[1:]])
 
 
+def print_next(*words):
+    """Print what most people run next, from rank 0; not under run_all.sh, which goes on itself."""
+    if find_rank()[0] == 0 and "RUN_ALL" not in os.environ:
+        print("Next:", shlex.join(["python", *map(str, words)]), flush=True)
+
+
 def progress(iterable=None, **kwargs):
     """A tqdm bar: updated often on a terminal, one line every ten seconds in a log file."""
     interval = 0.2 if sys.stderr.isatty() else 10

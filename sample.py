@@ -31,7 +31,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 import disk
 import runtime
-from data import by_size, class_groups, resolve_classes, to_rgb, to_uint8
+from data import by_size, class_groups, data_flags, resolve_classes, to_rgb, to_uint8
 from model import make_alphas_bar
 from networks import KINDS, is_one_network, load_network
 from runtime import Parser, UserError, integer, number, refuse_unused, run
@@ -620,8 +620,13 @@ def main():
                         to_image=to_image, keep_in=keep_in)
     record = {**describe(args, ckpt, sampling, rt), "classes": classes, "num": len(labels),
               **({} if args.fill_to is None else {"fill_to": args.fill_to})}
-    make_samples(samples_folder(args), ckpt["data"], rt, record, labels, make_images,
-                 args.if_needed, args.png)
+    out = samples_folder(args)
+    make_samples(out, ckpt["data"], rt, record, labels, make_images, args.if_needed, args.png)
+    if args.fill_to is None:
+        runtime.print_next("evaluate.py", "--ckpt", args.ckpt)
+    else:
+        runtime.print_next("-m", "recognition.classify", *data_flags(ckpt["config"]),
+                           "--extra", out / "samples.npz")
 
 
 if __name__ == "__main__":

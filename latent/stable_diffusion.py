@@ -485,8 +485,9 @@ def main_sample(argv):
                            args.batch_size, keep_in=keep_in)
     record = {**describe(args, ckpt, sampling, rt), "model": args.model or ckpt["config"]["model"],
               "model_sha256": ckpt["model_sha256"], "classes": classes, "num": args.num}
-    make_samples(samples_folder(args), ckpt["data"], rt, record, labels, make_images,
-                 args.if_needed, args.png)
+    out = samples_folder(args)
+    make_samples(out, ckpt["data"], rt, record, labels, make_images, args.if_needed, args.png)
+    runtime.print_next("evaluate.py", "--samples", out / "samples.npz")
 
 
 # --------------------------------------------------------------------------------------------------

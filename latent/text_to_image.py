@@ -418,8 +418,9 @@ def main_sample(argv):
                        args.batch_size, keep_in=keep_in)
     record = {**describe(args, ckpt, sampling, rt), "num": args.num,
               "captions_sha256": hash_of(texts)}
-    make_samples(samples_folder(args), ckpt["data"], rt, record, labels, make_images,
-                 args.if_needed, args.png)
+    out = samples_folder(args)
+    make_samples(out, ckpt["data"], rt, record, labels, make_images, args.if_needed, args.png)
+    runtime.print_next("evaluate.py", "--samples", out / "samples.npz")
 
 
 # --------------------------------------------------------------------------------------------------

@@ -22,8 +22,8 @@ import torch
 import disk
 import runtime
 from cm_layers import FORMS, merge
-from data import (Batches, ImageSet, add_data_flags, load, load_long_tailed, refuse_other_data,
-                  to_classes, to_float, unused_data_flags)
+from data import (Batches, ImageSet, add_data_flags, data_flags, load, load_long_tailed,
+                  refuse_other_data, to_classes, to_float, unused_data_flags)
 from loop import RESUMABLE, Training, config_of, is_finished, loop, resume
 from losses import CMConfig, add_cm_flags
 from recognition.resnet import (DISTANCES, LOSSES, NORMS, STAGES, ClassifierLoss,
@@ -430,6 +430,11 @@ def main():
     result = Path(args.out) / "result.json"
     if rt.rank == 0 and not disk.up_to_date(result, settings):
         report(sets, args, rt, settings)
+    if args.extra:
+        name = result.resolve().parent.name
+        runtime.print_next("-m", "pages.report", "--row", f"{name}={result}")
+    else:
+        runtime.print_next("train.py", *data_flags(config))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 import disk
-from runtime import Parser, UserError, integer, number
+from runtime import Parser, UserError, integer, number, print_next
 from sets.readers import files_by_class
 
 
@@ -136,5 +136,5 @@ def main(words):
     print(f"{'train':>7} {'test':>7}  class")
     for c in np.argsort(-np.bincount(labels), kind="stable"):
         print(f"{(labels[~test] == c).sum():7,} {(labels[test] == c).sum():7,}  {names[c]}")
-    print(f"wrote {out}: {len(files):,} files, of {len(set(groups)):,} groups, as {how}; next: "
-          f"--dataset folder --data-dir {out}")
+    print(f"wrote {out}: {len(files):,} files, of {len(set(groups)):,} groups, as {how}")
+    print_next("train.py", "--dataset", "folder", "--data-dir", out)

@@ -5,11 +5,13 @@ import shlex
 import shutil
 import subprocess
 import sys
+from argparse import Namespace
 
 import pytest
 from conftest import ROOT, TINY_FLAGS, parse_only
 
 import disk
+import loop
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TEXT = {path.name: path.read_text() for path in PAGES}
@@ -103,6 +105,22 @@ def test_every_command_is_understood(monkeypatch, name):
     assert len(commands) >= 3 or name == "DIFFERENCES.md"
     for module, flags in commands:
         parse_only(monkeypatch, module, flags)
+
+
+@pytest.mark.parametrize("kind", loop.NEXT)
+def test_the_next_command_is_understood(monkeypatch, capsys, kind):
+    """Rank 0 alone prints it, and not under run_all.sh."""
+    args = Namespace(out="a run", dataset="folder", data_dir="my images")
+    loop.print_next(kind, args)
+    line = capsys.readouterr().out.removeprefix("Next: ")
+    [(module, flags)] = printed_commands(f"```bash\n{line}```")
+    assert "a run/ckpt.pt" in flags
+    parse_only(monkeypatch, module, flags)
+    for variable in ("RUN_ALL", "RANK"):
+        with monkeypatch.context() as patch:
+            patch.setenv(variable, "1")
+            loop.print_next(kind, args)
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
