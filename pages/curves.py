@@ -4,11 +4,11 @@
         --curve "CM on DDPM=out/a/cm-ddpm-seed*/eval-*.json" --cost 1.7 --out out/curves.md
 
 The files are evaluate.py's, of checkpoints that train.py kept (--keep-every). There is a panel for
-each width and guidance, and in it a curve for each method: the mean over seeds, and a band from the
-lowest seed to the highest. Time counts in steps of the first curve's method: --cost says how many
-of these a step of another one takes. The table has the differences to the first curve, paired by
-seed, where both were measured at the same time (within 3 %), with 95 % t intervals. Bold: p is
-below 0.05, corrected for the number of intervals in the table (Holm, 1979).
+each width and guidance, and in it a curve for each method: the mean over seeds, where each has been
+measured, and a band from the lowest seed to the highest. Time counts in steps of the first curve's
+method: --cost says how many of these a step of another one takes. The table has the differences to
+the first curve, paired by seed, where both were measured at the same time (within 3 %), with 95 % t
+intervals. Bold: p is below 0.05, corrected for the number of intervals in the table (Holm, 1979).
 """
 import glob
 from collections import defaultdict
@@ -23,7 +23,9 @@ from pages.page import escaped, markdown_table, named
 from pages.report import value_of
 from runtime import Parser, UserError, number, run
 
-COLUMNS = ["fid", "Many fid", "Medium fid", "Few fid", "Few recall"]
+TITLES = {"fid": "FD", "Many fid": "FD on Many", "Medium fid": "FD on Medium",
+          "Few fid": "FD on Few", "Few recall": "recall on Few"}
+COLUMNS = list(TITLES)
 
 
 def read_curve(text):
@@ -43,23 +45,30 @@ def read_curve(text):
 
 
 def draw(curves, costs, column, path):
-    """Write the picture as PNG and PDF: a row of panels per width, a column per guidance."""
+    """Write the picture as PNG and PDF: a row of panels per width, a column per guidance.
+
+    Of those with a curve: more than one time of some method.
+    """
     plt = disk.pyplot()
-    panels = sorted({panel for _, found in curves for panel in found})
+    panels = sorted({panel for _, found in curves for panel in found if len(found[panel]) > 1})
     widths, omegas = (sorted({panel[i] for panel in panels}) for i in (0, 1))
     fig, axes = plt.subplots(len(widths), len(omegas), squeeze=False, constrained_layout=True,
                              figsize=(4 * len(omegas), 3 * len(widths)), sharey="row")
     for panel in panels:
         ax = axes[widths.index(panel[0]), omegas.index(panel[1])]
         for k, (name, found) in enumerate(curves):
-            steps = sorted(found.get(panel, []))
-            values = [[value_of(r, column) for r in found[panel][s].values()] for s in steps]
+            at = found.get(panel, {})
+            steps = sorted(s for s in at if len(at[s]) == max(map(len, at.values())))
+            values = [[value_of(r, column) for r in at[s].values()] for s in steps]
             time = [s * costs[k] for s in steps]
             ax.plot(time, [np.mean(v) for v in values], f"C{k}o-", label=disk.in_figure(name))
             ax.fill_between(time, [min(v) for v in values], [max(v) for v in values],
                             color=f"C{k}", alpha=0.2, linewidth=0)
-        ax.set(title=f"width {panel[0]}, guidance {panel[1]:g}", ylim=(0, None),
-               xlabel=f"training time, in steps of {curves[0][0]}", ylabel=column)
+        ax.set(title=f"width {panel[0]}, guidance {panel[1]:g}", yscale="log", xlim=(0, None),
+               xlabel=f"training time, in steps of {curves[0][0]}", ylabel=TITLES[column])
+        ax.yaxis.set_major_locator(plt.LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_major_formatter("{x:g}")
+        ax.yaxis.set_minor_formatter(plt.NullFormatter())
     axes[0, 0].legend()
     disk.save_figure(fig, path, ("png", "pdf"))
 
@@ -102,7 +111,8 @@ def table_of(gains):
             f"{mark}{mean:+.2f} ({mean - half:+.2f} to {mean + half:+.2f}){mark}")
     lines = [[escaped(name), width, f"{omega:g}", f"{time:,}", seeds, *cells]
              for ((width, omega), time, name, seeds), cells in rows.items()]
-    return markdown_table(["difference", "width", "guidance", "time", "seeds", *COLUMNS], lines)
+    head = ["difference", "width", "guidance", "time", "seeds", *TITLES.values()]
+    return markdown_table(head, lines)
 
 
 def main():
