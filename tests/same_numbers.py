@@ -190,14 +190,17 @@ def run(code, runs, out, steps):
 
 
 def differences(a, b):
-    """Lines that say where two results differ."""
+    """Lines that say where two results differ, and what only one of them has."""
     lines = [f"only in one: {name}" for name in sorted(set(a) ^ set(b))]
     for name in sorted(set(a) & set(b)):
-        keys = [k for k in {**a[name], **b[name]} if a[name].get(k) != b[name].get(k)]
+        both = [k for k in a[name] if k in b[name]]
+        keys = [k for k in both if a[name][k] != b[name][k]]
         if keys:
             k = keys[0]
-            lines.append(f"{name}: {len(keys)} of {len(a[name])} differ, the first is {k}: "
-                         f"{a[name].get(k)} and {b[name].get(k)}")
+            lines.append(f"{name}: {len(keys)} of {len(both)} differ, the first is {k}: "
+                         f"{a[name][k]} and {b[name][k]}")
+        if alone := sorted(set(a[name]) ^ set(b[name])):
+            lines.append(f"{name}: only in one: {', '.join(alone)}")
     return lines
 
 
