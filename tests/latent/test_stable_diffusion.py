@@ -96,7 +96,8 @@ def test_checkpointing_gives_the_same_gradients_with_less_memory(tiny_sd, cpu):
     images = SimpleNamespace(images=np.zeros((1, 16, 16, 3)), class_names=NAMES)
     found, kept = [], [0, 0]
     for k, more in enumerate(([], ["--checkpointing"])):
-        args = sd.make_train_parser().parse_args([*FLAGS, *CM_RANK, *more, "--model", tiny_sd])
+        args = sd.make_train_parser().parse_args([*FLAGS, *CM_RANK, *more, "--model", tiny_sd,
+                                                  "--prompt", sd.FORM])
         model, net = sd.load_model(args, cpu, images, None)
 
         def keep(tensor, k=k):
@@ -270,7 +271,7 @@ def predictions(unet, model):
     """What diffusers' U-Net predicts of four latents, with the texts of the classes and Null."""
     g = torch.Generator().manual_seed(0)
     x = torch.randn(4, 4, 8, 8, generator=g)
-    text = model.prompts(NAMES, CONFIG["prompt"])
+    text = model.prompts(NAMES, sd.FORM)
     return unet(x, torch.tensor([0, 10, 500, 999]), text).sample
 
 
@@ -327,7 +328,7 @@ def test_the_pipeline_is_our_sampling(wide, tiny_sd, tmp_path, branch):
         pipe.scheduler.config, steps_offset=0, set_alpha_to_one=True)
     noise = [torch.randn(4, 8, 8, generator=runtime.generator("cpu", 0, "image", i))
              for i in range(3)]
-    texts = ["a old master painting", "a pop painting", "a realism painting"]
+    texts = [f"a photo of a {name}" for name in ("old master", "pop", "realism")]
     theirs = pipe(texts, latents=torch.stack(noise), height=16, width=16, num_inference_steps=3,
                   guidance_scale=2.5, output_type="np").images
     assert np.abs(np.round(255 * theirs) - images[:3]).max() <= 1

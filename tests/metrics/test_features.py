@@ -176,7 +176,7 @@ def test_fd_in_features_of_transformers(folders, tmp_path):
     """Also from features that --save-stats kept."""
     rng = np.random.RandomState(1)
     for name in "ab":
-        np.savez(tmp_path / f"{name}.npz", rng.randint(0, 256, (6, 8, 8, 3), np.uint8))
+        np.savez(tmp_path / f"{name}.npz", rng.randint(0, 256, (12, 8, 8, 3), np.uint8))
     features = f"clip:{folders['clip'][0]}"
     common = ("--samples", tmp_path / "a.npz", "--device", "cpu")
     call(evaluate.main, *common, "--reference", tmp_path / "b.npz", "--features", features,
