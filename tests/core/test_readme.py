@@ -111,6 +111,7 @@ def test_every_command_is_understood(monkeypatch, name):
 def test_the_next_command_is_understood(monkeypatch, capsys, kind):
     """Rank 0 alone prints it, and not under run_all.sh."""
     args = Namespace(out="a run", dataset="folder", data_dir="my images")
+    monkeypatch.delenv("RUN_ALL", raising=False)        # bash run_all.sh tests
     loop.print_next(kind, args)
     line = capsys.readouterr().out.removeprefix("Next: ")
     [(module, flags)] = printed_commands(f"```bash\n{line}```")
