@@ -7,10 +7,11 @@
 
 A base loss is a function loss(pred, batch, obj) -> (scalar to minimise, {name: scalar to log}):
 
-    pred   Predictions: pred.eps, what theta predicts; pred.general(), what theta^g predicts;
-           pred.under(y), what theta predicts under other labels
+    pred   Predictions: pred.x_t; pred.eps, what theta predicts; each by one more pass:
+           pred.general(), what theta^g predicts; pred.under(y), theta under other labels
     batch  Batch: everything random of this step, made by `draw_batch` from (seed, step) alone
-    obj    Objective: what no step changes (class counts, the schedule, the network)
+    obj    Objective: what no step changes: obj.counts (C,), obj.signal and obj.sigma (T,), which
+           are sqrt(alphas_bar) and sqrt(1 - alphas_bar), the Base's own constants, obj.net
 
 Its own hyper-parameters are keyword-only arguments with a default. Every base loss is an entry of
 BASES, and every hyper-parameter a flag of train.py by its entry in FLAGS. `Objective` adds L_CM. It
@@ -19,7 +20,7 @@ predictions as one call.
 """
 import inspect
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import NamedTuple
 
@@ -212,11 +213,6 @@ def rop(pred: Predictions, batch: Batch, obj: "Objective", *, rop_weight: float 
     return base + rop_weight * overlap, {"base": base, "overlap": overlap}
 
 
-def no_constants(alphas_bar: Tensor) -> dict[str, Tensor]:
-    """Those of a base that looks at nothing of the schedule but q(x_t | x_0)."""
-    return {}
-
-
 class Base(NamedTuple):
     """An entry of BASES: the loss, how it draws timesteps, what of the schedule it looks at.
 
@@ -225,7 +221,7 @@ class Base(NamedTuple):
     """
     loss: Callable
     draw_t: Callable = uniform_t
-    constants: Callable = no_constants
+    constants: Callable = lambda alphas_bar: {}
 
 
 BASES = {
@@ -248,14 +244,10 @@ FLAGS = {       # flags of train.py, {hyper-parameter: (type, help)}; the defaul
 }
 
 
-def options_of(base: Base) -> dict:
-    """{name: default} of the hyper-parameters of a base: its functions' keyword-only arguments."""
-    found = {}
-    for function in base:
-        for name, parameter in inspect.signature(function).parameters.items():
-            if parameter.kind is parameter.KEYWORD_ONLY:
-                found[name] = parameter.default
-    return found
+def options_of(functions: Iterable[Callable]) -> dict:
+    """{name: default} of the hyper-parameters of a Base: its functions' keyword-only arguments."""
+    parameters = [p for f in functions for p in inspect.signature(f).parameters.values()]
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
 def bind(name: str, options: dict | None = None) -> Base:
@@ -263,11 +255,11 @@ def bind(name: str, options: dict | None = None) -> Base:
 
     options: {name: value}, such as vars(args); what belongs to other bases is ignored.
     """
-    def given(function):
-        own = options_of(Base(function, uniform_t))
-        return partial(function, **{k: options[k] for k in own if k in options})
-    options = options or {}
-    return Base(*map(given, BASES[name]))
+    bound = []
+    for function in BASES[name]:
+        own = options_of([function])
+        bound.append(partial(function, **{k: v for k, v in (options or {}).items() if k in own}))
+    return Base(*bound)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -328,10 +320,10 @@ def cm_terms(D: Tensor, y: Tensor, w_con_y: Tensor, w_div_y: Tensor, bound: floa
     training then diverges. weight (B,): a factor of each image (see `choose`), None for 1.
     """
     bounded = D.clamp(max=bound) if bound else D
-    w_con, w_div = w_con_y[y], w_div_y[y]
+    pull, push = w_con_y[y], w_div_y[y]         # (B,)
     if weight is not None:
-        w_con, w_div = w_con * weight, w_div * weight
-    return {"con": (w_con * D).mean(), "div": -(w_div * bounded).mean()}
+        pull, push = pull * weight, push * weight
+    return {"con": (pull * D).mean(), "div": -(push * bounded).mean()}
 
 
 def choose(importance: Tensor, fraction: float,
@@ -360,11 +352,10 @@ def choose(importance: Tensor, fraction: float,
 
 
 class Objective(nn.Module):
-    """L_Total = L_base + lam (w_con L_Con + w_div L_Div), Eq. (4), of a UNet.
+    """L_Total = L_base + lam (w_con L_Con + w_div L_Div), Eq. (4).
 
-    net:        a model.UNet, or another network with its encode, decode and draw_masks; L_CM is
-                added where its decoder is reserved, or cm.rank_ratio is 0, and cm.lam is not (else
-                no second pass)
+    net:        a network as networks.py describes it; where its decoder is reserved (or
+                cm.rank_ratio is 0) and cm.lam is not 0, there is a second pass and L_CM
     base:       the base loss, from `bind`
     counts:     (C,) training images per class
     alphas_bar: (T,) the noise schedule
@@ -468,7 +459,7 @@ class Objective(nn.Module):
         total, terms = self.base.loss(pred, batch, self)
         D = torch.zeros_like(batch.t, dtype=torch.float32)
         if self.two_passes:
-            general = pred.general()
+            general = pred.general()                # of the first images alone, see Batch.cm_weight
             D = distance(pred.eps[:len(general)], general)
             both = cm_terms(D, batch.y[:len(D)], self.w_con_y, self.w_div_y, self.cm.div_bound,
                             batch.cm_weight)
