@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, read without surprises; runs that go on.
+"""Files: written whole or not at all, read without surprises.
 
     disk.write_json(path, value)            # under a temporary name, then renamed
     ckpt = disk.load(path, ["diffusion"])   # tensors and plain types only
@@ -7,6 +7,7 @@
 A file under its real name is whole.
 """
 import csv
+import fcntl
 import hashlib
 import json
 import os
@@ -20,12 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from runtime import UserError, flag_of, setup
-
-try:
-    import fcntl
-except ImportError:         # Windows: no locks there
-    fcntl = None
+from runtime import UserError
 
 FORMAT = "capacity-manipulation/1"      # the first thing in every file that torch.save writes here
 
@@ -42,8 +38,6 @@ def write_atomic(path, write, flag="--out"):
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with writing(path, flag):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.unlink(missing_ok=True)       # of a killed process with this number
-        temporary.touch(exist_ok=False)         # a new file, never another one through a link
         try:
             write(temporary)
             os.replace(temporary, path)
@@ -113,12 +107,12 @@ def save_figure(fig, path, suffixes=("png",)):
 def write_folder(folder, write, kind, flag="--out", **record):
     """Make a whole folder: write(path) fills an empty one beside it, which is then renamed.
 
-    Its export.json says the kind, the names of its files and `record`. Whatever fails, the folder
-    that it replaces remains. Raises UserError as refuse_other_folder.
+    Its export.json says the kind, the names of its files and `record`. Where write fails, the
+    folder that it would replace remains. Raises UserError as refuse_other_folder.
     """
     folder = Path(os.path.abspath(folder))
     refuse_other_folder(folder, kind, flag)
-    new, old = (folder.with_name(f".{folder.name}.{word}") for word in ("new", "old"))
+    new = folder.with_name(f".{folder.name}.new")
     with writing(folder, flag):
         shutil.rmtree(new, ignore_errors=True)      # of a process that was killed
         new.mkdir(parents=True)
@@ -126,14 +120,9 @@ def write_folder(folder, write, kind, flag="--out", **record):
             write(new)
             write_json(new / "export.json", {"format": FORMAT, "kind": kind, **record,
                                              "files": files_in(new)}, flag)
-            if folder.exists():
-                shutil.rmtree(old, ignore_errors=True)
-                os.replace(folder, old)
+            shutil.rmtree(folder, ignore_errors=True)
             os.replace(new, folder)
-            shutil.rmtree(old, ignore_errors=True)
         finally:
-            if old.exists() and not folder.exists():
-                os.replace(old, folder)
             shutil.rmtree(new, ignore_errors=True)
 
 
@@ -168,8 +157,7 @@ def lock(folder, flag="--out", rt=None, name=".lock", wait=False):
             Path(folder).mkdir(parents=True, exist_ok=True)
             file = held.enter_context(open(Path(folder) / name, "a"))
         try:
-            if fcntl:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as e:
             if not wait:
                 raise UserError(f"{flag} {folder}: another process is writing there; wait for it, "
@@ -287,7 +275,7 @@ def path_id(path):
 
 
 # --------------------------------------------------------------------------------------------------
-# Checkpoints, and runs that go on
+# Checkpoints
 
 class Checkpoint(dict):
     """What `load` returns: the content of a file, and `sha256`, the file's hash."""
@@ -321,38 +309,3 @@ def load(path, kinds, flag="--ckpt"):
     ckpt = Checkpoint(value)
     ckpt.sha256 = sha256(path)
     return ckpt
-
-
-def resume(args, kinds):
-    """(the checkpoint in args.out or None, a Runtime): a run goes on in the dtype it began with.
-
-    args.dtype becomes what "auto" came to, so that the run keeps it on any device.
-    """
-    path = Path(args.out) / "ckpt.pt"
-    # A link that leads nowhere is a run on a disk that is not there, not a new one
-    old = load(path, kinds, "--out") if os.path.lexists(path) else None
-    keeps = old is not None and args.dtype == "auto"
-    rt = setup(args.device, old["config"]["dtype"] if keeps else args.dtype)
-    args.dtype = rt.dtype_name()
-    return old, rt
-
-
-def refuse_changes(old, config, out, resumable):
-    """Raise UserError for the first setting that is not the one of the run in `out`.
-
-    old, config: settings of the checkpoint and of this command; those that only `old` has do not
-    count, and one that only `config` has was off. resumable: names of those that may change.
-    NAME_sha256 is the content of NAME's file.
-    """
-    for key, value in config.items():
-        was_off = key not in old and not value
-        if key in resumable or was_off or old.get(key) == value:
-            continue
-        name = key.removesuffix("_sha256")
-        if name != key:
-            was, value = "another file of this name", config.get(name)
-        else:
-            was = old.get(key)
-        raise UserError(f"{flag_of(name)} {value}: the run in {out} was started with {was}; repeat "
-                        "that to resume it, or choose another folder with --out, or in "
-                        "run_all.sh with ROOT")

@@ -14,6 +14,7 @@ A step is the backward pass of objective(batch)[0], and an update:
 """
 import json
 import math
+import os
 import sys
 import time
 from contextlib import nullcontext
@@ -28,8 +29,8 @@ from torch.utils.tensorboard import SummaryWriter
 import disk
 import runtime
 from data import class_groups
-from runtime import UserError, integer, number
-from sample import grid_image, is_one_network, ten_classes
+from runtime import UserError, flag_of, integer, number
+from sample import grid_image, ten_classes
 
 MAX_D = 100.0               # a distance of two predictions of noise of variance 1: it has diverged
 FRECHET = ("FID", "FD")     # what a Frechet distance is called in Inception's features, in others
@@ -41,9 +42,6 @@ NEXT = {                    # what most people run after a training, by its kind
     "latent": "-m latent.stable_diffusion sample --ckpt {ckpt}",
     "text": "-m latent.text_to_image sample --ckpt {ckpt}",
     "autoencoder": "train.py --dataset {dataset} --data-dir {data_dir} --latents {ckpt}"}
-EARLIER = {                 # what runs did before these were settings
-    "recipe": "ours", "reserve": "all", "form": "flat", "warmup_from": 1, "ema_ramp": True,
-    "attention_gain": 1e-5, "scale": 1.0, "norms": "shared"}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -96,13 +94,16 @@ def config_of(args):
 def resume(args, kinds, resumable=()):
     """(the checkpoint in args.out or None, the Runtime); its settings must be this command's.
 
-    kinds: see disk.load. resumable: settings that may change, beside RESUMABLE. Raises UserError.
+    kinds: see disk.load. resumable: settings that may change, beside RESUMABLE. args.dtype becomes
+    what "auto" came to, so that the run keeps it on any device. Raises UserError.
     """
-    old, rt = disk.resume(args, kinds)
+    path = Path(args.out) / "ckpt.pt"
+    # A link that leads nowhere is a run on a disk that is not there, not a new one
+    old = disk.load(path, kinds, "--out") if os.path.lexists(path) else None
+    keeps_dtype = old is not None and args.dtype == "auto"
+    rt = runtime.setup(args.device, old["config"]["dtype"] if keeps_dtype else args.dtype)
+    args.dtype = rt.dtype_name()
     rt.agree(old["step"] if old else 0, args.out)
-    if old and is_one_network(old):
-        raise UserError(f"--out {args.out}: its ckpt.pt is an export of sample.py, which has no "
-                        "training to go on with; choose another folder")
     if args.batch_size % (rt.world * args.accumulate):
         raise UserError(f"--batch-size {args.batch_size}: must be a multiple of {rt.world} "
                         f"processes times --accumulate {args.accumulate}")
@@ -112,16 +113,27 @@ def resume(args, kinds, resumable=()):
         may_change = RESUMABLE | {*resumable}
         if getattr(args, "lr_decay", False):        # what each step was depends on their number
             may_change -= {"steps", "epochs"}
-        disk.refuse_changes(whole(old["config"]), config_of(args), args.out, may_change)
+        refuse_changes(old["config"], config_of(args), args.out, may_change)
     return old, rt
 
 
-def whole(config):
-    """The settings of a checkpoint, with those that it may be older than."""
-    config = {**EARLIER, **config}
-    words = {True: "decoder", False: "none"}        # --independent-dropout was on or off
-    masks = config.get("independent_dropout")
-    return {**config, "independent_dropout": words.get(masks, masks)}
+def refuse_changes(old, config, out, resumable):
+    """Raise UserError for the first setting that is not the one of the run in `out`.
+
+    old, config: settings of the checkpoint and of this command; one that only `config` has was off.
+    resumable: names of those that may change. NAME_sha256 is the content of NAME's file.
+    """
+    for key, value in config.items():
+        was_off = key not in old and not value
+        if key in resumable or was_off or old.get(key) == value:
+            continue
+        name = key.removesuffix("_sha256")
+        was = old.get(key)
+        if name != key:
+            was, value = "another file of this name", config.get(name)
+        raise UserError(f"{flag_of(name)} {value}: the run in {out} was started with {was}; repeat "
+                        "that to resume it, or choose another folder with --out, or in "
+                        "run_all.sh with ROOT")
 
 
 def is_finished(old, args, rt):
@@ -443,16 +455,6 @@ def train_step(training, module, stops=lambda: False, bar=None):
     return True
 
 
-def agrees(step, args, rt):
-    """Whether the ranks exchange after this step which signals came: on GPUs every ten steps.
-
-    In an exchange the device may have nothing to do. Steps of several passes, and those of CPUs,
-    are long, and a stopped run has 30 seconds.
-    """
-    often = rt.device.type != "cuda" or rt.world == 1 or args.accumulate > 1
-    return often or step % 10 == 0
-
-
 def loop(training, samples=None, evaluation=None):
     """Train to args.steps, logging and saving; where a signal comes, save and leave the process.
 
@@ -490,15 +492,18 @@ def run_steps(training, module, log, samples, evaluation):
     bar = runtime.progress(
         total=args.steps * args.batch_size, initial=training.step * args.batch_size, unit="img",
         leave=False, disable=rt.rank > 0 or not sys.stderr.isatty())
+    # The ranks exchange which signals came; a GPU may wait for that. A stopped run has 30 seconds
+    long_steps = rt.device.type != "cuda" or args.accumulate > 1
+    exchange_every = 1 if long_steps or rt.world == 1 else 10
     first = logged = training.step
     clock = time.time()             # the speed counts from here, and from step `logged`
     while training.step < args.steps and not signal:
         with runtime.without_guards(module, training.step > first):
-            whole = train_step(training, module, lambda: rt.maximum(stop.number), bar)
+            taken = train_step(training, module, lambda: rt.maximum(stop.number), bar)
         step = training.step
-        if agrees(step, args, rt) or not whole:
+        if step % exchange_every == 0 or not taken:
             signal = rt.maximum(stop.number)
-        logs = whole and (step % args.log_every == 0 or step == args.steps)
+        logs = taken and (step % args.log_every == 0 or step == args.steps)
         saves = step % args.save_every == 0 or step == args.steps or signal
         if (logs or saves) and training.meter.steps:
             means = training.meter.means(rt)
@@ -515,7 +520,7 @@ def run_steps(training, module, log, samples, evaluation):
             training.check_weights()
             if rt.rank == 0:
                 disk.save(Path(args.out) / "ckpt.pt", training.state())
-        if whole:
+        if taken:
             start = time.time()
             if log:
                 write_due(training, log, samples)

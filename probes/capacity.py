@@ -24,7 +24,6 @@ import disk
 import runtime
 from cm_layers import general_only, is_reserved, reserved
 from data import class_groups, reference_images, to_float, training_images
-from loop import whole
 from losses import CMConfig, Masks, Objective, bind
 from model import (distance, make_alphas_bar, q_sample, signal_and_sigma,
                    stratified_timesteps)
@@ -93,7 +92,7 @@ def objective_of(ckpt, net, counts):
 
     With --cm-fraction below 1 draw_batch would give the images in another order than their labels.
     """
-    cm = CMConfig.of(Namespace(**whole(ckpt["config"])))._replace(cm_fraction=1.0)
+    cm = CMConfig.of(Namespace(**ckpt["config"]))._replace(cm_fraction=1.0)
     return Objective(net=net, base=bind("ddpm"), counts=counts, alphas_bar=make_alphas_bar(),
                      label_drop=0.0, cm=cm)
 
