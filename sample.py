@@ -77,14 +77,11 @@ def sample_batch(net, y, indices, shape, rt, sampling, alphas_bar=None):
         alphas_bar = make_alphas_bar()
     x_T = noise().contiguous(memory_format=torch.channels_last)
     predict = guided(net, y, sampling.guidance, rt)
-    options = {} if sampling.sampler == "consistency" else {
-        "limit": to_range if sampling.clip else None}
-    if sampling.sampler == "ddim":
-        options |= {"eta": sampling.eta, "last_step": sampling.last_step}
-    if sampling.sampler == "dpm":
-        options["order"] = sampling.order
+    limit = to_range if sampling.clip else None
+    own = {"ddim": {"eta": sampling.eta, "last_step": sampling.last_step},
+           "dpm": {"order": sampling.order}}.get(sampling.sampler, {})
     return SAMPLERS[sampling.sampler](predict, x_T, alphas_bar, sampling.timesteps(alphas_bar),
-                                      noise, **options)
+                                      noise, limit, **own)
 
 
 def prepare(net, rt, shape, num, batch_size):
@@ -315,7 +312,9 @@ def make_samples(out, data, rt, record, labels, make_images, if_needed, png=Fals
     uint8 on rank 0; keep_in: `generate`'s, so that the same call goes on after a stop. What
     sample.py, evaluate.py, stable_diffusion.py and text_to_image.py do with their images.
     """
-    print_notes(record, rt)
+    if record["config"].get("label_drop") == 0 and record["guidance"]:
+        rt.print(f"note: --guidance {record['guidance']:g} leads away from Null, which a network "
+                 "trained with --label-drop 0 does not know; take --guidance 0")
     unfinished = out / "unfinished"
     keep_in = unfinished / disk.settings_id(record)
     files = ["samples.npz", "grid.png", *(["png"] if png else [])]
@@ -357,20 +356,6 @@ def samples_folder(args):
 def which_weights(args, ckpt):
     """{"weights": ..., "branch": ...} of the flags; of an export those that it was made of."""
     return {name: ckpt.get(name, getattr(args, name)) for name in ("weights", "branch")}
-
-
-def print_notes(record, rt):
-    """Say where images cannot be what their settings promise; record: of describe."""
-    label_drop = record["config"].get("label_drop")
-    if label_drop == 0 and record["guidance"]:
-        rt.print(f"note: --guidance {record['guidance']:g} leads away from Null, which a network "
-                 "trained with --label-drop 0 does not know; take --guidance 0")
-    if label_drop == 1 and record.get("classes") != [-1]:
-        rt.print("note: the network was trained with --label-drop 1 and has seen no label; the "
-                 "labels of its images mean nothing")
-    if record["steps"] == 1 and record["sampler"] in ("ddim", "ddpm", "dpm++"):
-        rt.print("note: --steps 1 starts at t = 0, where the network expects an image almost "
-                 "without noise; take more steps")
 
 
 def describe(args, ckpt, sampling, rt):
@@ -611,7 +596,7 @@ def main():
         refuse_unused(parser.given, {"num": "--fill-to says how many"})
         labels = labels_to_fill(classes, ckpt["data"], args.fill_to)
     rt = runtime.setup(args.device, dtype_of(args, ckpt))
-    net = load_network(ckpt, args.weights, args.branch, rt.device)
+    net = load_network(ckpt, args.weights, args.branch, rt.device)      # merged: theta or theta^g
     shape, to_image = space_of(ckpt, rt.device, args.latents)
 
     def make_images(keep_in):

@@ -148,12 +148,12 @@ def make_timesteps(T: int, steps: int) -> list[int]:
     return timesteps
 
 
-def sample(predict, x, alphas_bar, timesteps, noise):
+def sample(predict, x, alphas_bar, timesteps, noise, limit=None):
     """Song et al.'s Algorithm 1: x_0 = f(x_T, T), then noise it to each further t and call f again.
 
     predict(x_t, t) -> F. x: (N, C, H, W) standard normal. noise() gives fresh standard normal noise
     of x's shape. f's result contains sigma_0's noise already, so sqrt(sigma_t^2 - sigma_0^2) is
-    added.
+    added. There is no `limit`.
     """
     sigma = sigmas(alphas_bar).tolist()
     factors = [value.float().to(x.device) for value in constants(alphas_bar).values()]
