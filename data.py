@@ -35,10 +35,10 @@ from sets.readers import READERS, NoSuchSplit, Source
 
 @dataclass
 class ImageSet:
-    """Images (N, H, W, C) uint8 (a memory map where packed), labels (N,) int64 in [0, C)."""
+    """Images, their labels, and where they come from."""
     name: str
-    images: np.ndarray
-    labels: np.ndarray
+    images: np.ndarray              # (N, H, W, 1 or 3) uint8, a memory map where packed
+    labels: np.ndarray              # (N,) int64, each the number of a name in class_names
     class_names: list
     flip: bool = False              # whether a mirrored image is as good
     provenance: dict = field(default_factory=dict)
@@ -112,7 +112,8 @@ def load(name: str, data_dir: str | Path = "data", split: str = "train",
     resolution = resolution or source.resolution
     base = pack_path(name, data_dir, split, resolution, pack_dir)
 
-    # What a pack that is current says of what it was made from
+    # provenance: what the set is. stamp: what it was made from; a pack with another one is stale.
+    # contents: what the reader gives, or None where the pack that is there needs no reading
     provenance = {"dataset": name, "split": split}
     stamp = {"reader": None}
     contents = None
@@ -135,9 +136,9 @@ def load(name: str, data_dir: str | Path = "data", split: str = "train",
                              stamp, resolution if source.files else None, name)
     names = meta["class_names"]
     order = order_of(class_order, names, source, meta["class_counts"])
-    return ImageSet(name, images, np.argsort(order)[np.array(meta["labels"])],
-                    [names[c] for c in order], source.flip, meta["provenance"], meta["sha256"],
-                    total=len(images))
+    new_number = np.argsort(order)          # of each class
+    return ImageSet(name, images, new_number[meta["labels"]], [names[c] for c in order],
+                    source.flip, meta["provenance"], meta["sha256"], total=len(images))
 
 
 def read_if_there(name: str, data_dir: str | Path, split: str, base: Path) -> tuple | None:

@@ -127,7 +127,7 @@ def load_unmerged(ckpt, weights="ema", device="cpu", flag="--ckpt"):
     return net.to(device, memory_format=torch.channels_last)
 
 
-def load_network(ckpt, weights="ema", branch="full", device="cpu", flag="--ckpt"):
+def load_merged(ckpt, weights="ema", branch="full", device="cpu", flag="--ckpt"):
     """The network of a checkpoint merged into a plain one, without gradients, on `device`.
 
     branch: "full" (theta) or "general" (theta^g). The rest as load_unmerged. Raises UserError.

@@ -31,7 +31,7 @@ import runtime
 from data import class_groups, reference_images, to_float, training_images
 from model import (distance, make_alphas_bar, q_sample, signal_and_sigma,
                    stratified_timesteps)
-from networks import load_network
+from networks import load_merged
 from runtime import Parser, UserError, integer, number, run
 from sample import dtype_of
 
@@ -347,7 +347,7 @@ def main():
     # Measure
     results = {}
     for name, ckpt in zip(names, ckpts):
-        net = load_network(ckpt, args.weights, "full", rt.device)
+        net = load_merged(ckpt, args.weights, "full", rt.device)
         raw, pruned = measure(net, images.images, labels, fractions, args, rt, name)
         results[name] = {f"{f:g}": changes(raw, losses, labels, class_names, counts)
                          for f, losses in pruned.items()}

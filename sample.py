@@ -33,7 +33,7 @@ import disk
 import runtime
 from data import by_size, class_groups, data_flags, resolve_classes, to_rgb, to_uint8
 from model import make_alphas_bar
-from networks import KINDS, is_one_network, load_network
+from networks import KINDS, is_one_network, load_merged
 from runtime import Parser, UserError, integer, number, refuse_unused, run
 from samplers import LAST_STEPS, SAMPLERS, STEPS, Sampling, to_range
 
@@ -557,7 +557,7 @@ def export(args, given):
         raise UserError("--export: group experts depend on the label and do not merge into one "
                         "plain network")
     rt = runtime.setup(args.device, dtype_of(args, ckpt))
-    net = load_network(ckpt, args.weights, args.branch)
+    net = load_merged(ckpt, args.weights, args.branch)
     if args.format == "diffusers":
         from exchange import diffusers_unet     # needs diffusers
         made_of = {**ckpt, **which_weights(args, ckpt)}
@@ -596,7 +596,7 @@ def main():
         refuse_unused(parser.given, {"num": "--fill-to says how many"})
         labels = labels_to_fill(classes, ckpt["data"], args.fill_to)
     rt = runtime.setup(args.device, dtype_of(args, ckpt))
-    net = load_network(ckpt, args.weights, args.branch, rt.device)      # merged: theta or theta^g
+    net = load_merged(ckpt, args.weights, args.branch, rt.device)
     shape, to_image = space_of(ckpt, rt.device, args.latents)
 
     def make_images(keep_in):

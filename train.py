@@ -31,7 +31,7 @@ from loop import (FRECHET, RESUMABLE, Training, add_step_flags, add_write_flags,
                   is_finished, loop, resume)
 from losses import BASES, CMConfig, Objective, add_cm_flags, bind
 from model import Attention, init_layer, make_alphas_bar
-from networks import KINDS, NETWORKS, add_low_rank, load_network
+from networks import KINDS, NETWORKS, add_low_rank, load_merged
 from runtime import Parser, UserError, integer, number, refuse_unused, run
 from sample import generate, prepare
 from samplers import Sampling
@@ -159,7 +159,7 @@ def add_method_flags(parser):
     g.add_argument("--cbdm-y", choices=("uniform", "train"), default="uniform",
                    help="how y' is drawn; Eq. (D.1): uniform; CBDM's code: by the class sizes of "
                    "train (default: uniform)")
-    # That of ct_double is a quarter of --steps
+    # loop.resume fills in ct_double
     add_own_flags(g, losses.FLAGS, [*map(losses.options_of, BASES.values()), {"ct_double": None}])
     g.add_argument("--experts", choices=("group",),
                    help="a low-rank expert for each of Many, Medium and Few, not CM's one")
@@ -253,8 +253,6 @@ def resolve(args, given=()):
 def check_network(args, given):
     """Raise UserError where the network cannot be built as the flags say, or has no use for one."""
     if args.network == "unet":
-        if args.ch % 2:
-            raise UserError(f"--ch {args.ch}: must be even; take a multiple of 32")
         if any(level >= len(args.ch_mult) for level in args.attn):
             raise UserError(f"--attn {max(args.attn)}: --ch-mult has levels 0 to "
                             f"{len(args.ch_mult) - 1} only")
@@ -302,8 +300,6 @@ def check_method(args, given):
         unused = (*CM_ONLY, "reserve", "form", *([] if args.experts else ["rank_ratio"]))
         refuse_unused(given, {name: "means something with --cm only" for name in unused})
     if not args.rank_ratio:
-        if args.lora or args.experts:
-            raise UserError("--rank-ratio 0: leaves nothing to train; take more")
         if args.lam and not (args.dropout and args.independent_dropout != "none"):
             raise UserError("--rank-ratio 0: theta and theta^g are then the same; give them "
                             "different masks with --independent-dropout and --dropout")
@@ -359,7 +355,8 @@ def make_network(args, images, shape, old, source):
     settings = networks.settings_of(args.network, {
         **vars(args), "channels": channels, "num_classes": len(images.class_names),
         "size": resolution, "augment_dim": augment.DIM if args.ada else 0})
-    low_rank = {"rank_ratio": args.rank_ratio or None if args.cm or args.experts else None,
+    reserves = args.rank_ratio and (args.cm or args.experts)
+    low_rank = {"rank_ratio": args.rank_ratio if reserves else None,
                 "experts": images.counts.tolist() if args.experts else None,
                 "form": args.form, "where": args.reserve}
     torch.manual_seed(runtime.seed_of(args.seed, "init"))
@@ -376,7 +373,7 @@ def make_network(args, images, shape, old, source):
                             "another order, and each class has weights of its own; repeat its data "
                             "set and its --class-order")
         try:
-            net.load_state_dict(load_network(source, flag="--init-from").state_dict())
+            net.load_state_dict(load_merged(source, flag="--init-from").state_dict())
         except RuntimeError as e:
             raise UserError(f"--init-from {args.init_from}: its network is another one ("
                             f"{str(e).splitlines()[-1].strip()}); repeat its --ch, --ch-mult, "
@@ -394,7 +391,7 @@ def ema_samples(shape, to_image, state, labels, rt, gather=True):
 
     Each from its own fixed noise; what generate returns. shape, to_image: see sample.space_of.
     """
-    net = prepare(load_network(state, device=rt.device), rt, shape, len(labels), batch_size=250)
+    net = prepare(load_merged(state, device=rt.device), rt, shape, len(labels), batch_size=250)
     config = state["config"]
     sampling = Sampling.of(state["kind"], config["recipe"], seed=config["seed"])
     return generate(net, labels, range(len(labels)), shape, rt, sampling, title=None, gather=gather,

@@ -147,7 +147,7 @@ def build(network, rank_ratio, text, texts, values=None):
     return net
 
 
-def load_network(ckpt, text, texts, weights="ema", branch="full", device="cpu"):
+def load_merged(ckpt, text, texts, weights="ema", branch="full", device="cpu"):
     """The network of a checkpoint for these texts, merged, without gradients: see build."""
     values = ckpt["ema" if weights == "ema" else "model"]
     net = build(ckpt["network"], ckpt["rank_ratio"], text, texts, values)
@@ -391,7 +391,7 @@ def grid_samples(autoencoder, text, table, state, labels, rt):
     u = torch.rand(len(labels), generator=runtime.generator("cpu", state["config"]["seed"], "grid"),
                    dtype=torch.float64)
     numbers = table.of_classes(torch.tensor(labels), u)
-    net = load_network(state, text, [table.texts[k] for k in numbers], device=rt.device)
+    net = load_merged(state, text, [table.texts[k] for k in numbers], device=rt.device)
     sampling = Sampling.of("text", seed=state["config"]["seed"])
     return decoded(autoencoder, net, list(range(len(labels))), state, rt, sampling, 25, "grid")
 
@@ -413,7 +413,7 @@ def main_sample(argv):
         text = load_text_encoder(args.text_encoder or config["text_encoder"],
                                  ckpt["network"]["vocabulary"])
         refuse_other_text_encoder(ckpt, text)
-        net = load_network(ckpt, text, texts, args.weights, args.branch, rt.device)
+        net = load_merged(ckpt, text, texts, args.weights, args.branch, rt.device)
         return decoded(autoencoder, net, list(range(args.num)), ckpt, rt, sampling,
                        args.batch_size, keep_in=keep_in)
     record = {**describe(args, ckpt, sampling, rt), "num": args.num,

@@ -15,7 +15,7 @@ import torch
 import disk
 from data import class_groups, folders_of, is_balanced, load_reference, to_classes, to_rgb
 from metrics.features import DIGITS_CLASSIFIER
-from networks import load_network
+from networks import load_merged
 from runtime import UserError
 from sample import describe, sampling_in_words, sampling_of, space_of
 from samplers import Sampling
@@ -190,7 +190,7 @@ class Subject:
 def from_checkpoint(args, ckpt, rt):
     """The Subject that --ckpt names."""
     sampling = sampling_of(args, ckpt["kind"], ckpt["config"])
-    net = load_network(ckpt, args.weights, args.branch, rt.device)
+    net = load_merged(ckpt, args.weights, args.branch, rt.device)
     made = describe(args, ckpt, sampling, rt)
     data = ckpt["data"]
     words = (f"{args.ckpt} (step {ckpt['step']:,}, {made['weights']} weights, {made['branch']} "

@@ -121,7 +121,7 @@ def checkpoint(cm_run):
 
 def network(cm_run, **options):
     """The merged network of a run."""
-    return sample.load_network(checkpoint(cm_run), **options)
+    return sample.load_merged(checkpoint(cm_run), **options)
 
 
 @pytest.mark.parametrize("settings", [{"eta": 0.5}, {"sampler": "dpm"}])
@@ -191,14 +191,14 @@ def test_guidance(cm_run, cpu):
 
 
 @pytest.mark.parametrize("weights, branch", [("ema", "full"), ("ema", "general"), ("raw", "full")])
-def test_load_network_is_load_unmerged_merged(cm_run, weights, branch):
+def test_load_merged_is_load_unmerged_merged(cm_run, weights, branch):
     """And that has the tensors of the checkpoint itself: W^g, A and B."""
     ckpt = checkpoint(cm_run)
     unmerged = networks.load_unmerged(ckpt, weights)
     assert_close(unmerged.state_dict(), ckpt["model" if weights == "raw" else "ema"], rtol=0,
                  atol=0)
     assert all(part.B.abs().max() > 0 for _, _, part in reserved(unmerged.decoder))
-    loaded = sample.load_network(ckpt, weights, branch)
+    loaded = sample.load_merged(ckpt, weights, branch)
     assert_close(loaded.state_dict(), merge(unmerged, branch).state_dict(), rtol=0, atol=0)
     assert not list(reserved(loaded)) and not any(p.requires_grad for p in loaded.parameters())
 
@@ -377,7 +377,7 @@ def test_null(cm_run, cpu, tmp_path, capsys):
 def test_whatever_moves_an_image_is_in_the_record(cm_run, tmp_path, monkeypatch):
     """--if-needed looks at the record alone: each flag that changes an image changes it."""
     ckpt, records = cm_run / "ckpt.pt", []
-    monkeypatch.setattr(sample, "load_network", lambda *_: None)
+    monkeypatch.setattr(sample, "load_merged", lambda *_: None)
     monkeypatch.setattr(sample, "make_samples",
                         lambda args, ckpt, rt, record, *_: records.append(record))
 
@@ -443,9 +443,9 @@ def test_export_is_a_plain_network_that_generates_the_same_images(cm_run, cpu, t
                                    samplers.Sampling(steps=5))
     original = images(network(cm_run))
     assert (images(plain) - original).abs().max() < 1e-4
-    assert torch.equal(original, images(sample.load_network(exported)))
+    assert torch.equal(original, images(sample.load_merged(exported)))
     with pytest.raises(UserError, match="--branch"):
-        sample.load_network(exported, branch="general")
+        sample.load_merged(exported, branch="general")
     for option, value in (("branch", "general"), ("weights", "raw")):
         call(sample.main, "--ckpt", cm_run / "ckpt.pt", "--export", path, "--device", "cpu",
              f"--{option}", value)

@@ -98,7 +98,7 @@ def test_it_predicts_what_ours_does(ckpt, digits, tmp_path, options):
     if "augment_dim" in options:
         ckpt, flags = checkpoint(tmp_path / "ckpt.pt", digits.record(), None, **options), []
     unet = DDIMPipeline.from_pretrained(to_diffusers(ckpt, tmp_path / "d", *flags)).unet
-    net = sample.load_network(disk.load(ckpt, ["diffusion"]), options.get("weights", "ema"),
+    net = sample.load_merged(disk.load(ckpt, ["diffusion"]), options.get("weights", "ema"),
                               options.get("branch", "full"))
     got, expected = predictions(net, unet)
     same(expected, got)
@@ -118,7 +118,7 @@ def test_the_lines_of_the_docstring_generate_our_images(ckpt, cpu, recipe, tmp_p
     lines = "\n".join(line[4:] for line in lines.splitlines())
     assert len(lines.splitlines()) == 5
     settings = samplers.Sampling.of("diffusion", recipe, seed=3, steps=5)
-    net = sample.load_network(whole)
+    net = sample.load_merged(whole)
     y = torch.tensor([0, 4, 9])
     expected = sample.sample_batch(net, y, range(3), (1, 8, 8), cpu, settings)
     noise = [torch.randn(1, 8, 8, generator=sample.runtime.generator("cpu", 3, "image", i))
@@ -166,7 +166,7 @@ def test_it_comes_back_after_training_there(exported, tmp_path):
     pipe.save_pretrained(folder)
     call(peers.main, "--from-diffusers", folder, "--to", tmp_path / "ours.pt")
     found = disk.load(tmp_path / "ours.pt", ["diffusion"])
-    same(*predictions(sample.load_network(found), pipe.unet.eval()))
+    same(*predictions(sample.load_merged(found), pipe.unet.eval()))
 
 
 @pytest.mark.parametrize("network, kind", [

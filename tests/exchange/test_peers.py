@@ -138,7 +138,7 @@ def imported(file, data_dir):
 
 def test_it_predicts_what_theirs_does(imported):
     ckpt = disk.load(imported, ["diffusion"])
-    net = sample.load_network(ckpt)
+    net = sample.load_merged(ckpt)
     g = torch.Generator().manual_seed(1)
     x, t = torch.randn(4, 1, 8, 8, generator=g), torch.tensor([0, 7, 500, 999])
     with torch.no_grad():

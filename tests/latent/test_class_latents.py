@@ -14,7 +14,7 @@ import samplers
 import train
 from data import load, to_uint8
 from latent.autoencoder import load_autoencoder
-from networks import load_network
+from networks import load_merged
 from runtime import generator
 
 KIND = ["latent diffusion"]
@@ -73,7 +73,7 @@ def test_samples_are_decoded(whole, autoencoder, tmp_path, cpu):
     call(sample.main, "--ckpt", whole / "ckpt.pt", *SAMPLE, "--out", tmp_path / "a")
     ckpt = disk.load(whole / "ckpt.pt", KIND)
     y = torch.tensor([0, 1, 2] * 2)
-    z = sample.sample_batch(load_network(ckpt), y, range(6), (4, 8, 8), cpu,
+    z = sample.sample_batch(load_merged(ckpt), y, range(6), (4, 8, 8), cpu,
                             samplers.Sampling(steps=3))
     own = load_autoencoder(str(autoencoder[0]), "cpu")
     with np.load(tmp_path / "a/samples.npz") as f:

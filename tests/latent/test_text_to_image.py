@@ -291,7 +291,7 @@ def test_a_frozen_clip_is_what_the_network_sees(pictures, autoencoder, tmp_path)
     ckpt = disk.load(tmp_path / "run/ckpt.pt", ["text"])
     assert not any("clip" in name for name in ckpt["model"]) and ckpt["text_encoder_sha256"]
     text = text_to_image.FrozenCLIP(str(tmp_path / "sd"))
-    net = text_to_image.load_network(ckpt, text, ["a red fox"])
+    net = text_to_image.load_merged(ckpt, text, ["a red fox"])
     ids = text.tokenizer(["a red fox", ""], padding="max_length", max_length=20,
                          return_tensors="pt").input_ids
     with torch.no_grad():

@@ -157,7 +157,7 @@ def test_the_images_are_those_of_the_training(cm_run, data_dir, digits, cpu, tmp
     classes = probe["results"]["cm"]["0.1"]["classes"]
     assert all(c["images"] == c["train_images"] for c in classes.values())
     assert probe["settings"]["num"] == len(digits.labels) == 502
-    net = pp.load_network(disk.load(cm_run / "ckpt.pt", ["diffusion"]), "ema", "full")
+    net = pp.load_merged(disk.load(cm_run / "ckpt.pt", ["diffusion"]), "ema", "full")
     losses = pp.per_image_losses(net, digits.images, digits.labels, 1, cpu)
     assert classes["9"]["raw"] == pytest.approx(losses[digits.labels == 9].mean(), rel=1e-4)
     assert measured("--images", "balanced")["settings"]["num"] == 1497
