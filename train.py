@@ -337,7 +337,26 @@ def run_name(args, defaults):
 
 
 # --------------------------------------------------------------------------------------------------
-# The network
+# The space of x_0, the network
+
+def make_space(args, images, rt, ckpt):
+    """What x_0 is, pixels or latents: (its shape (C, H, W), to_image, Batches, {key: value}).
+
+    to_image: what makes images of it, None for pixels. The last one is what a checkpoint says of
+    latents. ckpt: the checkpoint that the run goes on or starts from, or None. Raises UserError,
+    also where ckpt was trained on the latents of another autoencoder.
+    """
+    _, H, W, C = images.images.shape
+    given = (args.batch_size, args.seed, rt.device)
+    if not args.latents:
+        return (C, H, W), None, Batches(images, *given, resample=args.resample), {}
+    from latent.autoencoder import LatentBatches, encode_once, load_autoencoder
+    autoencoder = load_autoencoder(args.latents, rt.device, ckpt=ckpt)
+    moments = encode_once(autoencoder, images, args, rt)
+    batches = LatentBatches(images, moments, *given, resample=args.resample)
+    return autoencoder.latent_shape(H), autoencoder.decode, batches, {
+        "kind": "latent diffusion", "autoencoder_sha256": autoencoder.encoder_sha256()}
+
 
 def make_network(args, images, shape, old, source):
     """(the network to train, what a checkpoint says of it): for the plain settings see networks.py.
@@ -485,12 +504,7 @@ def main():
         rt.print("note: all classes are equally large, and so none is rare; --ir 100 makes the set "
                  "long-tailed")
 
-    _, H, W, C = images.images.shape
-    shape, to_image = (C, H, W), None
-    if args.latents:
-        from latent.autoencoder import LatentBatches, encode_once, load_autoencoder
-        autoencoder = load_autoencoder(args.latents, rt.device, ckpt=old or source)
-        shape, to_image = autoencoder.latent_shape(H), autoencoder.decode
+    shape, to_image, batches, space = make_space(args, images, rt, old or source)
     net, described = make_network(args, images, shape, old, source)
     net.to(rt.device, memory_format=torch.channels_last)
     if args.recompute:
@@ -505,13 +519,7 @@ def main():
                                  betas=(0.9, 0.999), fused=True)
     record = {"kind": "consistency" if args.base == "consistency" else "diffusion",
               "command": runtime.command_line("train.py"), "config": config_of(args),
-              "data": images.record(), **described}
-    if args.latents:
-        record |= {"kind": "latent diffusion", "autoencoder_sha256": autoencoder.encoder_sha256()}
-        batches = LatentBatches(images, encode_once(autoencoder, images, args, rt), args.batch_size,
-                                args.seed, rt.device, resample=args.resample)
-    else:
-        batches = Batches(images, args.batch_size, args.seed, rt.device, resample=args.resample)
+              "data": images.record(), **described, **space}
     training = Training(args, rt, net, objective, batches, optimizer, record, old)
     samples = partial(ema_samples, shape, to_image)
     evaluation = Evaluation(training, samples, old) if args.eval_every else None
