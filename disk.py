@@ -7,7 +7,6 @@
 A file under its real name is whole.
 """
 import csv
-import fcntl
 import hashlib
 import json
 import os
@@ -22,6 +21,11 @@ import numpy as np
 import torch
 
 from runtime import UserError
+
+try:
+    import fcntl
+except ImportError:         # Windows: no locks there
+    fcntl = None
 
 FORMAT = "capacity-manipulation/1"      # the first thing in every file that torch.save writes here
 
@@ -38,6 +42,8 @@ def write_atomic(path, write, flag="--out"):
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with writing(path, flag):
         path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.unlink(missing_ok=True)       # of a killed process with this number
+        temporary.touch(exist_ok=False)         # a new file, never another one through a link
         try:
             write(temporary)
             os.replace(temporary, path)
@@ -157,7 +163,8 @@ def lock(folder, flag="--out", rt=None, name=".lock", wait=False):
             Path(folder).mkdir(parents=True, exist_ok=True)
             file = held.enter_context(open(Path(folder) / name, "a"))
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as e:
             if not wait:
                 raise UserError(f"{flag} {folder}: another process is writing there; wait for it, "

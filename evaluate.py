@@ -35,7 +35,7 @@ from metrics.scores import (DENSITY_K, FLOOR_IMAGES, IS_SPLITS, KID_SIZE, KID_SU
                             METRIC_SEED, density_coverage, distance_of, floor_of, inception_score,
                             kernel_distance, placed, precision_recall, weights_of)
 from networks import KINDS
-from runtime import Parser, integer, run
+from runtime import Parser, UserError, integer, run
 from sample import (add_latents_flag, add_sampling_flags, dtype_of, generate, make_samples,
                     prepare)
 
@@ -76,13 +76,20 @@ def images_of_checkpoint(args, comparison, folder, rt):
 
 
 def extract_both(args, comparison, extractor, folder, rt):
-    """Features of both sides, on rank 0; the seconds. folder: of --ckpt's generated images."""
+    """Features of both sides, on rank 0; the seconds. folder: of --ckpt's generated images.
+
+    Raises UserError where features or logits are not finite.
+    """
     subject, reference = comparison.subject, comparison.reference
     start = time.time()
     images = subject.images or images_of_checkpoint(args, comparison, folder, rt)
     sampled = time.time()
     fake = extractor.of(images, "features of the samples")
     real = extractor.of(reference, "features of the reference")
+    for values in (*fake, *real):
+        if values is not None and not np.isfinite(values).all():        # None: not on rank 0
+            raise UserError(f"--features {extractor.name}: some features are not finite; its "
+                            "weights, or the file of --save-stats, are damaged")
     seconds = {"sampling": sampled - start, "features": time.time() - sampled}
     return Features(*fake, comparison.labels), Features(*real, reference.labels), seconds
 

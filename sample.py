@@ -312,9 +312,16 @@ def make_samples(out, data, rt, record, labels, make_images, if_needed, png=Fals
     uint8 on rank 0; keep_in: `generate`'s, so that the same call goes on after a stop. What
     sample.py, evaluate.py, stable_diffusion.py and text_to_image.py do with their images.
     """
-    if record["config"].get("label_drop") == 0 and record["guidance"]:
+    label_drop = record["config"].get("label_drop")
+    if label_drop == 0 and record["guidance"]:
         rt.print(f"note: --guidance {record['guidance']:g} leads away from Null, which a network "
                  "trained with --label-drop 0 does not know; take --guidance 0")
+    if label_drop == 1 and record.get("classes") != [-1]:
+        rt.print("note: the network was trained with --label-drop 1 and has seen no label; the "
+                 "labels of its images mean nothing")
+    if record["steps"] == 1 and record["sampler"] in ("ddim", "ddpm", "dpm++"):
+        rt.print("note: --steps 1 starts at t = 0, where the network expects an image almost "
+                 "without noise; take more steps")
     unfinished = out / "unfinished"
     keep_in = unfinished / disk.settings_id(record)
     files = ["samples.npz", "grid.png", *(["png"] if png else [])]

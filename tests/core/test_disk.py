@@ -88,3 +88,13 @@ def test_a_folder_is_replaced_where_it_is_an_earlier_one(tmp_path):
         write("three")
     assert (folder / "deep/x.txt").read_text() == "two"
     assert [p.name for p in tmp_path.iterdir()] == ["export"]
+
+
+def test_a_temporary_file_is_a_new_one(tmp_path):
+    """Where a link has its name, the file behind the link stays as it is."""
+    (tmp_path / "other").write_text("of somebody else")
+    temporary = tmp_path / f".x.json.{os.getpid()}.tmp"
+    temporary.symlink_to(tmp_path / "other")
+    disk.write_json(tmp_path / "x.json", 1)
+    assert (tmp_path / "other").read_text() == "of somebody else"
+    assert disk.read_json(tmp_path / "x.json") == 1 and not temporary.is_symlink()

@@ -96,7 +96,8 @@ def test_an_export_is_measured_as_what_it_was_made_of(cm_run, classifier, data_d
 
 
 @pytest.mark.parametrize("label_drop, flags, said", [
-    (0, [], "--guidance"), (0, ["--guidance", 0], ""), (0.1, [], "")])
+    (0, [], "--guidance"), (0, ["--guidance", 0], ""), (1, [], "--label-drop"),
+    (0.1, ["--steps", 1], "--steps"), (0.1, [], ""), (1, ["--classes", "null"], "")])
 def test_samples_that_cannot_be_what_was_asked_for(label_drop, flags, said, cm_run, tmp_path,
                                                    capsys):
     ckpt = torch.load(cm_run / "ckpt.pt", weights_only=True)
@@ -320,3 +321,11 @@ def test_parts_that_are_left_out_are_said():
     rare = evaluate.measure_all(fake, side(*[0] * 20, 1, 2, 3, 3), 7, {}, {}, settings)
     assert "kid" not in rare and "floor" not in rare and rare["fid"] > 0
     evaluate.print_result(rare, floor=2)
+
+
+def test_features_that_are_not_finite(samples, against_digits, tmp_path, capsys):
+    ckpt = torch.load(against_digits[5], weights_only=True)
+    ckpt["model"]["conv1.weight"].fill_(float("nan"))
+    torch.save(ckpt, tmp_path / "nan.pt")
+    refuses(capsys, evaluate.main, "--samples", samples, *against_digits[:4], "--features",
+            tmp_path / "nan.pt", "--device", "cpu", says=["--features"])
