@@ -96,12 +96,6 @@ def pyplot():
     return pyplot
 
 
-def in_figure(text):
-    """A name for matplotlib: dollars enclose no formula, a leading "_" hides no legend entry."""
-    text = text.replace("$", r"\$")
-    return f" {text}" if text.startswith("_") else text
-
-
 def save_figure(fig, path, suffixes=("png",)):
     """Write a matplotlib figure beside `path` once per suffix, atomically, and close it."""
     for suffix in suffixes:

@@ -21,6 +21,7 @@ from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.nn.utils import clip_grad_norm_
 from torch.optim.swa_utils import get_ema_multi_avg_fn
@@ -275,12 +276,6 @@ class Log:
             elif name != "eval_num" and (value or not name.startswith("D_")):
                 self.board.add_scalar(tag_of(name), value, step)    # without CM D is 0, no curve
         self.board.flush()
-
-    def picture(self, picture, step):
-        """Show a PIL image in TensorBoard."""
-        pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
-        pixels = pixels.view(picture.height, picture.width, 3)
-        self.board.add_image("samples", pixels, step, dataformats="HWC")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -549,7 +544,7 @@ def write_due(training, log, samples):
         images = samples(training.state(), classes * 10, alone)
         picture = grid_image({"": (images, classes * 10)}, names, counts, classes)
         disk.write_png(out / f"grid-{step:07d}.png", picture)
-        log.picture(picture, step)
+        log.board.add_image("samples", np.asarray(picture), step, dataformats="HWC")
 
 
 def announce(training, compiled):

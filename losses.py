@@ -81,7 +81,10 @@ def uniform_t(alphas_bar: Tensor, n: int, step: int,
 
 
 class Predictions:
-    """What a loss may ask of the network at one batch; theta and theta^g share one `encode`."""
+    """theta's prediction `eps`, made at once, and what else a loss may ask of the network.
+
+    theta and theta^g share one `encode`.
+    """
 
     def __init__(self, net: nn.Module, batch: Batch, x_t: Tensor):
         self.net = net

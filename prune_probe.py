@@ -201,11 +201,11 @@ def bar_figure(kind, results, fraction, path):
             errors = heights - low, high - heights
             label += f": Spearman {correlation(result['spearman'][kind])}"
         x = np.arange(len(names)) + (k - (n - 1) / 2) * 0.8 / n
-        ax.bar(x, heights, 0.8 / n, yerr=errors, label=disk.in_figure(label))
+        ax.bar(x, heights, 0.8 / n, yerr=errors, label=label)
     if kind != "raw":
         ax.set_title(f"{100 * fraction:g}% of the weights set to zero; 95 % intervals over images")
     step = max(1, len(names) // 25)                 # no more labels than can be read
-    ticks = [disk.in_figure(f"{name} ({sizes[name]})") for name in names[::step]]
+    ticks = [f"{name} ({sizes[name]})" for name in names[::step]]
     ax.set_xticks(np.arange(len(names))[::step], ticks, rotation=90, fontsize=7)
     ax.set(ylabel=BARS[kind], xlabel="class (training images), the most populous first")
     ax.legend(fontsize=8)
@@ -228,8 +228,8 @@ def curve_figure(results, path):
                 lines.setdefault(label, []).append(100 * value)
         percents = [100 * float(f) for f in by_fraction]
         for label, values in lines.items():
-            ax.plot(percents, values, "o-", label=disk.in_figure(label))
-        ax.set(title=disk.in_figure(name), xlabel="weights set to zero (%)")
+            ax.plot(percents, values, "o-", label=label)
+        ax.set(title=name, xlabel="weights set to zero (%)")
         ax.legend(fontsize=8)
     axes[0, 0].set_ylabel("relative loss change (%), mean over classes")
     disk.save_figure(fig, path)

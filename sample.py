@@ -471,9 +471,6 @@ def chosen_classes(args, data):
     if args.classes is None:
         return list(range(len(names)))
     if args.classes == "rarest" and "rarest" not in names:
-        if data.get("class_counts") is None:
-            raise UserError("--classes rarest: this checkpoint does not say how many images each "
-                            "class had; name the class")
         return [names.index(by_size(data)[-1])]
     return resolve_classes(args.classes, names, counts=data.get("class_counts"))
 
@@ -576,14 +573,11 @@ def export(args, given):
         kept.update(which_weights(args, ckpt))
         plain = {"rank_ratio": None, "experts": None, "model": state, "ema": state}
         metadata = {"format": "pt", **{name: json.dumps(value) for name, value in kept.items()}}
-
-        def write():
-            if safe:
-                disk.write_atomic(args.export, lambda path: save_file(state, path, metadata),
-                                  "--export")
-            else:
-                disk.save(args.export, {**kept, **plain}, "--export")
-        rt.on_rank_0(write)
+        if safe:
+            rt.on_rank_0(lambda: disk.write_atomic(
+                args.export, lambda path: save_file(state, path, metadata), "--export"))
+        else:
+            rt.on_rank_0(lambda: disk.save(args.export, {**kept, **plain}, "--export"))
     made = which_weights(args, ckpt)
     rt.print(f"wrote {args.export}: {made['weights']} weights, {made['branch']} branch")
 

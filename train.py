@@ -397,7 +397,7 @@ def make_network(args, images, shape, old, source):
             raise UserError(f"--init-from {args.init_from}: its network is another one ("
                             f"{str(e).splitlines()[-1].strip()}); repeat its --ch, --ch-mult, "
                             "--attn, --num-res-blocks and data set") from e
-    add_low_rank(net, **low_rank)
+    add_low_rank(net, **low_rank)       # after the weights of --init-from, which are a plain net's
     if args.lora:
         freeze_all_but_low_rank(net)
     if old:

@@ -61,7 +61,7 @@ def draw(curves, costs, column, path):
             steps = sorted(s for s in at if len(at[s]) == max(map(len, at.values())))
             values = [[value_of(r, column) for r in at[s].values()] for s in steps]
             time = [s * costs[k] for s in steps]
-            ax.plot(time, [np.mean(v) for v in values], f"C{k}o-", label=disk.in_figure(name))
+            ax.plot(time, [np.mean(v) for v in values], f"C{k}o-", label=name)
             ax.fill_between(time, [min(v) for v in values], [max(v) for v in values],
                             color=f"C{k}", alpha=0.2, linewidth=0)
         ax.set(title=f"width {panel[0]}, guidance {panel[1]:g}", yscale="log", xlim=(0, None),

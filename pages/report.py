@@ -338,7 +338,7 @@ def results_figure(rows, columns, paper, title, path):
     down = -(-len(columns) // across)
     size = (across * (2 + 0.4 * len(rows)), 3.2 * down)
     fig, axes = plt.subplots(down, across, figsize=size, squeeze=False, constrained_layout=True)
-    names = [disk.in_figure(label_of(rows, *row)) for row in rows]
+    names = [label_of(rows, *row) for row in rows]
     x = np.arange(len(rows))
     for ax, column in zip(axes.flat, columns):
         numbers = [over_seeds(results, column) for _, results in rows]
@@ -361,7 +361,7 @@ def results_figure(rows, columns, paper, title, path):
     for ax in axes.flat[len(columns):]:
         ax.remove()
     # About ten characters to an inch
-    fig.suptitle(textwrap.fill(disk.in_figure(title), round(10 * size[0])))
+    fig.suptitle(textwrap.fill(title, round(10 * size[0])))
     disk.save_figure(fig, path, ("png", "pdf"))
 
 

@@ -342,7 +342,7 @@ def allocation_figure(result, path, bound=0):
     if bound:
         right.axhline(bound, color="black", linestyle=":", label=f"bound of L_Div, {bound:g}")
     for name, values in result["distance"].items():
-        right.plot(result["timesteps"], values, "o-", label=disk.in_figure(name))
+        right.plot(result["timesteps"], values, "o-", label=name)
     right.set(xlabel="timestep t", ylabel="D, 0 before training", yscale="log",
               title="what they change in the prediction")
     right.legend(fontsize=8)

@@ -422,17 +422,17 @@ ARTBENCH10_ORDER = (
     "post_impressionism", "realism", "romanticism", "ukiyo_e")
 
 READERS = {
-    "digits": Source(read_digits, 8, False, constant=True),
-    "cifar10": Source(partial(read_cifar, name="CIFAR10"), 32, True, constant=True),
-    "cifar100": Source(partial(read_cifar, name="CIFAR100"), 32, True, constant=True),
-    "celebahq": Source(read_celebahq, 64, True, files=True),
-    "imagenet-lt": Source(read_imagenet_lt, 64, True, files=True, reference="test"),
-    "inat2018": Source(read_inat2018, 64, True, files=True, reference="test"),
+    "digits": Source(read_digits, 8, flip=False, constant=True),
+    "cifar10": Source(partial(read_cifar, name="CIFAR10"), 32, flip=True, constant=True),
+    "cifar100": Source(partial(read_cifar, name="CIFAR100"), 32, flip=True, constant=True),
+    "celebahq": Source(read_celebahq, 64, flip=True, files=True),
+    "imagenet-lt": Source(read_imagenet_lt, 64, flip=True, files=True, reference="test"),
+    "inat2018": Source(read_inat2018, 64, flip=True, files=True, reference="test"),
     # Classes of equal sizes: the order says which of them become rare
-    "artbench10": Source(read_artbench10, 256, True, files=True, listed=False,
+    "artbench10": Source(read_artbench10, 256, flip=True, files=True, listed=False,
                          order=ARTBENCH10_ORDER),
-    "cub200": Source(read_cub200, 64, True, files=True, captions=read_text_c10),
-    "flowers102": Source(read_flowers102, 64, True, files=True, captions=read_text_c10),
-    "folder": Source(read_folder, 64, True, files=True, listed=False, reference="test",
+    "cub200": Source(read_cub200, 64, flip=True, files=True, captions=read_text_c10),
+    "flowers102": Source(read_flowers102, 64, flip=True, files=True, captions=read_text_c10),
+    "folder": Source(read_folder, 64, flip=True, files=True, listed=False, reference="test",
                      captions=read_texts_beside, by_size=True),
 }
