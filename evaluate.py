@@ -36,8 +36,8 @@ from metrics.scores import (DENSITY_K, FLOOR_IMAGES, IS_SPLITS, KID_SIZE, KID_SU
                             kernel_distance, placed, precision_recall, weights_of)
 from networks import KINDS
 from runtime import Parser, UserError, integer, run
-from sample import (add_latents_flag, add_sampling_flags, dtype_of, generate, make_samples,
-                    prepare)
+from sample import (add_latents_flag, add_sampling_flags, dtype_of, generate, make_fast,
+                    make_samples)
 
 FEW = 2048          # with fewer images a Frechet distance depends mostly on their number
 FLOOR_ROUNDS = 3    # of a user's folder, whose numbers compare with no one else's
@@ -66,7 +66,7 @@ def images_of_checkpoint(args, comparison, folder, rt):
     out = folder / f"eval-samples-{disk.settings_id(record)}"
 
     def make_images(keep_in):
-        net = prepare(subject.net, rt, subject.shape, comparison.n, args.batch_size)
+        net = make_fast(subject.net, rt, subject.shape, comparison.n, args.batch_size)
         return generate(net, comparison.labels, comparison.indices, subject.shape, rt,
                         subject.sampling, args.batch_size, to_image=subject.to_image,
                         keep_in=keep_in)
@@ -276,25 +276,24 @@ def print_result(result, k=3, floor=0):
     left_out = result.get("left_out", {})
     for why in dict.fromkeys(left_out.values()):
         print(f"left out: {first(name for name in left_out if left_out[name] == why)} ({why})")
-    notes = {
-        f"warning: fewer than {FEW:,} images on one side; a Frechet distance is then biased "
-        f"upwards{', IS downwards,' if 'is' in result else ''} and can be compared only at equal "
-        f"counts; {kernel.upper()} is not biased":
-            lambda r: min(r["num"], r["num_real"]) < FEW,
-        f"warning: fewer neighbours than {k} in precision and recall, or than {DENSITY_K} in "
-        "density and coverage, since there are no more images on one side; these do not compare":
-            lambda r: r["k"] < k or r["density_k"] < DENSITY_K,
-        f"note: no {kernel.upper()}; equally many real images of each class are fewer than "
-        f"{LEAST_REAL}":
-            lambda r: kernel not in r,
-        f"note: no IS; it needs at least {IS_SPLITS} images":
-            lambda r: r is result and "fid" in r and "is" not in r,
-        f"note: no floor; it needs at least {FLOOR_IMAGES} real images, two of each class":
-            lambda r: floor and "floor" not in r}
-    for words, holds in notes.items():
+    biased = "upwards, IS downwards" if "is" in result else "upwards"
+    notes = [
+        ("warning", lambda r: min(r["num"], r["num_real"]) < FEW,
+         f"fewer than {FEW:,} images on one side; a Frechet distance is then biased {biased}, and "
+         f"can be compared only at equal counts; {kernel.upper()} is not biased"),
+        ("warning", lambda r: r["k"] < k or r["density_k"] < DENSITY_K,
+         f"fewer neighbours than {k} in precision and recall, or than {DENSITY_K} in density and "
+         "coverage, since there are no more images on one side; these do not compare"),
+        ("note", lambda r: kernel not in r,
+         f"no {kernel.upper()}; equally many real images of each class are fewer than "
+         f"{LEAST_REAL}"),
+        ("note", lambda r: r is result and "fid" in r and "is" not in r,
+         f"no IS; it needs at least {IS_SPLITS} images"),
+        ("note", lambda r: floor and "floor" not in r,
+         f"no floor; it needs at least {FLOOR_IMAGES} real images, two of each class")]
+    for kind, holds, words in notes:
         if names := [name for name, r in rows if holds(r)]:
-            kind, _, rest = words.partition(": ")
-            print(f"{kind}: {first(names)}: {rest}")
+            print(f"{kind}: {first(names)}: {words}")
 
 
 def first(names):

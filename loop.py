@@ -146,11 +146,11 @@ def is_finished(old, args, rt):
         raise UserError(f"{flag}: the run in {args.out} is at step {old['step']} already, beyond "
                         f"{args.steps}; raise it, or choose another folder with --out")
     rt.print(f"{args.out}: finished, step {old['step']} of {args.steps}")
-    print_next(old["kind"], args)
+    print_next_of(old["kind"], args)
     return True
 
 
-def print_next(kind, args):
+def print_next_of(kind, args):
     """Print what follows this kind of training; nothing for a classifier, which is measured now."""
     values = {**vars(args), "ckpt": Path(args.out) / "ckpt.pt"}
     if kind in NEXT:
@@ -476,7 +476,7 @@ def loop(training, samples=None, evaluation=None):
                  "the same command goes on from there")
         sys.exit(128 + signal)
     rt.print(f"finished: {out / 'ckpt.pt'}")
-    print_next(training.record["kind"], args)
+    print_next_of(training.record["kind"], args)
 
 
 def run_steps(training, module, log, samples, evaluation):

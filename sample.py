@@ -84,7 +84,7 @@ def sample_batch(net, y, indices, shape, rt, sampling, alphas_bar=None):
                                       noise, limit, **own)
 
 
-def prepare(net, rt, shape, num, batch_size):
+def make_fast(net, rt, shape, num, batch_size):
     """A network without gradients made fast for `generate`, in place; the one to be called.
 
     The weights that autocast would cast in every call are cast once, to the same numbers. On CUDA
@@ -601,7 +601,7 @@ def main():
     shape, to_image = space_of(ckpt, rt.device, args.latents)
 
     def make_images(keep_in):
-        fast = prepare(net, rt, shape, len(labels), args.batch_size)
+        fast = make_fast(net, rt, shape, len(labels), args.batch_size)
         return generate(fast, labels, range(len(labels)), shape, rt, sampling, args.batch_size,
                         to_image=to_image, keep_in=keep_in)
     record = {**describe(args, ckpt, sampling, rt), "classes": classes, "num": len(labels),

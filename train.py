@@ -33,7 +33,7 @@ from losses import BASES, CMConfig, Objective, add_cm_flags, bind
 from model import Attention, init_layer, make_alphas_bar
 from networks import KINDS, NETWORKS, add_low_rank, load_merged
 from runtime import Parser, UserError, integer, number, refuse_unused, run
-from sample import generate, prepare
+from sample import generate, make_fast
 from samplers import Sampling
 from sets.readers import READERS
 from variants import augment
@@ -410,7 +410,7 @@ def ema_samples(shape, to_image, state, labels, rt, gather=True):
 
     Each from its own fixed noise; what generate returns. shape, to_image: see sample.space_of.
     """
-    net = prepare(load_merged(state, device=rt.device), rt, shape, len(labels), batch_size=250)
+    net = make_fast(load_merged(state, device=rt.device), rt, shape, len(labels), batch_size=250)
     config = state["config"]
     sampling = Sampling.of(state["kind"], config["recipe"], seed=config["seed"])
     return generate(net, labels, range(len(labels)), shape, rt, sampling, title=None, gather=gather,

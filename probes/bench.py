@@ -33,7 +33,7 @@ from losses import CMConfig, Objective, bind
 from model import UNetConfig, make_alphas_bar
 from networks import build
 from runtime import Parser, UserError, integer, run
-from sample import guided, prepare
+from sample import guided, make_fast
 
 RUN = 300_000 * 64      # images of one of the paper's runs
 METHODS = {             # name: (base loss, --cm-fraction, or None without CM)
@@ -182,7 +182,7 @@ def bench_sampling(batch_size, rounds, rt, compiled):
     for name, rank_ratio in SAMPLED.items():
         net = merge(build(NETWORK, rank_ratio))
         net.to(rt.device, memory_format=torch.channels_last).requires_grad_(False)
-        net = prepare(net, rt, x.shape[1:], RUN if compiled else 0, batch_size)
+        net = make_fast(net, rt, x.shape[1:], RUN if compiled else 0, batch_size)
         calls[name] = partial(guided(net, y, 1.5, rt), x, 500)
     found = take_turns(calls, rounds, rt.device, f"batch {batch_size}: sampling")
     return [{"network": name, "dtype": rt.dtype_name(), "batch": batch_size,

@@ -112,7 +112,7 @@ def test_the_next_command_is_understood(monkeypatch, capsys, kind):
     """Rank 0 alone prints it, and not under run_all.sh."""
     args = Namespace(out="a run", dataset="folder", data_dir="my images")
     monkeypatch.delenv("RUN_ALL", raising=False)        # bash run_all.sh tests
-    loop.print_next(kind, args)
+    loop.print_next_of(kind, args)
     line = capsys.readouterr().out.removeprefix("Next: ")
     [(module, flags)] = printed_commands(f"```bash\n{line}```")
     assert "a run/ckpt.pt" in flags
@@ -120,7 +120,7 @@ def test_the_next_command_is_understood(monkeypatch, capsys, kind):
     for variable in ("RUN_ALL", "RANK"):
         with monkeypatch.context() as patch:
             patch.setenv(variable, "1")
-            loop.print_next(kind, args)
+            loop.print_next_of(kind, args)
     assert capsys.readouterr().out == ""
 
 

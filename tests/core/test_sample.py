@@ -595,12 +595,12 @@ def test_weights_cast_once_predict_the_same(experts):
     x, y = torch.randn(2, 1, 8, 8), torch.tensor([1, 9])
     with torch.no_grad():
         before = sample.guided(net, y, 1.5, rt)(x, 500)
-        prepared = sample.prepare(net, rt, SHAPE, 10 ** 6, 100)
+        prepared = sample.make_fast(net, rt, SHAPE, 10 ** 6, 100)
         after = sample.guided(prepared, y, 1.5, rt)(x, 500)
     assert torch.equal(before, after) and before.abs().sum() > 0
     assert net.encoder.head.weight.dtype == torch.bfloat16
     assert net.encoder.middle[0].norm1.weight.dtype == torch.float32
     net = tiny_net(0.3)
-    sample.prepare(net, rt, SHAPE, 10, 10)
+    sample.make_fast(net, rt, SHAPE, 10, 10)
     for owner, _, part in reserved(net):
         assert owner.parametrizations.weight.original.dtype == part.B.dtype == torch.float32
