@@ -182,6 +182,8 @@ def long_tail_counts(available: ArrayLike, ir: float) -> np.ndarray:
     """
     available = np.asarray(available)
     C = len(available)
+    if C < 2:
+        raise UserError("--ir: a long tail needs at least two classes")
     decay = np.array([(1 / ir) ** (c / (C - 1)) for c in range(C)])
     n_max = available.sum() // C
     while n_max and ((n_max * decay).astype(int) > available).any():
