@@ -502,18 +502,17 @@ class Batches:
 
     Step s takes positions s B ... (s + 1) B - 1 of an endless sequence of epochs, each a
     permutation of all images seeded by (seed, epoch). The images are copied to `device` if they
-    take at most `limit` bytes (device_limit's by default), else they stay where they are.
+    take at most device_limit's bytes, else they stay where they are.
     resample Q (+RS): class c is drawn with probability proportional to N_c^Q instead, with
     replacement: 0 balances the classes, 0.5 takes square roots, 1 changes nothing.
     """
 
     def __init__(self, images: ImageSet, batch_size: int, seed: int, device: torch.device | str,
-                 limit: int | None = None, resample: float = 1.0):
+                 resample: float = 1.0):
         self.batch_size = batch_size
         self.seed = seed
         self.device = device
-        limit = device_limit(device) if limit is None else limit
-        self.on_device = images.images.nbytes <= limit
+        self.on_device = images.images.nbytes <= device_limit(device)
         self.pixels = images.images
         if self.on_device:
             self.pixels = torch.from_numpy(np.array(images.images)).to(device)

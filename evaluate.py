@@ -494,10 +494,10 @@ def main():
                            "images_per_class": reference.per_class}
 
     # Numbers to eval.json
+    print_result(result, args.k, args.floor)
     if warnings := warnings_of(real, metrics, comparison.class_names, extractor):
         result["warnings"] = warnings
-    print_result(result, args.k, args.floor)
-    print("".join(line + "\n" for line in warnings), end="", flush=True)
+        print(*warnings, sep="\n")
     write_result(out_json, result, settings, seconds, by_size(subject.data))
     if args.save_stats:
         save_stats(args.save_stats, real, about)

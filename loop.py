@@ -53,6 +53,7 @@ def add_step_flags(group, **defaults):
 
     defaults: of --lr, --warmup and --ema, by their names; one that is left out has none.
     """
+    defaults = {"batch_size": 64, "accumulate": 1, "grad_clip": 1.0, "label_drop": 0.1, **defaults}
     add_with_defaults(group, defaults, {
         "--batch-size": (integer(1), "images per step, over all processes"),
         "--accumulate": (integer(1), "passes per step over parts of the batch: less memory"),
@@ -60,8 +61,7 @@ def add_step_flags(group, **defaults):
         "--warmup": (integer(0), "steps in which it rises linearly"),
         "--grad-clip": (number(above=0), "largest gradient norm"),
         "--ema": (number(0, 1), "decay of the averaged weights, less in the first steps"),
-        "--label-drop": (number(0, 1), "probability that a label, or text, is Null"),
-    }, batch_size=64, accumulate=1, grad_clip=1.0, label_drop=0.1)
+        "--label-drop": (number(0, 1), "probability that a label, or text, is Null")})
     group.add_argument("--lr-decay", action="store_true",
                        help="the learning rate falls to 0 at --steps, by half a cosine")
     runtime.add_compile_flag(group)
@@ -78,10 +78,10 @@ def add_write_flags(parser, **defaults):
     return group
 
 
-def add_with_defaults(group, defaults, flags, **more):
-    """Add flags, {flag: (type, help)}; defaults, more: {name: default}, which --help then says."""
+def add_with_defaults(group, defaults, flags):
+    """Add flags, {flag: (type, help)}; defaults: {name: default}, which --help then says."""
     for flag, (kind, words) in flags.items():
-        default = {**more, **defaults}.get(flag[2:].replace("-", "_"))
+        default = defaults.get(flag[2:].replace("-", "_"))
         shown = "" if default is None else f" (default: {default:,g})"
         group.add_argument(flag, type=kind, default=default, help=words + shown)
 
