@@ -115,22 +115,21 @@ def load(name: str, data_dir: str | Path = "data", split: str = "train",
     # provenance: what the set is. stamp: what it was made from; a pack with another one is stale.
     # contents: what the reader gives, or None where the pack that is there needs no reading
     provenance = {"dataset": name, "split": split}
-    stamp = {"reader": None}
     contents = None
-    if source.files:
-        contents = read_if_there(name, data_dir, split, base)
-        if contents is None:
-            stamp = read_json(base.with_name(base.name + ".json"))["stamp"]
-        else:
-            paths, labels, names = contents
-            stamp.update(files=fingerprint(paths, data_dir), labels=labels_hash(labels, names))
-            if not source.listed:
-                provenance["files_sha256"] = names_and_sizes(paths, data_dir)
-    elif not source.constant:
-        contents = source.read(data_dir, split)
-        pixels, labels, names = contents
+    if source.constant:
+        stamp = {"reader": None}
+    elif not source.files:
+        contents = pixels, labels, names = source.read(data_dir, split)
         stamp = {"reader": hashlib.sha256(np.ascontiguousarray(pixels)).hexdigest(),
                  "labels": labels_hash(labels, names)}
+    elif contents := read_if_there(name, data_dir, split, base):
+        paths, labels, names = contents
+        stamp = {"reader": None, "files": fingerprint(paths, data_dir),
+                 "labels": labels_hash(labels, names)}
+        if not source.listed:
+            provenance["files_sha256"] = names_and_sizes(paths, data_dir)
+    else:
+        stamp = read_json(base.with_name(base.name + ".json"))["stamp"]
 
     images, meta = pack_once(base, lambda: contents or source.read(data_dir, split), provenance,
                              stamp, resolution if source.files else None, name)
