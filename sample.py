@@ -435,13 +435,10 @@ def add_weights_flags(group):
     group.add_argument("--weights", choices=("ema", "raw"), default="ema", help="default: ema")
 
 
-def sampling_of(args, kind, config=None):
-    """The Sampling of add_sampling_flags's flags and --seed, for this kind of model.
-
-    config: its checkpoint's settings.
-    """
-    recipe = (config or {}).get("recipe")
-    return Sampling.of(kind, recipe, **{f.name: getattr(args, f.name) for f in fields(Sampling)})
+def sampling_of(args, ckpt):
+    """The Sampling of add_sampling_flags's flags and --seed, for a checkpoint's kind of model."""
+    given = {f.name: getattr(args, f.name) for f in fields(Sampling)}
+    return Sampling.of(ckpt["kind"], ckpt["config"].get("recipe"), **given)
 
 
 def add_image_flags(parser):
@@ -475,11 +472,12 @@ def chosen_classes(args, data):
     return resolve_classes(args.classes, names, counts=data.get("class_counts"))
 
 
-def asked_for(args, ckpt, sampling):
-    """(class numbers, Sampling) of --classes: chosen_classes's, or [-1] for null, Null itself.
+def classes_and_sampling(args, ckpt):
+    """(class numbers, Sampling) of the flags: chosen_classes's, or [-1] for null, Null itself.
 
     Guidance from Null towards Null moves nothing, so it is left out. Raises UserError.
     """
+    sampling = sampling_of(args, ckpt)
     if args.classes != "null" or "null" in ckpt["data"]["class_names"]:
         return chosen_classes(args, ckpt["data"]), sampling
     if ckpt["config"].get("label_drop") == 0:
@@ -590,7 +588,7 @@ def main():
         return export(args, parser.given)
     refuse_unused(parser.given, {"format": "belongs to --export"})
     ckpt = disk.load(args.ckpt, KINDS)
-    classes, sampling = asked_for(args, ckpt, sampling_of(args, ckpt["kind"], ckpt["config"]))
+    classes, sampling = classes_and_sampling(args, ckpt)
     if args.fill_to is None:
         labels = labels_in_turn(classes, args.num)
     else:

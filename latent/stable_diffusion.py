@@ -44,8 +44,8 @@ from loop import (Training, add_step_flags, add_write_flags, config_of, is_finis
 from losses import CMConfig, Objective, add_cm_flags, bind
 from runtime import Parser, UserError, integer, number, refuse_unused, run
 from sample import (add_image_flags, add_output_flags, add_sampling_flags, add_weights_flags,
-                    asked_for, describe, dtype_of, generate, labels_in_turn, make_samples,
-                    samples_folder, sampling_of)
+                    classes_and_sampling, describe, dtype_of, generate, labels_in_turn,
+                    make_samples, samples_folder)
 from samplers import Sampling
 from sets.readers import READERS
 from train import IR, LATENT_RESOLUTION, preset_words
@@ -472,7 +472,7 @@ def main_sample(argv):
     """Generate the images that the flags ask for: sample.py's main, through the autoencoder."""
     args = make_sample_parser().parse_args(argv)
     ckpt = disk.load(args.ckpt, ["latent"])
-    classes, sampling = asked_for(args, ckpt, sampling_of(args, "latent"))
+    classes, sampling = classes_and_sampling(args, ckpt)
     labels = labels_in_turn(classes, args.num)
     refuse_general(args, ckpt["config"]["cm"])
     rt = runtime.setup(args.device, dtype_of(args, ckpt))

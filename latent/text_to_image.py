@@ -400,7 +400,7 @@ def main_sample(argv):
     """Generate images for the captions of the reference: sample.py's main, with texts."""
     args = make_sample_parser().parse_args(argv)
     ckpt = disk.load(args.ckpt, ["text"])
-    sampling = sampling_of(args, "text")
+    sampling = sampling_of(args, ckpt)
     refuse_general(args, ckpt["rank_ratio"])
     rt = runtime.setup(args.device, dtype_of(args, ckpt))
     with rt.rank_0_first():

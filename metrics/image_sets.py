@@ -189,7 +189,7 @@ class Subject:
 
 def from_checkpoint(args, ckpt, rt):
     """The Subject that --ckpt names."""
-    sampling = sampling_of(args, ckpt["kind"], ckpt["config"])
+    sampling = sampling_of(args, ckpt)
     net = load_merged(ckpt, args.weights, args.branch, rt.device)
     made = describe(args, ckpt, sampling, rt)
     data = ckpt["data"]

@@ -77,18 +77,20 @@ def test_the_logsnr_grid():
 
 
 def test_settings_of_the_default_command():
+    def record(kind):
+        return sample.sampling_of(args, {"kind": kind, "config": {}}).record()
     parser = sample.make_parser()
     args = parser.parse_args(["--ckpt", "ckpt.pt"])
     settings = {"seed": 0, "sampler": "ddim", "grid": "uniform", "eta": 0.0, "guidance": 1.5,
                 "steps": 50, "clip": True}
-    assert sample.sampling_of(args, "diffusion").record() == settings
-    assert sample.sampling_of(args, "latent").record() == {**settings, "clip": False}
-    assert sample.sampling_of(args, "consistency").record() == {
+    assert record("diffusion") == settings
+    assert record("latent") == {**settings, "clip": False}
+    assert record("consistency") == {
         **settings, "sampler": "consistency", "steps": 2, "guidance": 0.0, "clip": False}
     assert (args.branch, args.weights, args.num) == ("full", "ema", 100)
     args = parser.parse_args(["--ckpt", "ckpt.pt", "--sampler", "dpm", "--no-clip"])
     changed = {"sampler": "dpm", "steps": 15, "clip": False, "order": 3}
-    assert sample.sampling_of(args, "diffusion").record() == {**settings, **changed}
+    assert record("diffusion") == {**settings, **changed}
 
 
 @pytest.mark.parametrize("kind, flag, others", [
@@ -101,7 +103,7 @@ def test_settings_that_a_sampler_has_no_use_for(kind, flag, others):
     flag = flag.split()
     args = sample.make_parser().parse_args(["--ckpt", "ckpt.pt", *flag, *others])
     with pytest.raises(UserError, match=flag[0]):
-        sample.sampling_of(args, kind)
+        sample.sampling_of(args, {"kind": kind, "config": {}})
 
 
 def test_the_noise_of_eta_is_equation_16s():
