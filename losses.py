@@ -73,13 +73,6 @@ class Batch(NamedTuple):
     pair: tuple                     # what the base's draw_t gave besides t, (B,) each
 
 
-def uniform_t(alphas_bar: Tensor, n: int, step: int,
-              generator: torch.Generator) -> tuple[Tensor, tuple]:
-    """(t, ()): t (n,) uniform in [0, T), on the generator's device."""
-    t = torch.randint(len(alphas_bar), (n,), generator=generator, device=generator.device)
-    return t, ()
-
-
 class Predictions:
     """theta's prediction `eps`, made at once, and what else a loss may ask of the network.
 
@@ -214,6 +207,13 @@ def rop(pred: Predictions, batch: Batch, obj: "Objective", *, rop_weight: float 
     active = (batch.y_cond >= 0) & (batch.y_other != batch.y)
     overlap = (obj.time_weights[batch.t] * active * hinge).mean()
     return base + rop_weight * overlap, {"base": base, "overlap": overlap}
+
+
+def uniform_t(alphas_bar: Tensor, n: int, step: int,
+              generator: torch.Generator) -> tuple[Tensor, tuple]:
+    """(t, ()): t (n,) uniform in [0, T), on the generator's device."""
+    t = torch.randint(len(alphas_bar), (n,), generator=generator, device=generator.device)
+    return t, ()
 
 
 class Base(NamedTuple):
