@@ -116,10 +116,10 @@ set_up requirements.txt torch torchvision scipy PIL tensorboard tqdm matplotlib 
 # The demo and the smoke run
 
 # stage DONE WORDS: say which part of the demo begins, and, from the per cent of its time that are
-# done before it, how long the rest takes
+# done before it, how long the rest takes: from half on, since a part at the start says too little
 stage() {
   local left="about $MINUTES minutes on two cores"
-  if (( $1 > 5 )); then
+  if (( $1 > 50 )); then
     left="about $(( SECONDS * (100 - $1) / $1 )) s left"
   fi
   STAGE=$(( STAGE + 1 ))
@@ -145,7 +145,7 @@ demo() {
   python -m recognition.classify --dataset digits --epochs $EPOCHS --out $OUT/classifier
 
   # Side by side, on one thread each: a step of so small a network gains nothing from a second one
-  stage 6 "training DDPM, and beside it CM on DDPM (see $OUT/cm/log.jsonl)"
+  stage 6 "training DDPM, and beside it CM on DDPM"
   OMP_NUM_THREADS=1 python $train --steps $STEPS --base ddpm --cm --out $OUT/cm \
     > /dev/null 2> >(cat >&2) &
   trap 'kill $(jobs -p) 2>/dev/null || true' EXIT       # where the other one fails, it saves
@@ -153,7 +153,7 @@ demo() {
   stage 56 "samples of DDPM; to look at: $OUT/ddpm/full-0/grid.png"
   demo_samples "DDPM" ddpm full 0
 
-  stage 67 "training CM to its end"
+  stage 67 "training CM to its end (see $OUT/cm/log.jsonl)"
   wait $!
   stage 83 "samples of CM: theta"
   demo_samples "CM" cm full 0

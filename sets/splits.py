@@ -37,7 +37,7 @@ def groups_of(files, text, data_dir):
         found = [m and m[min(1, m.re.groups)] for m in matches]     # what is in (), or all of it
     if lacking := [file for file, group in zip(files, found) if not group]:
         raise UserError(f"--groups {text}: {len(lacking):,} of {len(files):,} files have no group, "
-                        f"the first is {lacking[0]}")
+                        f"the first is {lacking[0]}; leave --groups out where there are none")
     return found
 
 
