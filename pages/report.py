@@ -347,6 +347,7 @@ def results_figure(rows, columns, paper, title, path):
         bars = ax.bar(x, heights, 0.7, yerr=errors, capsize=2)
         labels = [f"{number.mean:.3g}" if number else "" for number in numbers]
         ax.bar_label(bars, labels, fontsize=7, padding=1)
+        ax.margins(y=0.1)       # room for the number above the highest bar
         for i, (name, _) in enumerate(rows):
             if theirs := paper_number(paper, name, column):
                 ax.plot(i, theirs.mean, "kD", markersize=4, markerfacecolor="white")
@@ -466,8 +467,9 @@ def demo_summary(rows):
         *(f"{words}: {metric.upper()} {of(group, 1):.1f} with CM, {of(group, 0):.1f} without: "
           f"{compared(group)}."
           for words, group in (("Rare classes (Few)", "Few"), ("Frequent classes (Many)", "Many"))),
-        f"Without the reserved part, CM's is {few:.1f} times as large on Few and {many:.1f} "
-        f"times on Many: that part {holds} of the rare classes than of the frequent ones."]
+        f"Without the reserved part, CM's {metric.upper()} is {few:.1f} times as large on Few and "
+        f"{many:.1f} times on Many: that part {holds} of the rare classes than of the frequent "
+        "ones."]
 
 
 def seconds_per_step(results):
