@@ -153,6 +153,7 @@ def lock(folder, flag="--out", rt=None, name=".lock", wait=False):
     several processes that write together; rank 0 takes the lock, and all leave where it cannot.
     """
     def take():
+        """Create the folder and its lock file, and lock that."""
         with writing(folder, flag):
             Path(folder).mkdir(parents=True, exist_ok=True)
             file = held.enter_context(open(Path(folder) / name, "a"))
@@ -217,7 +218,7 @@ def up_to_date(path, settings):
     return made_with == json.loads(json.dumps(settings))
 
 
-def differences(path, settings):
+def settings_replaced(path, settings):
     """The settings under "settings" in a JSON file that have other values here: a list of words.
 
     Short ones with the value in the file. [] where there is no such file.

@@ -490,11 +490,10 @@ def run_steps(training, module, log, samples, evaluation):
     # The ranks exchange which signals came; a GPU may wait for that. A stopped run has 30 seconds
     long_steps = rt.device.type != "cuda" or args.accumulate > 1
     exchange_every = 1 if long_steps or rt.world == 1 else 10
-    first = logged = training.step
+    logged = training.step
     clock = time.time()             # the speed counts from here, and from step `logged`
     while training.step < args.steps and not signal:
-        with runtime.without_guards(module, training.step > first):
-            taken = train_step(training, module, lambda: rt.maximum(stop.number), bar)
+        taken = train_step(training, module, lambda: rt.maximum(stop.number), bar)
         step = training.step
         if step % exchange_every == 0 or not taken:
             signal = rt.maximum(stop.number)

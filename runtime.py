@@ -468,18 +468,6 @@ def compile_or_not(module, loss_of, rt):
                 b.copy_(value)
 
 
-def without_guards(module, on):
-    """A block in which, if `on`, a compiled module is called without a check that its code fits.
-
-    The checks of a CM step take half a millisecond of CPU or more. Only for calls like one that has
-    been made already.
-    """
-    module = getattr(module, "module", module)          # of DistributedDataParallel
-    if not on or not hasattr(module, "_orig_mod"):
-        return nullcontext()
-    return torch.compiler.set_stance(skip_guard_eval_unsafe=True)
-
-
 class StopSignal:
     """Turns SIGTERM, SIGINT and SIGHUP into `number`: 0, or the signal. A second one ends it."""
 

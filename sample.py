@@ -146,9 +146,8 @@ def generate(net, labels, indices, shape, rt, sampling, batch_size=250, title="s
                 bar.update(n)
                 continue
             y = torch.tensor([labels[r] for r in rows], device=rt.device, dtype=torch.int64)
-            with runtime.without_guards(net, len(parts) > 0 and not found):
-                x = sample_batch(net, y, [indices[r] for r in rows], shape, rt, sampling,
-                                 alphas_bar)[:n]
+            x = sample_batch(net, y, [indices[r] for r in rows], shape, rt, sampling,
+                             alphas_bar)[:n]
             image = x if to_image is None else to_image(x)
             finite = bool(image.isfinite().all())
             if not finite:
@@ -334,7 +333,7 @@ def make_samples(out, data, rt, record, labels, make_images, if_needed, png=Fals
         def begin():
             if png:
                 disk.refuse_other_folder(out / "png", "samples", "--png")
-            if differ := disk.differences(out / "samples.json", record):
+            if differ := disk.settings_replaced(out / "samples.json", record):
                 print(f"{out}: replaces the samples of other settings: {', '.join(differ)}")
             if unfinished.exists() and not keep_in.exists():
                 print(f"{unfinished}: removed, since it has images of other settings")

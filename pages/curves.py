@@ -20,23 +20,24 @@ from scipy import stats
 import disk
 from pages import page
 from pages.page import escaped, markdown_table, named
-from pages.report import value_of
+from pages.report import title_of, value_of
 from runtime import Parser, UserError, number, run
 
-TITLES = {"fid": "FD", "Many fid": "FD on Many", "Medium fid": "FD on Medium",
-          "Few fid": "FD on Few", "Few recall": "recall on Few"}
-COLUMNS = list(TITLES)
+COLUMNS = ["fid", "Many fid", "Medium fid", "Few fid", "Few recall"]
 
 
 def read_curve(text):
-    """(name, {panel: {step: {seed: result}}}) of "NAME=FILES". Raises UserError.
+    """(name, {panel: {step: {seed: result}}}) of "NAME=FILES". panel: (width, guidance).
 
-    panel: (width, guidance).
+    Raises UserError, also where a group was not measured.
     """
     name, pattern = named(text, "--curve")
     panels = defaultdict(lambda: defaultdict(dict))
     for path in sorted(glob.glob(pattern)):
         result = disk.read_json(path)
+        if None in [value_of(result, column) for column in COLUMNS]:
+            raise UserError(f"--curve {text}: {path} lacks Many, Medium or Few; evaluate.py says "
+                            "why")
         s = result["settings"]
         panels[s["config"]["ch"], s["guidance"]][s["step"]][s["config"]["seed"]] = result
     if not panels:
@@ -44,7 +45,14 @@ def read_curve(text):
     return name, panels
 
 
-def draw(curves, costs, column, path):
+def titles_of(curves):
+    """{column: its title, "Few FD"} of COLUMNS."""
+    result = next(result for _, panels in curves for steps in panels.values()
+                  for seeds in steps.values() for result in seeds.values())
+    return {column: title_of(result, column) for column in COLUMNS}
+
+
+def draw(curves, costs, column, title, path):
     """Write the picture as PNG and PDF: a row of panels per width, a column per guidance.
 
     Of those with a curve: more than one time of some method.
@@ -65,7 +73,7 @@ def draw(curves, costs, column, path):
             ax.fill_between(time, [min(v) for v in values], [max(v) for v in values],
                             color=f"C{k}", alpha=0.2, linewidth=0)
         ax.set(title=f"width {panel[0]}, guidance {panel[1]:g}", yscale="log", xlim=(0, None),
-               xlabel=f"training time, in steps of {curves[0][0]}", ylabel=TITLES[column])
+               xlabel=f"training time, in steps of {curves[0][0]}", ylabel=title)
         ax.yaxis.set_major_locator(plt.LogLocator(subs=(1, 2, 5)))
         ax.yaxis.set_major_formatter("{x:g}")
         ax.yaxis.set_minor_formatter(plt.NullFormatter())
@@ -100,8 +108,8 @@ def holm(p):
     return corrected
 
 
-def table_of(gains):
-    """Markdown of what `compare` found: a row per panel, time and method, a column per number."""
+def table_of(gains, titles):
+    """Markdown of what `compare` found: a row per panel, time and method, a column per title."""
     p = holm([stats.ttest_1samp(gain, 0).pvalue for *_, gain in gains])
     rows = defaultdict(list)
     for (panel, time, name, gain), corrected in zip(gains, p):
@@ -111,7 +119,7 @@ def table_of(gains):
             f"{mark}{mean:+.2f} ({mean - half:+.2f} to {mean + half:+.2f}){mark}")
     lines = [[escaped(name), width, f"{omega:g}", f"{time:,}", seeds, *cells]
              for ((width, omega), time, name, seeds), cells in rows.items()]
-    head = ["difference", "width", "guidance", "time", "seeds", *TITLES.values()]
+    head = ["difference", "width", "guidance", "time", "seeds", *titles]
     return markdown_table(head, lines)
 
 
@@ -127,11 +135,13 @@ def main():
     if len(args.cost) != len(args.curve) - 1:
         raise UserError("--cost: give one for each --curve but the first")
     curves, costs = [read_curve(text) for text in args.curve], [1.0, *args.cost]
+    titles = titles_of(curves)
     picture = Path(args.out).with_suffix(".png")
-    draw(curves, costs, "Few fid", picture)
+    draw(curves, costs, "Few fid", titles["Few fid"], picture)
     page.write(args.out, "\n\n".join([
-        "# FD on Few against training time", f"![curves]({picture.name})",
-        "The band goes from the lowest to the highest seed.", table_of(compare(curves, costs))]))
+        f"# {titles['Few fid']} against training time", f"![curves]({picture.name})",
+        "The band goes from the lowest to the highest seed.",
+        table_of(compare(curves, costs), titles.values())]))
     print(f"wrote {args.out}")
 
 

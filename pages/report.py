@@ -213,6 +213,11 @@ def show(number, column):
     return f"{number.mean:.{digits}f}{std}"
 
 
+def as_shown(number, column):
+    """The mean of a Number with the digits that it is shown with: what looks equal is equal."""
+    return round(number.mean, digits_of(column))
+
+
 def results_table(rows, columns, paper):
     """Markdown: each row's numbers, each with the paper's beside it if paper is not None.
 
@@ -223,7 +228,8 @@ def results_table(rows, columns, paper):
                for k, (_, results, _) in enumerate(rows) for column in columns}
     marks = {}
     for column in columns:
-        means = {numbers[k, column].mean for k in range(len(rows)) if numbers[k, column]}
+        means = {as_shown(numbers[k, column], column) for k in range(len(rows))
+                 if numbers[k, column]}
         ordered = sorted(means, reverse=is_higher_better(column))
         if len(ordered) > 1:
             marks[column, ordered[0]] = "**"
@@ -245,7 +251,7 @@ def results_table(rows, columns, paper):
             line += [f"{s:g}" for s in strengths_of([rows[k]])] or ["-"]
         for column in columns:
             number = numbers[k, column]
-            mark = marks.get((column, number.mean), "") if number else ""
+            mark = marks.get((column, as_shown(number, column)), "") if number else ""
             line.append(mark + show(number, column) + mark)
             if paper:
                 line.append(show(paper_number(paper, name, column), column))

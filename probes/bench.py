@@ -9,7 +9,6 @@ median counts. So the ratios are fair where a machine's speed changes over time:
 the first one, and (speed-up) that of a dtype or compilation to float32 without compilation. "Hours
 per run" is the time of the paper's 300,000 steps of 64 images at a row's images per second. "0.5"
 is --cm-fraction. Images are sampled from DDPM's network and from CM's, merged, in turns as well.
-Compiled steps are a little faster in train.py, which skips the checks of each call's guards.
 """
 import math
 import statistics

@@ -283,6 +283,7 @@ class ClassifierLoss(nn.Module):
                       step >= self.drw_from)
 
     def forward(self, batch):
+        """(total loss, {name: 0-d term}, zeros (N,) where train.py logs D), of Images."""
         x, y, reweigh, _ = batch
         layers = list(self.net.children())
         rest = from_first_reserved(self.net, self.reserved)

@@ -42,11 +42,11 @@ def groups_of(files, text, data_dir):
 
 
 def choose_test(labels, groups, share, least, seed):
-    """Which images are for the test, (N,) bool: whole groups, drawn at random for one class after
-    another, the smallest first.
+    """Which images are for the test, (N,) bool: whole groups, drawn at random.
 
-    labels (N,), groups: N texts. Of a class with n images, max(share n, least) are wanted, at most
-    n / 2; a group that would take more than n / 2 of any class is passed over.
+    One class after another, the smallest first. labels (N,), groups: N texts. Of a class with n
+    images, max(share n, least) are wanted, at most n / 2; a group that would take more than n / 2
+    of any class is passed over.
     """
     n = np.bincount(labels)
     wanted = np.minimum(np.maximum(np.round(share * n), least), n // 2)

@@ -98,8 +98,7 @@ def test_compiled_is_eager(make, loss, cm, cpu, capsys):
         assert "going on without" in printed
     graphs = counters["stats"]["unique_graphs"]
     for _ in range(2):                          # one graph for all steps, not one per step
-        with runtime.without_guards(compiled, True):
-            compiled(*inputs)
+        compiled(*inputs)
     assert counters["stats"]["unique_graphs"] == graphs, dict(counters)
     assert compiled is twin or graphs == 1, dict(counters)
 
