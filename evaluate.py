@@ -28,12 +28,12 @@ import disk
 import runtime
 from data import by_size, equal_rows, is_balanced, note_on_num
 from metrics.features import DIGITS_CLASSIFIER, INCEPTION, Extractor, Features
-from metrics.image_sets import (compare, find_reference, from_checkpoint, from_samples,
-                                parse_about, protocol_of, read_npz)
+from metrics.image_sets import (about_stats, compare, find_reference, from_checkpoint, from_samples,
+                                protocol_of, read_npz)
 from metrics.inception import INPUTS
 from metrics.scores import (DENSITY_K, FLOOR_IMAGES, IS_SPLITS, KID_SIZE, KID_SUBSETS, LEAST_REAL,
-                            METRIC_SEED, density_coverage, distance_of, floor_of, inception_score,
-                            kernel_distance, placed, precision_recall, weights_of)
+                            METRIC_SEED, distance_of, floor_of, inception_score, kernel_distance,
+                            neighbour_metrics, placed, weights_of)
 from networks import KINDS
 from runtime import Parser, UserError, integer, run
 from sample import (add_latents_flag, add_sampling_flags, dtype_of, generate, make_fast,
@@ -66,7 +66,7 @@ def images_of_checkpoint(args, comparison, folder, rt):
     out = folder / f"eval-samples-{disk.settings_id(record)}"
 
     def make_images(keep_in):
-        net = make_fast(subject.net, rt, subject.shape, comparison.n, args.batch_size)
+        net = make_fast(subject.net, rt, subject.shape, len(comparison.labels), args.batch_size)
         return generate(net, comparison.labels, comparison.indices, subject.shape, rt,
                         subject.sampling, args.batch_size, to_image=subject.to_image,
                         keep_in=keep_in)
@@ -116,20 +116,13 @@ class Metrics:
         if len(reference[rows]) >= LEAST_REAL:
             mean, std, size = kernel_distance(generated, reference[rows])
             result |= {kernel: mean, f"{kernel}_std": std, "kid_subset_size": size}
-        precision, recall = precision_recall(fake.features, real.features, self.k,
-                                             device=self.device, weights=weights)
-        density, coverage = density_coverage(fake.features, real.features, device=self.device,
-                                             weights=weights)
-        others = len(real.features) - 1
-        result |= {"precision": precision, "recall": recall,
-                   "k": min(self.k, len(fake.features) - 1, others),
-                   "density": density, "coverage": coverage, "density_k": min(DENSITY_K, others)}
+        result |= neighbour_metrics(fake.features, real.features, self.k, device=self.device,
+                                    weights=weights)
         if score and len(fake.logits) >= IS_SPLITS:
             result["is"], result["is_std"] = inception_score(fake.logits)
         if self.output_classes is not None and fake.labels is not None:
             result["accuracy"] = float(self.is_right(fake).mean())
-        result["num"] = len(fake.features)
-        result["num_real"] = len(real.features)
+        result |= {"num": len(fake.features), "num_real": len(real.features)}
         alone = weights is not None and np.unique(real.labels, return_counts=True)[1].min() < 2
         if self.floor and len(real.features) >= FLOOR_IMAGES and not alone:
             result["floor"] = floor_of(reference, self.floor, real.labels)
@@ -140,21 +133,9 @@ class Metrics:
         return self.output_classes[images.logits.argmax(1)] == images.labels
 
 
-def make_metrics(args, comparison, extractor, rt):
-    """The Metrics that the flags ask for; with the accuracy if the classifier knows the classes."""
-    ours, theirs = comparison.class_names, extractor.class_names
-    output_classes = None
-    if ours and theirs and sorted(ours) == sorted(theirs):      # in any order
-        output_classes = np.array([ours.index(name) for name in theirs])
-    device = rt.device if rt.device.type == "cuda" else "cpu"       # MPS has no float64
-    return Metrics(extractor.inception, args.k, args.floor, device, output_classes)
-
-
 def balanced_rows(labels, n, num):
     """Rows of `num` of n images, the first ones of each class; without labels, of all."""
-    if num == n:
-        return slice(None)
-    if labels is None:
+    if num == n or labels is None:
         return slice(0, num)
     rank = np.empty(n, int)             # how many of its class come before an image
     for c in np.unique(labels):
@@ -212,6 +193,25 @@ def warnings_of(real, metrics, class_names, extractor):
             "balanced images, or take --features torchvision:resnet50"] if weak else []
 
 
+def measure(args, comparison, extractor, fake, real, rt):
+    """All that the flags ask for: measure_all's numbers, what the reference is, the warnings."""
+    names = comparison.class_names or []
+    output_classes = None       # where a classifier knows the classes, in any order: also accuracy
+    if names and extractor.class_names and sorted(names) == sorted(extractor.class_names):
+        output_classes = np.array([names.index(name) for name in extractor.class_names])
+    device = rt.device if rt.device.type == "cuda" else "cpu"       # MPS has no float64
+    metrics = Metrics(extractor.inception, args.k, args.floor, device, output_classes)
+    per_class = args.per_class or len(names) < 3
+    classes = {name: c for c, name in enumerate(names)} if per_class else {}
+    result = measure_all(fake, real, comparison.num, comparison.groups, classes, metrics)
+    size = comparison.reference.size
+    result["reference"] = {"pixels": size and [*map(int, size)],
+                           "images_per_class": comparison.reference.per_class}
+    if warnings := warnings_of(real, metrics, names, extractor):
+        result["warnings"] = warnings
+    return result
+
+
 # --------------------------------------------------------------------------------------------------
 # What is printed
 
@@ -219,10 +219,12 @@ def announce(args, comparison, extractor, rt):
     """Say what will be measured, and what was taken for granted."""
     subject, reference = comparison.subject, comparison.reference
     labelled = comparison.labels is not None and reference.labels is not None
-    per = ", per group" if labelled and comparison.groups else ""
+    grouped = labelled and comparison.groups
+    per = ", per group" if grouped else ""
     per += ", per class" if labelled and args.per_class else ""
     pixels = " of {1} x {0} pixels".format(*reference.size) if reference.size else ""
-    rt.print(f"{comparison.n:,} images of {subject.words}: overall on {comparison.num:,}{per}, "
+    n = subject.images.n if subject.images else len(comparison.labels)
+    rt.print(f"{n:,} images of {subject.words}: overall on {comparison.num:,}{per}, "
              f"against {reference.words} ({reference.n:,} images{pixels}), in features of "
              f"{extractor.name}, float32, on {rt.device} x {rt.world}")
     if reference.is_weighted:
@@ -232,22 +234,22 @@ def announce(args, comparison, extractor, rt):
                  "many of each, precision and density take all")
     if comparison.labels is not None:
         found, counts = np.unique(comparison.labels, return_counts=True)
-        C = len(found) if subject.images else len(comparison.class_names)
-        if note := note_on_num(comparison.num, C, "--num"):
+        if note := note_on_num(comparison.num, len(found), "--num"):
             rt.print(note)
         if subject.images and not is_balanced(counts):
             names = comparison.class_names or range(max(found) + 1)
             sizes = [f"{names[found[i]]} {counts[i]:,}" for i in np.argsort(counts)]
             rt.print(f"note: the samples differ in number from class to class ({first(sizes)}, "
                      f"{sizes[-1]}), and count as they are")
-    if comparison.used < reference.n:
-        rt.print(f"the samples lack some classes of the reference: overall against its "
-                 f"{comparison.used:,} images of the samples' classes")
+    used = np.isin(reference.labels, comparison.labels).sum() if labelled else reference.n
+    if used < reference.n:
+        rt.print(f"the samples lack some classes of the reference: overall against its {used:,} "
+                 "images of the samples' classes")
     if comparison.assumed:
         rt.print(f"labels {comparison.assumed['labels']}")
     if args.per_class and not labelled:
         rt.print("--per-class: one side has no labels; overall numbers only")
-    if per and comparison.groups and subject.data.get("class_counts") is None:
+    if grouped and subject.data.get("class_counts") is None:
         rt.print("the samples come without class sizes: Many / Medium / Few are thirds of the "
                  "classes in the order of their numbers")
 
@@ -294,6 +296,8 @@ def print_result(result, k=3, floor=0):
     for kind, holds, words in notes:
         if names := [name for name, r in rows if holds(r)]:
             print(f"{kind}: {first(names)}: {words}")
+    for warning in result.get("warnings", ()):
+        print(warning)
 
 
 def first(names):
@@ -328,15 +332,6 @@ def is_result(path):
     """Whether a file is a result of this script."""
     result = disk.read_json(path)
     return isinstance(result, dict) and {"settings", "num_real", "precision"} <= set(result)
-
-
-def about_stats(path):
-    """What save_stats wrote about a file of its own, a dict; None for other files."""
-    try:
-        with np.load(path) as f:
-            return parse_about(f["about"]) if "features" in f.files else None
-    except Exception:       # NumPy raises many kinds for files that are no .npz
-        return None
 
 
 def check_outputs(out_json, stats):
@@ -423,11 +418,10 @@ def make_parser():
                    f"always take {DENSITY_K}")
     g = parser.add_argument_group("features")
     g.add_argument("--features", help='"inception"; "inception:pytorch-fid", the same with '
-                   "pytorch-fid's resize, as in the authors' release; a checkpoint of classify.py; "
-                   'a network pre-trained on ImageNet, such as "torchvision:resnet50"; or "dinov2" '
-                   'or "clip" by the package transformers, also "dinov2:FOLDER" with weights that '
-                   "are there; without network, python -m recognition.classify makes features of "
-                   "one's own "
+                   "pytorch-fid's resize, as in the authors' release; a network pre-trained on "
+                   'ImageNet, such as "torchvision:resnet50"; "dinov2" or "clip" by the package '
+                   'transformers, also "dinov2:FOLDER" with weights that are there; or a '
+                   "checkpoint of python -m recognition.classify, which needs no network "
                    f"(default: inception; digits: {DIGITS_CLASSIFIER})")
     g.add_argument("--inception-weights", metavar="FILE",
                    help="weights-inception-2015-12-05-6726825d.pth "
@@ -449,8 +443,8 @@ def make_parser():
     return parser
 
 
-def main():
-    """Find out what is measured and against what; measure; write."""
+def read_flags():
+    """The flags. Raises UserError for those of sampling where --samples has the images."""
     parser = make_parser()
     args = parser.parse_args()
     if args.samples:
@@ -458,13 +452,19 @@ def main():
                     "branch", "weights", "batch_size", "latents", "seed", "dtype", "num_group")
         runtime.refuse_unused(parser.given, dict.fromkeys(
             sampling, "says how --ckpt generates images, and those of --samples are there"))
+    return args
+
+
+def main():
+    """What is compared, in which features; the numbers; what is printed and written."""
+    args = read_flags()
     ckpt = disk.load(args.ckpt, KINDS) if args.ckpt else None
     # Features are always computed in float32, so a dtype is that of sampling
     rt = runtime.setup(args.device, dtype_of(args, ckpt) if ckpt else "float32")
     out = Path(args.out or Path(args.ckpt or args.samples).parent)
     out_json = Path(args.out_json or out / "eval.json")
 
-    # What is measured, against what, in which features
+    # What is compared, in which features
     subject = from_checkpoint(args, ckpt, rt) if ckpt else from_samples(args, rt)
     reference = find_reference(args, subject, rt)
     if args.floor is None:
@@ -479,25 +479,16 @@ def main():
     rt.on_rank_0(lambda: check_outputs(out_json, args.save_stats))
     announce(args, comparison, extractor, rt)
 
-    # Images to features to numbers, these on rank 0 only
+    # The numbers; on rank 0 only
     fake, real, seconds = extract_both(args, comparison, extractor, out_json.parent, rt)
     if rt.rank > 0:
         return
     start = time.time()
-    names = comparison.class_names or []
-    per_class = args.per_class or len(names) < 3
-    classes = {name: c for c, name in enumerate(names)} if per_class else {}
-    metrics = make_metrics(args, comparison, extractor, rt)
-    result = measure_all(fake, real, comparison.num, comparison.groups, classes, metrics)
+    result = measure(args, comparison, extractor, fake, real, rt)
     seconds["metrics"] = time.time() - start
-    result["reference"] = {"pixels": reference.size and [*map(int, reference.size)],
-                           "images_per_class": reference.per_class}
 
-    # Numbers to eval.json
+    # What is printed and written
     print_result(result, args.k, args.floor)
-    if warnings := warnings_of(real, metrics, comparison.class_names, extractor):
-        result["warnings"] = warnings
-        print(*warnings, sep="\n")
     write_result(out_json, result, settings, seconds, by_size(subject.data))
     if args.save_stats:
         save_stats(args.save_stats, real, about)

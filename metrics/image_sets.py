@@ -111,11 +111,7 @@ def read_set(text, flag, args, split=None, resolution=None, trained_on=None):
 def read_npz(name, path, flag):
     """An .npz of images, with the JSON beside it if there is one; or a file of --save-stats."""
     content = open_npz(path, flag)
-    if "features" in content:
-        about = parse_about(content.get("about"))
-        if about is None:
-            raise UserError(f"{flag} {path}: not what --save-stats writes; make it with "
-                            "--save-stats")
+    if about := about_stats(path):
         features = content["features"], content["logits"]
         return Images(name, len(features[0]), None, content.get("labels"), about.pop("class_names"),
                       features, about, disk.sha256(path), about.get("size"))
@@ -126,14 +122,14 @@ def read_npz(name, path, flag):
                   about=record, sha256=disk.sha256(path))
 
 
-def parse_about(text):
-    """The dict that save_stats wrote as "about"; None where it is something else."""
+def about_stats(path):
+    """What --save-stats wrote about a file of its own, a dict; None for other files."""
     try:
-        about = json.loads(str(text))
-    except ValueError:
+        with np.load(path) as f:
+            about = json.loads(str(f["about"]))
+            return about if {"made_by", "features_sha256", "class_names"} <= set(about) else None
+    except Exception:       # NumPy raises many kinds for files that are no .npz
         return None
-    needed = {"made_by", "features_sha256", "class_names"}
-    return about if isinstance(about, dict) and needed <= set(about) else None
 
 
 def read_image_files(name, root, flag, resolution=None):
@@ -227,18 +223,6 @@ class Comparison:
     indices: list | None = None         # their numbers (see pool_of), where they are generated
     assumed: dict = field(default_factory=dict)     # what was taken for granted, for the settings
 
-    @property
-    def n(self):
-        """The number of images of the subject."""
-        return self.subject.images.n if self.subject.images else len(self.labels)
-
-    @property
-    def used(self):
-        """The number of reference images that the overall numbers use: of the subject's classes."""
-        if self.labels is None or self.reference.labels is None:
-            return self.reference.n
-        return int(np.isin(self.reference.labels, self.labels).sum())
-
 
 def find_reference(args, subject, rt):
     """The Images that --reference names, by default those of the subject's training set."""
@@ -250,9 +234,9 @@ def find_reference(args, subject, rt):
                         "a data set, an .npz, a folder, or a file of --save-stats")
     source = READERS.get(name.partition(":")[0])
     resolution = subject.data.get("resolution")
-    if resolution is None and (not source or source.files) and subject.images:
+    if resolution is None and (not source or source.files):     # files of any size: the samples'
         height, width = subject.images.size or (0, 1)
-        resolution = height if height == width else None    # files of any size: the samples'
+        resolution = height if height == width else None
     with rt.rank_0_first():
         return read_set(name, "--reference", args, args.reference_split, resolution, subject.data)
 
@@ -267,15 +251,15 @@ def compare(args, subject, reference, extractor):
     class_names = subject.class_names or reference.class_names
     class_counts = subject.data.get("class_counts")
     assumed = assumed_labels(subject, reference)
-    reference = renumber(reference, class_names, "--reference")
+    labels = to_classes(reference.labels, reference.class_names, class_names, "--reference")
+    reference = replace(reference, labels=labels, class_names=class_names)
     for flag, images in (("--reference", reference), ("--samples", subject.images)):
         if images and images.features and images.about["features_sha256"] != extractor.sha256:
             raise UserError(f"{flag}: its features were made by {images.about['made_by']}, "
                             f"not by {extractor.name}")
-    extractor.refuse_other_size(reference.size, "--reference")
-    extractor.refuse_other_size(
-        subject.images.size if subject.images else (subject.data["resolution"],) * 2,
-        "--samples" if subject.images else "--ckpt")
+        if images:
+            extractor.refuse_other_size(images.size, flag)
+
     groups = {}                         # none where the training set was balanced
     if class_names and not (class_counts and is_balanced(class_counts)):
         groups = class_groups(class_counts or np.arange(len(class_names), 0, -1))
@@ -284,16 +268,26 @@ def compare(args, subject, reference, extractor):
     if num_group is None:
         num_group = 0 if args.num else protocol["num_group"]
     if subject.images:
-        images = renumber(subject.images, class_names, "--samples")
+        images = subject.images
         num = args.num or images.n
         if num > images.n:
             raise UserError(f"--num {num}: there are only {images.n} images in --samples "
                             f"{images.name}; leave it out to measure all of them")
-        labels, indices = images.labels, None
+        labels = to_classes(images.labels, images.class_names, class_names, "--samples")
+        indices = None
     else:
+        extractor.refuse_other_size((subject.data["resolution"],) * 2, "--ckpt")
         num = args.num or protocol["num"]
         labels, indices = pool_of(pool_sizes(num, num_group, groups, len(class_names)))
-    refuse_lacking(reference, labels, class_names)
+
+    # Else the overall distance would count such samples as wrong, whatever they look like
+    if labels is not None and reference.labels is not None:
+        lacking = np.setdiff1d(labels, reference.labels)
+        if len(lacking):
+            first = class_names[lacking[0]] if class_names else lacking[0]
+            raise UserError(f"--reference {reference.name}: it has no image of {len(lacking)} of "
+                            f"the samples' classes, such as {first}; name one with all of them, or "
+                            "measure samples without these classes")
     return Comparison(subject, reference, class_names, groups, num, num_group, labels, indices,
                       assumed)
 
@@ -308,28 +302,6 @@ def assumed_labels(subject, reference):
         (False, False): "of both sides without names: the same number is the same class",
         (False, True): "of the samples without names: taken in the order of the reference's",
         (True, False): "of the reference without names: taken in the order of the samples'"}[named]}
-
-
-def renumber(images, class_names, flag):
-    """The same Images with labels that refer to `class_names`, where both names are known."""
-    labels = to_classes(images.labels, images.class_names, class_names, flag)
-    return replace(images, labels=labels, class_names=class_names)
-
-
-def refuse_lacking(reference, labels, class_names):
-    """Raise UserError where the reference has no image of a class of the samples.
-
-    The overall distance would count these samples as wrong, whatever they look like.
-    labels: of the samples.
-    """
-    if labels is None or reference.labels is None:
-        return
-    lacking = np.setdiff1d(labels, reference.labels)
-    if len(lacking):
-        first = class_names[lacking[0]] if class_names else lacking[0]
-        raise UserError(f"--reference {reference.name}: it has no image of {len(lacking)} of the "
-                        f"samples' classes, such as {first}; name one with all of them, or measure "
-                        "samples without these classes")
 
 
 def pool_sizes(num, num_group, groups, C):
@@ -350,5 +322,5 @@ def pool_of(sizes):
     The j-th image of class c is number j C + c, whatever the sizes of the other classes.
     """
     C = len(sizes)
-    members = [(c, j * C + c) for j in range(max(sizes)) for c in range(C) if j < sizes[c]]
-    return np.array([c for c, _ in members]), [i for _, i in members]
+    numbers = [j * C + c for j in range(max(sizes)) for c in range(C) if j < sizes[c]]
+    return np.array(numbers) % C, numbers

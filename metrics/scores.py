@@ -2,8 +2,7 @@
 
     frechet_distance(*statistics(fake), *statistics(real))      # FID of features (N, D) and (M, D)
     kernel_distance(fake, real)             # KID: mean, standard deviation, subset size
-    precision_recall(fake, real, k=3)
-    density_coverage(fake, real, k=5)
+    neighbour_metrics(fake, real, k=3)      # precision, recall, density, coverage
     inception_score(logits)                 # IS: mean, standard deviation
 
 Features are NumPy arrays, float32; FID and KID take tensors as well, and compute where these are
@@ -22,11 +21,10 @@ IS_SPLITS = 10
 METRIC_SEED = 2020
 
 DENSITY_K = 5           # neighbours in density and coverage, as in their paper
-
-Array = np.ndarray | torch.Tensor
-
 FLOOR_IMAGES = 4        # floor_of: a covariance needs two images in each half
 LEAST_REAL = 10         # of fewer, a number says which images they are, and not what the class is
+
+Array = np.ndarray | torch.Tensor
 
 
 def placed(features: np.ndarray, device: torch.device | str) -> Array:
@@ -125,8 +123,8 @@ def polynomial_kernel(a: Array, b: Array) -> Array:
     return base * base * base
 
 
-def kernel_distance(fake: Array, real: Array, subsets: int = KID_SUBSETS, size: int = KID_SIZE,
-                    seed: int = METRIC_SEED) -> tuple[float, float, int]:
+def kernel_distance(fake: Array, real: Array, subsets: int = KID_SUBSETS,
+                    size: int = KID_SIZE) -> tuple[float, float, int]:
     """KID (Binkowski et al., 2018): the unbiased MMD^2 over random subsets.
 
     Returns the mean, the standard deviation and the subset size, which is at most the size of the
@@ -134,7 +132,7 @@ def kernel_distance(fake: Array, real: Array, subsets: int = KID_SUBSETS, size: 
     each round. This is the order of torch-fidelity, so the subsets are the same.
     """
     size = min(size, len(fake), len(real))
-    rng = np.random.RandomState(seed)
+    rng = np.random.RandomState(METRIC_SEED)
     values = []
     for _ in range(subsets):
         x = fake[rng.choice(len(fake), size, replace=False)]
@@ -179,76 +177,59 @@ def radii(x: torch.Tensor, k: int, block: int) -> torch.Tensor:
     return torch.cat([n[:, -1] for n in nearest])
 
 
-def centered(fake: np.ndarray, real: np.ndarray,
-             device: torch.device | str) -> list[torch.Tensor]:
-    """Both minus the mean of real: no distance changes, float32 keeps more digits near zero."""
-    center = real.mean(0)
-    return [torch.from_numpy(np.ascontiguousarray(x - center)).to(device) for x in (fake, real)]
+def neighbour_metrics(fake: np.ndarray, real: np.ndarray, k: int = 3, density_k: int = DENSITY_K,
+                      block: int = 2048, device: torch.device | str = "cpu",
+                      weights: np.ndarray | None = None) -> dict[str, float]:
+    """Precision and recall (Kynkaanniemi et al., 2019), density and coverage (Naeem et al., 2020).
 
-
-def share_of(covered: torch.Tensor, weights: np.ndarray | None) -> float:
-    """The share of real images that are covered (M,); with weights (M,) their weight, of 1."""
-    return float(covered.double().mean() if weights is None else weights @ covered.cpu().numpy())
-
-
-def precision_recall(fake: np.ndarray, real: np.ndarray, k: int = 3, block: int = 2048,
-                     device: torch.device | str = "cpu",
-                     weights: np.ndarray | None = None) -> tuple[float, float]:
-    """Improved precision and recall (Kynkaanniemi et al., 2019), both in [0, 1].
-
-    Precision: the share of generated images that are no farther from some real image than that
-    image's k-th nearest real neighbour. Recall: the same with the two sets exchanged; weights (M,),
-    with sum 1, make it the weight of the covered real images in place of their share.
+    Around each image lies a ball, as wide as its k-th nearest neighbour in its own set is far.
+    Precision: the share of generated images in the ball of some real image. Recall: the share of
+    real images in the ball of some generated image. The other two take density_k for k. Density: in
+    how many balls of real images a generated image lies, divided by k, on average; so it may be
+    above 1. Coverage: the share of real images whose ball holds a generated one; of as many perfect
+    samples it is about 1 - 2^-k.
+    weights (M,), with sum 1, make recall and coverage the weight of these real images in place of
+    their share. "k" and "density_k" of the result are smaller where there are no more neighbours.
     fake (N, D) and real (M, D) are compared in blocks of rows, so memory holds at most
     block x max(N, M) distances.
     """
-    fake, real = centered(fake, real, device)
+    center = real.mean(0)       # no distance changes, and float32 keeps more digits near zero
+    fake, real = (torch.from_numpy(np.ascontiguousarray(x - center)).to(device)
+                  for x in (fake, real))
+    others = len(real) - 1
+    density_k = min(density_k, others)
     fake_radii, real_radii = radii(fake, k, block), radii(real, k, block)
-    inside = []                                                             # per generated image
-    covered = torch.zeros(len(real), dtype=torch.bool, device=device)       # per real image
+    density_radii = radii(real, density_k, block)
+    precise = []                                                            # per generated image
+    recalled = torch.zeros(len(real), dtype=torch.bool, device=device)      # per real image
+    covered = torch.zeros_like(recalled)
+    count = 0
     for part, part_radii in zip(fake.split(block), fake_radii.split(block)):
         d = squared_distances(part, real)
-        inside.append((d <= real_radii).any(1))
-        covered |= (d <= part_radii[:, None]).any(0)
-    precision = torch.cat(inside).double().mean()
-    return float(precision), share_of(covered, weights)
-
-
-def density_coverage(fake: np.ndarray, real: np.ndarray, k: int = DENSITY_K, block: int = 2048,
-                     device: torch.device | str = "cpu",
-                     weights: np.ndarray | None = None) -> tuple[float, float]:
-    """Density, at least 0, and coverage, in [0, 1] (Naeem et al., 2020).
-
-    Around each real image lies a ball, as wide as its k-th nearest real neighbour is far. Density:
-    in how many balls a generated image lies, divided by k, on average. Coverage: the share of balls
-    with a generated image; of as many perfect samples it is about 1 - 2^-k.
-    fake (N, D), real (M, D); weights (M,) as in precision_recall; k is M - 1 where there are no
-    more neighbours.
-    """
-    k = min(k, len(real) - 1)
-    fake, real = centered(fake, real, device)
-    real_radii = radii(real, k, block)
-    count = 0
-    covered = torch.zeros(len(real), dtype=torch.bool, device=device)       # per real image
-    for part in fake.split(block):
-        inside = squared_distances(part, real) < real_radii
+        precise.append((d <= real_radii).any(1))
+        recalled |= (d <= part_radii[:, None]).any(0)
+        inside = d < density_radii
         count += int(inside.sum())
         covered |= inside.any(0)
-    return count / (k * len(fake)), share_of(covered, weights)
+
+    def share(found):
+        return float(found.double().mean() if weights is None else weights @ found.cpu().numpy())
+    return {"precision": float(torch.cat(precise).double().mean()), "recall": share(recalled),
+            "k": min(k, len(fake) - 1, others), "density": count / (density_k * len(fake)),
+            "coverage": share(covered), "density_k": density_k}
 
 
 # --------------------------------------------------------------------------------------------------
 # Inception score
 
-def inception_score(logits: np.ndarray, count: int = IS_SPLITS,
-                    seed: int = METRIC_SEED) -> tuple[float, float]:
+def inception_score(logits: np.ndarray, count: int = IS_SPLITS) -> tuple[float, float]:
     """IS (Salimans et al., 2016) of logits (N, K): exp E KL(p(y|x) || p(y)).
 
     Returns its mean and standard deviation over `count` parts of the images. The images are
     shuffled first, as torch-fidelity does, because samples come sorted by class.
     """
     N = len(logits)
-    logits = logits[np.random.RandomState(seed).permutation(N)]
+    logits = logits[np.random.RandomState(METRIC_SEED).permutation(N)]
     scores = []
     for i in range(count):
         part = torch.from_numpy(logits[i * N // count:(i + 1) * N // count])

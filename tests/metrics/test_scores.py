@@ -59,9 +59,10 @@ def test_classes_of_a_reference_count_equally():
     for ours, usual in zip(scores.statistics(real, np.full(60, 1 / 60)), scores.statistics(real)):
         assert np.allclose(ours, usual)
     real[:50] += 100                                    # no sample is near the larger class
-    for share in (scores.precision_recall, scores.density_coverage):
-        covered = round(60 * share(fake, real, 3)[1])
-        assert covered and share(fake, real, 3, weights=w)[1] == pytest.approx(0.05 * covered)
+    plain, weighted = (scores.neighbour_metrics(fake, real, 3, 3, weights=x) for x in (None, w))
+    for share in ("recall", "coverage"):
+        covered = round(60 * plain[share])
+        assert covered and weighted[share] == pytest.approx(0.05 * covered)
     # Halves of a class of 20 and one of 4, which are alike in each class, and so alike
     real = np.concatenate([np.zeros((20, 2)), np.ones((4, 2))]).astype(np.float32)
     assert scores.floor_of(real, 2, np.repeat([0, 1], [20, 4])) < 1e-6
@@ -94,13 +95,17 @@ def literal_precision_recall(fake, real, k):
 @pytest.mark.parametrize("k", [3, 5])
 def test_precision_and_recall(k):
     a, b = gaussian_features(400, 350, D=6, shift=0.5)
-    got = scores.precision_recall(a, b, k, block=64)
+
+    def both(*sides):
+        found = scores.neighbour_metrics(*sides, k, block=64)
+        return found["precision"], found["recall"]
+    got = both(a, b)
     assert got == pytest.approx(literal_precision_recall(a, b, k), abs=1e-12)
     theirs = metric_prc.prc_features_to_metric(torch.from_numpy(a), torch.from_numpy(b),
                                                prc_neighborhood=k, verbose=False)
     assert got == pytest.approx((theirs["precision"], theirs["recall"]), abs=2 / 350)
     assert 0.2 < got[0] < 1 and 0.2 < got[1] < 1
-    assert scores.precision_recall(a, a, k) == (1, 1)
+    assert both(a, a) == (1, 1)
 
 
 @pytest.mark.parametrize("k", [3, 5])
@@ -108,12 +113,13 @@ def test_density_and_coverage_equal_prdcs(k):
     import prdc
     fake, real = gaussian_features(400, 350, D=6, shift=0.5)
     theirs = prdc.compute_prdc(real, fake, nearest_k=k)
-    got = scores.density_coverage(fake, real, k, block=64)
-    assert got == pytest.approx((theirs["density"], theirs["coverage"]), abs=1e-6)
-    assert 0.2 < got[1] < 1
+    got = scores.neighbour_metrics(fake, real, density_k=k, block=64)
+    for name in ("density", "coverage"):
+        assert got[name] == pytest.approx(theirs[name], abs=1e-6)
+    assert 0.2 < got["coverage"] < 1
     # Of nine real images, as Few may have, each has eight neighbours
-    few = scores.density_coverage(fake, real[:9], 20)
-    assert few == scores.density_coverage(fake, real[:9], 8)
+    few = scores.neighbour_metrics(fake, real[:9], density_k=20)
+    assert few == scores.neighbour_metrics(fake, real[:9], density_k=8)
 
 
 def test_the_floor_halves_each_class():
