@@ -4,6 +4,8 @@
     features, logits = extractor.extract(lambda rows: images[rows], len(images), "features")
 
 Only Inception's distances are FID and KID. All features are computed in float32.
+`python -m metrics.features --features NAME` downloads the weights where they are not there yet: for
+a machine without network, and to know before hours of training that they can be had.
 """
 import hashlib
 from pathlib import Path
@@ -19,7 +21,7 @@ import runtime
 from data import to_float
 from metrics.inception import INPUTS, download, load_inception
 from recognition.resnet import features_and_logits, load_classifier
-from runtime import UserError
+from runtime import Parser, UserError, run
 
 INCEPTION = "inception-2015-12-05"
 DIGITS_CLASSIFIER = "out/classifier-digits/ckpt.pt"
@@ -59,8 +61,8 @@ class Pretrained(nn.Module):
         return features, self.last(features)
 
 
-def load_pretrained(name, device):
-    """(Pretrained in eval mode, the SHA-256 of its weights): torchvision's own weights of `name`.
+def load_pretrained(name):
+    """(Pretrained, the SHA-256 of its weights): torchvision's own weights of `name`.
 
     They come from torch.hub's cache, or are downloaded there. Raises UserError where torchvision
     has no such network, where they cannot be had, or where they are not the published ones.
@@ -78,7 +80,7 @@ def load_pretrained(name, device):
                         f"file's begins with {prefix}; it is incomplete or another one: remove it")
     net = torchvision.models.get_model(name)
     net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    return Pretrained(net, weights.transforms()).to(device).eval().requires_grad_(False), digest
+    return Pretrained(net, weights.transforms()), digest
 
 
 class VisionTransformer(nn.Module):
@@ -121,10 +123,10 @@ def resize_positions(net, count):
             torch.cat([table[:, :1], patches.flatten(2).mT], 1))
 
 
-def load_transformer(features, device):
-    """(VisionTransformer in eval mode, the SHA-256 of its weights): "dinov2", or "dinov2:FOLDER".
+def load_transformer(features):
+    """(VisionTransformer, the SHA-256 of its weights): "dinov2", "dinov2:FOLDER", or of clip.
 
-    Or clip; in the place of FOLDER also a name on the Hugging Face hub. Raises UserError.
+    In the place of FOLDER also a name on the Hugging Face hub. Raises UserError.
     """
     kind, _, where = features.partition(":")
     flag = f"--features {features}"
@@ -154,8 +156,7 @@ def load_transformer(features, device):
     if kind == "dinov2":
         size = 224
         resize_positions(net, size // net.config.patch_size)
-    net = VisionTransformer(net, size, mean, std).to(device).eval().requires_grad_(False)
-    return net, digest.hexdigest()
+    return VisionTransformer(net, size, mean, std), digest.hexdigest()
 
 
 class Features(NamedTuple):
@@ -173,45 +174,38 @@ class Extractor:
     """Features and logits by a network in eval mode.
 
     features: "inception", "inception:pytorch-fid", "torchvision:NAME", "dinov2" or "clip" (see
-    load_transformer), or a checkpoint of classify.py. All but the last resize images themselves
-    (resizes). name, sha256: of the network's file. class_names, size: of a classifier's outputs,
-    and of its training images in pixels; else None.
+    load_transformer), or a checkpoint of classify.py. All but the last resize images themselves.
+    name, sha256: of the network's file. class_names, size: of a classifier's outputs, and of its
+    training images in pixels; else None. Raises UserError where there are no such weights.
     """
 
     def __init__(self, features, rt, batch_size=64, inception_weights=None, trust_weights=False):
         self.rt = rt
         self.batch_size = batch_size
-        self.inception = features in INPUTS
         kind, _, name = features.partition(":")
+        self.inception = features in INPUTS
+        self.name = features.replace("inception", INCEPTION) if self.inception else features
         self.resizes = self.inception or kind in ("torchvision", *TRANSFORMERS)
         self.channels = 3
-        self.class_names = None
-        self.size = None
-        if self.inception:
-            with rt.rank_0_first():         # which downloads the weights, and not every process
-                self.net, self.sha256 = load_inception(inception_weights, rt.device, trust_weights,
-                                                       features)
-            self.name = features.replace("inception", INCEPTION)
-        elif self.resizes:
-            with rt.rank_0_first():
-                self.net, self.sha256 = (load_pretrained(name, rt.device) if kind == "torchvision"
-                                         else load_transformer(features, rt.device))
-            self.name = features
-        else:
-            self.use_classifier(features)
-
-    def use_classifier(self, path):
-        """Take a checkpoint of classify.py. Raises UserError where there is none."""
-        if not Path(path).is_file():
-            raise UserError(f"--features {path}: there is no such file; make one with: python -m "
-                            "recognition.classify --dataset NAME, or name inception, "
-                            "torchvision:resnet50, dinov2 or clip")
-        self.net, ckpt = load_classifier(path, self.rt.device)
-        self.name = str(path)
-        self.sha256 = ckpt.sha256
-        self.channels = ckpt["network"]["channels"]
-        self.class_names = ckpt["data"]["class_names"]
-        self.size = ckpt["data"].get("resolution")
+        self.class_names = self.size = None
+        with rt.rank_0_first():         # which downloads the weights, and not every process
+            if self.inception:
+                net, self.sha256 = load_inception(inception_weights, trust_weights, features)
+            elif kind == "torchvision":
+                net, self.sha256 = load_pretrained(name)
+            elif kind in TRANSFORMERS:
+                net, self.sha256 = load_transformer(features)
+            elif not Path(features).is_file():
+                raise UserError(f"--features {features}: there is no such file; make one with: "
+                                "python -m recognition.classify --dataset NAME, or name "
+                                "inception, torchvision:resnet50, dinov2 or clip")
+            else:
+                net, ckpt = load_classifier(features, rt.device)
+                self.sha256 = ckpt.sha256
+                self.channels = ckpt["network"]["channels"]
+                self.class_names = ckpt["data"]["class_names"]
+                self.size = ckpt["data"].get("resolution")
+        self.net = net.to(rt.device).eval().requires_grad_(False)
 
     def refuse_other_size(self, size, flag):
         """Raise UserError for images that a classifier, which resizes none, was not trained on.
@@ -263,3 +257,16 @@ class Extractor:
     def of(self, images, title):
         """Features and logits of Images: those that --save-stats kept, or extracted."""
         return images.features or self.extract(images.at, images.n, title)
+
+
+def main():
+    """Find the weights of --features, or say why they cannot be had."""
+    parser = Parser(__doc__)
+    parser.add_argument("--features", default="inception",
+                        help="as evaluate.py's (default: inception)")
+    args = parser.parse_args()
+    print(f"the weights of {Extractor(args.features, runtime.setup('cpu')).name} are there")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -209,7 +209,6 @@ class Inception(nn.Module):
         self.fc = nn.Linear(2048, 1008)
 
     def forward(self, images):
-        """Images (N, 3, H, W) in 0 ... 255 -> features (N, 2048) and logits (N, 1008)."""
         x = self.to_input(images).contiguous(memory_format=torch.channels_last)
         *layers, _ = self.named_children()
         for name, layer in layers:
@@ -239,24 +238,20 @@ def download(url, sha256, flag):
     return path
 
 
-def load_inception(path=None, device="cpu", trust=False, features="inception"):
+def load_inception(path=None, trust=False, features="inception"):
     """(the network in eval mode, the SHA-256 of its weights); features: a key of INPUTS.
 
     path: the weight file; None for that in torch.hub's cache, which torch-fidelity uses, too.
-    trust: accept a file with another hash, if it fits. Otherwise UserError is raised unless the
-    weights are the published ones.
+    trust: accept a file with another hash than the published one. Raises UserError.
     """
     path = Path(path or download(URL, SHA256, "--inception-weights"))
     if not path.is_file():
-        raise UserError(f"--inception-weights {path}: there is no such file; it can be downloaded "
-                        f"from {URL}")
+        raise UserError(f"--inception-weights {path}: there is no such file; get it from {URL}")
     digest = disk.sha256(path)
     if digest != SHA256 and not trust:
-        raise UserError(
-            f"--inception-weights {path}: its SHA-256 is {digest[:16]}..., not the published "
-            f"{SHA256[:16]}...: the file is incomplete, or has other weights; numbers made with it "
-            f"cannot be compared with published ones. --trust-weights accepts it as it is")
+        raise UserError(f"--inception-weights {path}: its SHA-256 is {digest[:16]}..., not the "
+                        f"published {SHA256[:16]}...: incomplete, or other weights, whose numbers "
+                        "do not compare with published ones; --trust-weights accepts it")
     net = Inception(INPUTS[features])
     net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    net = net.to(device, memory_format=torch.channels_last).eval()
-    return net.requires_grad_(False), digest
+    return net.to(memory_format=torch.channels_last).eval().requires_grad_(False), digest

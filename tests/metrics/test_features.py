@@ -13,6 +13,7 @@ from torchvision.transforms import functional as tv
 
 import disk
 import evaluate
+from metrics import features
 from metrics.features import Extractor, Features, VisionTransformer
 from runtime import UserError
 
@@ -85,8 +86,10 @@ def test_offline_and_unknown(hub, published, name, tmp_path, capsys, monkeypatch
         (tmp_path / "checkpoints" / published.file.name).write_bytes(b"half")
         name = "resnet18"
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    refuses(capsys, evaluate.main, "--samples", "digits", "--features", f"torchvision:{name}",
-            "--data-dir", tmp_path, "--device", "cpu", says=["--features"])
+    own = ("--features", f"torchvision:{name}")
+    refuses(capsys, features.main, *own, says=["--features"])       # before the training
+    refuses(capsys, evaluate.main, "--samples", "digits", *own, "--data-dir", tmp_path,
+            "--device", "cpu", says=["--features"])
 
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
@@ -177,13 +180,13 @@ def test_fd_in_features_of_transformers(folders, tmp_path):
     rng = np.random.RandomState(1)
     for name in "ab":
         np.savez(tmp_path / f"{name}.npz", rng.randint(0, 256, (12, 8, 8, 3), np.uint8))
-    features = f"clip:{folders['clip'][0]}"
+    clip = f"clip:{folders['clip'][0]}"
     common = ("--samples", tmp_path / "a.npz", "--device", "cpu")
-    call(evaluate.main, *common, "--reference", tmp_path / "b.npz", "--features", features,
+    call(evaluate.main, *common, "--reference", tmp_path / "b.npz", "--features", clip,
          "--save-stats", tmp_path / "stats.npz")
     result = disk.read_json(tmp_path / "eval.json")
     assert {"fd", "kd", "density", "coverage"} < set(result) and "is" not in result
-    assert result["settings"]["features"] == features
+    assert result["settings"]["features"] == clip
     call(evaluate.main, *common, "--reference", tmp_path / "stats.npz",
          "--out-json", tmp_path / "again.json")
     assert disk.read_json(tmp_path / "again.json")["fd"] == pytest.approx(result["fd"], rel=1e-6)
