@@ -71,17 +71,14 @@ def pack_once(base: Path, read, provenance, stamp, resolution, name):
     read() -> (images, labels, class names). resolution: of image files; None for arrays. name: of
     the set.
     """
-    packed = read_pack(base, provenance, stamp)
-    if packed:
+    if packed := read_pack(base, provenance, stamp):
         return packed
     contents = read()
     check_contents(*contents, name, files=resolution is not None)
     with lock(base.parent, "--pack-dir", name=f".{base.name}.lock", wait=True):
-        packed = read_pack(base, provenance, stamp)         # another process may have packed it
-        if packed is None:
+        if not read_pack(base, provenance, stamp):          # another process may have packed it
             write_pack(base, *contents, provenance, resolution, stamp)
-            packed = read_pack(base, provenance, stamp)
-    return packed
+    return read_pack(base, provenance, stamp)
 
 
 def read_pack(base: Path, provenance, stamp=None):

@@ -56,6 +56,12 @@ def lines_of(path):
     return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
+def as_lists(classes):
+    """{class: its paths} -> what a reader returns: all paths, labels (N,), class names."""
+    labels = np.repeat(np.arange(len(classes)), [len(paths) for paths in classes.values()])
+    return [path for paths in classes.values() for path in paths], labels, list(classes)
+
+
 @contextmanager
 def as_released(path):
     """Turns whatever fails while `path` is understood into a UserError that names it."""
@@ -126,29 +132,27 @@ def read_folder(data_dir, split):
     are those of `train`. Otherwise all of it is "train".
     """
     root = Path(data_dir)
-    train_folder, test_folder = root, None
+    folders = {"train": root}
     for name in ("val", "test"):
         if (root / "train").is_dir() and (root / name).is_dir():
-            train_folder, test_folder = root / "train", root / name
-    if split != "train" and test_folder is None:
+            folders = {"train": root / "train", "test": root / name}
+    if split not in folders:
         raise NoSuchSplit(f"--data-dir {root}: no test images; put the classes into train/, and "
                           "the test images, in folders of the same names, into test/")
-    classes = files_by_class(train_folder)
+    classes = files_by_class(folders["train"])
     names = list(classes)
     if len(names) < 2:
-        raise UserError(f"--data-dir {train_folder}: has {len(names)} sub-folders with images; it "
-                        "must hold one per class, at least two")
-    if split != "train":
-        classes = files_by_class(test_folder)
-        unknown = [name for name in classes if name not in names]
-        if unknown:
-            raise UserError(f"--data-dir {test_folder}: class {unknown[0]} is not one of those in "
-                            f"{train_folder}")
+        raise UserError(f"--data-dir {folders['train']}: has {len(names)} sub-folders with images; "
+                        "it must hold one per class, at least two")
+    if split == "test":
+        classes = files_by_class(folders["test"])
+        if unknown := [name for name in classes if name not in names]:
+            raise UserError(f"--data-dir {folders['test']}: class {unknown[0]} is not one of those "
+                            f"in {folders['train']}")
         if not classes:
-            raise NoSuchSplit(f"--data-dir {test_folder}: it holds no images")
-    paths = [path for files in classes.values() for path in files]
-    numbers = [names.index(name) for name in classes]
-    return paths, np.repeat(numbers, [len(files) for files in classes.values()]), names
+            raise NoSuchSplit(f"--data-dir {folders['test']}: it holds no images")
+    paths, labels, own_names = as_lists(classes)
+    return paths, np.array([names.index(name) for name in own_names])[labels], names
 
 
 def files_by_class(root, flag="--data-dir"):
@@ -207,9 +211,7 @@ def image_folder(root, flag="--data-dir"):
         if not flat:
             raise UserError(f"{flag} {root}: no images in it, and no sub-folders of images")
         return flat, None, None
-    paths = [path for files in classes.values() for path in files]
-    labels = np.repeat(np.arange(len(classes)), [len(files) for files in classes.values()])
-    return paths, labels, list(classes)
+    return as_lists(classes)
 
 
 def read_artbench10(data_dir, split):
@@ -271,9 +273,7 @@ def read_imagenet_lt(data_dir, split):
         if lacking:
             raise UserError(f"--data-dir {data_dir}: {root} has no folder {lacking[0]}; sort "
                             "ImageNet's validation images into one folder per class")
-        files = [files_under(root / name) for name in names]
-        labels = np.repeat(np.arange(len(names)), [len(f) for f in files])
-        return [path for f in files for path in f], labels, names
+        return as_lists({name: files_under(root / name) for name in names})
     root = find(data_dir, "train").parent
     paths = [os.path.join(root, name) for name, _ in lines]
     check_all_exist(paths, data_dir, path)

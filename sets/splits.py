@@ -16,7 +16,7 @@ import numpy as np
 
 import disk
 from runtime import Parser, UserError, integer, number, print_next
-from sets.readers import files_by_class
+from sets.readers import as_lists, files_by_class
 
 
 def groups_of(files, text, data_dir):
@@ -118,10 +118,8 @@ def main(words):
     if len(classes) < 2:
         raise UserError(f"--data-dir {root}: has {len(classes)} sub-folders with images; it must "
                         "hold one per class, at least two")
-    names = list(classes)
-    files = [Path(os.path.relpath(path, root)).as_posix()
-             for paths in classes.values() for path in paths]
-    labels = np.repeat(np.arange(len(names)), [len(paths) for paths in classes.values()])
+    paths, labels, names = as_lists(classes)
+    files = [Path(os.path.relpath(path, root)).as_posix() for path in paths]
     groups = np.array(groups_of(files, args.groups, root))
     test = choose_test(labels, groups, args.share, args.least, args.seed)
     for c, name in enumerate(names):
@@ -129,10 +127,10 @@ def main(words):
             raise UserError(f"--groups: class {name} would have no test image; its "
                             f"{(labels == c).sum()} images are of {len(set(groups[labels == c]))} "
                             "groups, and half of them must stay for training")
-    sides = {"train": np.flatnonzero(~test), "test": np.flatnonzero(test)}
-    how = write_split(out, root, {s: [files[i] for i in rows] for s, rows in sides.items()},
-                      {"data_dir": str(root), "groups": args.groups, "test": [
-                          files[i] for i in sides["test"]], "num": len(files)})
+    sides = {"train": [file for file, held_out in zip(files, test) if not held_out],
+             "test": [file for file, held_out in zip(files, test) if held_out]}
+    how = write_split(out, root, sides, {"data_dir": str(root), "groups": args.groups,
+                                         "test": sides["test"], "num": len(files)})
     print(f"{'train':>7} {'test':>7}  class")
     for c in np.argsort(-np.bincount(labels), kind="stable"):
         print(f"{(labels[~test] == c).sum():7,} {(labels[test] == c).sum():7,}  {names[c]}")
