@@ -17,11 +17,7 @@ from functools import cache
 import torch
 from torch.nn import functional as F
 
-NAMES = (               # of the numbers in the vector that the network gets
-    "mirror_x", "mirror_y", "scale", "turn_cos", "turn_sin", "stretch_cos", "stretch_sin",
-    "shift_x", "shift_y",
-)
-DIM = len(NAMES)
+DIM = 9                 # numbers in the vector that the network gets
 SCALE_STD = 0.2         # standard deviations: of log2 of the scale,
 STRETCH_STD = 0.2       # of log2 of the stretch along one axis, and the shrinking along the other,
 SHIFT_STD = 0.125       # and of each shift, as a part of the image's size
@@ -69,10 +65,7 @@ def draw_parameters(n, p, generator):
 
 
 def vector(params):
-    """The parameters as the network gets them, (N, DIM) float32 in the order of NAMES.
-
-    All zero for the identity.
-    """
+    """The parameters as the network gets them, (N, DIM) float32: all zero for the identity."""
     return torch.stack([
         params["mirror_x"],
         params["mirror_y"],

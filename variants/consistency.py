@@ -72,11 +72,6 @@ def to_x_0(F: Tensor, x_t: Tensor, t: Tensor, x_t_factor: Tensor, F_factor: Tens
 # --------------------------------------------------------------------------------------------------
 # Training: an entry of losses.BASES
 
-def intervals(step: int, double_every: int) -> int:
-    """How many intervals the timesteps have: 10, doubled every `double_every` steps, up to 640."""
-    return min(FIRST_INTERVALS * 2 ** (step // double_every), MOST_INTERVALS)
-
-
 def make_grid(sigma: Tensor, N: int, kind: str) -> Tensor:
     """The N + 1 timesteps between which pairs are drawn, ascending from 0 to T - 1: int64.
 
@@ -94,13 +89,13 @@ def make_grid(sigma: Tensor, N: int, kind: str) -> Tensor:
 def draw_pairs(alphas_bar, n, step, generator, *, ct_double=1, ct_grid="uniform"):
     """Neighbouring timesteps and the weights of such pairs: (t, (t_below, weight)), (n,) each.
 
-    They are neighbours on make_grid's grid of N = intervals(step, ct_double). An interval is drawn
-    with the probability that a log-normal sigma falls into it, of mean -1.1 and deviation 2.0
-    (iCT). Its weight is iCT's 1 / (sigma_t - sigma_t'), divided by the mean of c_out / (sigma_t -
-    sigma_t') over that distribution: else the gradient in F would grow 40 times with N, out of
-    proportion to --grad-clip and to L_CM.
+    They are neighbours on make_grid's grid of N intervals: 10 at first, doubled every ct_double
+    steps, up to 640. An interval is drawn with the probability that a log-normal sigma falls into
+    it, of mean -1.1 and deviation 2.0 (iCT). Its weight is iCT's 1 / (sigma_t - sigma_t'), divided
+    by the mean of c_out / (sigma_t - sigma_t') over that distribution: else the gradient in F would
+    grow 40 times with N, out of proportion to --grad-clip and to L_CM.
     """
-    N = intervals(step, ct_double)
+    N = min(FIRST_INTERVALS * 2 ** (step // ct_double), MOST_INTERVALS)
     sigma = sigmas(alphas_bar)
     c_out = coefficients(alphas_bar)[1]
     grid = make_grid(sigma, N, ct_grid)

@@ -15,14 +15,10 @@ from cm_layers import weight_matrices
 
 
 def freeze_all_but_low_rank(net):
-    """CBDM (LoRA) of Table 1: of a network whose decoder is reserved, train only the A and B.
-
-    Returns the network.
-    """
+    """CBDM (LoRA) of Table 1: of a network whose decoder is reserved, train only the A and B."""
     for name, p in net.named_parameters():
         low_rank = name.rsplit(".", 1)[-1] in ("A", "B") and "parametrizations" in name
         p.requires_grad_(low_rank)
-    return net
 
 
 class Router(nn.Module):
@@ -74,7 +70,7 @@ class GroupExperts(nn.Module):
 
 
 def add_group_experts(net, groups, rank_ratio):
-    """Give every convolution and Linear of a UNet's decoder one expert per group; return the UNet.
+    """Give every convolution and Linear of a UNet's decoder one expert per group.
 
     groups: lists of classes, which together are all classes. The experts share the rank that CM
     would reserve, max(1, floor(rank_ratio min(d, k))): an equal part each, at least 1.
@@ -86,8 +82,7 @@ def add_group_experts(net, groups, rank_ratio):
     net.encoder.register_forward_pre_hook(lambda encoder, args: encoder.router.set(args[2]))
     for name, layer, _ in weight_matrices(net.decoder):
         full = min(layer.weight.shape[0], layer.weight[0].numel())
-        rank = max(1, max(1, int(rank_ratio * full)) // len(groups))
+        rank = max(1, int(rank_ratio * full) // len(groups))
         parent, _, child = name.rpartition(".")
         expert = GroupExperts(layer, len(groups), rank, net.encoder.router)
         setattr(net.decoder.get_submodule(parent), child, expert)
-    return net
