@@ -14,7 +14,6 @@ import math
 import statistics
 import time
 from argparse import BooleanOptionalAction
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -45,7 +44,6 @@ METHODS = {             # name: (base loss, --cm-fraction, or None without CM)
     "CM on OC, 0.5": ("oc", 0.5),
 }
 NETWORK = UNetConfig(num_classes=100).to_dict()     # the paper's
-SAMPLED = {"DDPM": None, "CM, merged": 0.1}     # networks that generate: the share reserved
 
 
 class Cell(NamedTuple):
@@ -56,13 +54,6 @@ class Cell(NamedTuple):
 
     def __str__(self):
         return f"{self.method}, {self.dtype}" + (", compiled" if self.compiled else "")
-
-
-class Step(NamedTuple):
-    """A training step of a method."""
-    call: Callable          # takes the step
-    net: torch.nn.Module
-    compiled: bool          # False also where it should be compiled, but cannot be
 
 
 # --------------------------------------------------------------------------------------------------
@@ -113,19 +104,12 @@ def unless_out_of_memory(words, function, *args):
 # --------------------------------------------------------------------------------------------------
 # What is measured
 
-def noise_images():
-    """Random images in the shapes and class sizes of long-tailed CIFAR-100."""
-    labels = np.repeat(np.arange(100), long_tail_counts([500] * 100, 100))
-    pixels = np.random.RandomState(0).randint(0, 256, (len(labels), 32, 32, 3), np.uint8)
-    return ImageSet("noise", pixels, labels, [str(c) for c in range(100)])
+def make_step(cell, images, batch_size, rt, settings):
+    """A function that takes a training step; None where the cell is compiled, but cannot be.
 
-
-def make_step(method, images, batch_size, rt, compiled, settings):
-    """The Step of a method at the paper's network size, on images of CIFAR-100's shapes.
-
-    settings: what train.resolve returns.
+    images: of CIFAR-100's shapes. settings: what train.resolve returns.
     """
-    base, fraction = METHODS[method]
+    base, fraction = METHODS[cell.method]
     torch.manual_seed(0)
     net = build(NETWORK, fraction and 0.1)
     net.to(rt.device, memory_format=torch.channels_last)
@@ -137,25 +121,25 @@ def make_step(method, images, batch_size, rt, compiled, settings):
     settings.batch_size = batch_size
     training = Training(settings, rt, net, objective,
                         Batches(images, batch_size, 0, rt.device), optimizer, record)
-    module = objective
-    if compiled:
-        module, _ = runtime.compile_or_not(objective, lambda m: m(training.batch())[0], rt)
-    return Step(partial(train_step, training, module), net, module is not objective)
+    if not cell.compiled:
+        return partial(train_step, training, objective)
+    module, warning = runtime.compile_or_not(objective, lambda m: m(training.batch())[0], rt)
+    return None if warning else partial(train_step, training, module)
 
 
 def bench_training(batch_size, cells, rounds, runtimes, settings):
     """One row per cell that fits into the memory. runtimes: {name of a dtype: Runtime}."""
-    images = noise_images()
-    device = next(iter(runtimes.values())).device
+    # Random images in the shapes and class sizes of long-tailed CIFAR-100
+    labels = np.repeat(np.arange(100), long_tail_counts([500] * 100, 100))
+    pixels = np.random.RandomState(0).randint(0, 256, (len(labels), 32, 32, 3), np.uint8)
+    images = ImageSet("noise", pixels, labels, [str(c) for c in range(100)])
     steps = {}
     for cell in cells:
         print(f"batch {batch_size}: preparing {cell}", flush=True)
-        step = unless_out_of_memory(cell, make_step, cell.method, images, batch_size,
-                                    runtimes[cell.dtype], cell.compiled, settings)
-        if step and step.compiled == cell.compiled:     # what cannot be compiled is there already
+        rt = runtimes[cell.dtype]
+        if step := unless_out_of_memory(cell, make_step, cell, images, batch_size, rt, settings):
             steps[cell] = step
-    found = take_turns({cell: step.call for cell, step in steps.items()}, rounds, device,
-                       f"batch {batch_size}: measuring")
+    found = take_turns(steps, rounds, rt.device, f"batch {batch_size}: measuring")
 
     def time_of(cell):
         return found.get(cell, (math.nan, None))[0]
@@ -178,7 +162,7 @@ def bench_sampling(batch_size, rounds, rt, compiled):
     x = x.contiguous(memory_format=torch.channels_last)
     y = torch.zeros(batch_size, dtype=torch.int64, device=rt.device)
     calls = {}
-    for name, rank_ratio in SAMPLED.items():
+    for name, rank_ratio in (("DDPM", None), ("CM, merged", 0.1)):
         net = merge(build(NETWORK, rank_ratio))
         net.to(rt.device, memory_format=torch.channels_last).requires_grad_(False)
         net = make_fast(net, rt, x.shape[1:], RUN if compiled else 0, batch_size)
@@ -229,10 +213,10 @@ def make_parser():
 def main():
     """Measure what the flags ask for, print the tables and write bench.json."""
     args = make_parser().parse_args()
-    rt = runtime.setup(args.device, args.dtype)
-    on_cuda = rt.device.type == "cuda"
     dtypes = ["float32", "bfloat16"] if args.dtype == "auto" else [args.dtype]
     runtimes = {name: runtime.setup(args.device, name) for name in dtypes}
+    rt = runtimes[dtypes[0]]
+    on_cuda = rt.device.type == "cuda"
     compiled = [False, True] if runtime.wants_compile(args, rt) else [False]
     cells = [Cell(method, dtype, c)
              for dtype in dtypes for c in compiled for method in args.methods]
@@ -243,9 +227,9 @@ def main():
     rows, sampling = [], []
     for batch_size in args.batch_size or ([64, 512] if on_cuda else [16]):
         rows += bench_training(batch_size, cells, args.rounds, runtimes, settings)
-        for dtype, runtime_of in runtimes.items():
+        for dtype in dtypes:
             sampling += unless_out_of_memory(
-                f"sampling, {dtype}", bench_sampling, batch_size, args.rounds, runtime_of,
+                f"sampling, {dtype}", bench_sampling, batch_size, args.rounds, runtimes[dtype],
                 on_cuda and compiled[-1]) or []
         # Now, since a larger batch may end the process
         disk.write_json(Path(args.out or "out/bench") / "bench.json", {
