@@ -80,35 +80,13 @@ def unseen_images(args, ckpt, images):
     return None
 
 
-def read_all(args, ckpt):
-    """{path: (images, labels)} of --samples. Raises UserError for another training set's."""
-    found = {}
-    for path in args.samples:
-        images, labels, record = read_samples(path)
-        data = record.get("data", {})
-        if labels is None or any(data.get(key) != ckpt["data"].get(key)
-                                 for key in ("sha256", "class_counts", "class_names")):
-            raise UserError(f"--samples {path}: not of the training set of --ckpt {args.ckpt}")
-        found[path] = images, labels
-    return found
-
-
-def print_shares(rows):
-    """A table: one line per set of images, the shares in pixels and in features."""
-    for name, result in rows.items():
-        words = [f"{space}: " + "  ".join(f"{key} {share:.1%}" for key, share in shares.items())
-                 for space, shares in result.items() if space != "num"]
-        print(f"{name}  " + "    ".join(words))
-
-
 def pairs_picture(images, labels, index, train, data, groups):
     """A grid of generated images of Few, each with its nearest training image at its right.
 
     Of all classes where there are no groups, or no images of Few.
     """
-    rows = np.flatnonzero(np.isin(labels, groups["Few"] if groups else labels))
-    if not len(rows):
-        rows = np.arange(len(labels))
+    few = np.flatnonzero(np.isin(labels, groups.get("Few", [])))
+    rows = few if len(few) else np.arange(len(labels))
     both = np.stack([images[rows], train[index[rows]]], 1).reshape(-1, *images.shape[1:])
     title = "in pairs: a generated image, its nearest training image"
     return grid_image({title: (both, np.repeat(labels[rows], 2))}, data["class_names"],
@@ -139,7 +117,12 @@ def main():
     # What is measured
     ckpt = disk.load(args.ckpt, KINDS)
     data = ckpt["data"]
-    sets = read_all(args, ckpt)
+    sets = {}
+    for path in args.samples:
+        images, labels, record = read_samples(path)
+        if labels is None or record["data"] != data:
+            raise UserError(f"--samples {path}: not of the training set of --ckpt {args.ckpt}")
+        sets[path] = images, labels
     disk.check_writable(out / "copies.json")
     rt = runtime.setup(args.device, args.dtype)
     train = training_images(ckpt, args.data_dir)
@@ -172,7 +155,10 @@ def main():
     # Print and write
     print(f"share of images that are nearer to a training image than any other training image is "
           f"({len(real):,} distinct training images; features of {extractor.name})")
-    print_shares(rows)
+    for name, result in rows.items():
+        for space in of_train:
+            words = "  ".join(f"{key} {share:.1%}" for key, share in result[space].items())
+            print(f"{name}  {space}: {words}")
     disk.write_json(out / "copies.json", {
         "rows": rows, "ckpt": args.ckpt, "data": data, "features": extractor.name,
         "features_sha256": extractor.sha256,
