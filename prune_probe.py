@@ -29,8 +29,7 @@ from torch import nn
 import disk
 import runtime
 from data import class_groups, reference_images, to_float, training_images
-from model import (distance, make_alphas_bar, q_sample, signal_and_sigma,
-                   stratified_timesteps)
+from model import distance, make_alphas_bar, q_sample, signal_and_sigma, stratified_timesteps
 from networks import load_merged
 from runtime import Parser, UserError, integer, number, run
 from sample import dtype_of
@@ -59,13 +58,13 @@ def prunable(net, tensors="weights"):
 
 @torch.no_grad()
 def prune(net, fraction, scope="global", tensors="weights"):
-    """Set the `fraction` of smallest |w| to zero, in place; return {name: share of zeros}.
+    """Set the `fraction` of smallest |w| to zero, in place.
 
     scope: one threshold for all tensors together ("global"), or one for each tensor ("layer").
     Exactly floor(fraction n) of n entries are set to zero; ties are broken by position.
     """
-    params = prunable(net, tensors)
-    together = [list(params.values())] if scope == "global" else [[p] for p in params.values()]
+    params = list(prunable(net, tensors).values())
+    together = [params] if scope == "global" else [[p] for p in params]
     for group in together:
         flat = torch.cat([p.abs().flatten() for p in group])
         n = math.floor(fraction * len(flat) + 1e-9)     # 0.29 x 100 is 28.999...
@@ -74,7 +73,6 @@ def prune(net, fraction, scope="global", tensors="weights"):
         keep[smallest] = False
         for p, kept in zip(group, keep.split([p.numel() for p in group])):
             p.mul_(kept.view(p.shape))
-    return {name: float((p == 0).float().mean()) for name, p in params.items()}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -112,16 +110,13 @@ def per_image_losses(net, images, labels, repeats, rt, seed=0, batch_size=500, t
 
 def measure(net, images, labels, fractions, args, rt, name):
     """Losses per image of one network: (N,) as it is, and {fraction: (N,)} pruned."""
-    def losses(network, state):
-        return per_image_losses(network, images, labels, args.repeats, rt, args.seed,
-                                args.batch_size, f"{name}: {state}")
-
-    raw, pruned = losses(net, "raw"), {}
-    for fraction in fractions:
-        pruned_net = copy.deepcopy(net)
-        prune(pruned_net, fraction, args.scope, args.tensors)
-        pruned[fraction] = losses(pruned_net, f"{fraction:g} pruned")
-    return raw, pruned
+    losses = {}
+    for fraction in (0, *fractions):
+        pruned = copy.deepcopy(net)
+        prune(pruned, fraction, args.scope, args.tensors)
+        losses[fraction] = per_image_losses(pruned, images, labels, args.repeats, rt, args.seed,
+                                            args.batch_size, f"{name}: {fraction:g} pruned")
+    return losses.pop(0), losses
 
 
 # --------------------------------------------------------------------------------------------------
@@ -220,15 +215,12 @@ def curve_figure(results, path):
     fig, axes = disk.pyplot().subplots(1, len(results), figsize=(4.2 * len(results), 3.4),
                                        constrained_layout=True, squeeze=False, sharey=True)
     for ax, (name, by_fraction) in zip(axes[0], results.items()):
-        lines = {}
-        for result in by_fraction.values():
-            relative = ({g: v["relative"] for g, v in result["groups"].items()}
-                        or {c: v["relative"][0] for c, v in result["classes"].items()})
-            for label, value in relative.items():
-                lines.setdefault(label, []).append(100 * value)
+        columns = [{g: v["relative"] for g, v in result["groups"].items()}
+                   or {c: v["relative"][0] for c, v in result["classes"].items()}
+                   for result in by_fraction.values()]
         percents = [100 * float(f) for f in by_fraction]
-        for label, values in lines.items():
-            ax.plot(percents, values, "o-", label=label)
+        for label in columns[0]:
+            ax.plot(percents, [100 * column[label] for column in columns], "o-", label=label)
         ax.set(title=name, xlabel="weights set to zero (%)")
         ax.legend(fontsize=8)
     axes[0, 0].set_ylabel("relative loss change (%), mean over classes")
@@ -299,15 +291,6 @@ def make_parser():
     return parser
 
 
-def refuse_different_data(paths, ckpts):
-    """Raise UserError where a checkpoint was trained on other data than the first one."""
-    keys = ("dataset", "class_counts", "class_names", "resolution", "sha256")
-    for path, ckpt in zip(paths, ckpts):
-        if (any(ckpt["data"][key] != ckpts[0]["data"][key] for key in keys)
-                or ckpt["config"]["tail_seed"] != ckpts[0]["config"]["tail_seed"]):
-            raise UserError(f"--ckpt {path}: trained on other data than {paths[0]}")
-
-
 def main():
     """Measure every checkpoint at every fraction; write the numbers and the figures."""
     args = make_parser().parse_args()
@@ -319,7 +302,10 @@ def main():
     names = args.names or [Path(path).parent.name for path in args.ckpt]
     if len(set(names)) != len(ckpts) or len(names) != len(ckpts):
         raise UserError(f"--names: give {len(ckpts)} different ones, one per checkpoint")
-    refuse_different_data(args.ckpt, ckpts)
+    trained_on = [(ckpt["data"], ckpt["config"]["tail_seed"]) for ckpt in ckpts]
+    for path, data in zip(args.ckpt, trained_on):
+        if data != trained_on[0]:
+            raise UserError(f"--ckpt {path}: trained on other data than {args.ckpt[0]}")
     if args.images == "trained":
         images = training_images(ckpts[0], args.data_dir)
         print(images.table())

@@ -102,11 +102,11 @@ def cos_1K(means):
 # --------------------------------------------------------------------------------------------------
 # Simulation
 
-def two_means(angle, mu=1.0):
-    """Two means (2, DIMENSION) of norm mu with this angle between them."""
+def two_means(angle):
+    """Two means (2, DIMENSION) of norm 1 with this angle between them."""
     means = np.zeros((2, DIMENSION))
-    means[0, 0] = mu
-    means[1, :2] = mu * math.cos(angle), mu * math.sin(angle)
+    means[0, 0] = 1
+    means[1, :2] = math.cos(angle), math.sin(angle)
     return means
 
 
@@ -173,8 +173,7 @@ def cases_2_1():
     """Theorem 2.1: two classes, no low-rank part."""
     for name, (_, values) in SWEEPS.items():
         for x in values:
-            a, N, ratio, angle = {
-                **BASE, name: math.radians(x) if name == "angle" else x}.values()
+            a, N, ratio, angle = {**BASE, name: math.radians(x) if name == "angle" else x}.values()
             n_1 = round(a * N)                  # whole samples, and a is the share that they make
             theory = theorem_2_1(n_1 / N, N, ratio, angle)
             counts = np.array([n_1, N - n_1])

@@ -25,8 +25,7 @@ import runtime
 from cm_layers import general_only, is_reserved, reserved
 from data import class_groups, reference_images, to_float, training_images
 from losses import CMConfig, Masks, Objective, bind
-from model import (distance, make_alphas_bar, q_sample, signal_and_sigma,
-                   stratified_timesteps)
+from model import distance, make_alphas_bar, q_sample, signal_and_sigma, stratified_timesteps
 from networks import load_unmerged
 from runtime import Parser, UserError, integer, run
 from sample import dtype_of
@@ -164,9 +163,9 @@ def compare_kinds(names, one, last, aggregate, sigma2, repeats):
     result = {}
     for kind, rows in found.items():
         if rows:
-            points, cosines, theory = (np.array(column) for column in zip(*rows))
-            result[kind] = {"matrices": len(rows), "share": float(points.mean()),
-                            "cosine": float(cosines.mean()), "theorem_2_1": float(theory.mean())}
+            share, cosine, theory = (float(np.mean(column)) for column in zip(*rows))
+            result[kind] = {"matrices": len(rows), "share": share, "cosine": cosine,
+                            "theorem_2_1": theory}
     return result
 
 
@@ -212,8 +211,7 @@ def dominance(args, rt, ckpt, net):
         sides["Many against Few"] = (["class 1", "rest of Many"], ["class K", "rest of Few"])
     pairs = {}
     for words, (larger, smaller) in sides.items():
-        one = together([found[name] for name in larger])
-        last = together([found[name] for name in smaller])
+        one, last = (together([found[name] for name in side]) for side in (larger, smaller))
         pairs[words] = compare_kinds(list(matrices), one, last, aggregate, sigma2, args.repeats)
     return {"pairs": pairs, "images": len(images.labels), "repeats": args.repeats}
 
@@ -318,7 +316,7 @@ def print_allocation(result):
     """The layers in one line, then one line of distances per group."""
     layers = result["layers"]
     ratios = np.array([r["ratio"] for r in layers])
-    ranks = np.array([r["effective_rank"] / max(1, r["rank"]) for r in layers])
+    ranks = np.array([r["effective_rank"] / r["rank"] for r in layers])
     print(f"{len(layers)} reserved weights: ||BA|| / ||W|| median {np.median(ratios):.3f} "
           f"({ratios.min():.3f} to {ratios.max():.3f}); effective rank {np.median(ranks):.0%} of "
           "the reserved one")
