@@ -98,8 +98,7 @@ def make_parser():
     length.add_argument("--steps", type=integer(1),
                         help="in place of --epochs: as many steps for any number of images "
                         "(small: 3000; tiny: 1000)")
-    g.add_argument("--weight-decay", type=number(0),
-                   help="SGD's (default: 0.0005; paper: 0.0002)")
+    g.add_argument("--weight-decay", type=number(0), help="SGD's (default: 0.0005; paper: 0.0002)")
     g.add_argument("--width", type=integer(1, 4096),
                    help="channels of the first stage; 64 is ResNet-18 (default: 64; small: 32; "
                         "digits, tiny: 16)")
@@ -202,13 +201,6 @@ def load_sets(args, rt, old=None):
     return Sets(real, train, test)
 
 
-def with_extra(images, path):
-    """The ImageSet `images` and, after them, the generated ones of an .npz. Raises UserError."""
-    extra, labels = read_extra(path, images)
-    return replace(images, images=np.concatenate([images.images, extra]),
-                   labels=np.concatenate([images.labels, labels]))
-
-
 def lacking_in_words(counts, names):
     """Which classes have fewer images, of counts (C,), than the largest one; "" where none has."""
     lacking = counts.max() - counts
@@ -220,11 +212,11 @@ def lacking_in_words(counts, names):
             f"to fill them: python sample.py --ckpt CKPT --fill-to {counts.max()}")
 
 
-def read_extra(path, images):
-    """Images and labels of an .npz (arr_0, arr_1), with the shape and the classes of `images`.
+def with_extra(images, path):
+    """The ImageSet `images` and, after them, the generated ones of an .npz (arr_0, arr_1).
 
-    Where sample.py left its .json beside the file, the classes are matched by their names. Raises
-    UserError.
+    Those have the shape and the classes of `images`. Where sample.py left its .json beside the
+    file, the classes are matched by their names. Raises UserError.
     """
     extra, labels = images_of_npz(open_npz(path, "--extra"), path, "--extra")
     H, W, channels = images.images.shape[1:]
@@ -238,7 +230,8 @@ def read_extra(path, images):
     labels = to_classes(labels, names, images.class_names, f"--extra {path}")
     if channels == 1 and (extra != extra[..., :1]).any():
         raise UserError(f"--extra {path}: images in colour, and {images.name} is grey")
-    return extra[..., :channels], labels.astype(np.int64)
+    return replace(images, images=np.concatenate([images.images, extra[..., :channels]]),
+                   labels=np.concatenate([images.labels, labels.astype(np.int64)]))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -262,38 +255,30 @@ class ClassifierTraining(Training):
         return {"model": plain, **reserved}
 
     def learning_rate(self, step):
-        return learning_rate(step, self.args.steps, self.args.steps_per_epoch, self.args)
+        """That of a step, by --schedule.
+
+        "steps": five epochs of linear warm-up, then x 0.01 from 80 % and x 0.0001 from 90 % of the
+        training on (epochs 160 and 180 of 200, as in LDAM's code). "tenths": the same with x 0.1
+        and x 0.01 from 60 % and 80 % on (epochs 120 and 160, as the authors' release). "onecycle":
+        torch's OneCycleLR without its momentum.
+        """
+        args, total = self.args, self.args.steps
+        if args.schedule == "onecycle":
+            rise = 0.3 * (total + 1) - 1
+            if step <= rise:
+                start, end, share = args.lr / 25, args.lr, step / rise
+            else:
+                start, end, share = args.lr, args.lr / 25e4, (step - rise) / (total - rise)
+            return end + (start - end) / 2 * (1 + math.cos(math.pi * share))
+        first, second, drop = (0.8, 0.9, 1e-2) if args.schedule == "steps" else (0.6, 0.8, 1e-1)
+        drops = (step >= first * total) + (step >= second * total)
+        warmup = min(5 * args.steps_per_epoch, total // 4)
+        return args.lr * drop ** drops * min(1.0, (step + 1) / max(1, warmup))
 
     def check_weights(self):
         """Raise UserError where weights or running statistics are not finite."""
         if not all(value.isfinite().all() for value in self.net.state_dict().values()):
             raise UserError(f"stopped at step {self.step}: the weights are not finite; lower --lr")
-
-
-def learning_rate(step, total, steps_per_epoch, args):
-    """The learning rate of a step.
-
-    "steps": five epochs of linear warm-up, then x 0.01 from 80 % and x 0.0001 from 90 % of the
-    training on (epochs 160 and 180 of 200, as in LDAM's code). "tenths": the same with x 0.1 and x
-    0.01 from 60 % and 80 % on (epochs 120 and 160, as the authors' release). "onecycle": torch's
-    OneCycleLR without its momentum.
-    """
-    if args.schedule != "onecycle":
-        warmup = min(5 * steps_per_epoch, total // 4)
-        first, second, drop = (0.8, 0.9, 1e-2) if args.schedule == "steps" else (0.6, 0.8, 1e-1)
-        factor = 1.0
-        if step >= first * total:
-            factor = drop
-        if step >= second * total:
-            factor = drop * drop
-        return args.lr * factor * min(1.0, (step + 1) / max(1, warmup))
-
-    def cosine(start, end, share):
-        return end + (start - end) / 2 * (1 + math.cos(math.pi * share))
-    rise = 0.3 * (total + 1) - 1
-    if step <= rise:
-        return cosine(args.lr / 25, args.lr, step / rise)
-    return cosine(args.lr, args.lr / 25e4, (step - rise) / (total - rise))
 
 
 def low_rank_of(args):

@@ -81,21 +81,23 @@ def make_reserved(network, stages, rank_ratio, scale=1.0, form="flat", norms="sh
     net = make_resnet(**network)
     for stage in stages:
         reserve(getattr(net, stage), rank_ratio, form, scale=scale)
-    if stages and norms == "apart":
-        own = {module for layer in from_first_reserved(net, stages) for module in layer.modules()}
+    if norms == "apart":
+        _, apart = shared_and_apart(net, stages)
+        own = {module for layer in apart for module in layer.modules()}
         for name, norm in list(net.named_modules()):
             if isinstance(norm, nn.BatchNorm2d) and norm in own:
-                owner, _, child = name.rpartition(".")
-                setattr(net.get_submodule(owner), child, TwoNorms(norm.num_features))
+                net.set_submodule(name, TwoNorms(norm.num_features))
     return net
 
 
-def from_first_reserved(net, stages):
-    """The layers of a ResNet from the first of these on: what theta^g passes by itself."""
-    layers = dict(net.named_children())
-    names = list(layers)
+def shared_and_apart(net, stages):
+    """The layers of a ResNet, those before the first of these stages and those from it on.
+
+    The first ones run once for theta and theta^g.
+    """
+    names, layers = zip(*net.named_children())
     first = min((names.index(stage) for stage in stages), default=len(names))
-    return list(layers.values())[first:]
+    return layers[:first], layers[first:]
 
 
 def features_and_logits(net, x):
@@ -113,7 +115,7 @@ def load_classifier(path, device, flag="--features"):
     ckpt = disk.load(path, ["classifier"], flag)
     net = make_resnet(**ckpt["network"])
     net.load_state_dict(ckpt["model"])
-    refuse_narrow(ckpt["network"].get("width", 64), device, f"{flag} {path}: --width")
+    refuse_narrow(ckpt["network"]["width"], device, f"{flag} {path}: --width")
     return net.to(device).eval().requires_grad_(False), ckpt
 
 
@@ -285,20 +287,19 @@ class ClassifierLoss(nn.Module):
     def forward(self, batch):
         """(total loss, {name: 0-d term}, zeros (N,) where train.py logs D), of Images."""
         x, y, reweigh, _ = batch
-        layers = list(self.net.children())
-        rest = from_first_reserved(self.net, self.reserved)
-        x = self.through(layers[:len(layers) - len(rest)], x)
-        logits = self.through(rest, x).float()
+        shared, apart = shared_and_apart(self.net, self.reserved)
+        x = self.through(shared, x)
+        logits = self.through(apart, x).float()
         losses = self.loss(logits, y, self)
         base = losses.mean()
         if reweigh:
             weights = self.drw[y]
             base = (losses * weights).sum() / weights.sum()
         terms = {"base": base}
-        total = terms["base"]
+        total = base
         if self.reserved and self.cm.lam:
-            with general_only(self.net), general_norms(rest):
-                general = self.through(rest, x).float()
+            with general_only(self.net), general_norms(apart):
+                general = self.through(apart, x).float()
             D = self.distance(logits, general, self)
             terms.update(cm_terms(D, y, self.w_con_y, self.w_div_y, self.cm.div_bound))
             L_CM = self.cm.w_con * terms["con"] + self.cm.w_div * terms["div"]

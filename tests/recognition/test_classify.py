@@ -3,6 +3,7 @@ import copy
 import json
 import math
 import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -250,9 +251,11 @@ def test_learning_rate_in_steps():
     args = resolved("--dataset", "cifar100")
     assert (args.epochs, args.lr, args.weight_decay) == (200, 0.1, 2e-4)
     assert (args.width, args.schedule, args.nesterov) == (64, "steps", False)
+    args.steps, args.steps_per_epoch = 200 * 84, 84
+    run = SimpleNamespace(args=args)
 
     def rate(epoch):
-        return classify.learning_rate(epoch * 84, 200 * 84, 84, args)
+        return classify.ClassifierTraining.learning_rate(run, epoch * 84)
     assert rate(0) == pytest.approx(0.1 / 420) and rate(5) == rate(159) == 0.1
     assert rate(160) == pytest.approx(1e-3) and rate(179) == pytest.approx(1e-3)
     assert rate(180) == pytest.approx(1e-5)
@@ -262,13 +265,13 @@ def test_learning_rate_in_steps():
 
 
 def test_learning_rate_in_one_cycle():
-    args = resolved()
+    run = SimpleNamespace(args=resolved("--steps", "350"))
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1, momentum=0.9)
     theirs = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=351,
                                                  cycle_momentum=False)
     for step in range(350):
         expected = optimizer.param_groups[0]["lr"]
-        rate = classify.learning_rate(step, 350, 11, args)
+        rate = classify.ClassifierTraining.learning_rate(run, step)
         assert rate == pytest.approx(expected, rel=1e-6)
         optimizer.step()
         theirs.step()
