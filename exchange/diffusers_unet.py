@@ -164,29 +164,22 @@ def their_network(net, size):
     return theirs
 
 
-def their_schedule(recipe=None):
-    """The DDIMScheduler of our schedule: in N steps, where N divides 1,000, ours step for step.
-
-    With use_clipped_model_output=True, which is no setting but an argument of its `step`. recipe:
-    of the checkpoint's training, by which it clips and ends.
-    """
-    ours = Sampling.of("diffusion", recipe)
-    return package().DDIMScheduler(
-        num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02, beta_schedule="linear",
-        prediction_type="epsilon", timestep_spacing="leading", steps_offset=0,
-        set_alpha_to_one=ours.last_step == "x_0", clip_sample=ours.clip, clip_sample_range=1.0)
-
-
 def write(ckpt, net, path):
     """Write a merged network, on the CPU, as a folder in diffusers' layout, whole or not at all.
 
-    ckpt: the dict that disk.load returned. Raises UserError where they have no such network.
+    ckpt: the dict that disk.load returned. Its DDIMScheduler, in N steps, where N divides 1,000, is
+    our sampling step for step, with use_clipped_model_output=True, an argument of its `step`.
+    Raises UserError where they have no such network.
     """
     refuse_network(ckpt, net)
-    diffusers = package()
     theirs = their_network(net, ckpt["data"]["resolution"])
     refuse_difference(net, theirs)
-    pipeline = diffusers.DDIMPipeline(theirs, their_schedule(ckpt["config"].get("recipe")))
+    ours = Sampling.of("diffusion", ckpt["config"].get("recipe"))     # how it clips and ends
+    schedule = package().DDIMScheduler(
+        num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02, beta_schedule="linear",
+        prediction_type="epsilon", timestep_spacing="leading", steps_offset=0,
+        set_alpha_to_one=ours.last_step == "x_0", clip_sample=ours.clip, clip_sample_range=1.0)
+    pipeline = package().DDIMPipeline(theirs, schedule)
     known = {**{key: ckpt[key] for key in KEPT}, "network": {**net.cfg.to_dict(), "augment_dim": 0}}
     disk.write_folder(path, pipeline.save_pretrained, "diffusers", "--export", checkpoint=known)
 
@@ -194,14 +187,14 @@ def write(ckpt, net, path):
 # --------------------------------------------------------------------------------------------------
 # And back
 
-def read(folder, flag="--from-diffusers"):
+def read(folder):
     """(what a checkpoint holds beside its weights, our state dict) of a folder that `write` made.
 
     Raises UserError for another folder.
     """
     made = disk.read_json(Path(folder) / "export.json")
     if not isinstance(made, dict) or made.get("kind") != "diffusers":
-        raise UserError(f"{flag} {folder}: not a folder of sample.py --export --format diffusers")
+        raise UserError(f"--from-diffusers {folder}: not made by sample.py --format diffusers")
     known = made["checkpoint"]
     net = UNet(UNetConfig(**known["network"]))
     net.load_state_dict(to_ours(load_file(Path(folder) / WEIGHTS), net))

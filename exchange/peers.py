@@ -69,7 +69,7 @@ def network_of(state):
             "num_res_blocks": len(levels[0]), "dropout": 0.1, "augment_dim": 0}
 
 
-def translate(state, flag="--ckpt"):
+def translate(state):
     """(the dict of a UNetConfig, our state dict) of theirs. Raises UserError."""
     try:
         network = network_of(state)
@@ -80,28 +80,28 @@ def translate(state, flag="--ckpt"):
         UNet(UNetConfig(**network)).load_state_dict(ours)
         table = state[TABLE]
     except (KeyError, ValueError, IndexError, RuntimeError) as e:
-        raise UserError(f"{flag}: not the U-Net with labels of CBDM-pytorch or OC_LT ({e})") from e
+        raise UserError(f"--ckpt: not the U-Net with labels of CBDM-pytorch or OC_LT ({e})") from e
     if network["ch"] < 128:
-        raise UserError(f"{flag}: {network['ch']} channels; its group norms have 32 groups, and "
+        raise UserError(f"--ckpt: {network['ch']} channels; its group norms have 32 groups, and "
                         "ours have fewer below 128 channels")
     T = len(make_alphas_bar())
     waves = sinusoid(torch.arange(T), network["ch"])
     expected = torch.stack(waves.chunk(2, 1), 2).flatten(1)
     if table.shape != expected.shape or (table - expected).abs().max() > 0.01:
-        raise UserError(f"{flag}: its timesteps are not 0 to {T - 1}; here there is no other "
+        raise UserError(f"--ckpt: its timesteps are not 0 to {T - 1}; here there is no other "
                         "schedule")
     return network, ours
 
 
-def read(path, flag="--ckpt"):
+def read(path):
     """(their averaged weights, the step) of one of their files. Raises UserError."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:          # of many kinds
-        raise UserError(f"{flag} {path}: cannot be read as a checkpoint of tensors and plain "
+        raise UserError(f"--ckpt {path}: cannot be read as a checkpoint of tensors and plain "
                         "types") from e
     if not isinstance(content, dict) or "ema_model" not in content:
-        raise UserError(f"{flag} {path}: has no \"ema_model\"; name a ckpt_STEP.pt of CBDM-pytorch "
+        raise UserError(f"--ckpt {path}: has no \"ema_model\"; name a ckpt_STEP.pt of CBDM-pytorch "
                         "or OC_LT")
     return content["ema_model"], content.get("step", 0)
 

@@ -13,7 +13,6 @@ from runtime import UserError
 
 CH = 128
 TABLE = "time_embedding.timembedding.0.weight"
-LEVELS = [(1, False), (2, True)]            # multiplier, attention
 
 
 class Weights(dict):
@@ -23,15 +22,15 @@ class Weights(dict):
         super().__init__()
         self.g = torch.Generator().manual_seed(0)
 
-    def layer(self, name, *shape, mean=0.0):
+    def layer(self, name, *shape):
         """A weight and a bias."""
         fan_in = math.prod(shape[1:])
-        self[f"{name}.weight"] = mean + torch.randn(shape, generator=self.g) / fan_in ** 0.5
+        self[f"{name}.weight"] = torch.randn(shape, generator=self.g) / fan_in ** 0.5
         self[f"{name}.bias"] = 0.1 * torch.randn(shape[0], generator=self.g)
 
     def norm(self, name, ch):
         """A group norm."""
-        self.layer(name, ch, mean=1.0)
+        self.layer(name, ch)
         self[f"{name}.weight"] = 1 + 0.1 * self[f"{name}.bias"].flip(0)
 
     def block(self, name, in_ch, out_ch, attention):
