@@ -249,9 +249,10 @@ def announce(args, comparison, extractor, rt):
         rt.print(f"labels {comparison.assumed['labels']}")
     if args.per_class and not labelled:
         rt.print("--per-class: one side has no labels; overall numbers only")
-    if grouped and subject.data.get("class_counts") is None:
-        rt.print("the samples come without class sizes: Many / Medium / Few are thirds of the "
-                 "classes in the order of their numbers")
+    if grouped:
+        order = "by size" if subject.data.get("class_counts") else (
+            "in the order of their numbers, since the samples come without class sizes")
+        rt.print(f"Many / Medium / Few: thirds of the classes, {order}")
 
 
 def print_result(result, k=3, floor=0):
