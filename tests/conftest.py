@@ -11,6 +11,7 @@ import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import patch
 
 if "PYTEST_XDIST_WORKER" in os.environ:     # several threads of several workers only wait
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -28,6 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import disk
+import evaluate
 import runtime
 import train
 from cm_layers import reserved
@@ -46,12 +48,14 @@ TINY_FLAGS = ["--dataset", "digits", "--ch", "16", "--batch-size", "16", "--log-
 
 def call(main, *argv):
     """Run a script's main() in this process with these flags, as `run` would; errors are raised."""
-    before = sys.argv
-    sys.argv = ["script", *map(str, argv)]
-    try:
+    with patch.object(sys, "argv", ["script", *map(str, argv)]):
         main()
-    finally:
-        sys.argv = before
+
+
+def resolved(*flags):
+    """The settings of train.py that these flags mean."""
+    parser = train.make_parser()
+    return train.resolve(parser.parse_args([str(flag) for flag in flags]), parser.given)
 
 
 def parse_only(monkeypatch, module, flags):
@@ -64,8 +68,8 @@ def parse_only(monkeypatch, module, flags):
         raise Parsed
 
     main, parse_args = importlib.import_module(module).main, runtime.Parser.parse_args
-    with monkeypatch.context() as patch, pytest.raises(Parsed):
-        patch.setattr(runtime.Parser, "parse_args", parse_and_stop)
+    with monkeypatch.context() as m, pytest.raises(Parsed):
+        m.setattr(runtime.Parser, "parse_args", parse_and_stop)
         call(main, *flags)
 
 
@@ -94,6 +98,12 @@ def a_step(digits, base="ddpm", *, rank_ratio=0.1, dropout=0.0, cm=None, label_d
     x_0 = to_float(torch.from_numpy(digits.images[rows]))
     y = torch.from_numpy(digits.labels[rows])
     return objective, objective.draw_batch(x_0, y, seed=0, step=3)
+
+
+def gradient_of(value, net):
+    """The gradient of a scalar in all parameters of a network, as one vector."""
+    grads = torch.autograd.grad(value, list(net.parameters()), allow_unused=True)
+    return torch.cat([g.flatten() for g in grads if g is not None])
 
 
 def refuses(capsys, main, *flags, says):
@@ -163,6 +173,21 @@ def assert_same_losses(a, b):
     assert [r.keys() for r in a] == [r.keys() for r in b]
     for r, s in zip(a, b):
         assert r == pytest.approx(s, rel=1e-4, abs=1e-9)
+
+
+def assert_equal(a, b):
+    """Two {name: tensor} are equal to the bit."""
+    torch.testing.assert_close(dict(a), dict(b), rtol=0, atol=0)
+
+
+def ckpt_of(out):
+    """The checkpoint of a run in `out`."""
+    return disk.load(out / "ckpt.pt", ["diffusion", "consistency"])
+
+
+def notes(capsys):
+    """The printed lines that begin with "note:", since the last look at the output."""
+    return [line for line in capsys.readouterr().out.splitlines() if line.startswith("note:")]
 
 
 def pixels(folder):
@@ -251,6 +276,12 @@ def data_dir(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def tiny(data_dir):
+    """Flags of a tiny run on the packed digits, but for --out and the steps."""
+    return (*TINY_FLAGS, "--data-dir", data_dir)
+
+
+@pytest.fixture(scope="session")
 def digits(data_dir):
     """The long-tailed digits, IR 20."""
     images = load("digits", data_dir)
@@ -258,14 +289,20 @@ def digits(data_dir):
 
 
 @pytest.fixture(scope="session")
-def cm_run(tmp_path_factory, data_dir):
+def cm_run(tmp_path_factory, tiny):
     """The folder of a small CM run with its checkpoint.
 
     30 steps are enough to be different from its initial weights.
     """
     out = tmp_path_factory.mktemp("run") / "cm"
-    call(train.main, *TINY_FLAGS, "--steps", 30, "--data-dir", data_dir, "--out", out)
+    call(train.main, *tiny, "--steps", 30, "--out", out)
     return out
+
+
+@pytest.fixture(scope="session")
+def from_run(cm_run):
+    """Flags that name the checkpoint of that run, and the CPU."""
+    return ("--ckpt", cm_run / "ckpt.pt", "--device", "cpu")
 
 
 @pytest.fixture(scope="session")
@@ -275,6 +312,15 @@ def classifier(tmp_path_factory, data_dir):
     call(classify.main, "--epochs", 6, "--width", 8, "--data-dir", data_dir, "--out", out,
          "--device", "cpu")
     return out / "ckpt.pt"
+
+
+@pytest.fixture
+def measured(tmp_path):
+    """measured(*flags): the numbers that evaluate.py writes with these flags, on the CPU."""
+    def measure(*flags):
+        call(evaluate.main, *flags, "--device", "cpu", "--out-json", tmp_path / "measured.json")
+        return disk.read_json(tmp_path / "measured.json")
+    return measure
 
 
 @pytest.fixture

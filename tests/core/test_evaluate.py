@@ -4,7 +4,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import call, make_folder, picture, refuses, write_colour_classifier
+from conftest import (call, ckpt_of, make_folder, notes, picture, refuses,
+                      write_colour_classifier)
 
 import disk
 import evaluate
@@ -61,15 +62,12 @@ def test_groups_are_measured_on_their_own_images():
     assert uneven["fid"] == pytest.approx(scores.distance_of(features[chosen], real))
 
 
-def test_a_checkpoint_and_its_samples_agree(cm_run, classifier, data_dir, tmp_path):
-    in_float32 = ("--device", "cpu", "--dtype", "float32")
-    source = ("--ckpt", cm_run / "ckpt.pt", "--num", 60, "--steps", 3, *in_float32)
-    common = ("--features", classifier, "--data-dir", data_dir, "--device", "cpu", "--floor", 2)
-    call(evaluate.main, *source, "--features", classifier, "--per-class",
-         "--out-json", tmp_path / "direct.json")
+def test_a_checkpoint_and_its_samples_agree(from_run, classifier, data_dir, tmp_path, measured):
+    source = (*from_run, "--num", 60, "--steps", 3, "--dtype", "float32")
+    common = ("--features", classifier, "--data-dir", data_dir, "--floor", 2)
+    direct = measured(*source, "--features", classifier, "--per-class")
     call(sample.main, *source, "--png", "--out", tmp_path)
-    call(evaluate.main, "--samples", tmp_path / "samples.npz", *common)
-    direct, saved = (disk.read_json(tmp_path / name) for name in ("direct.json", "eval.json"))
+    saved = measured("--samples", tmp_path / "samples.npz", *common)
     assert saved["fd"] == pytest.approx(direct["fd"], rel=1e-3)
     assert saved["groups"].keys() == {"Many", "Medium", "Few"}
     assert len(direct["classes"]) == 10 and direct["classes"]["7"]["num"] == 6
@@ -79,16 +77,13 @@ def test_a_checkpoint_and_its_samples_agree(cm_run, classifier, data_dir, tmp_pa
     assert saved["floor"] < saved["fd"]                 # thirty steps do not learn digits
 
     # from the folders of --png, whose class names carry numbers
-    call(evaluate.main, "--samples", tmp_path / "png", "--reference", "digits", *common,
-         "--out-json", tmp_path / "png.json")
-    few = disk.read_json(tmp_path / "png.json")["groups"]["Few"]["fd"]
-    assert few == pytest.approx(saved["groups"]["Few"]["fd"], rel=1e-3)
+    pngs = measured("--samples", tmp_path / "png", "--reference", "digits", *common)
+    assert pngs["groups"]["Few"]["fd"] == pytest.approx(saved["groups"]["Few"]["fd"], rel=1e-3)
 
 
-def test_an_export_is_measured_as_what_it_was_made_of(cm_run, classifier, data_dir, tmp_path):
+def test_an_export_is_measured_as_what_it_was_made_of(from_run, classifier, data_dir, tmp_path):
     path = tmp_path / "general.pt"
-    call(sample.main, "--ckpt", cm_run / "ckpt.pt", "--export", path, "--weights", "raw",
-         "--branch", "general", "--device", "cpu")
+    call(sample.main, *from_run, "--export", path, "--weights", "raw", "--branch", "general")
     call(evaluate.main, "--ckpt", path, "--num", 20, "--steps", 2, "--features", classifier,
          "--data-dir", data_dir, "--device", "cpu")
     settings = disk.read_json(tmp_path / "eval.json")["settings"]
@@ -100,46 +95,44 @@ def test_an_export_is_measured_as_what_it_was_made_of(cm_run, classifier, data_d
     (0.1, ["--steps", 1], "--steps"), (0.1, [], ""), (1, ["--classes", "null"], "")])
 def test_samples_that_cannot_be_what_was_asked_for(label_drop, flags, said, cm_run, tmp_path,
                                                    capsys):
-    ckpt = torch.load(cm_run / "ckpt.pt", weights_only=True)
+    ckpt = ckpt_of(cm_run)
     ckpt["config"]["label_drop"] = label_drop
-    torch.save(ckpt, tmp_path / "ckpt.pt")
+    disk.save(tmp_path / "ckpt.pt", ckpt)
     call(sample.main, "--ckpt", tmp_path / "ckpt.pt", "--num", 10, "--steps", 2, *flags,
          "--device", "cpu")
-    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note:")]
-    assert len(notes) == bool(said) and all(said in line for line in notes)
+    found = notes(capsys)
+    assert len(found) == bool(said) and all(said in line for line in found)
 
 
-def test_real_images_score_well(classifier, data_dir, tmp_path, cm_run):
+def test_real_images_score_well(classifier, data_dir, measured):
     """The held-out digits as samples, by the data set's name: most are classified correctly, and
     they are near the training set.
     """
     common = ("--samples", "digits:test", "--reference", "digits", "--features", classifier,
-              "--data-dir", data_dir, "--device", "cpu")
-    call(evaluate.main, *common, "--reference-split", "test", "--out-json", tmp_path / "test.json")
-    result = disk.read_json(tmp_path / "test.json")
+              "--data-dir", data_dir)
+    result = measured(*common, "--reference-split", "test")
     assert abs(result["fd"]) < 1e-3 and result["accuracy"] > 0.9
     assert (result["num"], result["recall"], result["precision"]) == (300, 1, 1)
-    call(evaluate.main, *common, "--out-json", tmp_path / "train.json")
-    against_train = disk.read_json(tmp_path / "train.json")
+    against_train = measured(*common)
     assert (against_train["num"], against_train["num_real"]) == (300, 1497)
     assert against_train["fd"] > 0.1
 
 
-def test_accuracy_knows_the_classifiers_own_order_of_classes(classifier, data_dir, tmp_path):
+def test_accuracy_knows_the_classifiers_own_order_of_classes(classifier, data_dir, tmp_path,
+                                                             measured):
     """Samples whose class 0 is "9" and so on; for the classifier, class 0 is "0"."""
     test = load("digits", data_dir, "test", class_order="9,8,7,6,5,4,3,2,1,0")
     np.savez(tmp_path / "samples.npz", np.repeat(test.images, 3, 3), test.labels)
     data = {"dataset": "digits", "class_names": test.class_names}
     disk.write_json(tmp_path / "samples.json", {
         "settings": {}, "data": data, "npz_sha256": disk.sha256(tmp_path / "samples.npz")})
-    call(evaluate.main, "--samples", tmp_path / "samples.npz", "--features", classifier,
-         "--data-dir", data_dir, "--device", "cpu", "--per-class")
-    result = disk.read_json(tmp_path / "eval.json")
+    result = measured("--samples", tmp_path / "samples.npz", "--features", classifier,
+                      "--data-dir", data_dir, "--per-class")
     nine = result["classes"]["9"]
     assert result["accuracy"] > 0.9 and nine["accuracy"] > 0.7 and nine["num_real"] == 150
 
 
-def test_a_folder_is_its_own_reference(tmp_path, classifier, cpu, capsys, monkeypatch):
+def test_a_folder_is_its_own_reference(tmp_path, classifier, cpu, capsys, monkeypatch, measured):
     """A run on a long-tailed folder is measured against all of its images, each class with equal
     weight, beside the floor; the folder and its resolution are found without flags.
     """
@@ -148,44 +141,38 @@ def test_a_folder_is_its_own_reference(tmp_path, classifier, cpu, capsys, monkey
     call(train.main, "--dataset", "folder", *folders, "--resolution", 8, "--ch", 16,
          "--ch-mult", 1, 2, "--num-res-blocks", 1, "--batch-size", 8, "--steps", 2,
          "--device", "cpu", "--sample-every", 0, "--out", tmp_path / "run")
+    run = ("--ckpt", tmp_path / "run/ckpt.pt", "--num", 30, "--steps", 2, "--device", "cpu")
     features = ("--features", tmp_path / "colour.pt", "--device", "cpu")
     write_colour_classifier(classifier, tmp_path / "colour.pt")
-    call(evaluate.main, "--ckpt", tmp_path / "run/ckpt.pt", *features, "--num", 30,
-         "--num-group", 0, "--steps", 2)
-    result = disk.read_json(tmp_path / "run/eval.json")
+    result = measured(*run, *features, "--num-group", 0)
     assert result["num_real"] == 58 and result["kid_subset_size"] == 30
     assert result["reference"] == {"pixels": [8, 8], "images_per_class": [12, 30]}
     assert all(part["floor"] > 0 for part in (result, *result["groups"].values()))
 
     # Named in two ways, and as samples of the run: the same images, weights and numbers
-    run = ("--ckpt", tmp_path / "run/ckpt.pt", "--num", 30, "--steps", 2, "--device", "cpu",
-           "--dtype", "float32")
-    call(sample.main, *run, "--out", tmp_path / "samples")
+    call(sample.main, *run, "--dtype", "float32", "--out", tmp_path / "samples")
     monkeypatch.chdir(tmp_path)
     found = []
     for reference in ([], ["--reference", "folder", *folders], ["--reference", root]):
-        call(evaluate.main, "--samples", "samples", *reference, *features, "--out-json", "x.json")
-        found.append(disk.read_json("x.json"))
-    for other in found[1:]:
-        assert {key: other[key] for key in ("fd", "kd", "recall", "floor", "reference")} == {
-            key: found[0][key] for key in ("fd", "kd", "recall", "floor", "reference")}
-        assert other["groups"] == found[0]["groups"]
+        result = measured("--samples", "samples", *reference, *features)
+        found.append([result[key] for key in ("fd", "kd", "recall", "floor", "reference",
+                                              "groups")])
+    assert found[0] == found[1] == found[2]
     extractor = evaluate.Extractor(str(features[1]), cpu)
     ours = np.load("samples/samples.npz")["arr_0"]
     real = load("folder", root, resolution=8, pack_dir=folders[3]).images
     (ours, _), (real, _) = (extractor.extract(x.__getitem__, len(x), "x") for x in (ours, real))
     weights = np.repeat(1 / (3 * np.array([30, 16, 12])), [30, 16, 12])
-    assert found[0]["fd"] == pytest.approx(scores.distance_of(ours, real, weights), rel=1e-5)
+    assert result["fd"] == pytest.approx(scores.distance_of(ours, real, weights), rel=1e-5)
 
     # Images without a .json: the reference is read at their size, 8 pixels
     np.savez("theirs.npz", np.random.RandomState(0).randint(0, 256, (30, 8, 8, 3), np.uint8))
-    call(evaluate.main, "--samples", "theirs.npz", "--reference", "folder", *folders, *features)
-    assert disk.read_json("eval.json")["num_real"] == 58
+    theirs = measured("--samples", "theirs.npz", "--reference", "folder", *folders, *features)
+    assert theirs["num_real"] == 58
 
-    # Other images in its place
+    # Other images in its place; for --ckpt see test_mistakes.py
     picture(root / "c0/0.png", 5, size=(9, 9))
-    for subject in (run, ("--samples", tmp_path / "samples")):
-        refuses(capsys, evaluate.main, *subject[:2], *features, says=["--data-dir"])
+    refuses(capsys, evaluate.main, "--samples", "samples", *features, says=["--data-dir"])
 
 
 @pytest.fixture
@@ -229,10 +216,10 @@ def test_if_needed_notices_what_changed(against_digits, samples, tmp_path, capsy
           change=lambda: picture(folder / "0.png", 7, "L", (8, 8)))
 
 
-def test_images_that_the_classes_share_unequally(samples, against_digits, cm_run, tmp_path,
+def test_images_that_the_classes_share_unequally(samples, against_digits, from_run, measured,
                                                  capsys):
     """Fewer images than classes are refused; few of a class, and unequal numbers, are said."""
-    for subject in (("--ckpt", cm_run / "ckpt.pt"), ("--samples", samples)):
+    for subject in (from_run, ("--samples", samples)):
         refuses(capsys, evaluate.main, *subject, *against_digits, "--num", 9, says=["--num"])
     with np.load(samples) as f:
         images, labels = f["arr_0"], f["arr_1"]
@@ -241,30 +228,27 @@ def test_images_that_the_classes_share_unequally(samples, against_digits, cm_run
                          ([of_class[0][:15], *of_class[1:]], "0 15, ")):
         rows = np.concatenate(chosen)
         np.savez(samples, images[rows], labels[rows])
-        call(evaluate.main, "--samples", samples, *against_digits, "--out-json", tmp_path / "x")
-        notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note:")]
-        assert len(notes) == bool(said) and all(said in line for line in notes)
+        measured("--samples", samples, *against_digits)
+        found = notes(capsys)
+        assert len(found) == bool(said) and all(said in line for line in found)
 
 
-def test_a_balanced_training_set_has_no_many_and_few(samples, against_digits, digits, tmp_path):
+def test_a_balanced_training_set_has_no_many_and_few(samples, against_digits, digits, measured):
     for counts, groups in (([100] * 10, 0), (digits.counts.tolist(), 3)):
         record = {"class_names": digits.class_names, "class_counts": counts}
         disk.write_json(samples.with_suffix(".json"), {
             "settings": {}, "data": record, "npz_sha256": disk.sha256(samples)})
-        call(evaluate.main, "--samples", samples, *against_digits)
-        result = disk.read_json(tmp_path / "eval.json")
+        result = measured("--samples", samples, *against_digits)
         assert len(result["groups"]) == groups and not result["classes"]
 
 
-def test_classes_that_the_samples_lack(samples, against_digits, data_dir, tmp_path):
+def test_classes_that_the_samples_lack(samples, against_digits, data_dir, measured):
     """The overall numbers are against the real images of the samples' classes."""
     with np.load(samples) as f:
-        rows = f["arr_1"] < 4
-        images, labels = f["arr_0"][rows], f["arr_1"][rows]
-    np.savez(samples, images, labels)
-    call(evaluate.main, "--samples", samples, *against_digits)
-    n = disk.read_json(tmp_path / "eval.json")["num_real"]
-    assert n == int((load("digits", data_dir).labels < 4).sum())
+        images, labels = f["arr_0"], f["arr_1"]
+    np.savez(samples, images[labels < 4], labels[labels < 4])
+    real = load("digits", data_dir).labels
+    assert measured("--samples", samples, *against_digits)["num_real"] == (real < 4).sum()
 
 
 def test_what_cannot_be_compared_is_refused(samples, against_digits, tmp_path, capsys):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import TINY_FLAGS, call, make_folder, picture, refuses
+from conftest import call, ckpt_of, make_folder, picture, refuses
 
 import disk
 import evaluate
@@ -58,9 +58,9 @@ TRAIN = [       # flags of train.py -> the flag that the line must name
 
 
 @pytest.mark.parametrize("flags, named", TRAIN)
-def test_train(flags, named, capsys, data_dir, tmp_path, monkeypatch):
+def test_train(flags, named, capsys, tiny, tmp_path, monkeypatch):
     out = tmp_path / "run"
-    words = [*TINY_FLAGS, "--steps", 2, "--data-dir", data_dir, "--out", out, *flags]
+    words = [*tiny, "--steps", 2, "--out", out, *flags]
     monkeypatch.setattr("sys.argv", ["train.py", *map(str, words)])     # where plugins are named
     refuses(capsys, train.main, *words, says=[named])
     assert not out.exists()
@@ -69,25 +69,18 @@ def test_train(flags, named, capsys, data_dir, tmp_path, monkeypatch):
 @pytest.mark.parametrize("flags, named", [
     (["--lr", 0.5], "--lr"), (["--base", "ddpm"], "--base"), (["--ch", 32], "--ch"),
     (["--tail-seed", 1], "--tail-seed"), (["--ir", 5], "--ir"), (["--no-cm"], "--cm"),
-    (["--steps", 8], "--steps")])
-def test_a_run_does_not_go_on_with_other_settings(flags, named, capsys, cm_run, data_dir):
+    (["--recipe", "release"], "--recipe"), (["--steps", 8], "--steps")])
+def test_a_run_does_not_go_on_with_other_settings(flags, named, capsys, cm_run, tiny):
     before = disk.sha256(cm_run / "ckpt.pt")
-    refuses(capsys, train.main, *TINY_FLAGS, "--data-dir", data_dir, "--out", cm_run,
-            "--steps", 60, *flags, says=[named])
+    refuses(capsys, train.main, *tiny, "--out", cm_run, "--steps", 60, *flags, says=[named])
+    call(train.main, *tiny, "--out", cm_run, "--steps", 30)     # finished: it is left alone
     assert disk.sha256(cm_run / "ckpt.pt") == before
 
 
-def test_a_finished_run_is_left_alone(cm_run, data_dir):
-    before = disk.sha256(cm_run / "ckpt.pt")
-    call(train.main, *TINY_FLAGS, "--steps", 30, "--data-dir", data_dir, "--out", cm_run)
-    assert disk.sha256(cm_run / "ckpt.pt") == before
-
-
-def test_a_cut_checkpoint_is_not_overwritten(capsys, cm_run, data_dir, tmp_path):
+def test_a_cut_checkpoint_is_not_overwritten(capsys, cm_run, tiny, tmp_path):
     content = (cm_run / "ckpt.pt").read_bytes()[:1000]
     (tmp_path / "ckpt.pt").write_bytes(content)
-    refuses(capsys, train.main, *TINY_FLAGS, "--data-dir", data_dir, "--out", tmp_path,
-            says=["--out"])
+    refuses(capsys, train.main, *tiny, "--out", tmp_path, says=["--out"])
     assert (tmp_path / "ckpt.pt").read_bytes() == content
 
 
@@ -103,28 +96,22 @@ def test_a_link_to_a_checkpoint_that_is_gone_is_no_new_run(main, capsys, data_di
     (["--classes", "3-12"], "--classes"), (["--classes", "cat"], "--classes"),
     (["--num", 0], "--num"), (["--guidance", "nan"], "--guidance"),
     (["--format", "diffusers"], "--format")])
-def test_sample(flags, named, capsys, cm_run, tmp_path):
+def test_sample(flags, named, capsys, from_run, tmp_path):
     out = tmp_path / "s"
-    refuses(capsys, sample.main, "--ckpt", cm_run / "ckpt.pt", "--device", "cpu", "--out", out,
-            *flags, says=[named])
+    refuses(capsys, sample.main, *from_run, "--out", out, *flags, says=[named])
     assert not out.exists()
 
 
-@pytest.mark.parametrize("name", ["missing", "cut", "text", "of torch alone", "a classifier",
-                                  "of another network"])
-def test_what_is_no_checkpoint(name, capsys, cm_run, classifier, tmp_path):
-    path = tmp_path / "x.pt"
+def test_what_is_no_checkpoint(capsys, cm_run, classifier, tmp_path):
+    """A text, half a checkpoint, one of torch alone, of another network; a classifier, no file."""
     content = (cm_run / "ckpt.pt").read_bytes()
-    if name == "of torch alone":
-        torch.save({"model": {}}, path)
-    elif name == "a classifier":
-        shutil.copy(classifier, path)
-    elif name == "of another network":
-        state = disk.load(cm_run / "ckpt.pt", ["diffusion"])
-        disk.save(path, {**state, "network": {**state["network"], "ch": 32}})
-    elif name != "missing":
-        path.write_bytes({"cut": content[:len(content) // 2], "text": b"hello"}[name])
-    refuses(capsys, sample.main, "--ckpt", path, "--device", "cpu", says=["--ckpt"])
+    (tmp_path / "text.pt").write_bytes(b"hello")
+    (tmp_path / "cut.pt").write_bytes(content[:len(content) // 2])
+    torch.save({"model": {}}, tmp_path / "torch.pt")
+    state = ckpt_of(cm_run)
+    disk.save(tmp_path / "other.pt", {**state, "network": {**state["network"], "ch": 32}})
+    for path in (*tmp_path.iterdir(), classifier, tmp_path / "missing.pt"):
+        refuses(capsys, sample.main, "--ckpt", path, "--device", "cpu", says=["--ckpt"])
 
 
 @pytest.mark.parametrize("flags, named", [
@@ -158,8 +145,7 @@ def test_a_missing_folder_or_download_says_the_fix(capsys, tmp_path, monkeypatch
     monkeypatch.setattr(torchvision.datasets.cifar, "download_and_extract_archive", offline)
     common = ["--data-dir", tmp_path / "none", "--pack-dir", tmp_path / "packs",
               "--out", tmp_path / "run", "--device", "cpu"]
-    for name, what in (("cifar100", "https://"), ("folder", "none"), ("inat2018", ".json"),
-                       ("celebahq", "CelebAMask-HQ")):
+    for name, what in (("cifar100", "https://"), ("folder", "none"), ("inat2018", ".json")):
         refuses(capsys, train.main, "--dataset", name, *common, says=["--data-dir", what])
     make_folder(tmp_path / "none", {"cat": 2, "dog": 1})
     (tmp_path / "none/dog/000.png").write_text("no image")
@@ -168,15 +154,24 @@ def test_a_missing_folder_or_download_says_the_fix(capsys, tmp_path, monkeypatch
 
 
 def test_other_data_behind_the_same_name(tmp_path, capsys):
-    """A run does not go on with other images, and no probe measures with them."""
+    """A run does not go on with other images, no probe measures with them, nothing against them:
+    one image is replaced; another folder has classes of the same names and sizes.
+    """
     sizes = {"cat": 6, "dog": 5, "owl": 4}
     root = make_folder(tmp_path / "set", sizes)
+    other = make_folder(tmp_path / "other", sizes)
+    picture(other / "cat/000.png", 999)
     flags = ["--dataset", "folder", "--data-dir", root, "--pack-dir", tmp_path / "packs",
              "--resolution", 8, "--ch", 16, "--ch-mult", 1, 2, "--num-res-blocks", 1,
              "--batch-size", 4, "--sample-every", 0, "--device", "cpu", "--out", tmp_path / "run"]
     call(train.main, *flags, "--steps", 1)
-    picture(root / "cat/000.png", 999)          # the same name, another image
+    ours = ("--ckpt", tmp_path / "run/ckpt.pt", "--device", "cpu")
+    measure = (evaluate.main, *ours, "--num", 6, "--num-group", 0, "--steps", 1,
+               "--features", tmp_path / "none.pt")
+    refuses(capsys, *measure, "--data-dir", other, says=["--data-dir"])
+    refuses(capsys, *measure, says=["--features"])          # the folder of the training
+    picture(root / "cat/000.png", 999)                      # the same name, another image
+    refuses(capsys, *measure, says=["--data-dir"])
     refuses(capsys, train.main, *flags, "--steps", 2, says=["--data-dir"])
     for main, *command in ([prune_probe.main], [capacity.main, "allocation"]):
-        refuses(capsys, main, *command, "--ckpt", tmp_path / "run/ckpt.pt", "--data-dir", root,
-                "--device", "cpu", says=["--data-dir"])
+        refuses(capsys, main, *command, *ours, "--data-dir", root, says=["--data-dir"])
