@@ -46,15 +46,13 @@ SAMPLES = {         # name: (run, flags of sample.py)
     "consistency": ("consistency-cm", []),
     "experts": ("experts", "--steps 5".split()),
 }
-NEW = "--scale 1 --norms shared"        # what classify.py of before the move has no flags for
-PROBS = f"--cm --rank-ratio 0.1 {NEW}"
+CM = "--cm --rank-ratio 0.1 --scale 1 --norms shared"
 CLASSIFIERS = {     # name: flags of classify.py
     "features": [],
-    "ldam": f"--ir 20 --loss ldam --drw {PROBS} --distance probs --reserve layer3 layer4".split(),
+    "ldam": f"--ir 20 --loss ldam --drw {CM} --distance probs --reserve layer3 layer4".split(),
     "la": "--ir 20 --loss la --tau 0.5 --schedule steps --no-nesterov".split(),
-    "logits": f"--ir 20 {PROBS} --distance logits --reserve layer4 --div-bound 0.1".split(),
+    "logits": f"--ir 20 {CM} --distance logits --reserve layer4 --div-bound 0.1".split(),
 }
-WINGS = {"classify": "recognition.classify", "capacity_probe": "probes.capacity"}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -63,9 +61,7 @@ WINGS = {"classify": "recognition.classify", "capacity_probe": "probes.capacity"
 def call(script, *flags):
     """Run a script's main in this process."""
     sys.argv = [script + ".py", *map(str, flags)]
-    wing = WINGS.get(script, script)
-    moved = Path(sys.path[0], wing.replace(".", "/") + ".py").exists()  # older checkouts are flat
-    importlib.import_module(wing if moved else script).main()
+    importlib.import_module(script).main()
 
 
 def digest(tensors):
@@ -104,7 +100,7 @@ def weights_of(folder):
     return {kind: digest(ckpt[kind]) for kind in ("model", "ema") if kind in ckpt}
 
 
-def train_all(out, data, steps=10):
+def train_all(out, data, steps):
     """Train every variant, from nothing or from where it stopped: {name: {hashes and numbers}}."""
     result = {}
     for name, flags in VARIANTS.items():
@@ -128,11 +124,9 @@ def measure_all(runs, out, data):
              "--no-clip", "--device", "cpu", "--out", out / name)
         with np.load(out / name / "samples.npz") as f:
             result[f"sample {name}"] = {"arrays": digest(dict(f))}
-    flat = not Path(sys.path[0], "recognition").is_dir()
     for name, flags in CLASSIFIERS.items():
-        flags = [word for word in flags if not (flat and word in NEW.split())]
-        call("classify", "--dataset", "digits", "--width", 8, "--epochs", 2, "--device", "cpu",
-             *flags, "--data-dir", data, "--out", out / name)
+        call("recognition.classify", "--dataset", "digits", "--width", 8, "--epochs", 2,
+             "--device", "cpu", *flags, "--data-dir", data, "--out", out / name)
         numbers = numbers_of(json.loads((out / name / "result.json").read_text()))
         result[f"classify {name}"] = {**weights_of(out / name), **numbers}
     measure = ["--features", out / "features/ckpt.pt", "--data-dir", data, "--device", "cpu"]
@@ -146,8 +140,8 @@ def measure_all(runs, out, data):
     call("prune_probe", "--ckpt", runs / "ddpm-no-cm/ckpt.pt", runs / "oc-cm/ckpt.pt", *probe,
          "--images", "balanced", "--fractions", "0.1,0.3", "--repeats", 1, "--out", out / "prune")
     probe += ["--ckpt", runs / "oc-cm/ckpt.pt", "--out", out]
-    call("capacity_probe", "allocation", *probe)
-    call("capacity_probe", "dominance", *probe, "--repeats", 1)
+    call("probes.capacity", "allocation", *probe)
+    call("probes.capacity", "dominance", *probe, "--repeats", 1)
     call("theory_sim", "--trials", 200, "--out", out)
     for name in ("drawn", "given", "kept", "prune/probe", "allocation", "dominance", "theory"):
         result[name] = numbers_of(json.loads((out / f"{name}.json").read_text()))
@@ -155,15 +149,15 @@ def measure_all(runs, out, data):
 
 
 def record(code, runs, out, steps):
-    """All that the checkout `code` gives, trained in `runs`, measured in `out`."""
+    """Write all that the checkout `code` gives, trained in `runs`, to out/result.json."""
     sys.path.insert(0, str(code))
     import torch
     torch.set_num_threads(1)
     data = out / "data"
     runs.mkdir(parents=True, exist_ok=True)
     os.chdir(runs)              # a checkpoint keeps the name of what it was started from
-    result = train_all(runs, data, steps)
-    return {**result, **measure_all(runs, out, data)}
+    result = {**train_all(runs, data, steps), **measure_all(runs, out, data)}
+    (out / "result.json").write_text(json.dumps(result))
 
 
 def machine():
@@ -176,14 +170,13 @@ def machine():
 # --------------------------------------------------------------------------------------------------
 # Two checkouts side by side
 
-def run(code, runs, out, steps):
+def run(code, runs, out, steps=10):
     """`record` in a process of its own: the checkout's files must not meet another's."""
     out.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, __file__, "--record", code, "--runs", runs, "--out", out]
+    command = [sys.executable, __file__, "record", code, runs, out, str(steps)]
     env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     with open(out / "log.txt", "w") as log:
-        done = subprocess.run([*map(str, command), "--steps", str(steps)], env=env, stdout=log,
-                              stderr=subprocess.STDOUT)
+        done = subprocess.run(command, env=env, stdout=log, stderr=subprocess.STDOUT)
     if done.returncode:
         sys.exit(f"{code}: failed\n" + (out / "log.txt").read_text()[-3000:])
     return json.loads((out / "result.json").read_text())
@@ -207,8 +200,8 @@ def differences(a, b):
 def compare(before, after, out):
     """Compare two checkouts on runs of their own, then on continuing the first one's runs."""
     shutil.rmtree(out, ignore_errors=True)
-    old = run(before, out / "before", out / "before-results", 10)
-    new = run(after, out / "after", out / "after-results", 10)
+    old = run(before, out / "before", out / "before-results")
+    new = run(after, out / "after", out / "after-results")
     shutil.copytree(out / "before", out / "resumed")
     going_on = run(before, out / "before", out / "before-going-on", 15)
     resumed = run(after, out / "resumed", out / "resumed-results", 15)
@@ -220,22 +213,18 @@ def compare(before, after, out):
 
 
 def main():
-    """One checkout recorded, written down, or two compared."""
+    """One checkout written down, or two compared; or what `run` asks for."""
+    if sys.argv[1:2] == ["record"]:
+        return record(*map(Path, sys.argv[2:5]), int(sys.argv[5]))
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("code", nargs="*", type=Path, help="one checkout (with --write), or two")
     parser.add_argument("--write", type=Path, metavar="FILE", help="write down what one gives")
     parser.add_argument("--out", type=Path, default=Path("out/same"), help="default: out/same")
-    parser.add_argument("--record", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--runs", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--steps", type=int, default=10, help=argparse.SUPPRESS)
     args = parser.parse_args()
     out = args.out.resolve()
-    if args.record:
-        result = record(args.record.resolve(), args.runs.resolve(), out, args.steps)
-        (out / "result.json").write_text(json.dumps(result))
-    elif args.write:
+    if args.write:
         shutil.rmtree(out, ignore_errors=True)
-        numbers = run(args.code[0].resolve(), out / "runs", out / "results", 10)
+        numbers = run(args.code[0].resolve(), out / "runs", out / "results")
         content = {"machine": machine(), "results": numbers}
         args.write.write_text(json.dumps(content, indent=0) + "\n")
     elif len(args.code) == 2:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import call, make_folder
+from conftest import call, ckpt_of, make_folder
 
 import data
 import disk
@@ -222,7 +222,7 @@ def test_the_hash_is_of_the_whole_set_and_of_its_content(data_dir, tmp_path):
 
 def test_folders_that_a_received_checkpoint_names_are_not_made(cm_run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    ckpt = disk.load(cm_run / "ckpt.pt", ["diffusion"])
+    ckpt = ckpt_of(cm_run)
     theirs = {"data_dir": str(tmp_path / "their/data"), "pack_dir": str(tmp_path / "their/packs")}
     ckpt["config"].update(theirs)
     assert len(data.training_images(ckpt).labels) == 502

@@ -1,10 +1,11 @@
 """Devices and dtypes that this machine does not have: MPS, float16 with a scaled loss, TF32."""
 import copy
 from argparse import Namespace
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TINY_FLAGS, call
+from conftest import assert_equal, call, ckpt_of
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
@@ -30,15 +31,7 @@ def make_objective(base="oc", **cm):
                      cm=CMConfig(**cm))
 
 
-class OneBatch:
-    """The same images at every step."""
-
-    def __init__(self, n=8):
-        g = torch.Generator().manual_seed(1)
-        self.images = torch.randn(n, 1, 8, 8, generator=g), torch.arange(n) % 3
-
-    def at(self, step):
-        return self.images
+IMAGES = (torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(1)), torch.arange(8) % 3)
 
 
 # A device without float64: torch's "meta" plays MPS
@@ -67,7 +60,7 @@ def meta():
 @pytest.mark.parametrize("base", BASES)
 def test_a_step_needs_no_float64_of_the_device(meta, base, fraction):
     objective = make_objective(base, cm_fraction=fraction, independent_dropout="all")
-    batch = objective.draw_batch(*OneBatch().at(0), seed=0, step=0)     # on the CPU, as for MPS
+    batch = objective.draw_batch(*IMAGES, seed=0, step=0)               # on the CPU, as for MPS
     objective.to(meta)
     batch = tree_map_only(torch.Tensor, lambda values: values.to(meta), batch)
     total, _, D = objective(batch)
@@ -85,19 +78,20 @@ def test_sampling_needs_no_float64_of_the_device(meta):
         assert x.is_meta and x.dtype == torch.float32
 
 
-# float16: the loss is multiplied by a scale, and its gradients divided
-def a_training(dtype):
+@pytest.fixture
+def training():
+    """One in float16: the loss is multiplied by a scale, and its gradients divided."""
     args = Namespace(seed=0, steps=9, accumulate=1, lr=1e-3, warmup=1, grad_clip=1.0, ema=0.9,
                      out="nowhere", cm=True, div_bound=0.01, lr_decay=False)
-    rt = runtime.Runtime(torch.device("cpu"), dtype)
+    rt = runtime.Runtime(torch.device("cpu"), torch.float16)
     objective = make_objective()
     optimizer = torch.optim.Adam(objective.net.parameters(), lr=args.lr, fused=True)
     record = {"data": {"class_counts": COUNTS, "class_names": ["a", "b", "c"]}, "config": {}}
-    return loop.Training(args, rt, objective.net, objective, OneBatch(), optimizer, record)
+    batches = SimpleNamespace(at=lambda step: IMAGES)
+    return loop.Training(args, rt, objective.net, objective, batches, optimizer, record)
 
 
-def test_the_loss_is_scaled_and_an_overflow_skips_the_update():
-    training = a_training(torch.float16)
+def test_the_loss_is_scaled_and_an_overflow_skips_the_update(training):
     seen = []
     last = training.params["decoder.conv.bias"]         # the others' gradients begin near 0
     last.register_hook(lambda g: seen.append(g.abs().max().item()))
@@ -124,8 +118,7 @@ def test_the_loss_is_scaled_and_an_overflow_skips_the_update():
     training.refuse_divergence(means)
 
 
-def test_gradients_that_always_overflow_end_the_run():
-    training = a_training(torch.float16)
+def test_gradients_that_always_overflow_end_the_run(training):
     training.scaler.scale(torch.zeros(()))
     training.refuse_divergence({"skipped": 1.0})    # the scale still falls
     training.scaler.update(0.5)
@@ -134,16 +127,13 @@ def test_gradients_that_always_overflow_end_the_run():
     training.refuse_divergence({"skipped": 0.9})
 
 
-def test_a_float16_run_goes_on_to_the_bit(tmp_path, data_dir):
+def test_a_float16_run_goes_on_to_the_bit(tmp_path, tiny):
     """Killed and resumed: the weights, and the scale, are those of an uninterrupted run."""
-    flags = (*TINY_FLAGS, "--ch", 8, "--batch-size", 4, "--dtype", "float16", "--save-every", 1,
-             "--data-dir", data_dir)
-    call(train.main, *flags, "--steps", 4, "--out", tmp_path / "whole")
-    call(train.main, *flags, "--steps", 2, "--out", tmp_path / "parts")
-    call(train.main, *flags, "--steps", 4, "--out", tmp_path / "parts")
-    a, b = (torch.load(tmp_path / name / "ckpt.pt", weights_only=True)
-            for name in ("whole", "parts"))
-    assert all(torch.equal(a["model"][n], b["model"][n]) for n in a["model"])
+    flags = (*tiny, "--ch", 8, "--batch-size", 4, "--dtype", "float16", "--save-every", 1)
+    for name, steps in (("whole", 4), ("parts", 2), ("parts", 4)):
+        call(train.main, *flags, "--steps", steps, "--out", tmp_path / name)
+    a, b = (ckpt_of(tmp_path / name) for name in ("whole", "parts"))
+    assert_equal(a["model"], b["model"])
     assert a["scaler"] == b["scaler"] and a["scaler"]["_growth_tracker"] == 4
     assert a["config"]["dtype"] == "float16"
 
@@ -186,9 +176,9 @@ def test_features_are_in_float32_whatever_the_dtype(cuda):
     assert seen == [(False, False)] and allowed() == (True, True)
 
 
-def test_dtypes_that_a_device_has_not(tmp_path, monkeypatch):
+def test_dtypes_that_a_device_has_not(monkeypatch):
     with pytest.raises(UserError, match="--dtype"):
-        call(train.main, *TINY_FLAGS, "--dtype", "tf32", "--out", tmp_path)
+        runtime.setup("cpu", dtype="tf32")
     monkeypatch.setattr(runtime, "find_device", lambda name: torch.device("mps"))
     with pytest.raises(UserError, match="--dtype"):
         runtime.setup(dtype="float16")

@@ -6,13 +6,13 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, TINY_FLAGS, refuses
+from conftest import ROOT, refuses
 
 import disk
 import train
 from runtime import UserError
 
-def test_a_full_disk_leaves_the_old_checkpoint(capsys, data_dir, tmp_path, monkeypatch):
+def test_a_full_disk_leaves_the_old_checkpoint(capsys, tiny, tmp_path, monkeypatch):
     run = tmp_path / "run"
     disk.save(run / "ckpt.pt", {"kind": "diffusion", "step": 1})
     before = (run / "ckpt.pt").read_bytes()
@@ -25,8 +25,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(capsys, data_dir, tmp_path, monke
         disk.save(run / "ckpt.pt", {"kind": "diffusion", "step": 2})
     assert (run / "ckpt.pt").read_bytes() == before and len(list(run.iterdir())) == 1
     (tmp_path / "file").write_text("in the way")
-    refuses(capsys, train.main, *TINY_FLAGS, "--data-dir", data_dir, "--steps", 2,
-            "--out", tmp_path / "file/run", says=["--out"])
+    refuses(capsys, train.main, *tiny, "--steps", 2, "--out", tmp_path / "file/run", says=["--out"])
 
 
 def test_a_checkpoint_is_plain_types(tmp_path):

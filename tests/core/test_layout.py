@@ -1,12 +1,12 @@
-"""How the project is laid out: a top that a forker reads, wings around it, imports one way."""
+"""Imports run one way: the core imports no page, no probe; variants import the model only."""
 import ast
 from functools import cache
 
 from conftest import ROOT
 
 WINGS = ("sets", "variants", "metrics", "recognition", "latent", "probes", "exchange", "pages")
-FILES = sorted(path for wing in ("", *WINGS) for path in (ROOT / wing).glob("*.py")
-               if path.name not in ("__init__.py", "my_run.py"))
+FILES = [path for wing in ("", *WINGS) for path in (ROOT / wing).glob("*.py")
+         if path.name not in ("__init__.py", "my_run.py")]
 NAMES = {str(path.relative_to(ROOT).with_suffix("")).replace("/", "."): path for path in FILES}
 
 
@@ -32,27 +32,18 @@ def closure(name):
     return found
 
 
-def test_no_circles():
+def wings(names):
+    """The wings of these files."""
+    return {name.split(".")[0] for name in names if "." in name}
+
+
+def test_imports_run_one_way():
     for name in NAMES:
-        assert not any(name in closure(other) for other in imported(name)), name
-
-
-def test_the_top_imports_no_page_no_probe_and_nothing_latent():
-    """What --latents needs is imported where it is asked for."""
-    for name in NAMES:
-        if "." not in name:
-            wings = {other.split(".")[0] for other in imported(name, lazily=True) if "." in other}
-            assert not wings & {"probes", "pages"}, name
-            assert not any(other.startswith("latent.") for other in closure(name)), name
-
-
-def test_variants_import_the_model_and_its_layers_only():
-    for name in NAMES:
+        assert not any(name in closure(other) for other in imported(name)), name    # no circles
+        if "." not in name:             # what --latents needs is imported where it is asked for
+            assert not wings(imported(name, lazily=True)) & {"probes", "pages"}, name
+            assert "latent" not in wings(closure(name)), name
         if name.startswith("variants."):
             top = {other for other in imported(name) if "." not in other}
             assert top <= {"model", "cm_layers", "runtime"}, name
-
-
-def test_training_imports_nothing_that_measures():
-    wings = {name.split(".")[0] for name in closure("train") if "." in name}
-    assert wings <= {"sets", "variants"}
+    assert wings(closure("train")) <= {"sets", "variants"}      # nothing that measures

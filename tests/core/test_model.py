@@ -1,7 +1,5 @@
 """model.py: the peers' network to the parameter, conditioned at every level; forward process."""
 import math
-from contextlib import nullcontext
-from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -9,10 +7,8 @@ import torch
 from conftest import randomize, tiny_net
 from torch.testing import assert_close
 
-from cm_layers import general_only, reserve
 from model import (ResBlock, UNet, UNetConfig, drop, make_alphas_bar, q_sample, signal_and_sigma,
                    sinusoid, stratified_timesteps)
-from variants import fused_norm
 from variants.fused_norm import GroupNormSiLU
 
 
@@ -163,25 +159,3 @@ def test_group_norm_silu_is_torchs(silu, shape, groups):
     grads = [torch.autograd.grad((weights * out).sum(), inputs) for out in (y, theirs)]
     assert_close(*grads, rtol=0, atol=1e-12)
     assert grads[0][0].is_contiguous(memory_format=torch.channels_last)
-
-
-@pytest.mark.parametrize("general", [False, True])
-def test_what_is_compiled_for_cuda_computes_the_same(monkeypatch, general):
-    """A block's result and gradients of theta or theta^g, with one-pass norms and joined biases."""
-    block = randomize(reserve(ResBlock(8, 16, 12, 0, 0.3, attention=True))).double()
-    g = torch.Generator().manual_seed(0)
-    x = torch.randn(3, 8, 4, 4, generator=g, dtype=torch.float64, requires_grad=True)
-    emb = torch.randn(3, 12, generator=g, dtype=torch.float64, requires_grad=True)
-    mask = torch.rand(3, 16, 4, 4, generator=g) < 0.7
-
-    def results():
-        with general_only(block) if general else nullcontext():
-            y = block(x, emb, mask)
-        grads = torch.autograd.grad(y.square().sum(), [x, emb, *block.parameters()],
-                                    allow_unused=True)
-        return [y, *grads]
-    expected = results()
-    traced = Mock(return_value=True)
-    monkeypatch.setattr(fused_norm, "compiled_for_cuda", traced)
-    assert_close(results(), expected, rtol=1e-10, atol=1e-12)
-    assert traced.called

@@ -2,11 +2,10 @@
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_FLAGS, call, randomize, read_log, refuses
+from conftest import assert_equal, call, ckpt_of, pixels, randomize, read_log, refuses
 from torch.testing import assert_close
 
 import disk
-import networks
 import prune_probe
 import sample
 import train
@@ -14,15 +13,15 @@ from probes import capacity
 from variants.dit import Block, DiT
 
 SMALL = {"channels": 1, "num_classes": 10, "size": 8, "ch": 16, "depth": 3, "patch": 2}
-FLAGS = [*TINY_FLAGS, "--network", "dit", "--depth", 2]
+DIT = ("--network", "dit", "--depth", 2)
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory, data_dir):
+def run(tmp_path_factory, tiny):
     """A DiT trained with CM for a few steps: the run's folder."""
     out = tmp_path_factory.mktemp("dit") / "run"
-    call(train.main, *FLAGS, "--base", "ddpm", "--steps", 60, "--log-every", 20, "--lr", 0.003,
-         "--warmup", 0, "--data-dir", data_dir, "--out", out)
+    call(train.main, *tiny, *DIT, "--base", "ddpm", "--steps", 60, "--log-every", 20,
+         "--lr", 0.003, "--warmup", 0, "--out", out)
     return out
 
 
@@ -88,9 +87,9 @@ def test_an_untrained_network_predicts_zero_and_its_blocks_do_nothing():
 
 @pytest.mark.parametrize("more", ["--base oc", "--base cbdm --ada 0.12", "--base consistency",
                                   "--base ddpm --lora --init-from RUN"])
-def test_cm_trains_on_it(more, run, tmp_path, data_dir):
+def test_cm_trains_on_it(more, run, tmp_path, tiny):
     flags = more.replace("RUN", str(run / "ckpt.pt")).split()
-    call(train.main, *FLAGS, *flags, "--steps", 2, "--data-dir", data_dir, "--out", tmp_path)
+    call(train.main, *tiny, *DIT, *flags, "--steps", 2, "--out", tmp_path)
     assert read_log(tmp_path)[-1]["step"] == 2
 
 
@@ -100,31 +99,26 @@ def test_it_learns_and_allocates(run):
     assert log[-1]["D_Few"] > 1e-4              # it was 0 before the first step
 
 
-def test_every_other_script_takes_it(run, tmp_path, data_dir):
-    common = ["--ckpt", run / "ckpt.pt", "--device", "cpu"]
-    call(sample.main, *common, "--num", 10, "--steps", 3, "--out", tmp_path / "full")
+def test_every_other_script_takes_it(run, tmp_path):
+    common = ("--ckpt", run / "ckpt.pt", "--device", "cpu")
     call(sample.main, *common, "--export", tmp_path / "merged.pt")
-    call(sample.main, "--ckpt", tmp_path / "merged.pt", "--device", "cpu", "--num", 10, "--steps",
-         3, "--out", tmp_path / "merged")
-    pictures = [np.load(tmp_path / name / "samples.npz")["arr_0"] for name in ("full", "merged")]
-    assert np.array_equal(*pictures)
-    probe = [*common, "--data-dir", data_dir, "--out", tmp_path / "probe"]
+    for ckpt, out in ((run / "ckpt.pt", "full"), (tmp_path / "merged.pt", "merged")):
+        call(sample.main, "--ckpt", ckpt, "--device", "cpu", "--num", 10, "--steps", 3,
+             "--out", tmp_path / out)
+    assert np.array_equal(pixels(tmp_path / "full"), pixels(tmp_path / "merged"))
+    probe = (*common, "--out", tmp_path / "probe")
     call(capacity.main, "allocation", *probe)
     call(prune_probe.main, *probe, "--repeats", 1)
 
 
 def test_a_checkpoint_of_an_unknown_network(run, tmp_path, capsys):
-    ckpt = disk.load(run / "ckpt.pt", ["diffusion"])
+    ckpt = ckpt_of(run)
     disk.save(tmp_path / "x.pt", {**ckpt, "network": {**ckpt["network"], "network": "mine"}})
-    refuses(capsys, sample.main, "--ckpt", tmp_path / "x.pt", "--device", "cpu",
-            says=["--plugin"])
+    refuses(capsys, sample.main, "--ckpt", tmp_path / "x.pt", "--device", "cpu", says=["--plugin"])
 
 
-@pytest.mark.parametrize("network", ["unet", "dit"])
-def test_recompute_saves_memory_and_changes_no_bit(network, tmp_path, data_dir):
-    flags = ["--dataset", "digits", "--data-dir", data_dir, "--network", network, "--ch", 16,
-             "--steps", 3, "--batch-size", 8, "--warmup", 0, "--sample-every", 0]
-    flags += ["--ch-mult", 1, 2] if network == "unet" else ["--depth", 3]
+@pytest.mark.parametrize("network", ["unet", "dit --depth 3"])
+def test_recompute_saves_memory_and_changes_no_bit(network, tmp_path, tiny):
     saved = {}
     for name, more in {"as usual": [], "recomputed": ["--recompute"]}.items():
         sizes = {}
@@ -133,8 +127,8 @@ def test_recompute_saves_memory_and_changes_no_bit(network, tmp_path, data_dir):
             sizes[tensor.data_ptr()] = tensor.nbytes
             return tensor
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            call(train.main, *flags, *more, "--out", tmp_path / name)
+            call(train.main, *tiny, "--network", *network.split(), *more, "--steps", 3,
+                 "--warmup", 0, "--out", tmp_path / name)
         saved[name] = sum(sizes.values())
-    before, after = (disk.load(tmp_path / name / "ckpt.pt", networks.KINDS) for name in saved)
-    assert all(torch.equal(before["model"][key], p) for key, p in after["model"].items())
+    assert_equal(*(ckpt_of(tmp_path / name)["model"] for name in saved))
     assert saved["recomputed"] < 0.7 * saved["as usual"], saved

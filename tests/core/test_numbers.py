@@ -20,7 +20,7 @@ NUMPYS = {*LOOSE, "prune/probe", "allocation", "dominance", "theory"}
 def now(tmp_path_factory):
     """What this checkout gives."""
     out = tmp_path_factory.mktemp("numbers")
-    return run(ROOT, out / "runs", out / "results", 10)
+    return run(ROOT, out / "runs", out / "results")
 
 
 def test_nothing_is_missing(now):

@@ -11,11 +11,10 @@ import time
 
 import numpy as np
 import pytest
-from conftest import (TINY_FLAGS, assert_same_losses, by_two_processes, call, pixels, read_log,
-                      torchrun, wait_for)
+from conftest import (TINY_FLAGS, assert_same_losses, by_two_processes, call, ckpt_of, pixels,
+                      read_log, torchrun, wait_for)
 
 import disk
-import evaluate
 import sample
 import train
 
@@ -24,14 +23,13 @@ RUNS = [("ddpm", "--no-cm"), ("cbdm", "--cm"), ("oc", "--cm"), ("consistency", "
 
 
 def train_flags(base, cm, steps, data_dir, out, *more):
-    """Flags of train.py for a run without dropout, as strings."""
-    flags = [*TINY_FLAGS, "--base", base, cm, "--dropout", 0, "--steps", steps,
-             "--data-dir", data_dir, "--out", out, *more]
-    return [str(flag) for flag in flags]
+    """Flags of train.py for a run without dropout."""
+    return (*TINY_FLAGS, "--base", base, cm, "--dropout", 0, "--steps", steps,
+            "--data-dir", data_dir, "--out", out, *more)
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory, data_dir, cm_run, classifier):
+def two(tmp_path_factory, data_dir, from_run, classifier):
     """Everything that is compared, done once by two processes: the folder of the results."""
     out = tmp_path_factory.mktemp("two")
     work = [["train", *train_flags(base, cm, 20, data_dir, out / (base + cm))]
@@ -39,11 +37,11 @@ def two(tmp_path_factory, data_dir, cm_run, classifier):
     work.append(["train", *train_flags("oc", "--cm", 10, data_dir, out / "resumed")])
     work.append(["train", *train_flags("oc", "--cm", 8, data_dir, out / "window", "--log-every", 4,
                                        "--save-every", 6, "--keep-every", 6)])
-    pair = ["--ckpt", cm_run / "ckpt.pt", "--num", 23, "--steps", 5, "--device", "cpu"]
+    pair = (*from_run, "--num", 23, "--steps", 5)
     work.append(["sample", *pair, "--out", out / "sample"])
     work.append(["sample", *pair, "--num", 1, "--out", out / "one"])
     work.append(["evaluate", *pair, "--num", 50, "--features", classifier,
-                 "--data-dir", data_dir, "--out-json", out / "eval.json"])
+                 "--out-json", out / "eval.json"])
     plain = [[str(word) for word in words] for words in work]
     (out / "work.json").write_text(json.dumps(plain))
     by_two_processes("tests/two_processes.py", out / "work.json")
@@ -62,9 +60,9 @@ def test_accumulate_is_the_same_step(two, tmp_path, data_dir, base):
     assert_same_losses(tmp_path, two / (base + "--cm"))
 
 
-def test_accumulate_and_processes_share_the_dropout_masks(tmp_path, data_dir):
+def test_accumulate_and_processes_share_the_dropout_masks(tmp_path, tiny):
     """A pass of --accumulate draws what a process would: two passes are two processes."""
-    common = [*TINY_FLAGS, "--steps", 3, "--data-dir", data_dir, "--out"]
+    common = (*tiny, "--steps", 3, "--out")
     call(train.main, *common, tmp_path / "one", "--accumulate", 2)
     by_two_processes("train.py", *common, tmp_path / "two")
     assert_same_losses(tmp_path / "one", tmp_path / "two")
@@ -82,8 +80,8 @@ def test_a_checkpoint_between_two_log_lines_has_the_sums_of_all_processes(two, t
     assert read_log(tmp_path)[-1] == pytest.approx(read_log(two / "window")[-1], rel=1e-4, abs=1e-9)
 
 
-def test_samples_and_numbers_are_one_processes(two, cm_run, classifier, data_dir, tmp_path):
-    pair = ["--ckpt", cm_run / "ckpt.pt", "--num", 23, "--steps", 5, "--device", "cpu"]
+def test_samples_and_numbers_are_one_processes(two, from_run, classifier, measured, tmp_path):
+    pair = (*from_run, "--num", 23, "--steps", 5)
     call(sample.main, *pair, "--out", tmp_path)
     images = pixels(tmp_path)
     assert images.shape == (23, 8, 8, 3)
@@ -93,17 +91,11 @@ def test_samples_and_numbers_are_one_processes(two, cm_run, classifier, data_dir
     # Fewer images than processes
     assert np.abs(pixels(two / "one") - images[:1]).max() <= 1
 
-    call(evaluate.main, *pair, "--num", 50, "--features", classifier, "--data-dir", data_dir,
-         "--out-json", tmp_path / "eval.json")
-    a, b = (disk.read_json(folder / "eval.json") for folder in (tmp_path, two))
+    a = measured(*pair, "--num", 50, "--features", classifier)
+    b = disk.read_json(two / "eval.json")
     assert a["num"] == b["num"] == 50
     assert a["fd"] == pytest.approx(b["fd"], rel=1e-3)
     assert a["groups"]["Few"]["fd"] == pytest.approx(b["groups"]["Few"]["fd"], rel=1e-3)
-
-
-def step_of(out):
-    """The step of a run's checkpoint."""
-    return disk.load(out / "ckpt.pt", ["diffusion"])["step"]
 
 
 def test_a_killed_rank_ends_the_job_and_the_checkpoint_is_whole(tmp_path, data_dir):
@@ -116,9 +108,9 @@ def test_a_killed_rank_ends_the_job_and_the_checkpoint_is_whole(tmp_path, data_d
     p.communicate(timeout=60)
     assert p.returncode != 0
     assert time.time() - start < 60
-    step = step_of(tmp_path)
+    step = ckpt_of(tmp_path)["step"]
     call(train.main, *train_flags("oc", "--cm", step + 2, data_dir, tmp_path, *often))
-    assert step_of(tmp_path) == step + 2
+    assert ckpt_of(tmp_path)["step"] == step + 2
 
 
 @pytest.mark.parametrize("how, rank, line", [

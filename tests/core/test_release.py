@@ -4,11 +4,11 @@ The slow version is written from what the release does (docs/DIFFERENCES.md), no
 """
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
-from conftest import (COUNTS, TINY, TINY_FLAGS, a_step, call, randomize, read_log, refuses,
-                      tiny_net)
+from conftest import COUNTS, TINY, a_step, call, ckpt_of, randomize, read_log, resolved, tiny_net
 from torch.func import functional_call
 
 import cm_layers
@@ -25,12 +25,6 @@ from model import Attention, make_alphas_bar
 CIFAR = {name: [int(n * 0.01 ** (c / (C - 1))) for c in range(C)]       # IR 100
          for name, n, C in (("cifar10", 5000, 10), ("cifar100", 500, 100))}
 RELEASE = train.RECIPES["release"]
-
-
-def resolved(*flags):
-    """The settings that these flags mean."""
-    parser = train.make_parser()
-    return train.resolve(parser.parse_args([str(flag) for flag in flags]), parser.given)
 
 
 class WholePass(torch.nn.Module):
@@ -175,21 +169,20 @@ def test_what_is_reserved_at_the_papers_width(recipe, matrices, millions):
             9 * r * (shape[0] + shape[1]) for r, shape in zip(ranks, shapes))
 
 
-def test_initial_values(monkeypatch, data_dir, tmp_path):
+@pytest.mark.parametrize("recipe, gain", [("ours", 1e-5), ("release", 1.0)])
+def test_initial_values(recipe, gain, tiny, tmp_path):
     """A is Kaiming-normal, and the attention's output as large as any other layer's."""
-    for recipe in ("ours", "release"):
-        call(train.main, *TINY_FLAGS, "--ch", 64, "--recipe", recipe, "--steps", 1, "--lr", 1e-9,
-             "--data-dir", data_dir, "--out", tmp_path / recipe)
-        ckpt = disk.load(tmp_path / recipe / "ckpt.pt", ["diffusion"])
-        net = networks.load_unmerged(ckpt, "raw")
-        A = torch.cat([part.A.detach().flatten() * (3 * part.A.shape[1]) ** 0.5
-                       for _, _, part in cm_layers.reserved(net)])
-        assert A.std().item() == pytest.approx(1, abs=0.05)
-        assert (A.abs().max() > 3) == (recipe == "release")         # a uniform one ends at 1.73
-        gains = [(layer.proj.weight.std() / layer.v.weight.std()).item() for layer in net.modules()
-                 if isinstance(layer, Attention)]
-        assert torch.tensor(gains).allclose(torch.tensor(1.0 if recipe == "release" else 1e-5),
-                                            rtol=0.1)
+    call(train.main, *tiny, "--ch", 64, "--recipe", recipe, "--steps", 1, "--lr", 1e-9,
+         "--out", tmp_path)
+    net = networks.load_unmerged(ckpt_of(tmp_path), "raw")
+    A = torch.cat([part.A.detach().flatten() * (3 * part.A.shape[1]) ** 0.5
+                   for _, _, part in cm_layers.reserved(net)])
+    assert A.std().item() == pytest.approx(1, abs=0.05)
+    assert (A.abs().max() > 3) == (recipe == "release")             # a uniform one ends at 1.73
+    for layer in net.modules():
+        if isinstance(layer, Attention):
+            ratio = layer.proj.weight.std() / layer.v.weight.std()
+            assert ratio.item() == pytest.approx(gain, rel=0.1)
 
 
 def test_recipes():
@@ -210,11 +203,11 @@ def test_recipes():
 
 
 @pytest.mark.parametrize("recipe", train.RECIPES)
-def test_a_recipe_reaches_the_step_and_the_grids(recipe, monkeypatch, data_dir, tmp_path):
+def test_a_recipe_reaches_the_step_and_the_grids(recipe, monkeypatch, tiny, tmp_path):
     found = []
     monkeypatch.setattr(train, "loop", lambda *given: found.extend(given[:2]))
     monkeypatch.setattr(train, "generate", lambda *args, **_: found.append(args[5]))
-    call(train.main, *TINY_FLAGS, "--recipe", recipe, "--data-dir", data_dir, "--out", tmp_path)
+    call(train.main, *tiny, "--recipe", recipe, "--out", tmp_path)
     (training, samples), settings = found, {**train.RECIPES["ours"], **train.RECIPES[recipe]}
     objective = training.objective
     for key in ("w_div", "div_bound", "independent_dropout"):
@@ -227,10 +220,10 @@ def test_a_recipe_reaches_the_step_and_the_grids(recipe, monkeypatch, data_dir, 
     assert found[2] == samplers.Sampling.of("diffusion", recipe)
 
 
-def test_warm_up_from_zero_and_averages_without_a_ramp(data_dir, tmp_path):
+def test_warm_up_from_zero_and_averages_without_a_ramp(tiny, tmp_path):
     """lr min(s, warmup) / warmup at step s, 0 at first; the average moves by 1 - decay at once."""
-    call(train.main, *TINY_FLAGS, "--recipe", "release", "--steps", 2, "--keep-every", 1,
-         "--warmup", 4, "--ema", 0.75, "--data-dir", data_dir, "--out", tmp_path)
+    call(train.main, *tiny, "--recipe", "release", "--steps", 2, "--keep-every", 1, "--warmup", 4,
+         "--ema", 0.75, "--out", tmp_path)
     first, second = (disk.load(tmp_path / f"ckpt-000000{step}.pt", ["diffusion"])
                      for step in (1, 2))
     assert [record["lr"] for record in read_log(tmp_path)] == [0, 1e-3 / 4]
@@ -241,13 +234,7 @@ def test_warm_up_from_zero_and_averages_without_a_ramp(data_dir, tmp_path):
         torch.testing.assert_close(second["ema"][name], expected, rtol=1e-5, atol=1e-8)
 
 
-def test_a_run_does_not_go_on_with_another_recipe(capsys, data_dir, tmp_path):
-    flags = [*TINY_FLAGS, "--steps", 1, "--data-dir", data_dir, "--out", tmp_path]
-    call(train.main, *flags, "--recipe", "release")
-    refuses(capsys, train.main, *flags, says=["--recipe"])
-
-
-def test_consistency_without_reserved_capacity(data_dir, tmp_path, digits):
+def test_consistency_without_reserved_capacity(tiny, tmp_path, digits):
     """--rank-ratio 0: two passes of a plain network that differ by their dropout masks alone."""
     flags = ["--recipe", "release", "--rank-ratio", 0, "--w-div", 0]
     args = resolved("--dataset", "digits", *flags)
@@ -270,9 +257,8 @@ def test_consistency_without_reserved_capacity(data_dir, tmp_path, digits):
         w = torch.ones(12) if equal else 10 * torch.tensor(COUNTS)[batch.y] / sum(COUNTS)
         assert terms["con"].item() == pytest.approx((w * expected).mean().item(), rel=1e-3)
         assert torch.equal(total, terms["base"] + terms["con"])
-    call(train.main, *TINY_FLAGS, *flags, "--equal-weights", "--steps", 2, "--data-dir", data_dir,
-         "--out", tmp_path)
-    ckpt = disk.load(tmp_path / "ckpt.pt", ["diffusion"])
+    call(train.main, *tiny, *flags, "--equal-weights", "--steps", 2, "--out", tmp_path)
+    ckpt = ckpt_of(tmp_path)
     assert ckpt["rank_ratio"] is None and "decoder.conv.weight" in ckpt["model"]
     last = read_log(tmp_path)[-1]
     assert last["con"] > 0 and last["D_Few"] > 0
@@ -305,27 +291,18 @@ def test_the_releases_ddim(cpu):
 
 
 def test_default_sampling_of_each_recipe():
-    for recipe in (None, "ours", "paper"):
-        assert samplers.Sampling.of("diffusion", recipe) == samplers.Sampling.of("diffusion")
-    usual = samplers.Sampling.of("diffusion").record()
-    release = samplers.Sampling.of("diffusion", "release").record()
-    assert release == {**usual, "clip": False, "last_step": "identity"}
-    assert "last_step" not in usual
-    assert samplers.Sampling.of("diffusion", "release", sampler="dpm").record() == {
-        **samplers.Sampling.of("diffusion", sampler="dpm").record(), "clip": False}
-    own = samplers.Sampling.of("diffusion", "release", clip=True, last_step="x_0")
-    assert own == samplers.Sampling.of("diffusion")
+    of = partial(samplers.Sampling.of, "diffusion")
+    usual = of()
+    assert of("ours") == of("paper") == of("release", clip=True, last_step="x_0") == usual
+    assert of("release").record() == {**usual.record(), "clip": False, "last_step": "identity"}
+    assert of("release", sampler="dpm") == of(sampler="dpm", clip=False)
 
 
-@pytest.mark.parametrize("recipe", ["ours", "release"])
-def test_train_sample_evaluate(recipe, data_dir, tmp_path, classifier):
-    call(train.main, *TINY_FLAGS, "--recipe", recipe, "--steps", 3, "--data-dir", data_dir,
-         "--out", tmp_path)
-    own = ["--ckpt", tmp_path / "ckpt.pt", "--steps", 4, "--device", "cpu"]
+def test_train_sample_evaluate(tiny, tmp_path, classifier):
+    call(train.main, *tiny, "--recipe", "release", "--steps", 3, "--out", tmp_path)
+    own = ("--ckpt", tmp_path / "ckpt.pt", "--steps", 4, "--device", "cpu")
     call(sample.main, *own, "--num", 10)
     call(evaluate.main, *own, "--num", 20, "--num-group", 10, "--features", classifier)
-    release = recipe == "release"
     for file in ("samples/samples.json", "eval.json"):
         settings = disk.read_json(tmp_path / file)["settings"]
-        assert settings["clip"] == (not release)
-        assert settings.get("last_step", "x_0") == ("identity" if release else "x_0")
+        assert (settings["clip"], settings["last_step"]) == (False, "identity")

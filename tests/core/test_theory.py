@@ -30,7 +30,7 @@ def test_the_test_would_notice_a_wrong_formula(points):
     """With (F.16) for (F.15) the same test fails."""
     f1 = [p for p in points if "simplified" in p]
     wrong = [binomtest(p["hits"], p["trials"], p["simplified"]).pvalue for p in f1]
-    assert min(wrong) < 1e-10 and max(abs(p["simplified"] - p["theory"]) for p in f1) > 0.1
+    assert min(wrong) < 1e-10
     at_0 = ts.orthogonal_means(5, 0.0)
     exact = ts.theorem_f1(ts.LONG_TAIL, at_0, 4.0)
     assert exact == pytest.approx(ts.theorem_f1_simplified(ts.LONG_TAIL, at_0, 4.0))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import call, randomize, refuses
+from conftest import randomize, refuses
 from PIL import Image
 from torch_fidelity import feature_extractor_clip
 from torchvision.transforms import functional as tv
@@ -16,6 +16,9 @@ import evaluate
 from metrics import features
 from metrics.features import Extractor, Features, VisionTransformer
 from runtime import UserError
+
+MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+CLIP_MEAN, CLIP_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
 
 
 @pytest.fixture(scope="module")
@@ -62,8 +65,7 @@ def test_it_is_torchvisions_network(hub, published, cpu):
     # A larger one is stretched to the network's size, without aliasing, and nothing is cut off
     large = np.random.RandomState(1).randint(0, 256, (1, 448, 300, 3), np.uint8)
     x = torch.from_numpy(large).permute(0, 3, 1, 2) / 255
-    x = tv.normalize(tv.resize(x, [224, 224], antialias=True), [0.485, 0.456, 0.406],
-                     [0.229, 0.224, 0.225])
+    x = tv.normalize(tv.resize(x, [224, 224], antialias=True), MEAN, STD)
     with torch.no_grad():
         assert np.allclose(extractor.batch(large)[1], published.net(x).numpy(), atol=1e-3)
     assert not extractor.net.training
@@ -91,9 +93,6 @@ def test_offline_and_unknown(hub, published, name, tmp_path, capsys, monkeypatch
     refuses(capsys, evaluate.main, "--samples", "digits", *own, "--data-dir", tmp_path,
             "--device", "cpu", says=["--features"])
 
-
-MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
-CLIP_MEAN, CLIP_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
 
 OPENAI_NAMES = {"class_embedding": "embeddings.class_embedding",
                 "conv1": "embeddings.patch_embedding", "ln_pre": "pre_layrnorm",
@@ -175,21 +174,19 @@ def test_clip_is_torch_fidelitys_without_the_projection(folders, cpu):
     assert got.shape == (2, 64) and np.abs(got - expected).max() < 1e-4 < expected.std()
 
 
-def test_fd_in_features_of_transformers(folders, tmp_path):
+def test_fd_in_features_of_transformers(folders, tmp_path, measured):
     """Also from features that --save-stats kept."""
     rng = np.random.RandomState(1)
     for name in "ab":
         np.savez(tmp_path / f"{name}.npz", rng.randint(0, 256, (12, 8, 8, 3), np.uint8))
     clip = f"clip:{folders['clip'][0]}"
-    common = ("--samples", tmp_path / "a.npz", "--device", "cpu")
-    call(evaluate.main, *common, "--reference", tmp_path / "b.npz", "--features", clip,
-         "--save-stats", tmp_path / "stats.npz")
-    result = disk.read_json(tmp_path / "eval.json")
+    samples = ("--samples", tmp_path / "a.npz")
+    result = measured(*samples, "--reference", tmp_path / "b.npz", "--features", clip,
+                      "--save-stats", tmp_path / "stats.npz")
     assert {"fd", "kd", "density", "coverage"} < set(result) and "is" not in result
     assert result["settings"]["features"] == clip
-    call(evaluate.main, *common, "--reference", tmp_path / "stats.npz",
-         "--out-json", tmp_path / "again.json")
-    assert disk.read_json(tmp_path / "again.json")["fd"] == pytest.approx(result["fd"], rel=1e-6)
+    again = measured(*samples, "--reference", tmp_path / "stats.npz")
+    assert again["fd"] == pytest.approx(result["fd"], rel=1e-6)
 
 
 def test_transformers_that_cannot_be_loaded(folders, tmp_path, capsys, monkeypatch):
@@ -203,8 +200,6 @@ def test_transformers_that_cannot_be_loaded(folders, tmp_path, capsys, monkeypat
     monkeypatch.setitem(sys.modules, "transformers", None)
     check(folders["dinov2"][0], "pip install transformers")
 
-
-# --------------------------------------------------------------------------------------------------
 
 def test_classes_that_the_classifier_does_not_know():
     """It calls everything "a" or "b": of class 1 it knows a third, of class 2 nothing."""

@@ -4,7 +4,7 @@ import pytest
 import pytorch_fid.inception
 import torch
 import torch_fidelity
-from conftest import call, refuses
+from conftest import refuses
 from PIL import Image
 from torch_fidelity import metric_fid, metric_isc, metric_kid, metric_prc
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
@@ -225,17 +225,14 @@ def test_features_with_pytorch_fids_resize_equal_pytorch_fids(weights, size, mon
     assert np.abs(usual.batch(images)[0] - theirs).max() > 1e-3 * np.abs(theirs).max()
 
 
-def test_kept_features_go_with_their_resize(weights, tmp_path):
+def test_kept_features_go_with_their_resize(weights, tmp_path, measured):
     """--save-stats writes it down: what is compared with them later is resized as they were."""
     for seed, name in enumerate("ab"):
         np.savez(tmp_path / f"{name}.npz", random_images(8, 16, 16, seed))
-    own = ["--samples", tmp_path / "a.npz", "--inception-weights", weights, "--trust-weights",
-           "--device", "cpu", "--out-json", tmp_path / "result.json"]
-    call(evaluate.main, *own, "--reference", tmp_path / "b.npz", "--features",
-         "inception:pytorch-fid", "--save-stats", tmp_path / "stats.npz")
-    first = disk.read_json(tmp_path / "result.json")
-    call(evaluate.main, *own, "--reference", tmp_path / "stats.npz")
-    again = disk.read_json(tmp_path / "result.json")
+    own = ("--samples", tmp_path / "a.npz", "--inception-weights", weights, "--trust-weights")
+    first = measured(*own, "--reference", tmp_path / "b.npz", "--features",
+                     "inception:pytorch-fid", "--save-stats", tmp_path / "stats.npz")
+    again = measured(*own, "--reference", tmp_path / "stats.npz")
     assert again["fid"] == pytest.approx(first["fid"], rel=1e-4)
     assert again["settings"]["features"] == "inception-2015-12-05:pytorch-fid"
 
@@ -261,17 +258,15 @@ def torch_fidelity_numbers(a, b, weights):
 
 
 @pytest.mark.slow
-def test_whole_metrics_equal_torch_fidelitys(weights, tmp_path):
+def test_whole_metrics_equal_torch_fidelitys(weights, tmp_path, measured):
     """From images on disk to numbers, ours and theirs: FID, KID, IS, precision, recall."""
     images = {"a": random_images(30, 24, 24, seed=1), "b": random_images(35, 24, 24, seed=2)}
     for name, value in images.items():
         np.savez(tmp_path / f"{name}.npz", value)
-    inception_flags = ("--features", "inception", "--inception-weights", weights,
-                       "--trust-weights", "--device", "cpu")
+    own = ("--features", "inception", "--inception-weights", weights, "--trust-weights")
     stats = tmp_path / "b.stats.npz"
-    call(evaluate.main, "--samples", tmp_path / "a.npz", "--reference", tmp_path / "b.npz",
-         *inception_flags, "--save-stats", stats)
-    ours = disk.read_json(tmp_path / "eval.json")
+    ours = measured("--samples", tmp_path / "a.npz", "--reference", tmp_path / "b.npz", *own,
+                    "--save-stats", stats)
     tensors = [torch.from_numpy(images[name]).permute(0, 3, 1, 2) for name in "ab"]
     for name, value in torch_fidelity_numbers(*tensors, weights).items():
         share = name in ("precision", "recall")
@@ -285,9 +280,7 @@ def test_whole_metrics_equal_torch_fidelitys(weights, tmp_path):
     folder.mkdir()
     for i, image in enumerate(images["a"]):
         Image.fromarray(image).save(folder / f"{i:03d}.png")
-    call(evaluate.main, "--samples", folder, "--features-batch-size", 7, "--reference", stats,
-         *inception_flags, "--out-json", tmp_path / "again.json")
-    again = disk.read_json(tmp_path / "again.json")
+    again = measured("--samples", folder, "--features-batch-size", 7, "--reference", stats, *own)
     for name in ("fid", "kid", "precision", "recall", "is"):
         assert again[name] == pytest.approx(ours[name], rel=1e-4, abs=1e-6)
 

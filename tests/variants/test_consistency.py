@@ -4,11 +4,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_FLAGS, a_step, call
+from conftest import a_step, assert_equal, call, ckpt_of, gradient_of
 from scipy.stats import chisquare, norm
 from torch import nn
 
-import disk
 import train
 from losses import Predictions
 from model import make_alphas_bar, q_sample, signal_and_sigma
@@ -77,17 +76,9 @@ def test_loss(digits):
     assert set(terms) == {"base"}
 
 
-def gradient(module):
-    """All gradients of a module's parameters in one vector."""
-    return torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None])
-
-
 def test_only_the_noisier_prediction_is_trained(digits):
     """The gradient is that of the loss with the target as a constant."""
     objective, batch = a_step(digits, "consistency", rank_ratio=None)
-    objective(batch)[0].backward()
-    got = gradient(objective.net)
-    objective.zero_grad()
 
     def f(t):
         x_t = q_sample(batch.x_0, t, batch.eps, *ROOTS)
@@ -95,8 +86,9 @@ def test_only_the_noisier_prediction_is_trained(digits):
         return consistency.to_x_0(objective.net(x_t, t, batch.y_cond), x_t, t, *factors)
     t_below, weight = batch.pair
     error = (f(batch.t) - f(t_below).detach()).square().flatten(1).mean(1)
-    (weight * ((error + 0.00054 ** 2).sqrt() - 0.00054)).mean().backward()
-    torch.testing.assert_close(got, gradient(objective.net), rtol=1e-3, atol=1e-5)
+    expected = (weight * ((error + 0.00054 ** 2).sqrt() - 0.00054)).mean()
+    got, expected = (gradient_of(loss, objective.net) for loss in (objective(batch)[0], expected))
+    torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-5)
 
 
 def test_both_points_have_the_same_masks_and_the_same_augmentation(digits):
@@ -156,12 +148,12 @@ def test_samples_of_a_gaussian_are_gaussian(steps):
     assert abs(x.mean() - 0.3) < 0.015 and abs(x.std() - 0.5) < 0.015
 
 
-def test_a_run_resumes_bit_for_bit(tmp_path, data_dir):
+def test_a_run_resumes_bit_for_bit(tmp_path, tiny):
     """Its curriculum is that of the steps at the start."""
-    flags = [*TINY_FLAGS, "--base", "consistency", "--data-dir", data_dir, "--out"]
+    flags = (*tiny, "--base", "consistency", "--out")
     call(train.main, *flags, tmp_path / "whole", "--steps", 12, "--ct-double", 2)
     for steps in (8, 12):                                               # --ct-double: a quarter
         call(train.main, *flags, tmp_path / "parts", "--steps", steps)
-    a, b = (disk.load(tmp_path / name / "ckpt.pt", ["consistency"]) for name in ("whole", "parts"))
-    assert all(torch.equal(a["ema"][name], b["ema"][name]) for name in a["ema"])
+    a, b = (ckpt_of(tmp_path / name) for name in ("whole", "parts"))
+    assert_equal(a["ema"], b["ema"])
     assert b["config"]["ct_double"] == 2

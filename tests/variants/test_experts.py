@@ -1,7 +1,6 @@
 """experts.py: group experts against plain networks, LoRA's frozen weights; resuming, refusals."""
-
 import torch
-from conftest import COUNTS, TINY, TINY_FLAGS, call, randomize, read_log, refuses
+from conftest import COUNTS, TINY, assert_equal, call, ckpt_of, randomize, read_log, refuses
 from torch.testing import assert_close
 
 import disk
@@ -59,50 +58,43 @@ def test_experts_compute_the_same_where_compiled_for_cuda(monkeypatch):
     assert_close(net(*inputs), expected, atol=1e-5, rtol=1e-4)
 
 
-def test_experts_resume_sample_and_do_not_merge(tmp_path, data_dir, capsys):
-    flags = (*TINY_FLAGS, "--base", "ddpm", "--experts", "group", "--data-dir", data_dir,
-             "--out", tmp_path / "run")
+def test_experts_resume_sample_and_do_not_merge(tmp_path, tiny, capsys):
+    flags = (*tiny, "--base", "ddpm", "--experts", "group", "--out", tmp_path)
     call(train.main, *flags, "--steps", 3)
     call(train.main, *flags, "--steps", 5)
-    path = tmp_path / "run/ckpt.pt"
-    ckpt = disk.load(path, ["diffusion"])
-    assert ckpt["step"] == 5
-    assert ckpt["experts"][:2] == [148, 106]
-    common = ("--ckpt", path, "--device", "cpu")
+    ckpt = ckpt_of(tmp_path)
+    assert ckpt["step"] == 5 and ckpt["experts"] == COUNTS
+    common = ("--ckpt", tmp_path / "ckpt.pt", "--device", "cpu")
     call(sample.main, *common, "--num", 10, "--steps", 2)
     refuses(capsys, sample.main, *common, "--export", tmp_path / "m.pt", says=["--export"])
     refuses(capsys, sample.main, *common, "--branch", "general", says=["--branch general"])
 
 
-def test_lora_trains_low_rank_parts_only(tmp_path, data_dir, capsys):
-    common = (*TINY_FLAGS, "--data-dir", data_dir)
+def test_lora_trains_low_rank_parts_only(tmp_path, tiny, capsys):
     full, lora = tmp_path / "full", tmp_path / "lora"
-    call(train.main, *common, "--base", "cbdm", "--no-cm", "--steps", 20, "--out", full)
-    flags = (*common, "--base", "cbdm", "--lora", "--init-from", full / "ckpt.pt", "--out", lora)
+    call(train.main, *tiny, "--base", "cbdm", "--no-cm", "--steps", 20, "--out", full)
+    flags = (*tiny, "--base", "cbdm", "--lora", "--init-from", full / "ckpt.pt", "--out", lora)
     refuses(capsys, train.main, *flags, "--ch", 32, says=["--init-from"])     # another network
     refuses(capsys, train.main, *flags, "--class-order", "9-9,1-8,0",
             says=["--init-from", "--class-order"])
     call(train.main, *flags, "--steps", 5)
     call(train.main, *flags, "--steps", 8)                              # and resumes
     # Finished is not said where that file is another one now
-    source = disk.load(full / "ckpt.pt", ["diffusion"])
+    source = ckpt_of(full)
     disk.save(full / "ckpt.pt", {**source, "step": 21})
     refuses(capsys, train.main, *flags, "--steps", 8, says=["--init-from"])
     (full / "ckpt.pt").rename(full / "moved.pt")                        # not needed any more
     call(train.main, *flags, "--steps", 8)
-    before = source["ema"]
-    after = disk.load(lora / "ckpt.pt", ["diffusion"])["model"]
+    after = ckpt_of(lora)["model"]
     plain = {k.replace("parametrizations.weight.original", "weight"): v for k, v in after.items()}
     # What it started from is what it was, and every B has moved
-    assert all(torch.equal(plain[k], v) for k, v in before.items())
+    assert_equal({k: plain[k] for k in source["ema"]}, source["ema"])
     low_rank = [v for k, v in after.items() if k.endswith(".B")]
-    assert len(low_rank) > 0
-    assert all(B.abs().max() > 0 for B in low_rank)
+    assert low_rank and all(B.abs().max() > 0 for B in low_rank)
     assert "con" not in read_log(lora)[-1]
     # The classes stay in the order of what it starts from
     source["data"]["class_names"] = list("9123456780")
     disk.save(full / "ckpt.pt", source)
     call(train.main, *flags[:-1], tmp_path / "ordered", "--steps", 1)
-    ordered = disk.load(tmp_path / "ordered/ckpt.pt", ["diffusion"])
-    assert ordered["data"]["class_names"] == list("9123456780")
+    assert ckpt_of(tmp_path / "ordered")["data"]["class_names"] == list("9123456780")
     call(sample.main, "--ckpt", lora / "ckpt.pt", "--num", 10, "--steps", 2, "--device", "cpu")
