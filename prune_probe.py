@@ -236,15 +236,6 @@ def write_figures(results, fractions, fraction, out):
         curve_figure(results, out / "curve.png")
 
 
-def print_results(results):
-    """One line per checkpoint and fraction."""
-    for name, by_fraction in results.items():
-        for fraction, result in by_fraction.items():
-            groups = "  ".join(f"{g} {v['relative']:+.2%}" for g, v in result["groups"].items())
-            print(f"{name}, {100 * float(fraction):g}% pruned: relative loss change {groups}  "
-                  f"Spearman with class size {correlation(result['spearman']['relative'])}")
-
-
 # --------------------------------------------------------------------------------------------------
 
 def fractions_of(text):
@@ -342,7 +333,11 @@ def main():
     numel = sum(p.numel() for p in prunable(net, args.tensors).values())
     print(f"{words}: {len(labels):,} images x {args.repeats} timesteps; {args.scope} "
           f"threshold over {args.tensors} ({numel:,} numbers)")
-    print_results(results)
+    for name, by_fraction in results.items():
+        for fraction, result in by_fraction.items():
+            groups = "  ".join(f"{g} {v['relative']:+.2%}" for g, v in result["groups"].items())
+            print(f"{name}, {100 * float(fraction):g}% pruned: relative loss change {groups}  "
+                  f"Spearman with class size {correlation(result['spearman']['relative'])}")
     write_figures(results, fractions, shown, out)
     disk.write_json(out / "probe.json", {"results": results, "settings": settings,
                                          "pruned_of": numel,

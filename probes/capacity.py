@@ -186,8 +186,8 @@ def members_of(counts):
 def dominance(args, rt, ckpt, net):
     """Per pair of groups and kind of matrix: the share that points to the larger group.
 
-    Returns the content of dominance.json. Each share comes with Theorem 2.1's probability. Raises
-    UserError for group experts, whose matrices are of none of KINDS.
+    Prints and returns it, the content of dominance.json. Each share comes with Theorem 2.1's
+    probability. Raises UserError for group experts, whose matrices are of none of KINDS.
     """
     if ckpt["experts"]:
         raise UserError(f"--ckpt {args.ckpt}: its gradients are also of group experts; use one "
@@ -213,16 +213,11 @@ def dominance(args, rt, ckpt, net):
     for words, (larger, smaller) in sides.items():
         one, last = (together([found[name] for name in side]) for side in (larger, smaller))
         pairs[words] = compare_kinds(list(matrices), one, last, aggregate, sigma2, args.repeats)
-    return {"pairs": pairs, "images": len(images.labels), "repeats": args.repeats}
-
-
-def print_dominance(result):
-    """One line per pair of groups and kind of matrix."""
-    for words, kinds in result["pairs"].items():
-        for kind, r in kinds.items():
+        for kind, r in pairs[words].items():
             print(f"{words}: {kind:<3} {r['share']:.1%} of {r['matrices']} aggregated gradients "
                   f"point to the larger; Theorem 2.1 gives {r['theorem_2_1']:.1%}; mean cosine of "
                   f"the two means {r['cosine']:+.2f}")
+    return {"pairs": pairs, "images": len(images.labels), "repeats": args.repeats}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -275,8 +270,8 @@ def distances(net, images, labels, grid, rt, seed, batch_size):
 def allocation(args, rt, ckpt, net):
     """What the reserved part is (per layer) and does (D per group and timestep).
 
-    Returns the content of allocation.json; a checkpoint without groups gets D per class. Raises
-    UserError where nothing is reserved.
+    Prints and returns it, the content of allocation.json; a checkpoint without groups gets D per
+    class. Raises UserError where nothing is reserved.
     """
     if not is_reserved(net):
         raise UserError(f"--ckpt {args.ckpt}: it has no reserved capacity; use one that was "
@@ -288,7 +283,16 @@ def allocation(args, rt, ckpt, net):
               or {name: [c] for c, name in enumerate(data["class_names"])})
     per_group = {name: D[np.isin(labels, classes)].mean(0).tolist()
                  for name, classes in groups.items()}
-    return {"layers": layers_of(net), "timesteps": GRID, "distance": per_group, "images": words,
+    layers = layers_of(net)
+    ratios = np.array([r["ratio"] for r in layers])
+    ranks = np.array([r["effective_rank"] / r["rank"] for r in layers])
+    print(f"{len(layers)} reserved weights: ||BA|| / ||W|| median {np.median(ratios):.3f} "
+          f"({ratios.min():.3f} to {ratios.max():.3f}); effective rank {np.median(ranks):.0%} of "
+          "the reserved one")
+    for name, values in per_group.items():
+        by_timestep = " ".join(f"{v:.1e}" for v in values)
+        print(f"{name:<7} D: mean {np.mean(values):.2e}; by timestep {by_timestep}")
+    return {"layers": layers, "timesteps": GRID, "distance": per_group, "images": words,
             "images_sha256": images.sha256, "num": len(labels)}
 
 
@@ -310,19 +314,6 @@ def read_quality(paths, ckpt):
     quality = {name: {"theta": part[key], "theta_g": general["groups"][name][key]}
                for name, part in full["groups"].items()}
     return key, quality
-
-
-def print_allocation(result):
-    """The layers in one line, then one line of distances per group."""
-    layers = result["layers"]
-    ratios = np.array([r["ratio"] for r in layers])
-    ranks = np.array([r["effective_rank"] / r["rank"] for r in layers])
-    print(f"{len(layers)} reserved weights: ||BA|| / ||W|| median {np.median(ratios):.3f} "
-          f"({ratios.min():.3f} to {ratios.max():.3f}); effective rank {np.median(ranks):.0%} of "
-          "the reserved one")
-    for name, values in result["distance"].items():
-        by_timestep = " ".join(f"{v:.1e}" for v in values)
-        print(f"{name:<7} D: mean {np.mean(values):.2e}; by timestep {by_timestep}")
 
 
 def allocation_figure(result, path, bound=0):
@@ -393,10 +384,8 @@ def main():
     # Measure, print and write; the JSON last, since it says that all is there
     if args.what == "dominance":
         result = dominance(args, rt, ckpt, net)
-        print_dominance(result)
     else:
         result = allocation(args, rt, ckpt, net)
-        print_allocation(result)
         result["quality"] = quality
         for name, v in quality.items():
             print(f"{metric.upper()} of theta_g / of theta: {name} {v['theta_g']:.2f} / "

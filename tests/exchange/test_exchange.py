@@ -61,15 +61,11 @@ def ckpt(tmp_path_factory, digits):
     return checkpoint(tmp_path_factory.mktemp("run") / "ckpt.pt", digits.record())
 
 
-def export(ckpt, path, *flags):
-    """sample.py --export."""
-    call(sample.main, "--ckpt", ckpt, "--export", path, "--device", "cpu", *flags)
-    return path
-
-
 def to_diffusers(ckpt, path, *flags):
     """sample.py --export --format diffusers."""
-    return export(ckpt, path, "--format", "diffusers", *flags)
+    call(sample.main, "--ckpt", ckpt, "--export", path, "--format", "diffusers", "--device", "cpu",
+         *flags)
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +146,8 @@ def test_it_comes_back_bit_for_bit(ckpt, exported, tmp_path):
     """As the plain export of the same checkpoint."""
     call(peers.main, "--from-diffusers", exported, "--to", tmp_path / "back.pt")
     back = disk.load(tmp_path / "back.pt", ["diffusion"])
-    plain = disk.load(export(ckpt, tmp_path / "plain.pt"), ["diffusion"])
+    call(sample.main, "--ckpt", ckpt, "--export", tmp_path / "plain.pt", "--device", "cpu")
+    plain = disk.load(tmp_path / "plain.pt", ["diffusion"])
     for weights in ("model", "ema"):
         a, b = back.pop(weights), plain.pop(weights)
         assert list(a) == list(b) and all(torch.equal(a[name], b[name]) for name in a)

@@ -60,9 +60,6 @@ def test_losses_are_the_diffusion_loss_and_the_batch_size_changes_nothing(digits
     in_sevens = pp.per_image_losses(net, images, labels, 4, cpu, batch_size=7)
     assert np.abs(got - in_sevens).max() < 1e-5
     times = stratified_timesteps(300, 4)
-    for r in range(4):
-        assert ((times[:, r] >= 250 * r) & (times[:, r] < 250 * (r + 1))).all()
-    assert len(times[:, 0].unique()) > 100
     for i in (3, 290):                  # literally: chunks of 256, noise by (seed, chunk, repeat)
         first = (i // 256) * 256
         n = min(256, 300 - first)
@@ -139,34 +136,27 @@ def test_the_images_are_those_of_the_training(cm_run, data_dir, digits, cpu, tmp
     assert measured("--images", "balanced")["settings"]["num"] == 1497
 
 
-def test_prune_probe_end_to_end(cm_run, data_dir, tmp_path):
-    ckpt = cm_run / "ckpt.pt"
-    before = ckpt.read_bytes()
-    flags = ("--data-dir", data_dir, "--repeats", 2, "--device", "cpu", "--out", tmp_path,
-             "--images", "test")
-    call(pp.main, "--ckpt", ckpt, ckpt, "--names", "a", "b", "--fractions", "0.1,0.4", *flags)
-    assert ckpt.read_bytes() == before              # pruned weights never reach the file
-    assert {p.name for p in tmp_path.iterdir()} == {
+def test_prune_probe_end_to_end(cm_run, data_dir, tmp_path, monkeypatch):
+    """In float32, also of a network trained in bfloat16; with --if-needed not again."""
+    ckpt = disk.load(cm_run / "ckpt.pt", ["diffusion"])
+    path = tmp_path / "ckpt.pt"
+    disk.save(path, {**ckpt, "config": {**ckpt["config"], "dtype": "bfloat16"}})
+    before = path.read_bytes()
+    flags = ("--ckpt", path, path, "--names", "a", "b", "--data-dir", data_dir, "--repeats", 2,
+             "--device", "cpu", "--images", "test", "--if-needed")
+    call(pp.main, *flags, "--fractions", "0.1,0.4")
+    assert path.read_bytes() == before              # pruned weights never reach the file
+    assert {p.name for p in (tmp_path / "prune").iterdir()} == {
         "probe.json", "relative.png", "absolute.png", "raw.png", "curve.png"}
-    probe = disk.read_json(tmp_path / "probe.json")
+    probe = disk.read_json(tmp_path / "prune/probe.json")
+    assert probe["settings"]["dtype"] == "float32"
     assert probe["results"]["a"] == probe["results"]["b"]
-    assert set(probe["results"]["a"]) == {"0.1", "0.4"}
     little, much = (probe["results"]["a"][fraction]["classes"] for fraction in ("0.1", "0.4"))
     assert all(little[c]["raw"] == much[c]["raw"] for c in "0123456789")
     total = [sum(abs(c["absolute"][0]) for c in classes.values()) for classes in (little, much)]
     assert total[1] > total[0]
-
-
-def test_prune_probe_in_float32_and_once(cm_run, data_dir, tmp_path, monkeypatch):
-    """Also for a network that was trained in bfloat16; with --if-needed not again."""
-    ckpt = disk.load(cm_run / "ckpt.pt", ["diffusion"])
-    disk.save(tmp_path / "ckpt.pt", {**ckpt, "config": {**ckpt["config"], "dtype": "bfloat16"}})
-    flags = ("--ckpt", tmp_path / "ckpt.pt", "--data-dir", data_dir, "--repeats", 1, "--device",
-             "cpu", "--images", "test", "--if-needed")
-    call(pp.main, *flags)
-    assert disk.read_json(tmp_path / "prune/probe.json")["settings"]["dtype"] == "float32"
     monkeypatch.setattr(pp, "measure", None)
-    call(pp.main, *flags)
+    call(pp.main, *flags, "--fractions", "0.1,0.4")
     with pytest.raises(TypeError):              # another measurement
         call(pp.main, *flags, "--fraction", 0.2)
 
@@ -187,7 +177,6 @@ def test_what_is_undefined_is_none(counts, rises, tmp_path):
         assert result["classes"]["c"]["relative"] == [pytest.approx(0.5 / 6), None, None]
         assert None not in result["classes"]["b"]["relative"]
     pp.write_figures({"net": {"0.1": result}}, [0.1], 0.1, tmp_path)
-    pp.print_results({"net": {"0.1": result}})
 
 
 @pytest.mark.parametrize("part, key, value", [
@@ -305,7 +294,7 @@ def test_dominance_compares_the_groups_that_it_names(cm_run, data_dir, digits, c
         sums = [torch.full((1,), 10.0 ** len(asked)) for _ in params]
         return cp.Gradients(sums, len(rows), 1e20 * 2.0 ** len(asked) + torch.zeros(len(params)), 2)
     monkeypatch.setattr(cp, "group_gradients", gradients)
-    monkeypatch.setattr(cp, "compare_kinds", lambda names, *rest: compared.append((names, *rest)))
+    monkeypatch.setattr(cp, "compare_kinds", lambda *given: compared.append(given) or {})
     args = SimpleNamespace(data_dir=data_dir, repeats=1, seed=4, batch_size=8)
     ckpt = disk.load(cm_run / "ckpt.pt", ["diffusion"])
     cp.dominance(args, cpu, ckpt, cp.load_unmerged(ckpt))
