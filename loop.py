@@ -29,7 +29,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 import disk
 import runtime
-from data import class_groups
+from data import class_groups, load_long_tailed, refuse_other_data
 from runtime import UserError, flag_of, integer, number
 from sample import grid_image, ten_classes
 
@@ -135,6 +135,20 @@ def refuse_changes(old, config, out, resumable):
         raise UserError(f"{flag_of(name)} {value}: the run in {out} was started with {was}; repeat "
                         "that to resume it, or choose another folder with --out, or in "
                         "run_all.sh with ROOT")
+
+
+def load_images(args, rt, old, source=None):
+    """The training images of a run; with --epochs args.steps becomes their number of steps.
+
+    source: a checkpoint that a new run starts from. Raises UserError where `old` had other images.
+    """
+    with rt.rank_0_first():
+        images = load_long_tailed(args, old or source)
+    if old:
+        refuse_other_data(old["data"], images.record(), args)
+    if getattr(args, "epochs", None):
+        args.steps = math.ceil(args.epochs * len(images.labels) / args.batch_size)
+    return images
 
 
 def is_finished(old, args, rt):

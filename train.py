@@ -24,11 +24,10 @@ import disk
 import losses
 import networks
 import runtime
-from data import (Batches, add_data_flags, class_groups, is_balanced, load_long_tailed,
-                  load_reference, note_on_num, refuse_other_data, to_classes, to_rgb,
-                  unused_data_flags)
+from data import (Batches, add_data_flags, class_groups, is_balanced, load_reference, note_on_num,
+                  to_classes, to_rgb, unused_data_flags)
 from loop import (FRECHET, RESUMABLE, Training, add_step_flags, add_write_flags, config_of,
-                  is_finished, loop, resume)
+                  is_finished, load_images, loop, resume)
 from losses import BASES, CMConfig, Objective, add_cm_flags, bind
 from model import Attention, init_layer, make_alphas_bar
 from networks import KINDS, NETWORKS, add_low_rank, load_merged
@@ -355,7 +354,7 @@ def make_space(args, images, rt, ckpt):
     moments = encode_once(autoencoder, images, args, rt)
     batches = LatentBatches(images, moments, *given, resample=args.resample)
     return autoencoder.latent_shape(H), autoencoder.decode, batches, {
-        "kind": "latent diffusion", "autoencoder_sha256": autoencoder.encoder_sha256()}
+        "kind": "latent diffusion", "autoencoder_sha256": autoencoder.encoder_sha256}
 
 
 def make_network(args, images, shape, old, source):
@@ -493,10 +492,7 @@ def main():
 
     starts = args.init_from and not old
     source = disk.load(args.init_from, KINDS, "--init-from") if starts else None
-    with rt.rank_0_first():
-        images = load_long_tailed(args, old or source)
-    if old:
-        refuse_other_data(old["data"], images.record(), args)
+    images = load_images(args, rt, old, source)
     if is_finished(old, args, rt):
         return
     rt.print(images.table())

@@ -13,6 +13,7 @@ other networks: its images are blurred. text_to_image.py trains it.
 import hashlib
 import json
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -23,10 +24,10 @@ from torch import nn
 
 import disk
 from data import Batches, pack_path, to_float
-from model import Down, Up, conv, distance, group_norm, norm_silu
+from model import Down, Up, conv, distance, group_norm, make_alphas_bar, norm_silu
 from runtime import UserError, generator, progress
 
-BATCH = 16              # images that are encoded at a time
+BATCH = 16              # images at a time: pixels take more memory than latents
 CHANNELS = 4            # of latents, as Stable Diffusion's
 KL_WEIGHT = 1e-4        # beside a mean squared error, both per number
 
@@ -82,24 +83,20 @@ class KLAutoencoder(nn.Module):
         self.norm_up = group_norm(ch)
         self.to_pixels = conv(ch, 3)
 
-    def moments(self, x):
-        """Images -> means and standard deviations of their latents, (N, 4, h, w) each."""
-        mean, log_var = self.to_moments(norm_silu(self.norm_down, self.down(x))).chunk(2, dim=1)
-        return mean, log_var.clamp(-30, 20).mul(0.5).exp()
-
     def encode(self, x):
-        """As diffusers': an object with latent_dist.mean and latent_dist.std."""
-        mean, std = self.moments(x)
+        """Images -> an object with latent_dist.mean and .std, (N, 4, h, w) each, as diffusers'."""
+        mean, log_var = self.to_moments(norm_silu(self.norm_down, self.down(x))).chunk(2, dim=1)
+        std = log_var.clamp(-30, 20).mul(0.5).exp()
         return SimpleNamespace(latent_dist=SimpleNamespace(mean=mean, std=std))
 
     def decode(self, z):
-        """As diffusers': an object with sample, the images."""
+        """Latents -> an object with sample, the images, as diffusers'."""
         return SimpleNamespace(sample=self.to_pixels(norm_silu(self.norm_up, self.up(z))))
 
     def forward(self, x, eps):
         """Images and noise (N, 4, h, w) -> (reconstruction, means, standard deviations)."""
-        mean, std = self.moments(x)
-        return self.decode(mean + std * eps).sample, mean, std
+        latent = self.encode(x).latent_dist
+        return self.decode(latent.mean + latent.std * eps).sample, latent.mean, latent.std
 
 
 class Pixels(NamedTuple):
@@ -161,7 +158,7 @@ def packages():
     return diffusers, transformers
 
 
-def load_part(flag, name, kind, part, **options):
+def load_part(flag, name, kind, part):
     """An object of a class of diffusers or transformers, from a sub-folder of a Stable Diffusion.
 
     name: a folder, or a name on the Hugging Face hub. part: the sub-folder, or None. Raises
@@ -169,8 +166,8 @@ def load_part(flag, name, kind, part, **options):
     """
     try:
         if not issubclass(kind, nn.Module):
-            return kind.from_pretrained(name, subfolder=part, **options)
-        net, info = kind.from_pretrained(name, subfolder=part, output_loading_info=True, **options)
+            return kind.from_pretrained(name, subfolder=part)
+        net, info = kind.from_pretrained(name, subfolder=part, output_loading_info=True)
         if info["missing_keys"]:
             raise ValueError(f"it lacks {sorted(info['missing_keys'])[0]}")
         return net
@@ -190,12 +187,23 @@ def content_hash(modules, alphas_bar, scale):
     return digest.hexdigest()
 
 
+def refuse_other(ckpt, part, sha256, flag):
+    """Raise UserError where a checkpoint was trained with another part than `flag` names now.
+
+    ckpt: None for a new run. part: "model", "autoencoder" or "text_encoder".
+    """
+    if ckpt and ckpt.get(f"{part}_sha256") != sha256:
+        raise UserError(f"{flag}: not the one that the checkpoint was trained with (its content is "
+                        "another); name that one")
+
+
 class Autoencoder:
     """Images to latents and back, by diffusers' AutoencoderKL or a network with its methods.
 
     vae: that network, which becomes frozen, in float32, on `device`. multiple: what the sides of an
-    image must be a multiple of.
+    image must be a multiple of. alphas_bar: the noise schedule of a diffusion of its latents.
     """
+    alphas_bar = make_alphas_bar()
 
     def __init__(self, vae, device):
         self.vae = vae.float().to(device).eval().requires_grad_(False)
@@ -215,15 +223,13 @@ class Autoencoder:
         return (self.vae.config.scaling_factor * moments.float().cpu()).numpy()
 
     @torch.no_grad()
-    def decode(self, z, batch_size=16):
-        """Scaled latents (N, C, h, w) -> images (N, 3, H, W), about [-1, 1].
-
-        In parts of batch_size, since pixels take more memory than latents.
-        """
+    def decode(self, z):
+        """Scaled latents (N, C, h, w) -> images (N, 3, H, W), about [-1, 1]; BATCH at a time."""
         scale = self.vae.config.scaling_factor
-        parts = [self.vae.decode(part / scale).sample for part in z.split(batch_size)]
+        parts = [self.vae.decode(part / scale).sample for part in z.split(BATCH)]
         return torch.cat(parts)
 
+    @cached_property
     def encoder_sha256(self):
         """A hash of all that `encode` computes with."""
         config = {k: v for k, v in self.vae.config.items() if not k.startswith("_")}
@@ -256,9 +262,7 @@ def load_autoencoder(name, device, flag="--latents", ckpt=None):
         except UserError:
             vae = load_part(flag, name, kind, "vae")
     autoencoder = Autoencoder(vae, device)
-    if ckpt and ckpt.get("autoencoder_sha256") != autoencoder.encoder_sha256():
-        raise UserError(f"{flag} {name}: another autoencoder than the checkpoint was trained with "
-                        "(its weights are others); name that one")
+    refuse_other(ckpt, "autoencoder", autoencoder.encoder_sha256, f"{flag} {name}")
     return autoencoder
 
 
@@ -278,7 +282,7 @@ def encode_once(autoencoder, images, args, rt):
                         "colours; take another set")
     shape = (N, 2, *autoencoder.latent_shape(resolution))
     made_from = {
-        "images": images.sha256, "resolution": resolution, "encoder": autoencoder.encoder_sha256(),
+        "images": images.sha256, "resolution": resolution, "encoder": autoencoder.encoder_sha256,
         "rows": None if images.rows is None else hashlib.sha256(images.rows).hexdigest(),
         "scale": autoencoder.vae.config.scaling_factor}
     digest = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()

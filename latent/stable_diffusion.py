@@ -29,18 +29,17 @@ from functools import partial
 
 import torch
 from torch import nn
-from torch.nn.functional import pad
 from torch.nn.utils import parametrize
 
 import disk
 import runtime
-from cm_layers import LowRank, checkpoint, general_only, merge, reserve, weight_matrices
-from data import add_data_flags, load_long_tailed, refuse_other_data, unused_data_flags
+from cm_layers import checkpoint, general_only, merge, reserve
+from data import add_data_flags, unused_data_flags
 from latent.autoencoder import (Autoencoder, LatentBatches, content_hash, encode_once, load_part,
-                                packages)
-from latent.captions import FORM, read_prompt, texts_of
-from loop import (Training, add_step_flags, add_write_flags, config_of, is_finished, loop,
-                  resume)
+                                packages, refuse_other)
+from latent.captions import FORM, FrozenCLIP, read_prompt, texts_of
+from loop import (Training, add_step_flags, add_with_defaults, add_write_flags, config_of,
+                  is_finished, load_images, loop, resume)
 from losses import CMConfig, Objective, add_cm_flags, bind
 from runtime import Parser, UserError, integer, number, refuse_unused, run
 from sample import (add_image_flags, add_output_flags, add_sampling_flags, add_weights_flags,
@@ -52,6 +51,7 @@ from train import IR, LATENT_RESOLUTION, preset_words
 
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")      # the layers of attention, in diffusers
 PAINTING = "a {} painting"      # the text of ArtBench-10's images, Sec. 4.2
+MODEL = "lambdalabs/miniSD-diffusers"
 GRID_BATCH = 25     # images of a grid that are generated at a time, beside what training holds
 
 
@@ -140,7 +140,8 @@ class LatentUNet(nn.Module):
 class Adapter(nn.Module):
     """W_0 -> W_0 + B_1 A_1, a LoRA that is a part of theta^g.
 
-    Unlike LowRank's part, `general_only` does not switch it off.
+    Unlike LowRank's part, `general_only` does not switch it off. All have one rank, also where a
+    matrix has less: older versions of diffusers scale every layer of a file by the rank of one.
     """
 
     def __init__(self, weight, rank):
@@ -159,44 +160,18 @@ def is_projection(name, layer):
 
 
 def add_adapters(net, rank, cm_rank=None):
-    """Freeze a LatentUNet, and give it its low-rank parts, in place; return it.
+    """Freeze a LatentUNet, and give it its low-rank parts, in place.
 
     Every attention projection gets a LoRA, and those of the decoder a reserved part of rank
-    cm_rank (None: no reserved part). Ranks are cut to what a matrix has.
+    cm_rank (None: no reserved part).
     """
     net.requires_grad_(False)
-    layers = [(layer, p) for name, layer, p in weight_matrices(net) if is_projection(name, layer)]
-    for layer, p in layers:
-        weight = getattr(layer, p)
-        adapter = Adapter(weight, min(rank, *weight.shape))
-        parametrize.register_parametrization(layer, p, adapter)
+    for name, layer in list(net.named_modules()):
+        if is_projection(name, layer):
+            adapter = Adapter(layer.weight, rank)
+            parametrize.register_parametrization(layer, "weight", adapter)
     if cm_rank:
         reserve(net.decoder, rank=cm_rank, where=is_projection)
-    return net
-
-
-def adapters(net):
-    """{name: parameter} of all low-rank parts, in the network's order: what is trained and kept."""
-    found = {}
-    for name, module in net.named_modules():
-        if isinstance(module, (Adapter, LowRank)):
-            found[f"{name}.A"] = module.A
-            found[f"{name}.B"] = module.B
-    return found
-
-
-@torch.no_grad()
-def merge_adapters(net, branch="full"):
-    """Write W_0 + B_1 A_1 + B A as plain weights, in place; return the network.
-
-    branch "general" leaves BA out. The blocks, shared with the U-Net that `net` was cut from, are
-    plain diffusers modules afterwards.
-    """
-    merge(net, branch)
-    for _, layer, p in weight_matrices(net):
-        if parametrize.is_parametrized(layer, p):
-            parametrize.remove_parametrizations(layer, p)
-    return net
 
 
 # --------------------------------------------------------------------------------------------------
@@ -206,52 +181,35 @@ class Model(Autoencoder):
     """The parts of a Stable Diffusion in diffusers' layout, in float32. Raises UserError.
 
     name: a folder, or a name on the Hugging Face hub. device: of the autoencoder; the U-Net and
-    the text encoder stay on the CPU.
+    the text encoder stay on the CPU. ckpt: a checkpoint that was trained on it, or None.
     """
 
-    def __init__(self, name, device):
-        diffusers, transformers = packages()
+    def __init__(self, name, device, ckpt=None):
+        diffusers, _ = packages()
 
         def part(folder, kind):
             return load_part("--model", name, kind, folder)
-        self.name = name
         self.unet = part("unet", diffusers.UNet2DConditionModel).float()    # perhaps float16
         super().__init__(part("vae", diffusers.AutoencoderKL), device)
-        self.text = part("text_encoder", transformers.CLIPTextModel).float().eval()
-        self.tokenizer = part("tokenizer", transformers.CLIPTokenizer)
+        self.text = FrozenCLIP("--model", name)
         self.schedule = part("scheduler", diffusers.DDIMScheduler)
         self.multiple = self.factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
         self.alphas_bar = self.schedule.alphas_cumprod.double()
         self.sha256 = content_hash([self.unet, self.vae, self.text], self.alphas_bar,
                                    self.vae.config.scaling_factor)
+        refuse_other(ckpt, "model", self.sha256, f"--model {name}")
         predicts = self.schedule.config.prediction_type
         if predicts != "epsilon":
             raise UserError(f"--model {name}: predicts {predicts}, and the losses here are for "
                             "epsilon")
-
-    def refuse_other(self, ckpt):
-        """Raise UserError where a checkpoint was trained on another model."""
-        if ckpt["model_sha256"] != self.sha256:
-            raise UserError(f"--model {self.name}: its weights or its schedule are not those that "
-                            "the checkpoint was trained on; take that model")
-
-    @torch.no_grad()
-    def prompts(self, class_names, prompt):
-        """The encoded texts of all classes and the empty text: (K + 1, L, D) on the CPU.
-
-        prompt: of captions.read_prompt.
-        """
-        texts = [*texts_of(prompt, class_names), ""]
-        ids = self.tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt",
-                             max_length=self.tokenizer.model_max_length).input_ids
-        return self.text(ids)[0]
 
     def network(self, class_names, config, values=None):
         """The LatentUNet of a run's settings, on the CPU; it is cut out of the model's U-Net.
 
         values: the low-rank parts of a checkpoint, {name: tensor}; None for their start.
         """
-        net = LatentUNet(self.unet, self.prompts(class_names, config["prompt"]))
+        prompts = self.text(self.text.ids(texts_of(config["prompt"], class_names)))
+        net = LatentUNet(self.unet, prompts)
         add_adapters(net, config["rank"], config["cm_rank"] if config["cm"] else None)
         if values:
             net.load_state_dict(values, strict=False)
@@ -266,23 +224,14 @@ def make_train_parser():
     parser = Parser("torchrun -m latent.stable_diffusion train --dataset artbench10 --data-dir DIR")
     add_image_set_flags(parser, "artbench10")
     g = parser.add_argument_group("method")
-    g.add_argument("--model", default="lambdalabs/miniSD-diffusers",
-                   help="a folder or hub name in diffusers' layout (default: "
-                   "lambdalabs/miniSD-diffusers, the paper's)")
+    g.add_argument("--model", default=MODEL, help="a folder or hub name in diffusers' layout "
+                   f"(default: {MODEL}, the paper's)")
     g.add_argument("--prompt", help="the text of an image, {} its class; or the name of a .csv "
                    f'with lines class,text (default: "{FORM}"; artbench10: "{PAINTING}")')
     add_method_flags(g, base="oc")
-    g.add_argument("--rank", type=integer(1), default=128, help="of the LoRA (default: 128)")
-    g.add_argument("--cm-rank", type=integer(1), default=8,
-                   help="of the reserved part (default: 8)")
-    g = parser.add_argument_group("optimisation")
-    g.add_argument("--epochs", type=integer(1), default=100,
-                   help="may be raised to train longer (default: 100)")
-    g.add_argument("--steps", type=integer(1),
-                   help="training steps, in place of --epochs; may be raised")
-    add_step_flags(g, lr=3e-4, warmup=0, ema=0.999)
-    g.add_argument("--weight-decay", type=number(0), default=1e-6,
-                   help="AdamW's (default: 1e-6)")
+    add_with_defaults(g, {"rank": 128, "cm_rank": 8}, {
+        "--rank": (integer(1), "of the LoRA"), "--cm-rank": (integer(1), "of the reserved part")})
+    g = add_optimisation_flags(parser, epochs=100, lr=3e-4, warmup=0, ema=0.999, weight_decay=1e-6)
     g.add_argument("--checkpointing", action="store_true",
                    help="gradient checkpointing: the same gradients with less memory; a step takes "
                    "longer")
@@ -293,14 +242,11 @@ def make_train_parser():
 
 def add_image_set_flags(parser, dataset):
     """data.py's flags, with the defaults of --ir and --resolution that resolve_data fills in."""
-    group = add_data_flags(parser, dataset)
-    for action in group._group_actions:
-        if action.dest == "ir":
-            action.help += preset_words("100", IR)
-        elif action.dest == "resolution":
-            action.help = ("pixels per side, of sets of image files (default: "
-                           f"{LATENT_RESOLUTION}, miniSD's; Stable Diffusion 1 and 2 were trained "
-                           "on 512)")
+    flags = {action.dest: action for action in add_data_flags(parser, dataset)._group_actions}
+    flags["ir"].help += preset_words("100", IR)
+    flags["resolution"].help = ("pixels per side, of sets of image files (default: "
+                                f"{LATENT_RESOLUTION}, miniSD's; Stable Diffusion 1 and 2 were "
+                                "trained on 512)")
 
 
 def add_method_flags(group, base):
@@ -310,6 +256,20 @@ def add_method_flags(group, base):
     group.add_argument("--cm", action=BooleanOptionalAction, default=True,
                        help="reserve capacity and add L_CM (default: on)")
     add_cm_flags(group)
+
+
+def add_optimisation_flags(parser, **defaults):
+    """--steps --epochs --weight-decay and those of add_step_flags, in a group; defaults: as there.
+
+    Either steps or epochs has a default: the length unless the other flag is given.
+    """
+    group = parser.add_argument_group("optimisation")
+    add_with_defaults(group, defaults, {
+        "--steps": (integer(1), "training steps; may be raised to train longer"),
+        "--epochs": (integer(1), "passes over the training images, in place of --steps"),
+        "--weight-decay": (number(0), "AdamW's")})
+    add_step_flags(group, **defaults)
+    return group
 
 
 def resolve_data(args, given):
@@ -327,15 +287,20 @@ def run_name(args, kind, *words):
     return "-".join([f"out/{kind}", dataset, f"ir{args.ir:g}", *words, f"seed{args.seed}"])
 
 
-def resolve(args, given, kind="latent", rank="cm_rank"):
-    """Fill in what depends on other flags. given: Parser.given. Raises UserError.
+def resolve(args, given, kind):
+    """Fill in what depends on other flags; return args. given: Parser.given. Raises UserError.
 
-    kind: the run's, in the name of its folder. rank: the flag of the reserved part's.
+    kind: of the checkpoint, "latent" or "text".
     """
     resolve_data(args, given)
     if not args.cm:
-        refuse_unused(given, dict.fromkeys((rank, "lam", "w_con", "w_div", "div_bound"),
-                                           "means something with --cm only"))
+        cm_only = ("cm_rank", "rank_ratio", "lam", "w_con", "w_div", "div_bound")
+        refuse_unused(given, dict.fromkeys(cm_only, "means something with --cm only"))
+    if "steps" in given:
+        refuse_unused(given, {"epochs": "--steps says how long"})
+        args.epochs = None
+    elif "epochs" in given:
+        args.steps = None
     if args.prompt is not None:
         args.prompt = read_prompt(args.prompt)
     elif kind == "latent":
@@ -344,92 +309,67 @@ def resolve(args, given, kind="latent", rank="cm_rank"):
     return args
 
 
-def load_images(args, rt, old):
-    """The training images, which must be those of the run's checkpoint `old`. Raises UserError."""
-    with rt.rank_0_first():
-        images = load_long_tailed(args, old)
-    if old:
-        refuse_other_data(old["data"], images.record(), args)
-    return images
-
-
 class LatentTraining(Training):
-    """A run whose checkpoints keep the low-rank parts only."""
+    """A run on latents, by AdamW; its checkpoints keep what is trained, and no frozen model.
+
+    images, autoencoder: what the latents are made of. table: of captions.py, where each image has
+    texts of its own. betas: AdamW's. The rest as Training.
+    """
+
+    def __init__(self, args, rt, net, images, autoencoder, record, old, table=None,
+                 betas=(0.9, 0.999)):
+        objective = Objective(
+            net=net, base=bind(args.base), counts=images.counts,
+            alphas_bar=autoencoder.alphas_bar, cm=CMConfig.of(args), label_drop=args.label_drop)
+        optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=args.lr,
+                                      betas=betas, weight_decay=args.weight_decay, fused=True)
+        moments = encode_once(autoencoder, images, args, rt)
+        batches = LatentBatches(images, moments, args.batch_size, args.seed, rt.device, table)
+        super().__init__(args, rt, net, objective.to(rt.device), batches, optimizer, record, old)
 
     def weights(self):
-        return {"adapters": self.params, "ema": self.ema}
+        return {"model": self.params, "ema": self.ema}
 
 
 def main_train(argv):
     """Resume or start; images and their latents; network; loop: train.py's main, on latents."""
     parser = make_train_parser()
-    args = resolve(parser.parse_args(argv), parser.given)
-    if args.steps:
-        refuse_unused(parser.given, {"epochs": "--steps says how long"})
-        args.epochs = None
+    args = resolve(parser.parse_args(argv), parser.given, "latent")
     packages()              # fails here, before any work
     old, rt = resume(args, ["latent"], {"epochs", "checkpointing"})
-    config = config_of(args)        # before args.steps follows from the number of images
+    config = config_of(args)        # before args.steps follows from --epochs
     images = load_images(args, rt, old)
-    if args.epochs:
-        args.steps = math.ceil(args.epochs * len(images.labels) / args.batch_size)
     if is_finished(old, args, rt):
         return
     rt.print(images.table())
     rt.print(f'texts, such as "{texts_of(args.prompt, images.class_names)[0]}"')
-    model, net = load_model(args, rt, images, old)
-    objective = Objective(
-        net=net, base=bind(args.base), counts=images.counts, alphas_bar=model.alphas_bar,
-        cm=CMConfig.of(args), label_drop=args.label_drop).to(rt.device)
-    optimizer = torch.optim.AdamW(adapters(net).values(), lr=args.lr,
-                                  weight_decay=args.weight_decay, fused=True)
+    model = Model(args.model, rt.device, old)
+    torch.manual_seed(runtime.seed_of(args.seed, "init"))
+    net = model.network(images.class_names, config, old and old["model"]).to(rt.device)
+    if args.checkpointing:
+        model.unet.enable_gradient_checkpointing(partial(checkpoint, net))
     record = {"kind": "latent", "config": config,
               "command": runtime.command_line("-m latent.stable_diffusion"),
               "data": images.record(), "model_sha256": model.sha256}
-    moments = encode_once(model, images, args, rt)
-    batches = LatentBatches(images, moments, args.batch_size, args.seed, rt.device)
-    training = LatentTraining(args, rt, net, objective, batches, optimizer, record, old)
+    training = LatentTraining(args, rt, net, images, model, record, old)
     loop(training, partial(grid_samples, model, net))
-
-
-def load_model(args, rt, images, old):
-    """(the Model, the LatentUNet to train) of a run's settings. Raises UserError."""
-    model = Model(args.model, rt.device)
-    model.latent_shape(images.images.shape[1])      # where it has none, this says so
-    if old:
-        model.refuse_other(old)
-    torch.manual_seed(runtime.seed_of(args.seed, "init"))
-    net = model.network(images.class_names, vars(args), old and old["adapters"]).to(rt.device)
-    if args.checkpointing:
-        model.unet.enable_gradient_checkpointing(partial(checkpoint, net))
-    return model, net
 
 
 def grid_samples(model, net, state, labels, rt):
     """Decoded images of a checkpoint's EMA weights, as the command `sample` makes them by default.
 
-    uint8 (N, H, W, 3). The network's own low-rank parts are put back.
+    uint8 (N, H, W, 3). The network's own low-rank parts, those of the checkpoint, are put back.
     """
-    before = {name: p.detach().clone() for name, p in adapters(net).items()}
+    before = {name: p.detach().clone() for name, p in state["model"].items()}
     net.load_state_dict(state["ema"], strict=False)
     images = decoded(model, net, labels, state["data"]["resolution"], rt,
-                     Sampling.of("latent", seed=state["config"]["seed"]), GRID_BATCH, "grid")
+                     Sampling.of("latent", seed=state["config"]["seed"]), title="grid")
     net.load_state_dict(before, strict=False)
     return images
 
 
 # --------------------------------------------------------------------------------------------------
 # Sampling
-
-def make_sample_parser():
-    """All flags of the command sample."""
-    parser = Parser("python -m latent.stable_diffusion sample --ckpt out/NAME/ckpt.pt --num 50000")
-    add_checkpoint_flags(parser)
-    add_image_flags(parser)
-    add_sampling_flags(parser)
-    add_output_flags(parser)
-    return parser
-
 
 def add_checkpoint_flags(parser):
     """--ckpt and --model, the same for sampling and exporting."""
@@ -438,18 +378,12 @@ def add_checkpoint_flags(parser):
                         help="where the pre-trained model is (default: the checkpoint's)")
 
 
-def model_of(args, ckpt, device):
-    """The Model of a checkpoint, from where --model says. Raises UserError for another one."""
-    model = Model(args.model or ckpt["config"]["model"], device)
-    model.refuse_other(ckpt)
-    return model
-
-
-def load_network(model, ckpt, weights):
-    """The LatentUNet of a checkpoint, without gradients. weights: "ema" or "raw"."""
-    values = ckpt["ema" if weights == "ema" else "adapters"]
+def load_network(args, ckpt, device):
+    """(the Model, the LatentUNet) of a checkpoint, by --model and --weights, without gradients."""
+    model = Model(args.model or ckpt["config"]["model"], device, ckpt)
+    values = ckpt["ema" if args.weights == "ema" else "model"]
     net = model.network(ckpt["data"]["class_names"], ckpt["config"], values)
-    return net.to(model.device).requires_grad_(False)
+    return model, net.to(device).requires_grad_(False)
 
 
 def refuse_general(args, reserved):
@@ -459,18 +393,23 @@ def refuse_general(args, reserved):
                         "trained with --no-cm)")
 
 
-def decoded(model, net, labels, resolution, rt, sampling, batch_size, title="sampling",
-            keep_in=None):
-    """Images of a LatentUNet's latents, number 0 to N - 1, with these labels: see generate."""
+def decoded(autoencoder, net, labels, resolution, rt, sampling, batch_size=GRID_BATCH,
+            title="sampling", keep_in=None):
+    """Images number 0 to N - 1, of a network's latents with these labels: see generate."""
     with parametrize.cached():
-        return generate(net, labels, range(len(labels)), model.latent_shape(resolution), rt,
-                        sampling, batch_size, title, to_image=model.decode,
-                        alphas_bar=model.alphas_bar, keep_in=keep_in)
+        return generate(net, labels, range(len(labels)), autoencoder.latent_shape(resolution), rt,
+                        sampling, batch_size, title, to_image=autoencoder.decode,
+                        alphas_bar=autoencoder.alphas_bar, keep_in=keep_in)
 
 
 def main_sample(argv):
     """Generate the images that the flags ask for: sample.py's main, through the autoencoder."""
-    args = make_sample_parser().parse_args(argv)
+    parser = Parser("python -m latent.stable_diffusion sample --ckpt out/NAME/ckpt.pt --num 50000")
+    add_checkpoint_flags(parser)
+    add_image_flags(parser)
+    add_sampling_flags(parser)
+    add_output_flags(parser)
+    args = parser.parse_args(argv)
     ckpt = disk.load(args.ckpt, ["latent"])
     classes, sampling = classes_and_sampling(args, ckpt)
     labels = labels_in_turn(classes, args.num)
@@ -478,8 +417,7 @@ def main_sample(argv):
     rt = runtime.setup(args.device, dtype_of(args, ckpt))
 
     def make_images(keep_in):
-        model = model_of(args, ckpt, rt.device)
-        net = load_network(model, ckpt, args.weights)
+        model, net = load_network(args, ckpt, rt.device)
         with general_only(net) if args.branch == "general" else nullcontext():
             return decoded(model, net, labels, ckpt["data"]["resolution"], rt, sampling,
                            args.batch_size, keep_in=keep_in)
@@ -493,57 +431,53 @@ def main_sample(argv):
 # --------------------------------------------------------------------------------------------------
 # Export
 
-def make_export_parser():
-    """All flags of the command export."""
-    parser = Parser("python -m latent.stable_diffusion export --ckpt out/NAME/ckpt.pt --lora DIR")
-    add_checkpoint_flags(parser)
-    g = parser.add_argument_group("what is written")
-    what = g.add_mutually_exclusive_group(required=True)
-    what.add_argument("--lora", metavar="DIR",
-                      help="general.safetensors and minority.safetensors, for load_lora_weights")
-    what.add_argument("--pipeline", metavar="DIR",
-                      help="a StableDiffusionPipeline with the merged U-Net, for from_pretrained")
-    add_weights_flags(g)
-    return parser
-
-
 def to_peft(values):
     """{"general": B_1 A_1, "minority": BA}, each as PEFT names it; a part that is not there lacks.
 
     values: {name: tensor} of a checkpoint's low-rank parts. A part is {name: tensor} with
-    "unet.LAYER.lora_A.weight" (r, k) and "...lora_B.weight" (d, r), to be added with scale 1. All
-    layers have the largest of their ranks, filled up with zeros, where a narrow layer's is cut:
-    older versions of diffusers scale every layer of a file by one of them.
+    "unet.LAYER.lora_A.weight" (r, k) and "...lora_B.weight" (d, r), to be added with scale 1.
     """
-    parts = {"general": {}, "minority": {}}
+    parts = {}
     for name, value in values.items():
         # In the encoder or decoder; 0 is the LoRA and 1 the reserved part of a weight
         layer, which, matrix = re.fullmatch(
             r"[a-z]+\.(.+)\.parametrizations\.weight\.([01])\.([AB])", name).groups()
-        part = parts["general" if which == "0" else "minority"]
+        part = parts.setdefault("general" if which == "0" else "minority", {})
         part[f"unet.{layer}.lora_{matrix}.weight"] = value.float()
-    for part in parts.values():
-        rank = max((min(value.shape) for value in part.values()), default=0)
-        for name, value in part.items():
-            missing = rank - min(value.shape)
-            part[name] = pad(value, (0, 0, 0, missing) if ".lora_A." in name else (0, missing))
-    return {name: part for name, part in parts.items() if part}
+    return parts
 
 
+@torch.no_grad()
 def merged_pipeline(args, ckpt):
-    """diffusers' StableDiffusionPipeline with the U-Net of a checkpoint merged into it."""
+    """diffusers' StableDiffusionPipeline with W_0 + B_1 A_1 + BA as plain weights of its U-Net.
+
+    --branch general leaves BA out. The U-Net shares its blocks with the network cut from it.
+    """
     diffusers, _ = packages()
-    model = model_of(args, ckpt, torch.device("cpu"))
-    merge_adapters(load_network(model, ckpt, args.weights), args.branch)
+    model, net = load_network(args, ckpt, torch.device("cpu"))
+    merge(net, args.branch)         # where BA is; elsewhere the LoRA stays a parametrization
+    for layer in list(net.modules()):
+        if parametrize.is_parametrized(layer, "weight"):
+            parametrize.remove_parametrizations(layer, "weight")
     return diffusers.StableDiffusionPipeline(
-        vae=model.vae, text_encoder=model.text, tokenizer=model.tokenizer, unet=model.unet,
-        scheduler=model.schedule, safety_checker=None, feature_extractor=None,
+        vae=model.vae, text_encoder=model.text.clip, tokenizer=model.text.tokenizer,
+        unet=model.unet, scheduler=model.schedule, safety_checker=None, feature_extractor=None,
         requires_safety_checker=False)
 
 
 def main_export(argv):
     """Write the low-rank parts, or the merged pipeline, to a folder."""
-    parser = make_export_parser()
+    parser = Parser("python -m latent.stable_diffusion export --ckpt out/NAME/ckpt.pt --lora DIR")
+    add_checkpoint_flags(parser)
+    g = parser.add_argument_group("what is written")
+    either = g.add_mutually_exclusive_group(required=True)
+    either.add_argument("--lora", metavar="DIR",
+                        help="general.safetensors and minority.safetensors, for "
+                        "load_lora_weights")
+    either.add_argument("--pipeline", metavar="DIR",
+                        help="a StableDiffusionPipeline with the merged U-Net, for "
+                        "from_pretrained")
+    add_weights_flags(g)
     args = parser.parse_args(argv)
     if args.lora:
         refuse_unused(parser.given, {"branch": "--lora writes both parts, a file each",
@@ -556,7 +490,7 @@ def main_export(argv):
         what = f"{args.branch} branch, a StableDiffusionPipeline"
     else:
         from safetensors.torch import save_file     # diffusers needs it, too
-        parts, kind = to_peft(ckpt["ema" if args.weights == "ema" else "adapters"]), "lora"
+        parts, kind = to_peft(ckpt["ema" if args.weights == "ema" else "model"]), "lora"
         what = ", ".join(f"{name}.safetensors" for name in parts)
 
         def write(folder):

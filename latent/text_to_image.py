@@ -24,7 +24,6 @@ command.
 """
 import hashlib
 import json
-import math
 from argparse import Namespace
 from functools import partial
 
@@ -35,23 +34,20 @@ import disk
 import runtime
 from cm_layers import merge, reserve
 from data import Batches, folders_of, reference_images, to_float, to_uint8
-from latent import stable_diffusion
-from latent.autoencoder import (KLAutoencoder, LatentBatches, Reconstruction, content_hash,
-                                encode_once, latent_scale, load_autoencoder, load_part, packages)
-from latent.captions import Table, captions_of
-from latent.stable_diffusion import (add_image_set_flags, add_method_flags, load_images,
-                                     refuse_general, resolve_data, run_name)
-from latent.text_dit import TextDiT, Texts, WordEncoder, Words, vocabulary_of
-from loop import (Training, add_step_flags, add_write_flags, config_of, is_finished, loop,
-                  resume)
-from losses import CMConfig, Objective, bind
-from model import make_alphas_bar
-from runtime import Parser, UserError, integer, number, refuse_unused, run
-from sample import (add_output_flags, add_sampling_flags, describe, dtype_of, generate,
-                    labels_in_turn, make_samples, samples_folder, sampling_of)
+from latent.autoencoder import (KLAutoencoder, Reconstruction, latent_scale, load_autoencoder,
+                                refuse_other)
+from latent.captions import FrozenCLIP, Table, Texts, Words, captions_of, vocabulary_of
+from latent.stable_diffusion import (MODEL, LatentTraining, add_image_set_flags, add_method_flags,
+                                     add_optimisation_flags, decoded, refuse_general, resolve,
+                                     resolve_data, run_name)
+from loop import (Training, add_step_flags, add_with_defaults, add_write_flags, config_of,
+                  is_finished, load_images, loop, resume)
+from runtime import Parser, UserError, integer, number, run
+from sample import (add_output_flags, add_sampling_flags, describe, dtype_of, labels_in_turn,
+                    make_samples, samples_folder, sampling_of)
 from samplers import Sampling
+from variants.dit import DiT
 
-PRETRAINED = "lambdalabs/miniSD-diffusers"      # its autoencoder and its text encoder, CLIP's
 WORDS = "words"                                 # --text-encoder: one that is trained here
 WRITE_EVERY = {"save_every": 1000, "sample_every": 10_000, "log_every": 100}
 BETAS = (0.9, 0.96)         # of AdamW
@@ -59,85 +55,30 @@ SCALE_IMAGES = 256          # on which the variance of latents is measured
 
 
 # --------------------------------------------------------------------------------------------------
-# The text encoder
-
-class TrainedWords:
-    """A text encoder that is trained with the network, on the words of a vocabulary."""
-    sha256 = None
-
-    def __init__(self, vocabulary):
-        self.vocabulary = vocabulary
-        self.words = Words(vocabulary)
-
-    def ids(self, texts):
-        """Texts and, at the end, the empty one, as numbers: (M + 1, L) int64."""
-        return self.words([*texts, ""])
-
-    def module(self, ch):
-        """(an encoder of such numbers, the width of what it gives) for a network of width ch."""
-        return WordEncoder(len(self.words), ch), ch
-
-
-class FrozenCLIP:
-    """The text encoder of a Stable Diffusion, with its tokenizer; it stays as it is."""
-    vocabulary = None
-
-    def __init__(self, name):
-        _, transformers = packages()
-        flag = "--text-encoder"
-        self.clip = load_part(flag, name, transformers.CLIPTextModel, "text_encoder")
-        self.clip = self.clip.float().eval().requires_grad_(False)
-        self.tokenizer = load_part(flag, name, transformers.CLIPTokenizer, "tokenizer")
-        self.sha256 = content_hash([self.clip], torch.empty(0), self.tokenizer.model_max_length)
-
-    def ids(self, texts):
-        """As TrainedWords.ids; texts are cut after what the model takes, 77 tokens."""
-        return self.tokenizer([*texts, ""], padding="max_length", truncation=True,
-                              max_length=self.tokenizer.model_max_length,
-                              return_tensors="pt").input_ids
-
-    def module(self, ch):
-        """As TrainedWords.module: the last hidden states, as Stable Diffusion takes them."""
-        return HiddenStates(self.clip), self.clip.config.hidden_size
-
-
-class HiddenStates(torch.nn.Module):
-    """CLIP's last hidden states (N, L, D) of tokens (N, L), without gradients."""
-
-    def __init__(self, clip):
-        super().__init__()
-        self.clip = clip
-
-    @torch.no_grad()
-    def forward(self, ids):
-        return self.clip(ids)[0]
-
-
-def load_text_encoder(name, vocabulary):
-    """The TrainedWords of a vocabulary, or the FrozenCLIP of a folder or hub name."""
-    return TrainedWords(vocabulary) if name == WORDS else FrozenCLIP(name)
-
-
-def refuse_other_text_encoder(ckpt, text):
-    """Raise UserError where a checkpoint was trained with another text encoder."""
-    if ckpt["text_encoder_sha256"] != text.sha256:
-        raise UserError("--text-encoder: not the one that the checkpoint was trained with (its "
-                        "weights are others); name that one")
-
-
-# --------------------------------------------------------------------------------------------------
 # The network
 
-def build(network, rank_ratio, text, texts, values=None):
-    """A TextDiT of a checkpoint's "network", with capacity reserved unless rank_ratio is None.
+def load_text_encoder(name, vocabulary, ckpt=None):
+    """The Words of a vocabulary, or the FrozenCLIP of a folder or hub name.
 
-    text: a TrainedWords or FrozenCLIP. texts: those that y numbers. values: the weights of a
-    checkpoint, {name: tensor} of all that is trained; None for initial ones. Raises UserError.
+    ckpt: a checkpoint that was trained with it, or None. Raises UserError where it is another one.
     """
-    encoder, text_ch = text.module(network["ch"])
+    text = Words(vocabulary) if name == WORDS else FrozenCLIP("--text-encoder", name)
+    refuse_other(ckpt, "text_encoder", text.sha256, f"--text-encoder {name}")
+    return text
+
+
+def build(network, rank_ratio, text, texts, values=None):
+    """The DiT of a checkpoint's "network", with capacity reserved unless rank_ratio is None.
+
+    y numbers texts, as it numbers classes elsewhere, so that losses.py and sample.py need to know
+    nothing of them. text: a Words or FrozenCLIP. texts: those that y numbers. values: the weights
+    of a checkpoint, {name: tensor} of all that is trained; None for initial ones. Raises UserError.
+    """
+    encoder, text_ch = text.encoder(network["ch"])
     sizes = {key: network[key] for key in ("channels", "size", "ch", "depth", "patch")}
     try:
-        net = TextDiT(Texts(encoder, text.ids(texts)), text_ch, **sizes)
+        net = DiT(num_classes=0, dropout=0.0, texts=Texts(encoder, text.ids(texts)),
+                  text_ch=text_ch, **sizes)
     except ValueError as e:
         raise UserError(str(e)) from e
     if rank_ratio is not None:
@@ -157,8 +98,17 @@ def load_merged(ckpt, text, texts, weights="ema", branch="full", device="cpu"):
 # --------------------------------------------------------------------------------------------------
 # Training the autoencoder
 
-def make_autoencoder_parser():
-    """All flags of the command autoencoder."""
+class AutoencoderTraining(Training):
+    """A run whose checkpoints also keep what scales latents to variance 1."""
+
+    def weights(self):
+        first = np.arange(len(self.batches.labels))[:SCALE_IMAGES]
+        images = to_float(self.batches.take(first)[0])
+        return {**super().weights(), "scale": latent_scale(self.net, self.ema, images)}
+
+
+def main_autoencoder(argv):
+    """Train a KL autoencoder on the training images of a data set."""
     parser = Parser("torchrun -m latent.text_to_image autoencoder --dataset cub200 --data-dir DIR")
     add_image_set_flags(parser, "cub200")
     g = parser.add_argument_group("network")
@@ -171,20 +121,6 @@ def make_autoencoder_parser():
     add_step_flags(g, lr=1e-3, warmup=500, ema=0.999, label_drop=None)
     add_write_flags(parser, **WRITE_EVERY)
     parser.add_common("folder of the run (default: out/ and the settings)")
-    return parser
-
-
-class AutoencoderTraining(Training):
-    """A run whose checkpoints also keep what scales latents to variance 1, measured on `images`."""
-    images = None
-
-    def weights(self):
-        return {**super().weights(), "scale": latent_scale(self.net, self.ema, self.images)}
-
-
-def main_autoencoder(argv):
-    """Train a KL autoencoder on the training images of a data set."""
-    parser = make_autoencoder_parser()
     args = parser.parse_args(argv)
     resolve_data(args, parser.given)
     args.out = args.out or run_name(args, "autoencoder", f"f{args.factor}")
@@ -209,8 +145,6 @@ def main_autoencoder(argv):
     optimizer = torch.optim.Adam(net.parameters(), lr=args.lr, fused=True)
     training = AutoencoderTraining(args, rt, net, Reconstruction(net), batches, optimizer, record,
                                    old)
-    first = torch.from_numpy(np.array(images.images[:SCALE_IMAGES]))
-    training.images = to_float(first).to(rt.device)
     loop(training, partial(reconstructions, images))
 
 
@@ -235,7 +169,7 @@ def make_train_parser():
     parser = Parser("torchrun -m latent.text_to_image train --dataset cub200 --data-dir DIR")
     add_image_set_flags(parser, "cub200")
     g = parser.add_argument_group("autoencoder and texts")
-    add_part_flags(g, PRETRAINED)
+    add_part_flags(g, MODEL)
     g.add_argument("--prompt", help="make texts of class names in place of the captions, {} is the "
                    "class; or the name of a .csv with lines class,text (default: the captions; for "
                    'a set without: "a photo of a {}")')
@@ -244,25 +178,18 @@ def make_train_parser():
     g.add_argument("--rank-ratio", type=number(above=0, high=1), default=0.1,
                    help="r / min(d, k) of Eq. (1) (default: 0.1)")
     g = parser.add_argument_group("network")
-    g.add_argument("--ch", type=integer(4, 65_536), default=192, help="width (default: 192)")
-    g.add_argument("--depth", type=integer(1), default=18, help="blocks (default: 18)")
-    g.add_argument("--patch", type=integer(1), default=1,
-                   help="latents of the side of a token (default: 1)")
-    g = parser.add_argument_group("optimisation")
-    g.add_argument("--steps", type=integer(1), default=100_000,
-                   help="training steps; may be raised to train longer (default: 100,000)")
-    g.add_argument("--epochs", type=integer(1),
-                   help="passes over the training images, in place of --steps; may be raised")
-    add_step_flags(g, lr=4.5e-4, warmup=5000, ema=0.9996)
-    g.add_argument("--weight-decay", type=number(0), default=0.045,
-                   help="AdamW's (default: 0.045)")
+    add_with_defaults(g, {"ch": 192, "depth": 18, "patch": 1}, {
+        "--ch": (integer(4, 65_536), "width"), "--depth": (integer(1), "blocks"),
+        "--patch": (integer(1), "latents of the side of a token")})
+    add_optimisation_flags(parser, steps=100_000, lr=4.5e-4, warmup=5000, ema=0.9996,
+                           weight_decay=0.045)
     add_write_flags(parser, **WRITE_EVERY)
     parser.add_common("folder of the run (default: out/ and the settings)")
     return parser
 
 
 def add_part_flags(group, default):
-    """--autoencoder and --text-encoder; default: None for those of a checkpoint."""
+    """--autoencoder and --text-encoder, CLIP's; default: None for those of a checkpoint."""
     shown = "the checkpoint's" if default is None else f"{default}'s"
     group.add_argument("--autoencoder", default=default,
                        help="a folder or hub name of a Stable Diffusion in diffusers' layout, or a "
@@ -272,38 +199,21 @@ def add_part_flags(group, default):
                        f"the network (default: {shown})")
 
 
-def resolve(args, given):
-    """As stable_diffusion's, and --epochs in place of --steps."""
-    if args.epochs:
-        refuse_unused(given, {"steps": "--epochs says how long"})
-    return stable_diffusion.resolve(args, given, "text", "rank_ratio")
-
-
-class TextTraining(Training):
-    """A run whose checkpoints keep what is trained only: no frozen text encoder."""
-
-    def weights(self):
-        return {"model": self.params, "ema": self.ema}
-
-
 def main_train(argv):
     """Resume or start; images, captions, latents; network; loop: train.py's main, on latents."""
     parser = make_train_parser()
-    args = resolve(parser.parse_args(argv), parser.given)
+    args = resolve(parser.parse_args(argv), parser.given, "text")
     # The content of both parts is compared below
     old, rt = resume(args, ["text"], {"autoencoder", "text_encoder", "epochs"})
+    config = config_of(args)        # before args.steps follows from --epochs
     autoencoder = load_autoencoder(args.autoencoder, rt.device, "--autoencoder", old)
     images = load_images(args, rt, old)
-    if args.epochs:
-        args.steps = math.ceil(args.epochs * len(images.labels) / args.batch_size)
     with rt.rank_0_first():
         table = Table(captions_of(images, args, "train"), images.labels)
     if old and old["captions_sha256"] != hash_of(table.texts):
         raise UserError(f"--data-dir {args.data_dir}: the captions are not those that the run in "
                         f"{args.out} was started with; choose another folder with --out")
-    text = load_text_encoder(args.text_encoder, vocabulary_of(table.texts))
-    if old:
-        refuse_other_text_encoder(old, text)
+    text = load_text_encoder(args.text_encoder, vocabulary_of(table.texts), old)
     if is_finished(old, args, rt):
         return
     rt.print(images.table())
@@ -314,21 +224,12 @@ def main_train(argv):
                "patch": args.patch, "vocabulary": text.vocabulary}
     rank_ratio = args.rank_ratio if args.cm else None
     record = {"kind": "text", "command": runtime.command_line("-m latent.text_to_image"),
-              "config": config_of(args), "data": images.record(), "network": network,
-              "rank_ratio": rank_ratio, "autoencoder_sha256": autoencoder.encoder_sha256(),
+              "config": config, "data": images.record(), "network": network,
+              "rank_ratio": rank_ratio, "autoencoder_sha256": autoencoder.encoder_sha256,
               "text_encoder_sha256": text.sha256, "captions_sha256": hash_of(table.texts)}
     torch.manual_seed(runtime.seed_of(args.seed, "init"))
     net = build(network, rank_ratio, text, table.texts, old and old["model"]).to(rt.device)
-    objective = Objective(
-        net=net, base=bind(args.base), counts=images.counts,
-        alphas_bar=make_alphas_bar(), cm=CMConfig.of(args), label_drop=args.label_drop
-    ).to(rt.device)
-    trained = [p for p in net.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=args.lr, betas=BETAS, weight_decay=args.weight_decay,
-                                  fused=True)
-    moments = encode_once(autoencoder, images, args, rt)
-    batches = LatentBatches(images, moments, args.batch_size, args.seed, rt.device, table)
-    training = TextTraining(args, rt, net, objective, batches, optimizer, record, old)
+    training = LatentTraining(args, rt, net, images, autoencoder, record, old, table, BETAS)
     loop(training, partial(grid_samples, autoencoder, text, table))
 
 
@@ -339,19 +240,6 @@ def hash_of(texts):
 
 # --------------------------------------------------------------------------------------------------
 # Sampling
-
-def make_sample_parser():
-    """All flags of the command sample."""
-    parser = Parser("python -m latent.text_to_image sample --ckpt out/NAME/ckpt.pt --num 10000")
-    parser.add_argument("--ckpt", required=True, help="a checkpoint of text_to_image.py train")
-    add_part_flags(parser, None)
-    parser.add_argument("--data-dir", help="where the data set is (default: as in training)")
-    parser.add_argument("--num", type=integer(1, 10_000_000), default=100,
-                        help="images, over all classes (default: 100)")
-    add_sampling_flags(parser)
-    add_output_flags(parser)
-    return parser
-
 
 def reference_captions(ckpt, args):
     """(texts, labels) of args.num images to generate, lists: captions of the reference images.
@@ -374,15 +262,6 @@ def reference_captions(ckpt, args):
     return [table.texts[k] for k in numbers], [int(c) for c in labels]
 
 
-def decoded(autoencoder, net, labels, ckpt, rt, sampling, batch_size, title="sampling",
-            keep_in=None):
-    """Images of a TextDiT's latents for its texts number `labels`: see sample.generate."""
-    network = ckpt["network"]
-    shape = (network["channels"], network["size"], network["size"])
-    return generate(net, labels, range(len(labels)), shape, rt, sampling, batch_size,
-                    title, to_image=autoencoder.decode, keep_in=keep_in)
-
-
 def grid_samples(autoencoder, text, table, state, labels, rt):
     """Images of a checkpoint's EMA weights for training captions of these classes.
 
@@ -393,12 +272,21 @@ def grid_samples(autoencoder, text, table, state, labels, rt):
     numbers = table.of_classes(torch.tensor(labels), u)
     net = load_merged(state, text, [table.texts[k] for k in numbers], device=rt.device)
     sampling = Sampling.of("text", seed=state["config"]["seed"])
-    return decoded(autoencoder, net, list(range(len(labels))), state, rt, sampling, 25, "grid")
+    return decoded(autoencoder, net, list(range(len(labels))), state["data"]["resolution"], rt,
+                   sampling, title="grid")
 
 
 def main_sample(argv):
     """Generate images for the captions of the reference: sample.py's main, with texts."""
-    args = make_sample_parser().parse_args(argv)
+    parser = Parser("python -m latent.text_to_image sample --ckpt out/NAME/ckpt.pt --num 10000")
+    parser.add_argument("--ckpt", required=True, help="a checkpoint of text_to_image.py train")
+    add_part_flags(parser, None)
+    parser.add_argument("--data-dir", help="where the data set is (default: as in training)")
+    parser.add_argument("--num", type=integer(1, 10_000_000), default=100,
+                        help="images, over all classes (default: 100)")
+    add_sampling_flags(parser)
+    add_output_flags(parser)
+    args = parser.parse_args(argv)
     ckpt = disk.load(args.ckpt, ["text"])
     sampling = sampling_of(args, ckpt)
     refuse_general(args, ckpt["rank_ratio"])
@@ -411,11 +299,10 @@ def main_sample(argv):
         autoencoder = load_autoencoder(args.autoencoder or config["autoencoder"], rt.device,
                                        "--autoencoder", ckpt)
         text = load_text_encoder(args.text_encoder or config["text_encoder"],
-                                 ckpt["network"]["vocabulary"])
-        refuse_other_text_encoder(ckpt, text)
+                                 ckpt["network"]["vocabulary"], ckpt)
         net = load_merged(ckpt, text, texts, args.weights, args.branch, rt.device)
-        return decoded(autoencoder, net, list(range(args.num)), ckpt, rt, sampling,
-                       args.batch_size, keep_in=keep_in)
+        return decoded(autoencoder, net, list(range(args.num)), ckpt["data"]["resolution"], rt,
+                       sampling, args.batch_size, keep_in=keep_in)
     record = {**describe(args, ckpt, sampling, rt), "num": args.num,
               "captions_sha256": hash_of(texts)}
     out = samples_folder(args)

@@ -5,8 +5,8 @@
 
 Patches of the image are tokens; t and y shift, scale and gate every block (adaLN-Zero). The blocks
 are cut in the middle: capacity is reserved in the second half, which runs twice, as with the U-Net.
-The embedding of t and y, and dropout masks as an argument, are the U-Net's (model.py). text_dit.py
-has the same network for texts: its blocks also attend to those.
+The embedding of t and y, and dropout masks as an argument, are the U-Net's (model.py). In place of
+class labels there may be texts, to which every block attends (latent/text_to_image.py).
 """
 import math
 from types import SimpleNamespace
@@ -115,9 +115,7 @@ class Encoder(nn.Module):
     def forward(self, x_t, t, y, masks, a=None):
         emb = self.embedding(t, y, a)
         x = self.patches(x_t).flatten(2).transpose(1, 2) + self.positions   # (N, T, ch)
-        if self.texts is None:
-            return run_blocks(self.blocks, x, emb, masks), emb
-        text = self.texts(y)
+        text = None if self.texts is None else self.texts(y)
         return run_blocks(self.blocks, x, emb, masks, text), emb, text
 
 
@@ -131,7 +129,7 @@ class Decoder(nn.Module):
         self.condition = modulation(4 * ch, 2 * ch)
         self.out = init_layer(nn.Linear(ch, channels * patch ** 2), gain=0.0)
 
-    def forward(self, x, emb, masks, text=None):
+    def forward(self, x, emb, text, masks):
         x = run_blocks(self.blocks, x, emb, masks, text)
         x = modulate(x, *self.condition(F.silu(emb))[:, None].chunk(2, dim=2))
         x = self.out(x).transpose(1, 2)                                 # (N, C patch^2, T)
@@ -158,29 +156,30 @@ class DiT(nn.Module):
     """eps_theta(x_t, t, y), as model.UNet: x_t (N, channels, size, size), t (N,), y (N,) or -1.
 
     ch: the width; 64 channels a head. depth: blocks, half of them in either half. patch: pixels of
-    a token's side. augment_dim: see model.UNetConfig. Raises ValueError where sizes do not fit.
+    a token's side. augment_dim: see model.UNetConfig. texts: a module that makes texts
+    (N, L, text_ch) of y, beside num_classes 0. Raises ValueError where sizes do not fit.
     """
 
     def __init__(self, channels=3, num_classes=100, size=32, ch=128, depth=8, patch=2, dropout=0.1,
-                 augment_dim=0):
+                 augment_dim=0, texts=None, text_ch=None):
         super().__init__()
         check_sizes(size, ch, depth, patch)
         self.side = size // patch
         self.ch = ch
         self.dropout = dropout
         cfg = SimpleNamespace(ch=ch, num_classes=num_classes, augment_dim=augment_dim)
-        blocks = [Block(ch, heads_of(ch), 4 * ch, dropout) for _ in range(depth)]
+        blocks = [Block(ch, heads_of(ch), 4 * ch, dropout, text_ch) for _ in range(depth)]
         half = depth // 2
-        self.encoder = Encoder(channels, size, patch, ch, blocks[:half], Embedding(cfg))
+        self.encoder = Encoder(channels, size, patch, ch, blocks[:half], Embedding(cfg), texts)
         self.decoder = Decoder(channels, patch, ch, blocks[half:])
 
     def encode(self, x_t, t, y, masks=(), a=None):
-        """x_t, t, y -> (tokens, emb), what decode takes; the arguments are UNet.encode's."""
+        """x_t, t, y -> (tokens, emb, texts or None), what decode takes; see UNet.encode."""
         return self.encoder(x_t, t, y, masks, a)
 
-    def decode(self, x, emb, masks=()):
+    def decode(self, x, emb, text, masks=()):
         """encode's result -> eps (N, channels, size, size)."""
-        return self.decoder(x, emb, masks)
+        return self.decoder(x, emb, text, masks)
 
     def forward(self, x_t, t, y):
         return self.decode(*self.encode(x_t, t, y))

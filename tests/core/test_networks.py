@@ -79,7 +79,7 @@ def test_an_untrained_network_predicts_zero_and_its_blocks_do_nothing():
     net = DiT(**SMALL)
     x_t, t, y = inputs()
     assert (net(x_t, t, y) == 0).all()
-    tokens, emb = net.encode(x_t, t, y)
+    tokens, emb, _ = net.encode(x_t, t, y)
     assert torch.equal(net.decoder.blocks[0](tokens, emb), tokens)
     assert (len(net.encoder.blocks), len(net.decoder.blocks)) == (1, 2)     # of 3
     assert [block.heads for block in DiT(**{**SMALL, "ch": 128}).encoder.blocks] == [2]
