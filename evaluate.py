@@ -178,7 +178,9 @@ def measure_all(fake, real, num, groups, classes, metrics):
         else:
             result[kind][name] = metrics.of(*(side.take(np.isin(side.labels, members))
                                               for side in (fake, real)))
-    return {**result, **({"left_out": left_out} if left_out else {})}
+    if left_out:
+        result["left_out"] = left_out
+    return result
 
 
 def warnings_of(real, metrics, class_names, extractor):
