@@ -3,13 +3,13 @@
 # so it is safe to start this script again; pages and pictures are made anew, in seconds. Where a
 # run fails, the others go on, its row is marked, and the exit code is 1.
 #
-#   bash run_all.sh          the demo: DDPM, and CM on it, on long-tailed digits;
-#                            about five minutes on two CPU cores
-#   bash run_all.sh demo-full    a larger network, also OC and CM on it, guidance, pruning
-#   bash run_all.sh smoke    the commands of both with a few steps of everything: two minutes
-#   bash run_all.sh tests    the lint and the tests
-#   bash run_all.sh table2   one of the paper's tables; out/table2/SETTING/report.md shows its
-#                            numbers with the paper's beside them
+#   bash run_all.sh            the demo: DDPM, and CM on it, on long-tailed digits;
+#                              about five minutes on two CPU cores
+#   bash run_all.sh demo-full  a larger network, also OC and CM on it, guidance, pruning
+#   bash run_all.sh smoke      the commands of both with a few steps of everything: two minutes
+#   bash run_all.sh tests      the lint and the tests
+#   bash run_all.sh table2     one of the paper's tables; out/table2/SETTING/report.md shows its
+#                              numbers with the paper's beside them
 #
 # It needs Python 3.10 or later. Where the packages are missing, it installs them into .venv first.
 #
@@ -24,8 +24,7 @@
 #
 #   variable      default     meaning
 #   DATASET       cifar100    the data set (table4: celebahq; table5: imagenet-lt; table6, tableG7:
-#                             artbench10; tableG11: all); all: every data set, ratio and resolution
-#                             that the paper has, one after the other
+#                             artbench10; tableG11: all); all: each setting that the paper has
 #   IR            100         the imbalance ratio (cub200, flowers102: 10; folder: 1)
 #   SEEDS         0,1,2       one run per seed
 #   NGPU          1           how many GPUs; more than one: torchrun
@@ -33,8 +32,7 @@
 #   PRESET        paper       small or tiny: smaller networks, fewer steps (see train.py)
 #   RESOLUTION                the images' size in pixels (if not given: the set's own)
 #   CLASS_ORDER               all classes, the most frequent one first (if not given: as train.py)
-#   SCALE         paper       demo: everything on digits, in minutes, with defaults of its own;
-#                             tableG11 on a folder of images, DATA_DIR, one sub-folder per class
+#   SCALE         paper       demo: on digits, in minutes; tableG11 on a folder of images, DATA_DIR
 #
 # For a budget of your own, with runs and pages in a folder of their own:
 #
@@ -47,17 +45,18 @@
 #   NUM                       how many images are evaluated, for example 10000
 #   FEATURES                  a checkpoint of classify.py to measure with (default: Inception)
 #   EXTRA         50000       how many generated images tableG8 adds to the training set
-#   FILL                      tableG8 of a folder: how many images each class has with generated
-#                             ones (if not given: as many as the largest class)
+#   FILL                      tableG8 of a folder: fill each class up to it (default: the largest)
 #   CLASSES                   of figures (default: ten) and of tableG7 (those of Few): cat,7,20-25
 #   TAIL          rarest      the class of which figures shows many images
-#   MODEL                     the Stable Diffusion of table6, tableG7, tableG11 and figures of
-#                             artbench10: a folder or a name on the hub
+#   MODEL                     the Stable Diffusion of tableG11 and ArtBench-10: a folder or hub name
 set -euo pipefail
 set -f                          # a * or [ in a variable is a character of a name, not a pattern
 cd "$(dirname "$0")"
 export PYTHONUNBUFFERED=1 RUN_ALL=1      # with the second one no script says what is next
 TARGET=${1:-demo}
+
+# stop WORDS: end, since something must be changed first
+stop() { echo "error: $1" >&2; exit 2; }
 
 # --------------------------------------------------------------------------------------------------
 # Set-up: the packages, in .venv where this Python lacks them
@@ -70,29 +69,22 @@ sys.exit(sys.version_info < (3, 10) or not all(map(find_spec, sys.argv[1:])))" "
 
 # set_up FILE MODULES: go on with a Python that has these modules, of the packages that FILE lists
 set_up() {
-  local file=$1
+  local file=$1 uv
   shift
   if has python "$@"; then
     return
-  fi
-  if ! has .venv/bin/python "$@"; then
-    if ! command -v uv >/dev/null && ! has python3; then
-      echo "error: Python 3.10 or later is needed, as python3; or install uv" >&2
-      exit 2
-    elif ! command -v uv >/dev/null && ! has python3 ensurepip; then
-      echo "error: python3 cannot make .venv; run: apt install python3-venv (or install uv)" >&2
-      exit 2
-    fi
+  elif ! has .venv/bin/python "$@"; then
+    uv=$(command -v uv) || has python3 ensurepip \
+      || stop "install python3, 3.10 or later, with venv (apt install python3-venv); or uv"
     echo "Python packages are missing: installing those of $file into $PWD/.venv."
     echo "That takes two minutes on a fast line, and 6 GB of disk. To use another environment, stop"
     echo "this (Ctrl-C), activate it, and run: pip install -r $file"
     if [[ $(uname) == Linux ]] && ! command -v nvidia-smi >/dev/null; then
-      echo "No GPU was found (nvidia-smi). PyTorch for CPUs only is about 4 GB smaller; to have it,"
-      echo "stop this, run the following, and start again:"
+      echo "No GPU found. PyTorch for CPUs only is 4 GB smaller: stop this, run these, start again:"
       echo "  python3 -m venv .venv && .venv/bin/pip install torch torchvision \\"
       echo "    --index-url https://download.pytorch.org/whl/cpu"
     fi
-    if command -v uv >/dev/null; then
+    if [[ -n $uv ]]; then
       [[ -e .venv/bin/python ]] || uv venv --python ">=3.10" .venv
       uv pip install --python .venv/bin/python -r "$file"
     else
@@ -118,10 +110,8 @@ set_up requirements.txt torch torchvision scipy PIL tensorboard tqdm matplotlib 
 # stage DONE WORDS: say which part of the demo begins, and, from the per cent of its time that are
 # done before it, how long the rest takes: from half on, since a part at the start says too little
 stage() {
-  local left="about $MINUTES minutes on two cores"
-  if (( $1 > 50 )); then
-    left="about $(( SECONDS * (100 - $1) / $1 )) s left"
-  fi
+  local left="about 5 minutes on two cores"
+  (( $1 < 50 )) || left="about $(( SECONDS * (100 - $1) / $1 )) s left"
   STAGE=$(( STAGE + 1 ))
   echo "=== $STAGE of 9: $2 ($left) ==="
 }
@@ -139,7 +129,7 @@ demo_samples() {
 
 # demo: DDPM, and CM on it, without guidance
 demo() {
-  MINUTES=5 STAGE=0 SECONDS=0 ROWS=()
+  STAGE=0 SECONDS=0 ROWS=()
   local train="train.py --dataset digits --ch 16 --lr 4e-3 --lr-decay --ema 0.997 --sample-every 0"
   stage 0 "a classifier, whose features measure the samples"
   python -m recognition.classify --dataset digits --epochs $EPOCHS --out $OUT/classifier
@@ -207,14 +197,11 @@ case $TARGET in
   smoke)
     EPOCHS=1 STEPS=8 NUM=100 SAMPLER="--steps 3" REPEATS=1 TRIALS=500
     rm -rf out/smoke
-    OUT=out/smoke/demo
-    demo
-    OUT=out/smoke/demo-full
-    demo_full
+    OUT=out/smoke/demo demo
+    OUT=out/smoke/demo-full demo_full
     exit ;;
 esac
 
-# The end of the demo and the smoke run
 # --------------------------------------------------------------------------------------------------
 # The paper's tables: settings
 
@@ -238,10 +225,8 @@ esac
 [[ $KIND != stable_diffusion ]] || USED="EPOCHS MODEL"
 SCALE=${SCALE:-paper} DATASET=${DATASET:-$SET} FAILED=0
 for NAME in STEPS PRESET EPOCHS MODEL; do
-  if [[ $DATASET != all && -n ${!NAME:-} && " $USED " != *" $NAME "* ]]; then
-    echo "error: $NAME: $TARGET has no use for it; leave it out" >&2
-    exit 2
-  fi
+  [[ $DATASET == all || -z ${!NAME:-} || " $USED " == *" $NAME "* ]] \
+    || stop "$NAME: $TARGET has no use for it; leave it out"
 done
 for SIGNAL in 1 2 15; do        # the running command gets it, too, saves its state and ends
   trap "exit $((128 + SIGNAL))" $SIGNAL
@@ -255,34 +240,29 @@ if [[ $SCALE == paper && $DATASET == all ]]; then
   exit $FAILED
 fi
 
-NGPU=${NGPU:-1} FLAGS=${FLAGS:-} CM_FLAGS=${CM_FLAGS:-} PAGES=${ROOT:-out} QUIET=
+NGPU=${NGPU:-1} FLAGS=${FLAGS:-} CM_FLAGS=${CM_FLAGS:-} PAGES=${ROOT:-out}
 if [[ $SCALE == demo ]]; then
+  SEEDS=${SEEDS:-0} NUM=${NUM:-500} EXTRA=${EXTRA:-500} ROOT=${ROOT:-out/paper-demo}
+  [[ $KIND == classify ]] || FLAGS="--sample-every 0 $FLAGS"
   if [[ $KIND == stable_diffusion ]]; then
-    echo "error: SCALE=demo: there is no small Stable Diffusion for $TARGET" >&2
-    exit 2
+    stop "SCALE=demo: there is no small Stable Diffusion for $TARGET"
   elif [[ $TARGET == tableG11 ]]; then
     : "${DATA_DIR:?SCALE=demo: tableG11 is on a folder of images, one sub-folder per class}"
     DATASET=folder IR=${IR:-10} PRESET=paper RESOLUTION=${RESOLUTION:-32}
     [[ -n ${EPOCHS:-} ]] || STEPS=${STEPS:-800}
   else
     DATASET=digits IR=${IR:-20} PRESET=digits STEPS=${STEPS:-300} EPOCHS=${EPOCHS:-60}
-  fi
-  SEEDS=${SEEDS:-0} NUM=${NUM:-500} EXTRA=${EXTRA:-500} ROOT=${ROOT:-out/paper-demo}
-  QUIET="--sample-every 0"
-  if [[ $DATASET == digits ]]; then
     FEATURES=$ROOT/classifier/ckpt.pt
     python -m recognition.classify --dataset digits --epochs 10 --out "$ROOT/classifier"
   fi
-else
-  case $DATASET in              # as train.py's defaults
-    imagenet-lt | inat2018) IR=1 RESOLUTION=${RESOLUTION:-64} ;;    # long-tailed as they are
-    folder) IR=${IR:-1} ;;
-    cub200 | flowers102) IR=${IR:-10} ;;
-    *) IR=${IR:-100} ;;
-  esac
-  PRESET=${PRESET:-paper} SEEDS=${SEEDS:-0,1,2} ROOT=${ROOT:-out/paper}
 fi
-DATA_DIR=${DATA_DIR:-data}
+case $DATASET in                # as train.py's defaults
+  imagenet-lt | inat2018) IR=1 RESOLUTION=${RESOLUTION:-64} ;;    # long-tailed as they are
+  folder) IR=${IR:-1} ;;
+  cub200 | flowers102) IR=${IR:-10} ;;
+  *) IR=${IR:-100} ;;
+esac
+PRESET=${PRESET:-paper} SEEDS=${SEEDS:-0,1,2} ROOT=${ROOT:-out/paper} DATA_DIR=${DATA_DIR:-data}
 if [[ $TARGET:$DATASET == tableG8:folder && ! -d $DATA_DIR/train ]]; then
   python data.py split --data-dir "$DATA_DIR"   # a classifier needs images to be tested on
   DATA_DIR=${DATA_DIR%/}-split
@@ -297,6 +277,7 @@ case $PRESET in                 # as train.py's presets
 esac
 RUNS=$ROOT/$SETTING/             # and then the run's name
 case $KIND in stable_diffusion | text_to_image) RUNS+=$KIND- ;; esac
+OUT=$PAGES/$TARGET/$SETTING
 
 # Some targets look at one network of each kind
 FIRST_SEED=${SEEDS%%,*}
@@ -304,17 +285,19 @@ case $TARGET in
   fig1b | dominance | allocation | pictures | figures | tableG7) SEEDS=$FIRST_SEED ;;
 esac
 
-DATA=(--dataset "$DATASET" --ir "$IR" --data-dir "$DATA_DIR"
-  ${RESOLUTION:+--resolution "$RESOLUTION"} ${CLASS_ORDER:+--class-order "$CLASS_ORDER"})
-
 # --------------------------------------------------------------------------------------------------
 # The paper's tables: how runs become rows, and rows become a page
 
-# Flags: of report.py, of figures.py, of text_to_image.py in a demo. Runs whose training failed
-ROWS=() SHOWN=() PARTS=() BROKEN=
+# Flags: of what trains, of evaluate.py, of a page, of a picture. Runs whose training failed
+COMMON=(--dataset "$DATASET" --ir "$IR" --data-dir "$DATA_DIR"
+  ${RESOLUTION:+--resolution "$RESOLUTION"} ${CLASS_ORDER:+--class-order "$CLASS_ORDER"})
+EVAL_FLAGS= ROWS=() SHOWN=() BROKEN=
 
 # failed WHAT: note it, and go on with the rest
 failed() { echo "error: $1 failed; going on with the rest" >&2; FAILED=1; }
+
+# first RUN: the folder of its first seed
+first() { echo "$RUNS$1-seed$FIRST_SEED"; }
 
 # launch SCRIPT [flags], launch -m MODULE [flags]: start a script on one GPU, or on several; not
 # where a flag names a file of a broken run
@@ -323,34 +306,32 @@ launch() {
   for run in $BROKEN; do
     [[ "$*" != *"$RUNS$run/"* ]] || return 1
   done
-  if (( NGPU == 1 )); then
-    python "$@"
-  elif [[ $1 == -m ]]; then     # "--" since torchrun would read a script's --num as its own
-    torchrun --nproc_per_node=$NGPU -m -- "${@:2}"
-  else
-    torchrun --nproc_per_node=$NGPU -- "$@"
-  fi
+  case $NGPU:$1 in              # without "--" torchrun would read a script's --num as its own
+    1:*) python "$@" ;;
+    *:-m) torchrun --nproc_per_node=$NGPU -m -- "${@:2}" ;;
+    *) torchrun --nproc_per_node=$NGPU -- "$@" ;;
+  esac
 }
+
+# on_one_gpu WHAT SCRIPT [flags]: look at runs or their samples
+on_one_gpu() { NGPU=1 launch "${@:2}" || failed "$1"; }
 
 # train RUN SEED [flags]: train a run with a seed; @SEED in a flag stands for the seed
 train() {
-  local run=$1 seed=$2 script="-m latent.$KIND train" own cm_flags=
+  local run=$1 seed=$2 how cm_flags=
   shift 2
   case $KIND in
-    train) script=train.py own=(--preset "$PRESET" ${STEPS:+--steps "$STEPS"} $QUIET) ;;
-    classify)
-      script="-m recognition.classify"
-      own=(--preset "$PRESET" ${EPOCHS:+--epochs "$EPOCHS"}) ;;
-    stable_diffusion) own=(${MODEL:+--model "$MODEL"} ${EPOCHS:+--epochs "$EPOCHS"}) ;;
+    train) how=(train.py --preset "$PRESET" ${STEPS:+--steps "$STEPS"}) ;;
+    classify) how=(-m recognition.classify --preset "$PRESET" ${EPOCHS:+--epochs "$EPOCHS"}) ;;
+    stable_diffusion)
+      how=(-m latent.$KIND train ${MODEL:+--model "$MODEL"} ${EPOCHS:+--epochs "$EPOCHS"}) ;;
     text_to_image)
-      own=(${MODEL:+--autoencoder "$MODEL" --text-encoder "$MODEL"} ${PARTS[@]+"${PARTS[@]}"}
-        ${STEPS:+--steps "$STEPS"} ${EPOCHS:+--epochs "$EPOCHS"} $QUIET) ;;
+      how=(-m latent.$KIND train ${MODEL:+--autoencoder "$MODEL" --text-encoder "$MODEL"}
+        ${STEPS:+--steps "$STEPS"} ${EPOCHS:+--epochs "$EPOCHS"}) ;;
   esac
   [[ " $* " != *" --cm "* ]] || cm_flags=$CM_FLAGS
-  launch $script "${DATA[@]}" ${own[@]+"${own[@]}"} $FLAGS "${@//@SEED/$seed}" $cm_flags \
-    --seed $seed --out "$RUNS$run-seed$seed" && return
-  BROKEN+=" $run-seed$seed"
-  return 1
+  launch "${how[@]}" "${COMMON[@]}" $FLAGS "${@//@SEED/$seed}" $cm_flags --seed $seed \
+    --out "$RUNS$run-seed$seed" || { BROKEN+=" $run-seed$seed"; return 1; }
 }
 
 # sample RUN SEED FOLDER [flags]: samples of a run, in a folder of its own
@@ -360,38 +341,31 @@ sample() {
   launch $script --ckpt "$run/ckpt.pt" "${@:4}" --out "$run/$3" --if-needed
 }
 
-# measure RUN SEED FILE [flags of evaluate.py]: the metrics of a run, in a file of its folder
+# measure RUN SEED FILE [CHECKPOINT]: the metrics of a run, by EVAL_FLAGS, in a file of its folder
 measure() {
   local run=$RUNS$1-seed$2 of
   if [[ $KIND == classify || " fig1b dominance pictures figures " == *" $TARGET "* ]]; then
     return 0                    # classify.py has measured; the others need no numbers
   elif [[ $KIND == train ]]; then
-    of=(--ckpt "$run/ckpt.pt" --seed $2)
+    of=(--ckpt "$run/${4:-ckpt.pt}" --seed $2)
   else
     sample $1 $2 samples --num "${NUM:-50000}" --seed $2 || return
     of=(--samples "$run/samples/samples.npz" --data-dir "$DATA_DIR")
   fi
-  launch evaluate.py "${of[@]}" ${NUM:+--num "$NUM"} ${FEATURES:+--features "$FEATURES"} "${@:4}" \
-    --out-json "$run/$3" --if-needed
+  launch evaluate.py "${of[@]}" ${NUM:+--num "$NUM"} ${FEATURES:+--features "$FEATURES"} \
+    $EVAL_FLAGS --out-json "$run/$3" --if-needed
 }
 
-# row NAME RUN [flags of the training] [-- flags of evaluate.py]:
-# train and evaluate a run with each seed, which is also that of the noise that is sampled,
-# and add a row to the page
+# row NAME RUN [flags of the training]: train and evaluate a run with each seed, which is also that
+# of the noise that is sampled, and add a row to the page
 row() {
-  local name=$1 run=$2 train_flags=() json seed files=
+  local name=$1 run=$2 json seed files=
   shift 2
-  while (( $# )) && [[ $1 != -- ]]; do
-    train_flags+=("$1")
-    shift
-  done
-  set -- "${@:2}"               # evaluate.py's
-
   # One file per way of evaluating: eval-plain.json, eval-__guidance_0.json, ...
-  json=eval-$(echo "${*:-plain}" | tr -c 'a-z0-9.\n' _).json
+  json=eval-$(echo "${EVAL_FLAGS:-plain}" | tr -c 'a-z0-9.\n' _).json
   [[ $KIND != classify ]] || json=result.json
   for seed in ${SEEDS//,/ }; do
-    if train $run $seed "${train_flags[@]}" && measure $run $seed $json "$@"; then
+    if train $run $seed "$@" && measure $run $seed $json; then
       files+=$RUNS$run-seed$seed/$json,
     else
       failed "$name, seed $seed"
@@ -401,12 +375,13 @@ row() {
   ROWS+=(--row "$name=$files")
 }
 
-# The rows that most tables have; flags of the training or, after --, of evaluate.py may be given
-ddpm() { row DDPM ddpm --base ddpm --no-cm "$@"; }
-cbdm() { row CBDM cbdm --base cbdm --no-cm "$@"; }
-oc() { row OC oc --base oc --no-cm "$@"; }
-cm() { row CM cm --base oc --cm "$@"; }
-four() { ddpm "$@"; cbdm "$@"; oc "$@"; cm "$@"; }
+# The rows that most tables have
+ddpm() { row DDPM ddpm --base ddpm --no-cm; }
+cbdm() { row CBDM cbdm --base cbdm --no-cm; }
+oc() { row OC oc --base oc --no-cm; }
+cm() { row CM cm --base oc --cm; }
+four() { ddpm; cbdm; oc; cm; }
+theta_g() { EVAL_FLAGS="--branch general" row "CM (theta_g)" cm --base oc --cm; }
 
 # with_and_without NAME RUN [flags of the training]: a row without CM, and one with it
 with_and_without() {
@@ -415,80 +390,57 @@ with_and_without() {
 }
 
 # classes NAME RUN [flags of classify.py]: a row of classifiers, on one GPU
-classes() {
-  local flags=$FLAGS
-  [[ $TARGET != tableG8 ]] || flags=            # those of train.py
-  KIND=classify NGPU=1 FLAGS=$flags row "$1" classify-$2 "${@:3}"
-}
+classes() { KIND=classify NGPU=1 row "$1" classify-$2 "${@:3}"; }
 
-# extra_images RUN [flags of train.py]: train a run with each seed; images for a classifier from
-# it: EXTRA in all; of a folder what each class lacks to have FILL
-extra_images() {
+# classes_with NAME RUN [flags of train.py]: train a run with each seed, and a row of classifiers
+# with its images: EXTRA in all; of a folder what each class lacks to have FILL
+classes_with() {
   local seed how=(--num "${EXTRA:-50000}")
   [[ $DATASET != folder ]] || how=(--fill-to ${FILL:-})
   for seed in ${SEEDS//,/ }; do
-    train $1 $seed "${@:2}" && sample $1 $seed extra "${how[@]}" --seed $seed \
-      || failed "$1, seed $seed"
+    train $2 $seed "${@:3}" && sample $2 $seed extra "${how[@]}" --seed $seed \
+      || failed "$2, seed $seed"
   done
+  FLAGS= classes "$1" $2 --extra "$RUNS$2-seed@SEED/extra/samples.npz"
 }
 
 # show NAME RUN FOLDER [flags of sample.py]: sample the first seed of a run: a column of a picture
 show() {
-  sample $2 $FIRST_SEED "${@:3}" && SHOWN+=(--column "$1=$RUNS$2-seed$FIRST_SEED/$3/samples.npz") \
+  sample $2 $FIRST_SEED "${@:3}" && SHOWN+=(--column "$1=$(first $2)/$3/samples.npz") \
     || failed "the column $1"
 }
 
 # figure FILE [flags of figures.py]: the picture of the columns so far
 figure() {
-  python -m pages.figures ${SHOWN[@]+"${SHOWN[@]}"} --data-dir "$DATA_DIR" "${@:2}" \
-    --out "$PAGES/$1.png" || failed "$1.png"
+  python -m pages.figures ${SHOWN[@]+"${SHOWN[@]}"} --data-dir "$DATA_DIR" "${@:2}" --out "$1" \
+    || failed "$1"
   SHOWN=()
 }
 
 # along NAME RUN TENTHS [flags of train.py]: train a run with each seed, for TENTHS tenths of the
-# steps; measure it four times on the way, and add a curve to the picture
+# steps; measure it four times on the way, and add a curve to the page
 along() {
-  local steps=$(( $3 * ${STEPS:-300000} / 10 )) seed quarter omega folder
+  local steps=$(( $3 * ${STEPS:-300000} / 10 )) seed quarter omega
   for seed in ${SEEDS//,/ }; do
-    folder=$RUNS$2-seed$seed
     STEPS=$steps train $2 $seed --keep-every $(( steps / 4 )) "${@:4}" \
       || { failed "$1, seed $seed"; continue; }
     for quarter in 1 2 3 4; do
       for omega in 0 1.5; do
-        launch evaluate.py --ckpt "$folder/ckpt-$(printf %07d $(( quarter * (steps / 4) ))).pt" \
-          --sampler dpm --guidance $omega --seed $seed ${NUM:+--num "$NUM"} \
-          ${FEATURES:+--features "$FEATURES"} --out-json "$folder/curve-$quarter-$omega.json" \
-          --if-needed || failed "$1, seed $seed, a point of its curve"
+        EVAL_FLAGS="--sampler dpm --guidance $omega" measure $2 $seed curve-$quarter-$omega.json \
+          ckpt-$(printf %07d $(( quarter * (steps / 4) ))).pt \
+          || failed "$1, seed $seed, a point of its curve"
       done
     done
   done
-  CURVES+=(--curve "$1=$RUNS$2-seed*/curve-*.json")
+  ROWS+=(--curve "$1=$RUNS$2-seed*/curve-*.json")
 }
 
-# page TABLE [FILE [flags of report.py]]: the page of one of the tables in paper_results.json, from
-# the rows so far
+# page TABLE [FILE [flags of report.py]]: the rows so far, beside a table of paper_results.json
 page() {
-  local file=$PAGES/$TARGET/$SETTING/${2:-report}.md table=(--paper $1 --setting "$SETTING")
-  [[ $DATASET != folder ]] || table=()          # all that was measured
-  python -m pages.report ${table[@]+"${table[@]}"} "${ROWS[@]}" "${@:3}" --out "$file" \
-    || failed "a row of $file"
+  local file=$OUT/${2:-report}.md
+  [[ $DATASET == folder ]] || ROWS+=(--paper $1 --setting "$SETTING")   # else all that was measured
+  python -m pages.report "${ROWS[@]}" "${@:3}" --out "$file" || failed "a row of $file"
   ROWS=()
-}
-
-# look_at_pair: gain's samples of the first seed at OMEGA beside training images, and whether images
-# are copied; SEEN: the flags of report.py that show it
-look_at_pair() {
-  local folder=$PAGES/gain/$SETTING cm=${RUNS}cm-ddpm-seed$FIRST_SEED
-  show DDPM ddpm samples-$OMEGA --num "${NUM:-2000}" --guidance $OMEGA
-  show "CM on DDPM" cm-ddpm samples-$OMEGA --num "${NUM:-2000}" --guidance $OMEGA
-  figure gain/$SETTING/samples-$OMEGA
-  NGPU=1 launch -m probes.copies --ckpt "$cm/ckpt.pt" --data-dir "$DATA_DIR" \
-    --samples "$cm/samples-$OMEGA/samples.npz" \
-    "${RUNS}ddpm-seed$FIRST_SEED/samples-$OMEGA/samples.npz" \
-    ${FEATURES:+--features "$FEATURES"} --out "$folder/copies-$OMEGA" || failed "the probe"
-  SEEN=(--copies "$folder/copies-$OMEGA/copies.json"
-    --picture "Training images, DDPM, CM on DDPM=$folder/samples-$OMEGA.png"
-    --picture "CM on DDPM, and the nearest training images=$folder/copies-$OMEGA/pairs.png")
 }
 
 # --------------------------------------------------------------------------------------------------
@@ -508,22 +460,14 @@ case $TARGET in
     row +Focal focal --base focal --no-cm
     cbdm; oc; cm
     page table2 ;;
-  table3)                       # Tables 3 and G.4, Figure 2(c): Many, Medium and Few
-    four
-    page table3 ;;
+  table3 | table5 | table6)     # Tables 3, G.4, Figure 2(c): Many, Medium and Few; 5: many classes;
+    four                        # 6, G.3: Stable Diffusion, after pip install diffusers transformers
+    page $TARGET ;;
   table4)                       # Tables 4 and G.2: CelebA-HQ, per class
-    four -- --per-class
+    EVAL_FLAGS=--per-class four
     page table4 ;;
-  table5)                       # DATASET=imagenet-lt or inat2018, RESOLUTION=32 or 64
-    four
-    page table5 ;;
-  table6)                       # Tables 6 and G.3, after pip install diffusers transformers
-    four
-    page table6 ;;
   table7)                       # Tables 7, G.5, G.6: theta_g alone; without one of CM's two terms
-    ddpm
-    row "CM (theta_g)" cm --base oc --cm -- --branch general
-    cm
+    ddpm; theta_g; cm
     page table7-left theta_g
     ddpm; oc; cm
     row "CM w/o L_Con" cm-no-con --base oc --cm --w-con 0
@@ -536,38 +480,34 @@ case $TARGET in
     page tableE2 ;;
   tableG7)                      # The human study, of table6's samples: study.html, and its key
     ddpm; cm
-    NGPU=1 launch -m pages.study make --a "DDPM=${RUNS}ddpm-seed$FIRST_SEED/samples" \
-      --b "CM=${RUNS}cm-seed$FIRST_SEED/samples" --real "$DATASET" --data-dir "$DATA_DIR" \
-      ${CLASSES:+--classes "$CLASSES"} --out "$PAGES/tableG7/$SETTING" || failed "the study" ;;
-  tableG8)                      # Classification with generated images in the training set
-    classes "No augmentation" plain
-    extra_images ddpm --base ddpm --no-cm
-    classes DDPM ddpm --extra "${RUNS}ddpm-seed@SEED/extra/samples.npz"
+    on_one_gpu "the study" -m pages.study make --a "DDPM=$(first ddpm)/samples" \
+      --b "CM=$(first cm)/samples" --real "$DATASET" --data-dir "$DATA_DIR" \
+      ${CLASSES:+--classes "$CLASSES"} --out "$OUT" ;;
+  tableG8)                      # Classification with generated images; FLAGS are of train.py alone
+    FLAGS= classes "No augmentation" plain
+    classes_with DDPM ddpm --base ddpm --no-cm
     if [[ $DATASET == folder ]]; then
-      extra_images cm-ddpm --base ddpm --cm
-      classes "CM on DDPM" cm-ddpm --extra "${RUNS}cm-ddpm-seed@SEED/extra/samples.npz"
+      classes_with "CM on DDPM" cm-ddpm --base ddpm --cm
     else
-      extra_images cm --base oc --cm
-      classes CM cm --extra "${RUNS}cm-seed@SEED/extra/samples.npz"
+      classes_with CM cm --base oc --cm
     fi
     page tableG8 report --summary ;;
   tableG9)                      # Consistency models
-    row "Consistency model" consistency --base consistency --no-cm
-    row "CM on Consistency model" cm-consistency --base consistency --cm
+    with_and_without "Consistency model" consistency --base consistency
     page tableG9 ;;
   tableG10)                     # DPM-Solver with 15 steps
-    ddpm -- --sampler dpm
-    cm -- --sampler dpm
+    EVAL_FLAGS="--sampler dpm"
+    ddpm; cm
     page tableG10 ;;
   tableG11)                     # Text to image from scratch, as table6 with diffusers installed
     if [[ $SCALE == demo ]]; then
-      # The autoencoder, and a classifier to measure with, on the images of DATA_DIR
-      FEATURES=$ROOT/$SETTING/classifier/ckpt.pt AUTOENCODER=$ROOT/$SETTING/autoencoder
+      # A classifier to measure with, and the autoencoder, on the images of DATA_DIR
+      DIR=$ROOT/$SETTING FEATURES=$ROOT/$SETTING/classifier/ckpt.pt
       python -m recognition.classify --preset paper --dataset folder --ir 1 --data-dir "$DATA_DIR" \
-        --resolution "$RESOLUTION" --width 16 --epochs 30 --out "$ROOT/$SETTING/classifier"
-      python -m latent.text_to_image autoencoder "${DATA[@]}" --factor 4 --ch 16 --lr 2e-3 \
-        --warmup 50 --ema 0.99 --batch-size 32 --steps 400 --sample-every 400 --out "$AUTOENCODER"
-      PARTS=(--autoencoder "$AUTOENCODER/ckpt.pt" --text-encoder words
+        --resolution "$RESOLUTION" --width 16 --epochs 30 --out "$DIR/classifier"
+      python -m latent.text_to_image autoencoder "${COMMON[@]}" --factor 4 --ch 16 --steps 400 \
+        --lr 2e-3 --warmup 50 --ema 0.99 --batch-size 32 --sample-every 400 --out "$DIR/autoencoder"
+      COMMON+=(--autoencoder "$DIR/autoencoder/ckpt.pt" --text-encoder words
         --ch 64 --depth 6 --lr 1e-3 --warmup 50 --ema 0.99 --batch-size 32)
     fi
     row "Latent diffusion" ddpm --base ddpm --no-cm
@@ -586,10 +526,8 @@ case $TARGET in
     page tableG13 ;;
   fig1b)                        # Figures 1(b), G.1 and G.2: what pruning does to each class
     ddpm; cm                    # the paper's are of DDPM alone
-    NGPU=1 launch prune_probe.py \
-      --ckpt "${RUNS}ddpm-seed$FIRST_SEED/ckpt.pt" "${RUNS}cm-seed$FIRST_SEED/ckpt.pt" \
-      --fractions 0.05,0.1,0.2,0.3 --out "$PAGES/fig1b/$SETTING" --if-needed \
-      || failed "the probe" ;;
+    on_one_gpu "the probe" prune_probe.py --ckpt "$(first ddpm)/ckpt.pt" "$(first cm)/ckpt.pt" \
+      --fractions 0.05,0.1,0.2,0.3 --out "$OUT" --if-needed ;;
   fig4a)                        # CM on each baseline
     with_and_without DDPM ddpm --base ddpm
     with_and_without +ADA ada --base ddpm --ada 0.12
@@ -614,11 +552,8 @@ case $TARGET in
     page fig4c ;;
   fig4d)                        # The network's width
     for MULT in "1 2 2" "1 2 2 2" "1 2 3 4"; do
-      SUFFIX=-mult${MULT// /}
-      # The paper's own width: these are the runs of table2
-      if [[ $SCALE == paper && $MULT == "1 2 2 2" && $FLAGS != *--ch-mult* ]]; then
-        SUFFIX=
-      fi
+      SUFFIX=-mult${MULT// /}   # but none where it is the preset's own: the runs of table2
+      case $PRESET:$MULT in "paper:1 2 2 2" | "small:1 2 2 2" | "tiny:1 2 2") SUFFIX= ;; esac
       row "OC, $MULT" oc$SUFFIX --base oc --no-cm --ch-mult $MULT
       row "CM, $MULT" cm$SUFFIX --base oc --cm --ch-mult $MULT
     done
@@ -626,63 +561,64 @@ case $TARGET in
   theory)                       # Theorems 2.1, 3.1, F.1 and F.2, compared with simulation
     python theory_sim.py --out "$PAGES/theory" ;;
   allocation)                   # What the reserved part is and does
-    row "CM (theta_g)" cm --base oc --cm -- --branch general
-    cm
-    CM=${RUNS}cm-seed$FIRST_SEED
-    NGPU=1 launch -m probes.capacity allocation --ckpt "$CM/ckpt.pt" --if-needed \
-      --quality "$CM/eval-plain.json" "$CM/eval-__branch_general.json" || failed "the probe" ;;
+    theta_g; cm
+    on_one_gpu "the probe" -m probes.capacity allocation --ckpt "$(first cm)/ckpt.pt" --if-needed \
+      --quality "$(first cm)/eval-plain.json" "$(first cm)/eval-__branch_general.json" ;;
   dominance)                    # Theorem 2.1 on the gradients of a trained network
     ddpm; cm
     for RUN in ddpm cm; do
-      NGPU=1 launch -m probes.capacity dominance --ckpt "$RUNS$RUN-seed$FIRST_SEED/ckpt.pt" \
-        --if-needed || failed "the probe of $RUN"
+      on_one_gpu "the probe of $RUN" -m probes.capacity dominance --ckpt "$(first $RUN)/ckpt.pt" \
+        --if-needed
     done ;;
   gain)     # Not in the paper: what CM adds to DDPM and to OC, without and with guidance
     # A step of CM takes as long as 1.7 steps without (bench.py)
     LONG=$((17 * ${STEPS:-300000} / 10))
-    SEEN=()
     for OMEGA in 0 1.5; do
-      ddpm -- --guidance $OMEGA
-      row "CM on DDPM" cm-ddpm --base ddpm --cm -- --guidance $OMEGA
-      row "DDPM, as long" ddpm-long --base ddpm --no-cm --steps $LONG -- --guidance $OMEGA
-      if [[ $DATASET == folder ]]; then
-        look_at_pair
-      else
-        oc -- --guidance $OMEGA
-        cm -- --guidance $OMEGA
-        row "OC, as long" oc-long --base oc --no-cm --steps $LONG -- --guidance $OMEGA
+      EVAL_FLAGS="--guidance $OMEGA"
+      with_and_without DDPM ddpm --base ddpm
+      row "DDPM, as long" ddpm-long --base ddpm --no-cm --steps $LONG
+      if [[ $DATASET != folder ]]; then
+        oc; cm
+        row "OC, as long" oc-long --base oc --no-cm --steps $LONG
+      else      # its samples beside training images, and whether they are copies
+        show DDPM ddpm samples-$OMEGA --num "${NUM:-2000}" --guidance $OMEGA
+        show "CM on DDPM" cm-ddpm samples-$OMEGA --num "${NUM:-2000}" --guidance $OMEGA
+        figure "$OUT/samples-$OMEGA.png"
+        on_one_gpu "the probe" -m probes.copies --ckpt "$(first cm-ddpm)/ckpt.pt" \
+          --samples "$(first cm-ddpm)/samples-$OMEGA/samples.npz" \
+          "$(first ddpm)/samples-$OMEGA/samples.npz" --data-dir "$DATA_DIR" \
+          ${FEATURES:+--features "$FEATURES"} --out "$OUT/copies-$OMEGA"
+        ROWS+=(--copies "$OUT/copies-$OMEGA/copies.json"
+          --picture "Training images, DDPM, CM on DDPM=$OUT/samples-$OMEGA.png"
+          --picture "CM on DDPM, and the nearest training images=$OUT/copies-$OMEGA/pairs.png")
       fi
-      page table3 guidance-$OMEGA --summary ${SEEN[@]+"${SEEN[@]}"}
+      page table3 guidance-$OMEGA --summary
     done ;;
   curves)   # Not in the paper: CM on DDPM beside DDPM, along as many seconds of training
-    CURVES=()
     along DDPM ddpm-long 17 --base ddpm --no-cm
     along "CM on DDPM" cm-ddpm 10 --base ddpm --cm
-    python -m pages.curves "${CURVES[@]}" --cost 1.7 --out "$PAGES/curves/$SETTING/report.md" \
-      || failed "the page" ;;
+    python -m pages.curves "${ROWS[@]}" --cost 1.7 --out "$OUT/report.md" || failed "the page" ;;
   pictures)                     # Training images, and beside them samples of DDPM and of CM on it
     with_and_without DDPM ddpm --base ddpm
     show DDPM ddpm samples --num "${NUM:-400}"
     show "CM on DDPM" cm-ddpm samples --num "${NUM:-400}"
-    figure pictures/$SETTING ;;
+    figure "$OUT.png" ;;
   figures)  # Figures 1(a), 3, G.4 to G.12: classes in rows, methods in columns, from the same noise
     four
     ROWS_OF=(--num "${NUM:-400}" ${CLASSES:+--classes "$CLASSES"})
     for METHOD in DDPM:ddpm CBDM:cbdm OC:oc CM:cm; do
       show ${METHOD%:*} ${METHOD#*:} figures/classes "${ROWS_OF[@]}"
     done
-    figure figures/$SETTING/methods ${CLASSES:+--classes "$CLASSES"}
+    figure "$OUT/methods.png" ${CLASSES:+--classes "$CLASSES"}
     # What theta_g lacks (Fig. G.4)
     show "theta_g alone" cm figures/classes-general --branch general "${ROWS_OF[@]}"
     show "theta = theta_g + BA" cm figures/classes "${ROWS_OF[@]}"
-    figure figures/$SETTING/theta_g ${CLASSES:+--classes "$CLASSES"}
+    figure "$OUT/theta_g.png" ${CLASSES:+--classes "$CLASSES"}
     # How different the images of one rare class are (Fig. 3, G.5 to G.7)
     TAIL=${TAIL:-rarest}
     show DDPM ddpm "figures/tail-$TAIL" --classes "$TAIL" --num 25
     show CM cm "figures/tail-$TAIL" --classes "$TAIL" --num 25
-    figure "figures/$SETTING/tail-$TAIL" --across 5 --down 5 ;;
-  *)
-    echo "error: unknown target '$TARGET'; see the head of run_all.sh" >&2
-    exit 2 ;;
+    figure "$OUT/tail-$TAIL.png" --across 5 --down 5 ;;
+  *) stop "unknown target '$TARGET'; see the head of run_all.sh" ;;
 esac
 exit $FAILED

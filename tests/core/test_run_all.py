@@ -10,9 +10,11 @@ import subprocess
 import pytest
 from conftest import ROOT, parse_only
 
+from train import PRESETS
 
-TARGETS = ["demo", *re.findall(r"^  (\w+)\)  ", (ROOT / "run_all.sh").read_text().split(
-    "one block per target")[1], re.M)]
+LABELS = re.findall(r"^  (\w[\w |]*)\)  ", (ROOT / "run_all.sh").read_text().split(
+    "one block per target")[1], re.M)
+TARGETS = ["demo", *" | ".join(LABELS).split(" | ")]
 ENVIRONMENTS = {
     "demo": {"SCALE": "demo", "DATA_DIR": "my data"},
     "paper": {"NGPU": "2", "DATA_DIR": "my data", "SEEDS": "3,5", "CLASS_ORDER": "b c,a"},
@@ -93,10 +95,19 @@ def test_every_command_is_understood(tmp_path, monkeypatch, name):
     ("tableG13", "recognition.classify", "--epochs 7")])
 def test_variables_reach_what_a_target_trains(tmp_path, target, script, own):
     lines = trained(recorded(target, useful(ENVIRONMENTS["budget"], target), tmp_path), script)
-    assert lines and all(f"{own} --lr 5e-4" in line and "--out my own/folder-ir1/" in line
+    assert lines and all(own in line and "--lr 5e-4" in line and "--out my own/folder-ir1/" in line
                          for line in lines)
     assert {("--w-div 0.2" in line) == ("--cm" in line.split()) for line in lines} == {True}
     assert any("--w-div 0.2" in line for line in lines)
+
+
+@pytest.mark.parametrize("preset", ["paper", "small", "tiny"])
+def test_one_of_the_widths_is_table2s(tmp_path, preset):
+    """Which one is the preset's."""
+    width = " ".join(map(str, {**PRESETS["paper"], **PRESETS[preset]}["ch_mult"]))
+    lines = trained(recorded("fig4d", {"PRESET": preset, "SEEDS": "0"}, tmp_path))
+    (shared,) = [line for line in lines if line.endswith("/oc-seed0")]
+    assert f"--ch-mult {width} --seed" in shared
 
 
 def test_the_verdict_on_a_folder(tmp_path):
@@ -108,7 +119,8 @@ def test_the_verdict_on_a_folder(tmp_path):
     pages = [" ".join(flags) for script, flags in calls if script == "pages.report"]
     assert len(pages) == 2
     for omega, page in zip(("0", "1.5"), pages):
-        assert f"--summary --copies out/gain/folder-ir1-tiny/copies-{omega}/copies.json" in page
+        assert f"--copies out/gain/folder-ir1-tiny/copies-{omega}/copies.json" in page
+        assert "--summary" in page
     assert [script for script, _ in calls].count("probes.copies") == 2
 
 
@@ -120,7 +132,7 @@ def test_a_better_classifier_for_a_folder(tmp_path):
     runs = [" ".join(flags) for script, flags in calls if script in ("train",
                                                                      "recognition.classify")]
     assert len(runs) == 5
-    assert all("--data-dir my data-split --preset tiny" in line for line in runs)
+    assert all("--data-dir my data-split" in line and "--preset tiny" in line for line in runs)
     filled = [flags for script, flags in calls if script == "sample"]
     assert len(filled) == 2 and all("--fill-to 50" in " ".join(flags) for flags in filled)
 
