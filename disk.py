@@ -34,18 +34,18 @@ FORMAT = "capacity-manipulation/1"      # the first thing in every file that tor
 # Writing: under a temporary name, then renamed
 
 def write_atomic(path, write, flag="--out"):
-    """Call write(temporary path), then rename it to `path`; on failure the old file remains.
+    """Call write(file), a binary file of a temporary name, then rename it to `path`.
 
-    Raises UserError that names `flag`.
+    On failure the old file remains. Raises UserError that names `flag`.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with writing(path, flag):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.unlink(missing_ok=True)       # of a killed process with this number
-        temporary.touch(exist_ok=False)         # a new file, never another one through a link
         try:
-            write(temporary)
+            with open(temporary, "xb") as f:    # a new file, never another one through a link
+                write(f)
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -67,7 +67,7 @@ def writing(path, flag="--out"):
 
 def write_text(path, text, flag="--out"):
     """Write a text file, atomically."""
-    write_atomic(path, lambda p: p.write_text(text, encoding="utf-8"), flag)
+    write_atomic(path, lambda f: f.write(text.encode()), flag)
 
 
 def write_json(path, value, flag="--out"):
@@ -77,15 +77,12 @@ def write_json(path, value, flag="--out"):
 
 def write_npz(path, flag="--out", **arrays):
     """Write named arrays as an .npz, atomically."""
-    def write(temporary):
-        with open(temporary, "wb") as f:
-            np.savez(f, **arrays)
-    write_atomic(path, write, flag)
+    write_atomic(path, lambda f: np.savez(f, **arrays), flag)
 
 
 def write_png(path, picture):
     """Write a PIL image as a PNG, atomically."""
-    write_atomic(path, lambda p: picture.save(p, format="png"))
+    write_atomic(path, partial(picture.save, format="png"))
 
 
 def pyplot():
@@ -177,7 +174,7 @@ def check_writable(path, flag="--out"):
     if path.is_dir():
         raise UserError(f"{flag} {path}: a folder; name a file")
     trial = path.with_name(f".{path.name}.try")
-    write_atomic(trial, lambda p: p.touch(), flag)
+    write_atomic(trial, lambda f: None, flag)
     trial.unlink()
 
 
@@ -286,10 +283,7 @@ class Checkpoint(dict):
 
 def save(path, value, flag="--out"):
     """torch.save a dict of tensors and plain types, marked as ours, atomically."""
-    def write(temporary):
-        with open(temporary, "wb") as f:        # given a name, torch hides the disk's own error
-            torch.save({"format": FORMAT, **value}, f)
-    write_atomic(path, write, flag)
+    write_atomic(path, lambda f: torch.save({"format": FORMAT, **value}, f), flag)
 
 
 def load(path, kinds, flag="--ckpt"):

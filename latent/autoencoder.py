@@ -296,12 +296,11 @@ def encode_once(autoencoder, images, args, rt):
             own = images.images[first + rt.rank * BATCH:first + (rt.rank + 1) * BATCH]
             yield rt.gather([autoencoder.encode(own)] if len(own) else [])
 
-    def write(temporary):
-        with open(temporary, "wb") as f:
-            np.lib.format.write_array_header_1_0(
-                f, {"descr": "<f4", "fortran_order": False, "shape": shape})
-            for moments in encoded():
-                f.write(moments.tobytes())
+    def write(f):
+        np.lib.format.write_array_header_1_0(
+            f, {"descr": "<f4", "fortran_order": False, "shape": shape})
+        for moments in encoded():
+            f.write(moments.tobytes())
     if rt.maximum(int(rt.rank == 0 and not path.exists())):
         if rt.rank == 0:
             disk.write_atomic(path, write, "--pack-dir")

@@ -118,11 +118,7 @@ def write_pack(base: Path, images, labels, class_names, provenance, resolution=N
         images = np.load(path, mmap_mode="r")
     else:
         images = np.ascontiguousarray(images, dtype=np.uint8)
-
-        def write_images(temporary):
-            with open(temporary, "wb") as f:
-                np.save(f, images)
-        write_atomic(path, write_images, "--pack-dir")
+        write_atomic(path, lambda f: np.save(f, images), "--pack-dir")
     counts = np.bincount(labels, minlength=len(class_names)).tolist()
     write_json(record, {
         "shape": list(images.shape), "class_names": list(class_names), "class_counts": counts,
