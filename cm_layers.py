@@ -55,16 +55,12 @@ class LowRank(nn.Module):
         if form not in FORMS:
             raise ValueError(f"form must be one of {FORMS}, not {form!r}")
         out, inner, *kernel = weight.shape
-        if form == "flat" or not kernel:
-            d = out
-            k = inner * math.prod(kernel)
-            full = min(d, k)
-            copies = 1
+        if form == "kernel" and kernel:
+            copies, full = kernel[0], min(out, inner)
         else:
-            d = out * kernel[0]
-            k = inner * math.prod(kernel[1:])
-            full = min(out, inner)
-            copies = kernel[0]
+            copies, full = 1, min(out, inner * math.prod(kernel))
+        d = out * copies
+        k = inner * math.prod(kernel) // copies
         if rank is None:
             # 0.29 x 100 is 28.999...: the floor of what was meant
             rank = max(1, math.floor(rank_ratio * full + 1e-9))
@@ -195,12 +191,6 @@ def merge(module: nn.Module, branch: str = "full") -> nn.Module:
         order = [p for p in low_rank.order if p in owner._parameters]
         owner._parameters.update({p: owner._parameters.pop(p) for p in order})
     return module
-
-
-def count(module: nn.Module) -> dict[str, int]:
-    """Numbers of parameters, {"general": of theta^g, "expert": of all A and B}; together all."""
-    expert = sum(p.A.numel() + p.B.numel() for _, _, p in reserved(module))
-    return {"general": sum(p.numel() for p in module.parameters()) - expert, "expert": expert}
 
 
 # --------------------------------------------------------------------------------------------------

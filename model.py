@@ -13,7 +13,7 @@ product (Sec. A). Shapes: N images, C channels, H x W pixels.
 """
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -234,10 +234,6 @@ class UNetConfig:
     num_res_blocks: int = 2
     dropout: float = 0.1
     augment_dim: int = 0            # length of augment.py's vector, 0 without augmentation
-
-    def to_dict(self) -> dict:
-        """The same as plain lists and numbers, for JSON and checkpoints."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
 
 class Encoder(nn.Module):

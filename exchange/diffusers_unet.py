@@ -180,7 +180,7 @@ def write(ckpt, net, path):
         prediction_type="epsilon", timestep_spacing="leading", steps_offset=0,
         set_alpha_to_one=ours.last_step == "x_0", clip_sample=ours.clip, clip_sample_range=1.0)
     pipeline = package().DDIMPipeline(theirs, schedule)
-    known = {**{key: ckpt[key] for key in KEPT}, "network": {**net.cfg.to_dict(), "augment_dim": 0}}
+    known = {**{key: ckpt[key] for key in KEPT}, "network": {**vars(net.cfg), "augment_dim": 0}}
     disk.write_folder(path, pipeline.save_pretrained, "diffusers", "--export", checkpoint=known)
 
 

@@ -43,7 +43,7 @@ METHODS = {             # name: (base loss, --cm-fraction, or None without CM)
     "CM on DDPM, 0.5": ("ddpm", 0.5),
     "CM on OC, 0.5": ("oc", 0.5),
 }
-NETWORK = UNetConfig(num_classes=100).to_dict()     # the paper's
+NETWORK = vars(UNetConfig(num_classes=100))     # the paper's
 
 
 class Cell(NamedTuple):
