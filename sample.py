@@ -19,6 +19,7 @@ import textwrap
 import time
 from argparse import BooleanOptionalAction
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -142,20 +143,20 @@ def generate(net, labels, indices, shape, rt, sampling, batch_size=250, title="s
     with runtime.progress(total=len(share), desc=title, unit="img", disable=hidden) as bar:
         for rows, n in batches:
             if all(r in found for r in rows):
-                parts.append(np.stack([found[r] for r in rows[:n]]))
-                bar.update(n)
-                continue
-            y = torch.tensor([labels[r] for r in rows], device=rt.device, dtype=torch.int64)
-            x = sample_batch(net, y, [indices[r] for r in rows], shape, rt, sampling,
-                             alphas_bar)[:n]
-            image = x if to_image is None else to_image(x)
-            finite = bool(image.isfinite().all())
-            if not finite:
-                break
-            parts.append(to_uint8(image).cpu().numpy())
-            if keep_in:
-                disk.write_npz(keep_in / f"{rows[0]}-{rows[n - 1]}.npz", first=rows[0],
-                               images=parts[-1])
+                images = np.stack([found[r] for r in rows[:n]])
+            else:
+                y = torch.tensor([labels[r] for r in rows], device=rt.device, dtype=torch.int64)
+                x = sample_batch(net, y, [indices[r] for r in rows], shape, rt, sampling,
+                                 alphas_bar)[:n]
+                x = x if to_image is None else to_image(x)
+                finite = bool(x.isfinite().all())
+                if not finite:
+                    break
+                images = to_uint8(x).cpu().numpy()
+                if keep_in:
+                    disk.write_npz(keep_in / f"{rows[0]}-{rows[n - 1]}.npz", first=rows[0],
+                                   images=images)
+            parts.append(images)
             bar.update(n)
     if rt.maximum(int(not finite), rt.patient):
         raise UserError("--ckpt: its network generates images with numbers that are not finite; it "
@@ -191,14 +192,14 @@ def ten_classes(C):
     return sorted({round(i * (C - 1) / 9) for i in range(10)})
 
 
-def grid_image(columns, class_names, counts, classes=None, across=10, down=1, tile=56, caption=""):
+def grid_image(columns, class_names, counts, classes=None, across=10, down=1, caption=""):
     """A picture with one row per class, the most frequent one first: its name, its first images.
 
     columns: {title: (images, labels)}, side by side: uint8 (N, H, W, C) of one size, and (N,).
     counts: training images per class, shown beside the name, with a bracket for each of Many,
     Medium and Few; None where they are not known. classes: the rows; by default at most ten evenly
     spread ones of which every column has images. across, down: at most so many images of a class
-    beside and below each other. Images are enlarged by a whole factor, to about `tile` pixels.
+    beside and below each other. Images are enlarged by a whole factor, to about 56 pixels.
     caption: a line below.
     """
     columns = {title: (images, np.asarray(labels)) for title, (images, labels) in columns.items()}
@@ -215,16 +216,17 @@ def grid_image(columns, class_names, counts, classes=None, across=10, down=1, ti
     file = Path(get_data_path()) / "fonts/ttf/DejaVuSans.ttf"       # has more scripts than Pillow's
     font, small = (ImageFont.truetype(file, height) for height in (16, 13))
     letters = FT2Font(file).get_charmap()
-    names = [printable(class_names[c])[:60] for c in classes]
-    names = [name if letters.keys() >= set(map(ord, name)) else f"class {c}"
-             for name, c in zip(names, classes)]
-    if counts is not None:
-        names = [f"{name} ({counts[c]})" for name, c in zip(names, classes)]
+
+    def name_of(c):
+        name = printable(class_names[c])[:60]
+        name = name if letters.keys() >= set(map(ord, name)) else f"class {c}"
+        return name if counts is None else f"{name} ({counts[c]})"
+    names = [name_of(c) for c in classes]
     groups = class_groups(counts) if counts is not None else {}
     margin = 100 if groups else 8
     left = 12 + margin + max(round(font.getlength(name)) for name in names)
     pixels = next(iter(columns.values()))[0].shape[1]
-    size = pixels * max(1, round(tile / pixels))
+    size = pixels * max(1, round(56 / pixels))
     cell = size + 4
     height = down * cell                                    # of a class
     top = 30 if any(columns) else 0                         # titles
@@ -300,6 +302,7 @@ def write_samples(out, images, labels, record, data, seconds, png=False):
     disk.write_json(out / "samples.json", {
         "settings": record, "data": data, "npz_sha256": disk.sha256(out / "samples.npz"),
         "seconds": round(seconds, 2), "git_commit": disk.git_commit()})
+    shutil.rmtree(out / "unfinished", ignore_errors=True)      # make_samples's
     print(f"wrote {len(labels)} images, generated in {record['dtype']}, to {out}: samples.npz, "
           f"grid.png{', png/' if png else ''}")
 
@@ -344,14 +347,10 @@ def make_samples(out, data, rt, record, labels, make_images, if_needed, png=Fals
         images = make_images(keep_in)
         seconds = time.time() - start
         rt.on_rank_0(lambda: write_samples(out, images, labels, record, data, seconds, png))
-        rt.on_rank_0(lambda: shutil.rmtree(unfinished, ignore_errors=True))
 
 
 def samples_folder(args):
-    """The folder of the results: --out, or samples beside the checkpoint, with a snapshot's name.
-
-    Those of run/ckpt.pt go to run/samples, those of run/ckpt-0000010.pt to a folder of their own.
-    """
+    """The folder of the results: --out, or run/samples, of a snapshot run/samples-ckpt-0000010."""
     name = "samples" if args.branch == "full" else "samples-general"
     ckpt = Path(args.ckpt)
     if ckpt.name != "ckpt.pt":
@@ -366,18 +365,16 @@ def which_weights(args, ckpt):
 
 def describe(args, ckpt, sampling, rt):
     """What made these images: everything that moves a number measured on them, for the JSON."""
+    plugins = runtime.Plugins.found
     return {"ckpt": str(args.ckpt), "ckpt_sha256": ckpt.sha256, "step": ckpt["step"],
             "command": ckpt["command"], "config": ckpt["config"],
             "dataset": ckpt["config"]["dataset"],
-            **which_weights(args, ckpt), **sampling.record(),
-            "dtype": rt.dtype_name(), **runtime.Plugins.record()}
+            **which_weights(args, ckpt), **sampling.record(), "dtype": rt.dtype_name(),
+            **({"plugin": list(plugins)} if plugins else {})}
 
 
 def sampling_in_words(settings):
-    """Sampling in words: "step 300,000, ddim, 50 steps, guidance 1.5, x_0 clipped".
-
-    settings: those of a result, or a part of them.
-    """
+    """Settings of a result in words: "step 300,000, ddim, 50 steps, guidance 1.5, x_0 clipped"."""
     words = {"step": "step {:,}", "sampler": "{}", "steps": "{} steps", "guidance": "guidance {:g}"}
     found = [text.format(settings[key]) for key, text in words.items() if key in settings]
     if settings.get("sampler", "consistency") != "consistency":
@@ -548,7 +545,7 @@ def export(args, given):
     safe = args.format == "checkpoint" and args.export.endswith(".safetensors")
     if safe:
         try:
-            from safetensors.torch import save_file
+            from safetensors.torch import save as safetensors_of
         except ImportError as e:
             raise UserError("--export FILE.safetensors: needs pip install safetensors") from e
     elif args.format == "checkpoint":
@@ -559,23 +556,22 @@ def export(args, given):
                         "plain network")
     rt = runtime.setup(args.device, dtype_of(args, ckpt))
     net = load_merged(ckpt, args.weights, args.branch)
+    made = which_weights(args, ckpt)
+    kept = {k: ckpt[k] for k in ("kind", "step", "command", "config", "data", "network",
+                                 "autoencoder_sha256") if k in ckpt}
+    kept.update(made)
+    state = {name: p.detach().cpu().contiguous() for name, p in net.state_dict().items()}
     if args.format == "diffusers":
         from exchange import diffusers_unet     # needs diffusers
-        made_of = {**ckpt, **which_weights(args, ckpt)}
-        rt.on_rank_0(lambda: diffusers_unet.write(made_of, net, args.export))
-    else:
-        state = {name: p.detach().cpu().contiguous() for name, p in net.state_dict().items()}
-        kept = {k: ckpt[k] for k in ("kind", "step", "command", "config", "data", "network",
-                                     "autoencoder_sha256") if k in ckpt}
-        kept.update(which_weights(args, ckpt))
-        plain = {"rank_ratio": None, "experts": None, "model": state, "ema": state}
+        write = partial(diffusers_unet.write, {**ckpt, **made}, net, args.export)
+    elif safe:
         metadata = {"format": "pt", **{name: json.dumps(value) for name, value in kept.items()}}
-        if safe:
-            rt.on_rank_0(lambda: disk.write_atomic(
-                args.export, lambda path: save_file(state, path, metadata), "--export"))
-        else:
-            rt.on_rank_0(lambda: disk.save(args.export, {**kept, **plain}, "--export"))
-    made = which_weights(args, ckpt)
+        content = safetensors_of(state, metadata)
+        write = partial(disk.write_atomic, args.export, lambda f: f.write(content), "--export")
+    else:
+        plain = {"rank_ratio": None, "experts": None, "model": state, "ema": state}
+        write = partial(disk.save, args.export, {**kept, **plain}, "--export")
+    rt.on_rank_0(write)
     rt.print(f"wrote {args.export}: {made['weights']} weights, {made['branch']} branch")
 
 
