@@ -299,9 +299,9 @@ def test_a_frozen_clip_is_what_the_network_sees(pictures, autoencoder, tmp_path)
 
 
 @pytest.mark.parametrize("more, flag", [
-    (["--autoencoder", "no/folder/here"], "--autoencoder"), (["--prompt", "a bird"], "--prompt"),
+    (["--autoencoder", "no/folder/here"], "--autoencoder"),
     (["--no-cm", "--rank-ratio", "0.2"], "--rank-ratio"), (["--patch", "3"], "--patch"),
-    (["--ch", "100"], "--ch"), (["--resolution", "17"], "--resolution")])
+    (["--ch", "100"], "--ch")])
 def test_mistakes_are_named(pictures, autoencoder, tmp_path, more, flag):
     with pytest.raises(UserError, match=flag):
         main(*train_flags(pictures, autoencoder, tmp_path / "run", 2, *more))
