@@ -16,10 +16,9 @@ import torch
 import torchvision
 from torch import nn
 
-import disk
 import runtime
 from data import to_float
-from metrics.inception import INPUTS, download, load_inception
+from metrics.inception import INPUTS, load_inception, load_published
 from recognition.resnet import features_and_logits, load_classifier
 from runtime import Parser, UserError, run
 
@@ -73,13 +72,9 @@ def load_pretrained(name):
                         "used here; torchvision:resnet50 is one")
     weights = torchvision.models.get_model_weights(name).DEFAULT
     prefix = Path(weights.url).stem.rpartition("-")[2]          # as in resnet50-11ad3fa6.pth
-    path = download(weights.url, prefix, flag)
-    digest = disk.sha256(path)
-    if not digest.startswith(prefix):
-        raise UserError(f"{flag}: the SHA-256 of {path} is {digest[:16]}..., and the published "
-                        f"file's begins with {prefix}; it is incomplete or another one: remove it")
+    state, digest = load_published(weights.url, prefix, flag)
     net = torchvision.models.get_model(name)
-    net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    net.load_state_dict(state)
     return Pretrained(net, weights.transforms()), digest
 
 

@@ -220,38 +220,40 @@ class Inception(nn.Module):
 # --------------------------------------------------------------------------------------------------
 # The weights
 
-def download(url, sha256, flag):
-    """The path of a published weight file: in torch.hub's cache, put there where it is missing.
+def load_published(url, sha256, flag, path=None, trust=False):
+    """(the content, the SHA-256) of a published weight file: `path`, or that in torch.hub's cache.
 
-    sha256: its hash, or the beginning. Raises UserError, which names `flag`.
+    It is downloaded where the cache lacks it. sha256: its hash, or the beginning. trust: accept a
+    file with another one. Raises UserError, which names `flag`.
     """
-    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
-    if not path.is_file():
+    cached = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
+    if path is None and not cached.is_file():
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256)
+            cached.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(cached), hash_prefix=sha256)
         except (OSError, RuntimeError) as e:
             raise UserError(
-                f"{flag}: {path.name} is not there and cannot be downloaded ({e}); download it "
-                f"from {url} and put it into {path.parent}; or measure in the features of a "
+                f"{flag}: {cached.name} is not there and cannot be downloaded ({e}); download it "
+                f"from {url} and put it into {cached.parent}; or measure in the features of a "
                 "classifier with --features FILE, a checkpoint of classify.py") from e
-    return path
+    path = Path(path or cached)
+    if not path.is_file():
+        raise UserError(f"{flag} {path}: there is no such file; get it from {url}")
+    digest = disk.sha256(path)
+    if not digest.startswith(sha256) and not trust:
+        raise UserError(f"{flag}: the SHA-256 of {path} is {digest[:16]}..., and the published "
+                        f"file's begins with {sha256[:16]}: it is incomplete, or numbers made with "
+                        f"it compare with no others; get it from {url}, or for Inception say "
+                        "--trust-weights")
+    return torch.load(path, map_location="cpu", weights_only=True), digest
 
 
 def load_inception(path=None, trust=False, features="inception"):
     """(the network in eval mode, the SHA-256 of its weights); features: a key of INPUTS.
 
-    path: the weight file; None for that in torch.hub's cache, which torch-fidelity uses, too.
-    trust: accept a file with another hash than the published one. Raises UserError.
+    path, trust: as load_published's; torch-fidelity takes the weights from the same cache.
     """
-    path = Path(path or download(URL, SHA256, "--inception-weights"))
-    if not path.is_file():
-        raise UserError(f"--inception-weights {path}: there is no such file; get it from {URL}")
-    digest = disk.sha256(path)
-    if digest != SHA256 and not trust:
-        raise UserError(f"--inception-weights {path}: its SHA-256 is {digest[:16]}..., not the "
-                        f"published {SHA256[:16]}...: incomplete, or other weights, whose numbers "
-                        "do not compare with published ones; --trust-weights accepts it")
+    state, digest = load_published(URL, SHA256, "--inception-weights", path, trust)
     net = Inception(INPUTS[features])
-    net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    net.load_state_dict(state)
     return net.to(memory_format=torch.channels_last).eval().requires_grad_(False), digest
