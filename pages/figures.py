@@ -52,19 +52,6 @@ def fit_together(a, b):
             and all(a.data.get(key) == b.data.get(key) for key in DATA))
 
 
-def read_columns(given):
-    """{name: Samples} of the --column flags. Raises UserError."""
-    columns = {}
-    for text in given:
-        name, file = named(text, "--column")
-        columns[name] = read_column(file, "--column")
-        first = next(iter(columns))
-        if not fit_together(columns[first], columns[name]):
-            raise UserError(f"--column {text}: images of another size than those of {first}, or "
-                            "its network was trained on other data")
-    return columns
-
-
 def caption_of(columns, classes, n):
     """The line below a picture: how its samples were made, and whether from the same noise.
 
@@ -110,8 +97,15 @@ def main():
     args = parser.parse_args()
     if not args.real and args.data_dir:
         raise UserError("--data-dir: belongs to --real; leave it out")
-    columns = read_columns(args.column)
-    data = next(iter(columns.values())).data
+    columns = {}
+    for text in args.column:
+        name, file = named(text, "--column")
+        columns[name] = read_column(file, "--column")
+        first_name, first = next(iter(columns.items()))
+        if not fit_together(first, columns[name]):
+            raise UserError(f"--column {text}: images of another size than those of {first_name}, "
+                            "or its network was trained on other data")
+    data = first.data
 
     common = set.intersection(*(set(c.labels.tolist()) for c in columns.values()))
     classes = sorted(common)
@@ -123,8 +117,7 @@ def main():
     caption = caption_of(columns, classes, args.across * args.down)
     shown = {name: (c.images, c.labels) for name, c in columns.items()}
     if args.real:
-        ckpt = disk.load(next(iter(columns.values())).settings.get("ckpt", ""),
-                         [*KINDS, "latent", "text"], "--real")
+        ckpt = disk.load(first.settings.get("ckpt", ""), [*KINDS, "latent", "text"], "--real")
         real = training_images(ckpt, args.data_dir)
         shown = {"training images": (real.images, real.labels), **shown}
     picture = grid_image(shown, data["class_names"], data.get("class_counts"),
