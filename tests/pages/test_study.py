@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from conftest import call, refuses
 from PIL import Image
-from scipy.stats import beta
 
 import disk
+from data import load
 from pages import study
+from sets.samples import read_samples
 
 NAMES = ["cat", "dog", "frog", "ship", "tern", "yew"]       # the last two are Few
 GROUPS = 6
@@ -85,28 +86,20 @@ def pixels_of(uri):
 def test_the_key_says_what_is_which(made, inputs):
     """Every image of the page is the one that the key names; real ones resized as for training."""
     key, data = disk.read_json(made / "key.json"), data_of(made)
-    images = {which: np.load(inputs / which / "samples.npz") for which in "ab"}
-    files = [p for name in NAMES for p in sorted((inputs / "real" / name).iterdir(),
-                                                 key=lambda p: p.name)]
+    found = {which: read_samples(inputs / which / "samples.npz")[:2] for which in "ab"}
+    real = load("folder", inputs / "real", resolution=8, pack_dir=inputs / "packed")
+    found["real"] = real.images, real.labels
     assert data["id"] == key["study"] and data["size"] == 8
     assert [q["id"] for q in data["questions"]] == list(key["questions"])
-
-    def real(row):
-        image = Image.open(files[row]).resize((10, 8), Image.LANCZOS, reducing_gap=3.0)
-        return np.asarray(image.crop((1, 0, 9, 8)))
     for q in data["questions"]:
         said = key["questions"][q["id"]]
-        assert q["class"] == said["class"]
-        for side in study.SIDES:
-            which, row = said[side], said["rows"][side]
-            expected = real(row) if which == "real" else images[which]["arr_0"][row]
-            np.testing.assert_array_equal(pixels_of(q[side]), expected)
-            if which != "real":
-                assert NAMES[images[which]["arr_1"][row]] == q["class"]
-        assert len(q["real"]) == 10 == len(set(q["real"]))
-        for uri, row in zip(q["real"], said["rows"]["real"]):
-            np.testing.assert_array_equal(pixels_of(uri), real(row))
-            assert files[row].parent.name == q["class"]
+        shown = [(said[side], said["rows"][side], q[side]) for side in study.SIDES]
+        shown += [("real", row, uri) for row, uri in zip(said["rows"]["real"], q["real"])]
+        assert len(set(q["real"])) == 10 and q["class"] == said["class"]
+        for which, row, uri in shown:
+            images, labels = found[which]
+            np.testing.assert_array_equal(pixels_of(uri), images[row])
+            assert NAMES[labels[row]] == q["class"]
 
 
 def test_what_is_compared(made):
@@ -166,14 +159,6 @@ def test_make_refuses(flags, says, inputs, tmp_path, monkeypatch, capsys):
     assert disk.read_json(tmp_path / "taken" / "key.json") == {"study": "0123"}
 
 
-def test_exact_interval_is_clopper_and_pearsons():
-    """Quantiles of two beta distributions."""
-    for k, n in ((151, 214), (3, 7), (0, 9), (9, 9)):
-        low = beta.ppf(0.025, k, n - k + 1) if k else 0
-        high = beta.ppf(0.975, k + 1, n - k) if k < n else 1
-        np.testing.assert_allclose(study.exact_interval(k, n), (low, high), atol=1e-9)
-
-
 def test_an_interval_over_evaluators():
     """Wider where evaluators differ; none of one."""
     alike = study.interval_over([15] * 8, [20] * 8)
@@ -191,11 +176,11 @@ def test_agreement_is_fleiss_kappa():
                  for i, k in itertools.combinations(range(5), 2)])
     every = [which for mine in chosen for which in mine.values()]
     P_e = sum((count / len(every)) ** 2 for count in Counter(every).values())
-    evaluators = [study.Evaluator("", "", mine, 0, 0, 0, 0.0) for mine in chosen]
-    np.testing.assert_allclose(study.agreement(evaluators), (P, (P - P_e) / (1 - P_e)))
-    assert study.agreement(evaluators[:1]) is None
-    one = [study.Evaluator("", "", {0: "b", 1: "b"}, 0, 0, 0, 0.0)] * 2
-    assert study.agreement(one) == (1.0, None)
+    expected = {"pairs": P, "fleiss_kappa": (P - P_e) / (1 - P_e)}
+    assert study.agreement(chosen) == pytest.approx(expected)
+    assert study.agreement(chosen[:1]) is None
+    alike = study.agreement([{0: "b", 1: "b"}] * 2)
+    assert alike == {"pairs": 1.0, "fleiss_kappa": None}
 
 
 def answers_of(key, who, choose, name=""):
