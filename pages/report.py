@@ -39,44 +39,26 @@ DIGITS = {"fid": 3, "kid": 4}       # after the point, as in the paper; else two
 IN_CAPITALS = {"fid", "kid", "fd", "kd", "is"}
 CLASSIFIER_KEYS = {"fid": "fd", "kid": "kd"}        # in a classifier's features
 NO_EXTRA = "No augmentation"        # Table G.8's row without generated images
-MEANS_NOTE = "Mean ± standard deviation over seeds; best in bold, second best in italics."
-CLASSIFIER_NOTE = (
-    "FD and KD are distances in other features than Inception's, not FID and KID: do not compare "
-    "them with the paper's numbers. Accuracy is the per cent of the samples that the classifier "
-    "takes for the class asked for.")
-FEW_NOTE = (
-    f"With fewer than {FEW:,} images on a side, Frechet distances are too high and Inception "
-    "scores too low: they compare at equal counts only.")
-FLOOR_NOTE = (
-    "Real against real compares the halves of the reference, each class halved; with half as many "
-    "images, it lies above the distance of perfect samples. In the figure it is the dashed line.")
 
-# In this file a row is (name, results): results is a list of what evaluate.py or classify.py
-# wrote, one dict per seed. A column is a text such as "fid", "Few fid" or "Male fid": a metric, and
-# before it a group or a class; neither for all images.
+# In this file a column is a text such as "fid", "Few fid" or "Male fid": a metric, and before it a
+# group or a class; neither for all images.
 
 
-def read_row(text):
-    """(name, results, files that are not there) from "NAME=FILE,FILE"; a FILE may have wildcards.
+class Row(NamedTuple):
+    """A row of the table."""
+    name: str
+    results: list       # what evaluate.py or classify.py wrote, a dict per seed
+    missing: list       # files that are not there
 
-    Raises UserError.
-    """
-    name, files = named(text, "--row")
-    results = []
-    missing = []
-    for pattern in filter(None, files.split(",")):
-        paths = [pattern] if Path(pattern).is_file() else sorted(glob.glob(pattern))
-        if not paths:
-            missing.append(pattern)
-        results += [disk.read_json(path) for path in paths]
-    for result in results:
-        if not isinstance(result, dict) or not {"settings", "groups", "num_real"} <= result.keys():
-            raise UserError(f"--row {text}: not a result of evaluate.py or classify.py")
-    for result in results[1:]:
-        if found := differences(*(settings_of(r) for r in (results[0], result))):
-            raise UserError(f"--row {name}: its files are no seeds of one experiment, they differ "
-                            f"in {in_words(found)}; give each its own row")
-    return name, results, missing
+    @property
+    def first(self):
+        """The result of the first seed."""
+        return self.results[0]
+
+    @property
+    def guidance(self):
+        """The guidance strength of its samples; None without samples or without results."""
+        return self.first["settings"].get("guidance") if self.results else None
 
 
 def settings_of(result):
@@ -84,38 +66,45 @@ def settings_of(result):
     return {**result["settings"], "num": result["num"]}
 
 
-def refuse_other_measures(rows):
-    """Raise UserError for a row that was measured in other features or on other images."""
-    def measure(result):
-        s = result["settings"]
-        return {"distance": next((key for key in ("fid", "fd") if key in result), "none"),
-                "features": s.get("features"), "content of features": s.get("features_sha256"),
-                "reference": s.get("reference"), "real images": result["num_real"],
-                "content of them": s.get("reference_sha256", s.get("test_sha256"))}
-    first_name, (first, *_) = rows[0]
-    for name, results in rows:
-        for result in results:
-            if found := differences(measure(first), measure(result)):
-                raise UserError(f"--row {name}: measured otherwise than {first_name}: "
-                                f"{in_words(found)}; measure alike, or make a page for each")
+def measure_of(result):
+    """In which features, and against which images, a result was measured."""
+    s = result["settings"]
+    return {"distance": next((key for key in ("fid", "fd") if key in result), "none"),
+            "features": s.get("features"), "content of features": s.get("features_sha256"),
+            "reference": s.get("reference"), "real images": result["num_real"],
+            "content of them": s.get("reference_sha256", s.get("test_sha256"))}
 
 
-def what_differs(rows, told):
-    """In which settings rows differ from the first one; "" for none.
+def read_rows(texts):
+    """The Rows of "NAME=FILE,FILE" texts, where a FILE may have wildcards.
 
-    told: settings that the page says elsewhere.
+    Raises UserError for a row that has other experiments than seeds of one, or that was not
+    measured as the first one.
     """
-    (_, (first, *_)), *others = rows
-    lines = []
-    for name, (result, *_) in others:
-        found = differences(settings_of(first), settings_of(result))
-        words = [f"{key} {value}" for key, (_, value) in found.items()
-                 if key not in told and value is not None]
-        if lacking := [key for key, (_, value) in found.items() if value is None]:
-            words.append(f"without {', '.join(lacking)}")
-        if words:
-            lines.append(f"{escaped(name)} ({escaped(', '.join(words))})")
-    return f"Differs: {'; '.join(dict.fromkeys(lines))}." if lines else ""
+    rows = []
+    for text in texts:
+        name, files = named(text, "--row")
+        row = Row(name, [], [])
+        rows.append(row)
+        for pattern in filter(None, files.split(",")):
+            paths = [pattern] if Path(pattern).is_file() else sorted(glob.glob(pattern))
+            row.results.extend(disk.read_json(path) for path in paths)
+            if not paths:
+                row.missing.append(pattern)
+        for result in row.results:
+            if not (isinstance(result, dict)
+                    and {"settings", "groups", "num_real"} <= result.keys()):
+                raise UserError(f"--row {text}: not a result of evaluate.py or classify.py")
+            if found := differences(settings_of(row.first), settings_of(result)):
+                raise UserError(f"--row {name}: its files are no seeds of one experiment, they "
+                                f"differ in {in_words(found)}; give each its own row")
+            first = next(other for other in rows if other.results)
+            if found := differences(measure_of(first.first), measure_of(result)):
+                raise UserError(f"--row {name}: measured otherwise than {first.name}: "
+                                f"{in_words(found)}; measure alike, or make a page for each")
+    if not any(row.results for row in rows):
+        raise UserError(f"--row {texts[0]}: there are no such files; run evaluate.py first")
+    return rows
 
 
 # --------------------------------------------------------------------------------------------------
@@ -149,9 +138,9 @@ def value_of(result, column):
     if metric == "kid" and part.get("kid_subset_size", KID_SIZE) < KID_SIZE:
         return None
     value = part.get(key_of(result, column))
-    # evaluate.py's accuracy is a share, classify.py's in per cent
-    is_share = metric == "accuracy" and value is not None and {"fid", "fd"} & result.keys()
-    return 100 * value if is_share else value
+    if metric == "accuracy" and value is not None and {"fid", "fd"} & result.keys():
+        return 100 * value      # evaluate.py's is a share, classify.py's in per cent
+    return value
 
 
 def floor_of(result, column):
@@ -161,15 +150,13 @@ def floor_of(result, column):
 
 def strengths_of(rows):
     """The guidance strengths of the rows, rising."""
-    return sorted({r["settings"]["guidance"] for _, results, *_ in rows for r in results[:1]
-                   if "guidance" in r["settings"]})
+    return sorted({row.guidance for row in rows if row.guidance is not None})
 
 
-def label_of(rows, name, results):
+def label_of(rows, row):
     """A row's name, with its guidance where the rows have several."""
-    strength = results[0]["settings"].get("guidance")
-    several = strength is not None and len(strengths_of(rows)) > 1
-    return f"{name}, guidance {strength:g}" if several else name
+    several = row.guidance is not None and len(strengths_of(rows)) > 1
+    return f"{row.name}, guidance {row.guidance:g}" if several else row.name
 
 
 def digits_of(column):
@@ -196,12 +183,9 @@ def paper_number(paper, name, column):
 
     paper: a setting in paper_results.json, {"columns": [...], "rows": {name: [...]}}, or None.
     """
-    if not paper or name not in paper["rows"] or column not in paper["columns"]:
-        return None
-    value = paper["rows"][name][paper["columns"].index(column)]
-    if value is None:
-        return None
-    return Number(*value) if isinstance(value, list) else Number(value)
+    row = dict(zip(paper["columns"], paper["rows"].get(name, []))) if paper else {}
+    value = row.get(column)     # a mean, or [mean, deviation]
+    return None if value is None else Number(*np.ravel(value))
 
 
 def show(number, column):
@@ -213,50 +197,38 @@ def show(number, column):
     return f"{number.mean:.{digits}f}{std}"
 
 
-def as_shown(number, column):
-    """The mean of a Number with the digits that it is shown with: what looks equal is equal."""
-    return round(number.mean, digits_of(column))
-
-
 def results_table(rows, columns, paper):
     """Markdown: each row's numbers, each with the paper's beside it if paper is not None.
 
-    rows: what read_row gives; those without results say that they failed.
+    Rows without results say that they failed.
     """
-    first = next(results[0] for _, results, _ in rows if results)
-    numbers = {(k, column): over_seeds(results, column)
-               for k, (_, results, _) in enumerate(rows) for column in columns}
-    marks = {}
-    for column in columns:
-        means = {as_shown(numbers[k, column], column) for k in range(len(rows))
-                 if numbers[k, column]}
-        ordered = sorted(means, reverse=is_higher_better(column))
-        if len(ordered) > 1:
-            marks[column, ordered[0]] = "**"
-        if len(ordered) > 2:
-            marks[column, ordered[1]] = "*"
-
-    guided = len(strengths_of(rows)) > 1
-    head = ["", "seeds", *(["guidance"] if guided else [])]
-    floors = ["real against real", *[""] * (len(head) - 1)]
+    first = next(row.first for row in rows if row.results)
+    seeds = [[str(len(row.results))] * bool(row.results)
+             + [f"{len(row.missing)} failed"] * bool(row.missing) for row in rows]
+    # By columns: the head, real against real, each row
+    table = [["", "real against real", *(escaped(row.name) for row in rows)],
+             ["seeds", "", *map(", ".join, seeds)]]
+    if len(strengths_of(rows)) > 1:
+        table.append(["guidance", "", *("-" if row.guidance is None else f"{row.guidance:g}"
+                                        for row in rows)])
     for column in columns:
         floor = floor_of(first, column)
-        head += [title_of(first, column), *(["paper"] if paper else [])]
-        floors += ["" if floor is None else show(Number(floor), column), *([""] if paper else [])]
-    lines = [floors] if any(floors[1:]) else []
-    for k, (name, results, missing) in enumerate(rows):
-        seeds = [str(len(results))] * bool(results) + [f"{len(missing)} failed"] * bool(missing)
-        line = [escaped(name), ", ".join(seeds)]
-        if guided:
-            line += [f"{s:g}" for s in strengths_of([rows[k]])] or ["-"]
-        for column in columns:
-            number = numbers[k, column]
-            mark = marks.get((column, as_shown(number, column)), "") if number else ""
-            line.append(mark + show(number, column) + mark)
-            if paper:
-                line.append(show(paper_number(paper, name, column), column))
-        lines.append(line)
-    return markdown_table(head, lines)
+        table.append([title_of(first, column),
+                      "" if floor is None else show(Number(floor), column)])
+        numbers = [over_seeds(row.results, column) for row in rows]
+        # With the digits that are shown: what looks equal is equal
+        means = [number and round(number.mean, digits_of(column)) for number in numbers]
+        best = sorted({mean for mean in means if mean is not None},
+                      reverse=is_higher_better(column))
+        marks = dict(zip(best[:-1], ("**", "*")))       # of two, one is marked
+        for number, mean in zip(numbers, means):
+            mark = marks.get(mean, "")
+            table[-1].append(mark + show(number, column) + mark)
+        if paper:
+            table.append(["paper", "", *(show(paper_number(paper, row.name, column), column)
+                                         for row in rows)])
+    head, floors, *lines = zip(*table)
+    return markdown_table(head, [floors, *lines] if any(floors[1:]) else lines)
 
 
 def compared_with(name):
@@ -266,39 +238,37 @@ def compared_with(name):
     only in having no CM. Then "X, as long", which has also been trained for as many seconds. Of
     classifiers with generated images, the one without.
     """
-    other = None
+    plain = [] if name == NO_EXTRA else [NO_EXTRA]
     if name.endswith(" + CM"):
         other = name.removesuffix(" + CM")
     elif name.startswith("CM on "):
         other = name.removeprefix("CM on ")
     elif name == "CM" or name.startswith("CM, "):
         other = "OC" + name.removeprefix("CM")
-    plain = [] if name == NO_EXTRA else [NO_EXTRA]
-    return [other, f"{other}, as long", *plain] if other else plain
+    else:
+        return plain
+    return [other, f"{other}, as long", *plain]
 
 
-def seeds_of(results):
-    """(--seed of training, that of the noise or None) of each result."""
-    every = [r["settings"] for r in results]
+def seeds_of(row):
+    """(--seed of training, that of the noise or None) of each result of a row."""
     return [(s.get("config", s).get("seed"), s.get("seed") if "sampler" in s else None)
-            for s in every]
+            for s in (result["settings"] for result in row.results)]
 
 
 def pairs_of(rows):
-    """[(a row, one that it is compared with)]: of one guidance and of the same seeds.
-
-    The seeds are those of training and of sampling, in the order of the rows' files.
-    """
-    return [(a, b) for a in rows for name in compared_with(a[0]) for b in rows if b[0] == name
-            and strengths_of([a]) == strengths_of([b]) and seeds_of(a[1]) == seeds_of(b[1])]
+    """[(a row, one that it is compared with)]: of one guidance, and of the same seeds, in order."""
+    return [(a, b) for a in rows for name in compared_with(a.name) for b in rows
+            if b.name == name and a.guidance == b.guidance and seeds_of(a) == seeds_of(b)]
 
 
-def difference(results, others, column):
+def difference(row, other, column):
     """(mean, half of the 95 % t interval) of a column's paired differences; (mean, None) of one.
 
     None where one of them was not measured.
     """
-    values = [(value_of(a, column), value_of(b, column)) for a, b in zip(results, others)]
+    values = [(value_of(a, column), value_of(b, column))
+              for a, b in zip(row.results, other.results)]
     if any(None in pair for pair in values):
         return None
     gains = np.array([a - b for a, b in values])
@@ -320,12 +290,12 @@ def show_difference(found, column):
 
 def paired_differences(rows, columns):
     """Markdown: the differences of pairs_of, over two seeds at least; "" if there are none."""
-    lines = [[escaped(f"{name} against {label_of(rows, other, others)}"),
-              *(show_difference(difference(results, others, column), column) for column in columns)]
-             for (name, results), (other, others) in pairs_of(rows) if len(results) > 1]
+    lines = [[escaped(f"{row.name} against {label_of(rows, other)}"),
+              *(show_difference(difference(row, other, column), column) for column in columns)]
+             for row, other in pairs_of(rows) if len(row.results) > 1]
     if not lines:
         return ""
-    titles = [title_of(rows[0][1][0], column) for column in columns]
+    titles = [title_of(rows[0].first, column) for column in columns]
     return markdown_table(["difference (95 % interval)", *titles], lines)
 
 
@@ -344,27 +314,26 @@ def results_figure(rows, columns, paper, title, path):
     down = -(-len(columns) // across)
     size = (across * (2 + 0.4 * len(rows)), 3.2 * down)
     fig, axes = plt.subplots(down, across, figsize=size, squeeze=False, constrained_layout=True)
-    names = [label_of(rows, *row) for row in rows]
-    x = np.arange(len(rows))
     for ax, column in zip(axes.flat, columns):
-        numbers = [over_seeds(results, column) for _, results in rows]
-        heights = [number.mean if number else np.nan for number in numbers]
-        errors = [number.std if number and number.std is not None else np.nan for number in numbers]
-        bars = ax.bar(x, heights, 0.7, yerr=errors, capsize=2)
-        labels = [f"{number.mean:.3g}" if number else "" for number in numbers]
-        ax.bar_label(bars, labels, fontsize=7, padding=1)
+        # What was not measured is NaN: no bar, no number
+        numbers = [over_seeds(row.results, column) or Number(np.nan) for row in rows]
+        means = np.array([number.mean for number in numbers])
+        deviations = np.array([number.std for number in numbers], float)
+        bars = ax.bar(range(len(rows)), means, 0.7, yerr=deviations, capsize=2)
+        ax.bar_label(bars, fmt="{:.3g}", fontsize=7, padding=1)
         ax.margins(y=0.1)       # room for the number above the highest bar
-        for i, (name, _) in enumerate(rows):
-            if theirs := paper_number(paper, name, column):
+        for i, row in enumerate(rows):
+            if theirs := paper_number(paper, row.name, column):
                 ax.plot(i, theirs.mean, "kD", markersize=4, markerfacecolor="white")
-        ax.set_xticks(x, names, rotation=40, ha="right", fontsize=8)
-        if floor := floor_of(rows[0][1][0], column):
+        ax.set_xticks(range(len(rows)), [label_of(rows, row) for row in rows],
+                      rotation=40, ha="right", fontsize=8)
+        if floor := floor_of(rows[0].first, column):
             ax.axhline(floor, color="black", linestyle="dashed")
-        means = [number.mean for number in numbers if number]
-        if means and max(means) > 20 * min(means) > 0:
+        known = means[~np.isnan(means)]
+        if known.size and known.max() > 20 * known.min() > 0:
             ax.set_yscale("log")
         better = "higher" if is_higher_better(column) else "lower"
-        ax.set(title=title_of(rows[0][1][0], column), ylabel=f"{better} is better")
+        ax.set(title=title_of(rows[0].first, column), ylabel=f"{better} is better")
     for ax in axes.flat[len(columns):]:
         ax.remove()
     # About ten characters to an inch
@@ -375,28 +344,60 @@ def results_figure(rows, columns, paper, title, path):
 def conditions_of(rows):
     """How the first row's numbers were made, and in what other rows differ."""
     told = {"guidance"} if len(strengths_of(rows)) > 1 else set()       # a column of the table
-    result = rows[0][1][0]
-    s = {key: value for key, value in result["settings"].items() if key not in told}
-    against = f"{result['num_real']:,} real images ({s.get('reference')})"
-    text = f"{result['num']:,} images against {against}."
+    first = rows[0].first
+    s = {key: value for key, value in first["settings"].items() if key not in told}
+    against = f"{first['num_real']:,} real images ({s.get('reference')})"
+    text = f"{first['num']:,} images against {against}."
     if "sampler" in s:
-        seeds = ", ".join(dict.fromkeys(str(noise) for _, noise in seeds_of(rows[0][1])))
-        text = (f"{s['dataset']}; {sampling_in_words(s)}, noise of seed {seeds}; {result['num']:,} "
+        seeds = ", ".join(dict.fromkeys(str(noise) for _, noise in seeds_of(rows[0])))
+        text = (f"{s['dataset']}; {sampling_in_words(s)}, noise of seed {seeds}; {first['num']:,} "
                 f"class-balanced samples against {against}.")
     elif "epochs" in s:         # a classifier of classify.py
         length = f"{s['epochs']} epochs" if s["epochs"] else f"{s['steps']} steps"
-        text = (f"{s['dataset']}, IR {s['ir']:g}, {length}, per cent on "
-                f"{result['num_real']:,} test images; Many / Medium / Few: over 100, 20 to 100, "
-                "under 20 training images.")
-    return " ".join(filter(None, [text, what_differs(rows, told)]))
+        text = (f"{s['dataset']}, IR {s['ir']:g}, {length}, per cent on {first['num_real']:,} test "
+                "images; Many / Medium / Few: over 100, 20 to 100, under 20 training images.")
+    differing = []
+    for row in rows[1:]:
+        found = differences(settings_of(first), settings_of(row.first))
+        words = [f"{key} {value}" for key, (_, value) in found.items()
+                 if key not in told and value is not None]
+        if lacking := [key for key, (_, value) in found.items() if value is None]:
+            words.append(f"without {', '.join(lacking)}")
+        if words:
+            differing.append(f"{escaped(row.name)} ({escaped(', '.join(words))})")
+    return f"{text} Differs: {'; '.join(dict.fromkeys(differing))}." if differing else text
+
+
+def notes_of(rows, columns, paper):
+    """The sentences above the table: what its numbers are, and what they are not."""
+    results = [result for row in rows for result in row.results]
+    notes = [conditions_of(rows),
+             "Mean ± standard deviation over seeds; best in bold, second best in italics."]
+    if paper:
+        notes += ["Beside each number is the paper's; in the figure it is a diamond.",
+                  paper.get("note", "")]
+    if "fd" in results[0]:
+        notes.append("FD and KD are distances in other features than Inception's, not FID and KID: "
+                     "do not compare them with the paper's numbers. Accuracy is the per cent of "
+                     "the samples that the classifier takes for the class asked for.")
+    if any(min(r["num"], r["num_real"]) < FEW for r in results if {"fid", "fd"} & r.keys()):
+        notes.append(f"With fewer than {FEW:,} images on a side, Frechet distances are too high "
+                     "and Inception scores too low: they compare at equal counts only.")
+    if any(floor_of(results[0], column) for column in columns):
+        notes.append("Real against real compares the halves of the reference, each class halved; "
+                     "with half as many images, it lies above the distance of perfect samples. In "
+                     "the figure it is the dashed line.")
+    notes += dict.fromkeys(text for r in results for text in r.get("warnings", ()))
+    return " ".join(filter(None, notes))
 
 
 def commands_part(rows):
     """The page's part with the commands behind each row's first file."""
-    lines = [f"{command}    # {name}" for name, (first, *_) in rows
-             for command in (first["settings"].get("command"), first.get("command")) if command]
+    lines = [f"{command}    # {row.name}" for row in rows
+             for command in (row.first["settings"].get("command"), row.first.get("command"))
+             if command]
     text = "\n".join(dict.fromkeys(lines))
-    return f"## The first seed's commands\n\n```bash\n{text}\n```\n"
+    return f"## The first seed's commands\n\n```bash\n{text}\n```"
 
 
 def picture_part(title, columns, path, across):
@@ -405,15 +406,14 @@ def picture_part(title, columns, path, across):
     shown = {name: (c.images, c.labels) for name, c in columns.items()}
     disk.write_png(path, grid_image(shown, data["class_names"], data.get("class_counts"),
                                     across=across))
-    return f"## {title}\n\n![{title}]({path.name})\n"
+    return f"## {title}\n\n![{title}]({path.name})"
 
 
 def pair_part(files, out):
     """The page's part with --pair's two files. Raises UserError."""
     general, full = (read_column(file, "--pair") for file in files)
-    branches = [column.settings.get("branch") for column in (general, full)]
-    one = [{**column.settings, "branch": None} for column in (general, full)]
-    if branches != ["general", "full"] or one[0] != one[1]:
+    if (general.settings.get("branch") != "general"
+            or {**general.settings, "branch": "full"} != full.settings):
         raise UserError(f"--pair {' '.join(files)}: give samples of --branch general, then those "
                         "of the full network with the same settings and noise")
     return picture_part("Samples of theta_g and of theta from the same noise", {
@@ -437,8 +437,7 @@ def samples_parts(rows, out):
     """
     parts = []
     for strength in strengths_of(rows):
-        found = {name: samples_of(r) for name, (r, *_) in rows
-                 if r["settings"].get("guidance") == strength}
+        found = {row.name: samples_of(row.first) for row in rows if row.guidance == strength}
         first = next(filter(None, found.values()), None)
         shown = {name: c for name, c in found.items() if c and fit_together(first, c)}
         if shown:
@@ -446,7 +445,7 @@ def samples_parts(rows, out):
                                       out.with_name(f"{out.stem}-samples-{strength:g}.png"), 4))
             if missing := [escaped(name) for name in found if name not in shown]:
                 parts.append(f"Not shown: {', '.join(missing)} (no samples here, or of other "
-                             "training images).\n")
+                             "training images).")
     return parts
 
 
@@ -456,32 +455,31 @@ def demo_summary(rows):
     One run against one: the paired differences of the demo's seeds have a standard deviation of
     20 % on Few, so that one below 40 % says nothing.
     """
-    metric = "fd" if "fd" in rows[0][1][0] else "fid"
-
-    def of(group, k):
-        return over_seeds(rows[k][1], f"{group} {metric}").mean
-
-    def compared(group):
-        change = of(group, 1) / of(group, 0) - 1
+    title = title_of(rows[0].first, "fid")
+    said, ratios = [], []
+    for words, group in (("Rare classes (Few)", "Few"), ("Frequent classes (Many)", "Many")):
+        without, with_cm, general = (over_seeds(row.results, f"{group} fid").mean
+                                     for row in rows[:3])
+        ratios.append(general / with_cm)
+        change = with_cm / without - 1
         if abs(change) < 0.4:
-            return "a single run cannot show a difference below 40 %"
-        words = "lower, which is better" if change < 0 else "higher, which is worse"
-        return f"{abs(change):.0%} {words}; another seed may say otherwise"
-    few, many = (of(group, 2) / of(group, 1) for group in ("Few", "Many"))
+            shown = "a single run cannot show a difference below 40 %"
+        else:
+            better = "lower, which is better" if change < 0 else "higher, which is worse"
+            shown = f"{abs(change):.0%} {better}; another seed may say otherwise"
+        said.append(f"{words}: {title} {with_cm:.1f} with CM, {without:.1f} without: {shown}.")
+    few, many = ratios
     holds = "holds more" if few > 1.15 * max(1, many) else "does not hold more"
-    return [
-        *(f"{words}: {metric.upper()} {of(group, 1):.1f} with CM, {of(group, 0):.1f} without: "
-          f"{compared(group)}."
-          for words, group in (("Rare classes (Few)", "Few"), ("Frequent classes (Many)", "Many"))),
-        f"Without the reserved part, CM's {metric.upper()} is {few:.1f} times as large on Few and "
-        f"{many:.1f} times on Many: that part {holds} of the rare classes than of the frequent "
-        "ones."]
+    said.append(f"Without the reserved part, CM's {title} is {few:.1f} times as large on Few and "
+                f"{many:.1f} times on Many: that part {holds} of the rare classes than of the "
+                "frequent ones.")
+    return said
 
 
-def seconds_per_step(results):
+def seconds_per_step(row):
     """The median over the training logs of a row's runs; None where they are not there."""
     found = []
-    for settings in (result["settings"] for result in results):
+    for settings in (result["settings"] for result in row.results):
         log = Path(settings.get("ckpt", "")).with_name("log.jsonl")
         lines = map(json.loads, log.read_text().splitlines()) if log.is_file() else []
         found += [settings["config"]["batch_size"] / line["images_per_s"] for line in lines
@@ -494,33 +492,31 @@ def verdict(rows):
 
     A difference is said to be better or worse where its 95 % interval excludes zero.
     """
-    first = rows[0][1][0]
+    first = rows[0].first
     metric, overall = ("fid", "fid") if {"fid", "fd"} & first.keys() else ("accuracy", "recall")
     columns = [*(f"{part} {metric}" for part in first["groups"] or first["classes"]), overall]
     said = []
-    for (name, results), (other, others) in pairs_of(rows):
+    for row, other in pairs_of(rows):
         found = {"better": [], "worse": [], "no difference shown": []}
         for column in columns:
-            gain = difference(results, others, column)
+            gain = difference(row, other, column)
             if gain is None:
                 continue
             mean, half = gain
-            shown = half is not None and abs(mean) > half
-            title = ("" if column != "fid" else "overall ") + title_of(first, column)
-            kind = "better" if (mean > 0) == is_higher_better(column) else "worse"
-            found[kind if shown else "no difference shown"].append(
-                f"{title} {show_difference(gain, column)}")
+            kind = "no difference shown"
+            if half is not None and abs(mean) > half:
+                kind = "better" if (mean > 0) == is_higher_better(column) else "worse"
+            title = ("overall " if column == "fid" else "") + title_of(first, column)
+            found[kind].append(f"{title} {show_difference(gain, column)}")
         how = "" if metric == "accuracy" else ", as many steps"
-        if other.endswith(", as long"):
-            how = ""
-            with_cm, without = seconds_per_step(results), seconds_per_step(others)
-            if with_cm and without:
-                how += (f" (a step takes {with_cm:.3g} s with CM and {without:.3g} s without, "
-                        f"{with_cm / without:.2f} times as long)")
-        n = len(results)
+        if other.name.endswith(", as long"):
+            with_cm, without = seconds_per_step(row), seconds_per_step(other)
+            how = (f" (a step takes {with_cm:.3g} s with CM and {without:.3g} s without, "
+                   f"{with_cm / without:.2f} times as long)" if with_cm and without else "")
+        n = len(row.results)
         seeds = f"{n} seeds" if n > 1 else "one seed, which decides nothing"
         words = "; ".join(f"{kind}: {', '.join(texts)}" for kind, texts in found.items() if texts)
-        said.append(f"{name} against {other}{how}, {seeds}: {words}.")
+        said.append(f"{row.name} against {other.name}{how}, {seeds}: {words}.")
     return said
 
 
@@ -533,40 +529,38 @@ def copies_in_words(path, rows):
     found = (disk.read_json(path) or {}).get("rows")
     if not found:
         raise UserError(f"--copies {path}: not a copies.json of probes.copies")
-    runs = {Path(results[0]["settings"].get("ckpt", "")).parent: name for name, results in rows}
-    real = found.get("real, not in the training set")
+    real = found.pop("real, not in the training set", None)
+    group = "Few" if all("Few" in result["features"] for result in found.values()) else "all"
+    expected = real["features"].get(group) if real else None
+    runs = {Path(row.first["settings"].get("ckpt", "")).parent: row.name for row in rows}
     words = []
     for file, result in found.items():
         name = next((name for run, name in runs.items() if run in Path(file).parents), None)
-        group = "Few" if "Few" in result["features"] else "all"
         if not name:
             continue
         share, n = result["features"][group], result["num"][group]
         text = f"{share:.0%} of {n:,} samples of {name}"
-        if real and group in real["features"]:
-            expected, m = real["features"][group], real["num"][group]
+        if expected is not None:
+            m = real["num"][group]
             error = (share * (1 - share) / n + expected * (1 - expected) / m) ** 0.5
             text += ", more" if share - expected > 2 * error else ", not more"
         words.append(text)
-    if real and group in real["features"]:
-        words.append(f"expected are {expected:.0%}, as of {m:,} real images that were not trained "
-                     "on")
+    if expected is not None:
+        words.append(f"expected are {expected:.0%}, as of {real['num'][group]:,} real images that "
+                     "were not trained on")
     return (f"Images of {'Few' if group == 'Few' else 'all classes'} that are nearer to a training "
             f"image than any other training image is, as copies are: {'; '.join(words)}.")
 
 
 def summary(rows, copies):
     """The sentences of --summary; copies: the file of --copies, or None."""
-    if rows[-1][1][0]["settings"].get("branch") == "general":
+    if rows[-1].first["settings"].get("branch") == "general":
         return demo_summary(rows) if len(rows) > 2 else []      # else one has failed
     said = verdict(rows)
     if copies and Path(copies).is_file():
         said.append(copies_in_words(copies, rows))
     return said
 
-
-# --------------------------------------------------------------------------------------------------
-# A table of the paper's, or of rows of one's own: means over seeds
 
 def columns_of(args, rows):
     """(title, columns, the paper's numbers or None) of the table. Raises UserError.
@@ -585,21 +579,18 @@ def columns_of(args, rows):
             columns = ["Many fid", "Medium fid", "Few fid", "fid"]
         return ": ".join(filter(None, [table["title"], args.setting])), columns, paper
 
-    firsts = [results[0] for _, results in rows]
-    groups = list(dict.fromkeys(group for first in firsts
-                                for group in first["groups"] or first["classes"]))
+    firsts = [row.first for row in rows]
+    groups = dict.fromkeys(g for first in firsts for g in first["groups"] or first["classes"])
 
-    def known(columns):
-        return [c for c in columns if any(value_of(first, c) is not None for first in firsts)]
-    metrics = known(["fid", "kid", "is", "recall", "precision", "density", "coverage",
-                     "accuracy"])
-    by_metric = [known(f"{group} {metric}" for group in groups) for metric in metrics]
-    columns = [*next(filter(None, by_metric), []), *metrics,
-               *known(f"{group} accuracy" for group in groups)]
-    return "Results", list(dict.fromkeys(columns)), None
+    def is_known(column):
+        return any(value_of(first, column) is not None for first in firsts)
+    metrics = ["fid", "kid", "is", "recall", "precision", "density", "coverage", "accuracy"]
+    by_group = next((metric for metric in metrics for group in groups
+                     if is_known(f"{group} {metric}")), "accuracy")
+    columns = [*(f"{group} {by_group}" for group in groups), *metrics,
+               *(f"{group} accuracy" for group in groups)]
+    return "Results", list(filter(is_known, dict.fromkeys(columns))), None
 
-
-# --------------------------------------------------------------------------------------------------
 
 def make_parser():
     """The flags."""
@@ -612,16 +603,15 @@ def make_parser():
                         help="say first, in sentences, whether CM helped, and what it cost; of a "
                         "baseline, CM, and CM's theta_g alone: what the reserved part holds")
     parser.add_argument("--copies", metavar="FILE",
-                        help="with --summary: copies.json of probes.copies, to say whether images "
-                        "are copied")
+                        help="copies.json of probes.copies: --summary then says whether images are "
+                        "copies")
     parser.add_argument("--picture", action="append", default=[], metavar="TITLE=FILE",
                         help="a picture that is shown below the others; repeatable")
     parser.add_argument("--paper", metavar="TABLE",
-                        help="make this table of the paper: table2, fig4b, ... "
-                        "(see paper_results.json)")
+                        help="one of the paper's tables in paper_results.json: table2, fig4b, ...")
     parser.add_argument("--setting",
                         help="the data set and its ratio, for example cifar100-ir100: "
-                        "which of the paper's numbers are shown beside the rows' (default: none)")
+                        "shows the paper's numbers beside the rows' (default: none)")
     parser.add_argument("--out", default="out/report.md",
                         help="the page, Markdown; beside it go its pictures, and the same as one "
                         ".html file (default: out/report.md)")
@@ -633,51 +623,37 @@ def main():
     args = make_parser().parse_args()
     if args.setting and not args.paper:
         raise UserError("--setting: belongs to --paper; leave it out")
-    given = [read_row(text) for text in args.row]
-    rows = [(name, results) for name, results, _ in given if results]
-    if not rows:
-        raise UserError(f"--row {args.row[0]}: there are no such files; run evaluate.py first")
-    refuse_other_measures(rows)
+    given = read_rows(args.row)
+    rows = [row for row in given if row.results]
     out = Path(args.out)
     pair = [pair_part(args.pair, out)] if args.pair else []
     title, columns, paper = columns_of(args, rows)
-    notes = [conditions_of(rows), MEANS_NOTE]
-    if paper:
-        notes += ["Beside each number is the paper's; in the figure it is a diamond.",
-                  paper.get("note", "")]
-    if "fd" in rows[0][1][0]:
-        notes.append(CLASSIFIER_NOTE)
-    if any(min(r["num"], r["num_real"]) < FEW for _, results in rows for r in results
-           if {"fid", "fd"} & r.keys()):
-        notes.append(FEW_NOTE)
-    if any(floor_of(rows[0][1][0], column) for column in columns):
-        notes.append(FLOOR_NOTE)
-    notes += dict.fromkeys(text for _, results in rows for result in results
-                           for text in result.get("warnings", ()))
-    table = "\n\n".join(filter(None, [results_table(given, columns, paper),
-                                      paired_differences(rows, columns)]))
+    tables = list(filter(None, [results_table(given, columns, paper),
+                                paired_differences(rows, columns)]))
     results_figure(rows, columns, paper, title, out)
     said = summary(rows, args.copies) if args.summary else []
     pictures = [named(text, "--picture") for text in args.picture]
-    files = [args.copies] * bool(args.copies) + [file for _, file in pictures]
+    files = [file for file in [args.copies, *(file for _, file in pictures)] if file]
     lost = [file for file in files if not Path(file).is_file()]
-    page.write(out, "\n".join([
-        f"# {title}\n",
-        *(f"- {line}" for line in said), "",
-        " ".join(filter(None, notes)) + "\n",
-        table + "\n",
-        f"![the table as bars]({out.stem}.png)\n",
+    page.write(out, "\n\n".join(filter(None, [
+        f"# {title}",
+        "\n".join(f"- {line}" for line in said),
+        notes_of(rows, columns, paper),
+        *tables,
+        f"![the table as bars]({out.stem}.png)",
         *pair,
         *samples_parts(rows, out),
-        *(f"## {name}\n\n![{name}]({os.path.relpath(file, out.parent)})\n"
+        *(f"## {name}\n\n![{name}]({os.path.relpath(file, out.parent)})"
           for name, file in pictures if file not in lost),
-        commands_part(rows)]))
-    print("\n".join([table, *said, f"wrote {out}, {out.with_suffix('.html').name}"]))
+        commands_part(rows)])) + "\n")
+    print("\n\n".join(tables), *said, sep="\n")
+    print(f"wrote {out}, {out.with_suffix('.html').name}")
     if lost:
         raise UserError(f"--picture, --copies: not on the page, since there is no {lost[0]}")
-    if failed := [name for name, _, missing in given if missing]:
-        files = ", ".join(file for _, _, missing in given for file in missing)
-        raise UserError(f"--row {', '.join(failed)}: shown as failed, since there is no {files}")
+    if failed := [row for row in given if row.missing]:
+        names = ", ".join(row.name for row in failed)
+        files = ", ".join(file for row in failed for file in row.missing)
+        raise UserError(f"--row {names}: shown as failed, since there is no {files}")
 
 
 if __name__ == "__main__":
