@@ -14,7 +14,7 @@ import hashlib
 import re
 import sys
 from argparse import Namespace
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from unicodedata import normalize
 
@@ -55,8 +55,7 @@ class ImageSet:
         """The subset of these rows, in ascending order (a memory map is then read forwards)."""
         rows = np.sort(rows)
         packed = rows if self.rows is None else self.rows[rows]
-        return ImageSet(self.name, self.images[rows], self.labels[rows], self.class_names,
-                        self.flip, self.provenance, self.sha256, packed, self.total)
+        return replace(self, images=self.images[rows], labels=self.labels[rows], rows=packed)
 
     def table(self, groups: dict[str, list[int]] | None = None,
               rule: str = "thirds of the classes, by size") -> str:
@@ -181,8 +180,6 @@ def long_tail_counts(available: ArrayLike, ir: float) -> np.ndarray:
     """
     available = np.asarray(available)
     C = len(available)
-    if C < 2:
-        raise UserError("--ir: a long tail needs at least two classes")
     decay = np.array([(1 / ir) ** (c / (C - 1)) for c in range(C)])
     n_max = available.sum() // C
     while n_max and ((n_max * decay).astype(int) > available).any():
@@ -252,14 +249,6 @@ def training_images(ckpt: Checkpoint, data_dir: str | Path | None = None) -> Ima
         raise UserError(f"--data-dir {data_dir}: not the images that --ckpt was trained on")
     refuse_other_source(images, ckpt["data"], data_dir)
     return images
-
-
-def refuse_other_data(old: dict, record: dict, args: Namespace) -> None:
-    """Raise UserError where a run's data, of its checkpoint, are not `record`, this command's."""
-    if any(record.get(key) != value for key, value in old.items()):
-        raise UserError(f"--data-dir {args.data_dir}: not the images that the run in {args.out} "
-                        "was started with; choose another folder with --out, or in "
-                        "run_all.sh with ROOT")
 
 
 def refuse_other_source(images: ImageSet, old: dict, data_dir: str | Path) -> None:
@@ -410,9 +399,8 @@ def equal_rows(labels: np.ndarray) -> np.ndarray:
     if is_balanced(counts):
         return np.arange(len(labels))
     order = np.random.RandomState(0).permutation(len(labels))
-    by_class = order[np.argsort(labels[order], kind="stable")]      # shuffled within each class
-    starts = np.cumsum(counts) - counts
-    return np.sort(by_class[(starts[:, None] + np.arange(counts.min())).ravel()])
+    rows = [order[labels[order] == c][:counts.min()] for c in range(len(counts))]
+    return np.sort(np.concatenate(rows))
 
 
 def load_reference(name: str, data_dir: str | Path = "data", split: str | None = None,
@@ -480,10 +468,7 @@ def to_rgb(images: np.ndarray) -> np.ndarray:
 
 
 def device_limit(device: torch.device | str) -> int:
-    """How many bytes of training data are copied to a device.
-
-    On CUDA a quarter of the memory that is free, on the CPU 4 GiB.
-    """
+    """How many bytes of training data go to a device: a quarter of CUDA's free memory, or 4 GiB."""
     if torch.device(device).type == "cuda":
         return torch.cuda.mem_get_info(device)[0] // 4
     return 4 << 30
@@ -575,8 +560,7 @@ def add_data_flags(parser: Parser, dataset: str = "cifar100", ir: float | None =
                    help="pixels per side (default: the set's own; folder: 64)")
     known = f" (default: {ir:g})" if ir else ""
     g.add_argument("--ir", type=number(low=1), default=ir,
-                   help="imbalance ratio N_max / N_min; 1: every image, as it is"
-                   + known)
+                   help="imbalance ratio N_max / N_min; 1: every image, as it is" + known)
     g.add_argument("--tail-seed", type=integer(0, 2**32 - 1), default=0, metavar="SEED",
                    help="seed of the long-tail draw (default: 0, Cao et al.)")
     g.add_argument("--class-order", help="classes, the most populous first: names or numbers with "

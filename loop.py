@@ -17,7 +17,9 @@ import math
 import os
 import sys
 import time
+from argparse import Namespace
 from contextlib import nullcontext
+from dataclasses import InitVar, dataclass
 from datetime import timedelta
 from pathlib import Path
 
@@ -29,7 +31,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 import disk
 import runtime
-from data import class_groups, load_long_tailed, refuse_other_data
+from data import class_groups, load_long_tailed
 from runtime import UserError, flag_of, integer, number
 from sample import grid_image, ten_classes
 
@@ -54,14 +56,14 @@ def add_step_flags(group, **defaults):
     defaults: of --lr, --warmup and --ema, by their names; one that is left out has none.
     """
     defaults = {"batch_size": 64, "accumulate": 1, "grad_clip": 1.0, "label_drop": 0.1, **defaults}
-    add_with_defaults(group, defaults, {
-        "--batch-size": (integer(1), "images per step, over all processes"),
-        "--accumulate": (integer(1), "passes per step over parts of the batch: less memory"),
-        "--lr": (number(above=0), "learning rate after the warm-up"),
-        "--warmup": (integer(0), "steps in which it rises linearly"),
-        "--grad-clip": (number(above=0), "largest gradient norm"),
-        "--ema": (number(0, 1), "decay of the averaged weights, less in the first steps"),
-        "--label-drop": (number(0, 1), "probability that a label, or text, is Null")})
+    runtime.add_with_defaults(group, defaults, {
+        "batch_size": (integer(1), "images per step, over all processes"),
+        "accumulate": (integer(1), "passes per step over parts of the batch: less memory"),
+        "lr": (number(above=0), "learning rate after the warm-up"),
+        "warmup": (integer(0), "steps in which it rises linearly"),
+        "grad_clip": (number(above=0), "largest gradient norm"),
+        "ema": (number(0, 1), "decay of the averaged weights, less in the first steps"),
+        "label_drop": (number(0, 1), "probability that a label, or text, is Null")})
     group.add_argument("--lr-decay", action="store_true",
                        help="the learning rate falls to 0 at --steps, by half a cosine")
     runtime.add_compile_flag(group)
@@ -70,20 +72,12 @@ def add_step_flags(group, **defaults):
 def add_write_flags(parser, **defaults):
     """--save-every --keep-every --sample-every --log-every; defaults: as in add_step_flags."""
     group = parser.add_argument_group("output")
-    add_with_defaults(group, defaults, {
-        "--save-every": (integer(1), "steps between writes of ckpt.pt"),
-        "--keep-every": (integer(1), "steps between ckpt-STEP.pt, which are kept"),
-        "--sample-every": (integer(0), "steps between grids of samples; 0: none"),
-        "--log-every": (integer(1), "steps between log lines")})
+    runtime.add_with_defaults(group, defaults, {
+        "save_every": (integer(1), "steps between writes of ckpt.pt"),
+        "keep_every": (integer(1), "steps between ckpt-STEP.pt, which are kept"),
+        "sample_every": (integer(0), "steps between grids of samples; 0: none"),
+        "log_every": (integer(1), "steps between log lines")})
     return group
-
-
-def add_with_defaults(group, defaults, flags):
-    """Add flags, {flag: (type, help)}; defaults: {name: default}, which --help then says."""
-    for flag, (kind, words) in flags.items():
-        default = defaults.get(flag[2:].replace("-", "_"))
-        shown = "" if default is None else f" (default: {default:,g})"
-        group.add_argument(flag, type=kind, default=default, help=words + shown)
 
 
 def config_of(args):
@@ -104,37 +98,30 @@ def resume(args, kinds, resumable=()):
     keeps_dtype = old is not None and args.dtype == "auto"
     rt = runtime.setup(args.device, old["config"]["dtype"] if keeps_dtype else args.dtype)
     args.dtype = rt.dtype_name()
-    rt.agree(old["step"] if old else 0, args.out)
+    step = old["step"] if old else 0
+    if rt.maximum(step) != -rt.maximum(-step):
+        raise UserError(f"--out {args.out}: the processes find different checkpoints there; all "
+                        "nodes must share this folder")
     if args.batch_size % (rt.world * args.accumulate):
         raise UserError(f"--batch-size {args.batch_size}: must be a multiple of {rt.world} "
                         f"processes times --accumulate {args.accumulate}")
     if getattr(args, "base", None) == "consistency" and args.ct_double is None:
         args.ct_double = old["config"]["ct_double"] if old else max(1, args.steps // 4)
-    if old:
-        may_change = RESUMABLE | {*resumable}
-        if getattr(args, "lr_decay", False):        # what each step was depends on their number
-            may_change -= {"steps", "epochs"}
-        refuse_changes(old["config"], config_of(args), args.out, may_change)
-    return old, rt
-
-
-def refuse_changes(old, config, out, resumable):
-    """Raise UserError for the first setting that is not the one of the run in `out`.
-
-    old, config: settings of the checkpoint and of this command; one that only `config` has was off.
-    resumable: names of those that may change. NAME_sha256 is the content of NAME's file.
-    """
-    for key, value in config.items():
-        was_off = key not in old and not value
-        if key in resumable or was_off or old.get(key) == value:
+    may_change = RESUMABLE | {*resumable}
+    if args.lr_decay:           # what each step was depends on their number
+        may_change -= {"steps", "epochs"}
+    for key, value in config_of(args).items() if old else ():
+        was = old["config"].get(key)
+        was_off = key not in old["config"] and not value        # of a flag that is newer
+        if key in may_change or was_off or was == value:
             continue
-        name = key.removesuffix("_sha256")
-        was = old.get(key)
-        if name != key:
-            was, value = "another file of this name", config.get(name)
-        raise UserError(f"{flag_of(name)} {value}: the run in {out} was started with {was}; repeat "
-                        "that to resume it, or choose another folder with --out, or in "
+        if key.endswith("_sha256"):             # of the file that another setting names
+            key = key.removesuffix("_sha256")
+            was, value = "another file of this name", getattr(args, key)
+        raise UserError(f"{flag_of(key)} {value}: the run in {args.out} was started with {was}; "
+                        "repeat that to resume it, or choose another folder with --out, or in "
                         "run_all.sh with ROOT")
+    return old, rt
 
 
 def load_images(args, rt, old, source=None):
@@ -144,8 +131,10 @@ def load_images(args, rt, old, source=None):
     """
     with rt.rank_0_first():
         images = load_long_tailed(args, old or source)
-    if old:
-        refuse_other_data(old["data"], images.record(), args)
+    if old and images.record() != old["data"]:
+        raise UserError(f"--data-dir {args.data_dir}: not the images that the run in {args.out} "
+                        "was started with; choose another folder with --out, or in "
+                        "run_all.sh with ROOT")
     if getattr(args, "epochs", None):
         args.steps = math.ceil(args.epochs * len(images.labels) / args.batch_size)
     return images
@@ -233,10 +222,7 @@ class Meter:
 
 
 def format_line(step, args, means, groups, lr, speed):
-    """One aligned log line, with D of each group, or "-" where it had no image.
-
-    speed: images per second.
-    """
+    """One aligned log line, D of each group, "-" where it had no image; speed: images a second."""
     words = [f"step {step:>{len(str(args.steps))}}/{args.steps}  "]
     words += [f"{k} {v:<8.4f} " for k, v in means.items()
               if not k.startswith("D_") and k != "grad_norm"]
@@ -272,8 +258,8 @@ class Log:
         disk.write_json(out / "config.json", {**training.record, "torch": torch.__version__})
         self.path = out / "log.jsonl"
         lines = self.path.read_text().splitlines(True) if self.path.exists() else []
-        whole = [line for line in lines if line.endswith("\n")]     # a kill may have cut the last
-        kept = [line for line in whole if json.loads(line)["step"] <= training.step]
+        kept = [line for line in lines      # a kill may have cut the last one
+                if line.endswith("\n") and json.loads(line)["step"] <= training.step]
         disk.write_text(self.path, "".join(kept))
         self.board = SummaryWriter(out, purge_step=training.step + 1)
         rows = [f"| {key} | {value} |" for key, value in training.record["config"].items()]
@@ -295,44 +281,39 @@ class Log:
 # --------------------------------------------------------------------------------------------------
 # A run in progress
 
+@dataclass
 class Training:
-    """What the loop changes, and what a checkpoint keeps.
+    """What the loop changes, and what a checkpoint keeps."""
+    args: Namespace         # settings: --out, --seed, --steps, and the flags that are added above
+    rt: runtime.Runtime
+    net: torch.nn.Module    # its parameters that require gradients are trained, by `optimizer`
+    objective: torch.nn.Module      # makes a batch and its loss, see the head of this file;
+    batches: object                 # so do these
+    optimizer: torch.optim.Optimizer
+    record: dict            # what a checkpoint holds besides; in it "config" and "data"
+    old: InitVar[dict | None] = None    # the checkpoint to go on from, whose weights `net` has
 
-    args:      settings: --out, --seed, --steps, and the flags that are added above
-    net:       the network; its parameters that require gradients are trained, by `optimizer`
-    objective: the module that makes a batch and its loss, see the head of this file; so is batches
-    record:    what a checkpoint holds besides, the same at every step; in it "config" and "data"
-    old:       the checkpoint that the run goes on from, whose weights `net` has already, or None
-    """
     averages = True             # whether weights are averaged, by --ema
     broadcast_buffers = False   # whether all ranks go on from rank 0's buffers in every step
     max_base = 10.0             # a base loss above this has diverged: predicting zero costs 1
 
-    def __init__(self, args, rt, net, objective, batches, optimizer, record, old=None):
-        self.args = args
-        self.rt = rt
-        self.net = net
-        self.objective = objective
-        self.batches = batches
-        self.optimizer = optimizer
-        self.record = record
-        self.params = {name: p for name, p in net.named_parameters() if p.requires_grad}
+    def __post_init__(self, old):
+        self.params = {name: p for name, p in self.net.named_parameters() if p.requires_grad}
         self.ema = {}
         for name, p in self.params.items() if self.averages else ():
-            source = old["ema"][name].to(rt.device) if old else p.detach()
+            source = old["ema"][name].to(self.rt.device) if old else p.detach()
             self.ema[name] = source.clone(memory_format=torch.preserve_format)
-        data = record["data"]
-        self.meter = Meter(data["class_counts"], data["class_names"], rt.device)
+        data = self.record["data"]
+        self.meter = Meter(data["class_counts"], data["class_names"], self.rt.device)
         self.scaler = None
-        if rt.dtype == torch.float16:
-            self.scaler = torch.amp.GradScaler(rt.device.type)
-        self.step = 0
+        if self.rt.dtype == torch.float16:
+            self.scaler = torch.amp.GradScaler(self.rt.device.type)
+        self.step = old["step"] if old else 0
         if old:
-            self.step = old["step"]
-            optimizer.load_state_dict(old["optimizer"])
+            self.optimizer.load_state_dict(old["optimizer"])
+            self.meter.restore(old["window"])
             if self.scaler:
                 self.scaler.load_state_dict(old["scaler"])
-            self.meter.restore(old["window"])
 
     def weights(self):
         """What a checkpoint keeps of the network: all of its parameters, and their averages."""
@@ -468,9 +449,8 @@ def loop(training, samples=None, evaluation=None):
     """Train to args.steps, logging and saving; where a signal comes, save and leave the process.
 
     samples(state, labels, rt): images of a checkpoint, uint8 (N, H, W, C), for its grids.
-    evaluation: measures EMA samples, evaluation.measure(training, log) on every rank after every
-    step that evaluation.is_due(step) says; or None. Leaves with exit code 128 + the signal, after
-    the pass in which it came.
+    evaluation(training, log): measures EMA samples where that is due, on every rank after every
+    step; or None. Leaves with exit code 128 + the signal, after the pass in which it came.
     """
     args, rt = training.args, training.rt
     out = Path(args.out)
@@ -532,8 +512,8 @@ def run_steps(training, module, log, samples, evaluation):
             start = time.time()
             if log:
                 write_due(training, log, samples)
-            if evaluation and evaluation.is_due(step):
-                evaluation.measure(training, log)
+            if evaluation:
+                evaluation(training, log)
             clock += time.time() - start        # grids and distances are no training
     bar.close()
     if log:
@@ -565,16 +545,11 @@ def announce(training, compiled):
     args, rt, net = training.args, training.rt, training.net
     sizes = {name: p.numel() for name, p in net.named_parameters()}
     low_rank = sum(n for name, n in sizes.items() if name.rsplit(".", 1)[-1] in ("A", "B"))
-    frozen = sum(sizes.values()) - sum(p.numel() for p in training.params.values())
-    words = [f"network: {sum(sizes.values()) - low_rank:,} parameters"]
-    if frozen:
-        words.append(f", {frozen:,} of them frozen,")
-    if low_rank:
-        words.append(f" + {low_rank:,} low-rank (A, B)")
-    words.append(f"; {rt.device}, {args.dtype}, processes: {rt.world}")
-    if compiled:
-        words.append(", compiled")
-    rt.print("".join(words))
+    total = sum(sizes.values())
+    frozen = total - sum(p.numel() for p in training.params.values())
+    rt.print(f"network: {total - low_rank:,} parameters, low-rank (A, B): {low_rank:,}, frozen: "
+             f"{frozen:,}; {rt.device}, {args.dtype}, processes: {rt.world}, compiled: "
+             f"{'yes' if compiled else 'no'}")
     rt.print("config: " + " ".join(f"{k}={v}" for k, v in training.record["config"].items()))
     verb = "resuming" if training.step else "starting"
     rt.print(f"{verb} {args.out} at step {training.step} of {args.steps}")

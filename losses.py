@@ -31,7 +31,7 @@ from torch.utils._pytree import tree_map_only
 
 from cm_layers import general_only, is_reserved
 from model import distance, extract, q_sample, signal_and_sigma
-from runtime import generator, integer, number, one_of
+from runtime import add_with_defaults, generator, integer, number, one_of
 from variants import consistency
 from variants.augment import augment
 
@@ -241,7 +241,8 @@ FLAGS = {       # flags of train.py, {hyper-parameter: (type, help)}; the defaul
     "focal_gamma": (number(0), "gamma of --base focal"),
     "rop_weight": (number(0), "weight of --base rop's overlap term"),
     "rop_margin": (number(above=0), "margin of --base rop"),
-    "ct_double": (integer(1), "of --base consistency: steps until its intervals double"),
+    "ct_double": (integer(1), "of --base consistency: steps until its intervals double (default: "
+                  "a quarter of --steps)"),
     "ct_grid": (one_of("uniform", "karras"), "of --base consistency: t in equal parts (uniform), "
                 "or as iCT's (karras)"),
 }
@@ -290,15 +291,13 @@ class CMConfig(NamedTuple):
 
 def add_cm_flags(group, div_bound: float = 0.01):
     """--lam --w-con --w-div --div-bound, the same in every script that trains with CM."""
-    group.add_argument("--lam", type=number(0), default=1.0,
-                       help="lambda of Eq. (4); 0 reserves without L_CM (default: 1)")
-    group.add_argument("--w-con", type=number(0), default=1.0,
-                       help="weight of L_Con (default: 1)")
-    group.add_argument("--w-div", type=number(0), default=1.0,
-                       help="weight of L_Div (default: 1; release: 0.2)")
-    group.add_argument("--div-bound", type=number(0, 1e6), default=div_bound, metavar="M",
-                       help="L_Div saturates at this distance; 0: never, as printed: it diverges "
-                       f"(default: {div_bound:g})")
+    defaults = {"lam": 1.0, "w_con": 1.0, "w_div": 1.0, "div_bound": div_bound}
+    add_with_defaults(group, defaults, {
+        "lam": (number(0), "lambda of Eq. (4); 0 reserves without L_CM"),
+        "w_con": (number(0), "weight of L_Con"),
+        "w_div": (number(0), "weight of L_Div; release: 0.2"),
+        "div_bound": (number(0, 1e6), "L_Div saturates at this distance; 0: never, as printed: it "
+                      "diverges")})
 
 
 def class_weights(counts: ArrayLike) -> tuple[Tensor, Tensor]:

@@ -79,11 +79,6 @@ class Plugins:
     importing = False
     found = []
 
-    @classmethod
-    def record(cls):
-        """{"plugin": [...]} for the settings of a result; {} where there is none."""
-        return {"plugin": list(cls.found)} if cls.found else {}
-
 
 def import_plugins(words):
     """Import each FILE of "--plugin FILE" or "--plugin=FILE" on a command line. Raises UserError.
@@ -223,6 +218,15 @@ def main_of(script, text, commands):
         print(f"    python {script} {word} --help")
 
 
+def add_with_defaults(group, defaults, flags):
+    """Add flags, {name: (type, help)}; defaults: {name: default}, which --help then says."""
+    for name, (kind, words) in flags.items():
+        default = defaults.get(name)
+        if default is not None:
+            words += f" (default: {default if isinstance(default, str) else f'{default:,g}'})"
+        group.add_argument(flag_of(name), type=kind, default=default, help=words)
+
+
 def flag_of(name):
     """The flag of a setting: --num-group for num_group."""
     return "--" + name.replace("_", "-")
@@ -335,12 +339,6 @@ class Runtime:
             warnings.simplefilter("ignore", FutureWarning)
             return DistributedDataParallel(module, devices, broadcast_buffers=broadcast_buffers,
                                            gradient_as_bucket_view=True)
-
-    def agree(self, step, out):
-        """Raise UserError where ranks found different steps in `out`, as without a shared disk."""
-        if self.maximum(step) != -self.maximum(-step):
-            raise UserError(f"--out {out}: the processes find different checkpoints there; "
-                            "all nodes must share this folder")
 
     def maximum(self, value, group=None):
         """The largest of every rank's `value` (an int), without waiting for the device.

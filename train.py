@@ -86,36 +86,7 @@ def make_parser():
                         help="the defaults that have several values below; small: hours on a CPU; "
                         "tiny: minutes (default: paper; folder without a GPU: tiny; digits: "
                         "digits)")
-    add_training_data_flags(parser)
-    add_method_flags(parser)
-    add_network_flags(parser)
-    add_optimisation_flags(parser)
-    parser.add_common("folder of the run (default: out/ and a name made of the settings)")
-    for action in parser._actions:
-        if action.dest in PRESETS["paper"]:
-            action.default = None
-            if action.dest != "resolution":
-                action.help += preset_words(str(PRESETS["paper"][action.dest]), {
-                    name: preset.get(action.dest) for name, preset in PRESETS.items()})
-        if action.dest in RECIPES["ours"]:
-            action.default = None
-        if action.dest == "ir":
-            action.help += preset_words("100", IR)
-    return parser
 
-
-def preset_words(default, others):
-    """The defaults of a flag, for --help; others: {preset or data set: its own one, or None}."""
-    names = {}          # {value: who has it}
-    for name, value in others.items():
-        if value is not None and name != "paper":
-            names.setdefault(str(value).removesuffix(".0"), []).append(name)
-    own = [f"{', '.join(who)}: {value}" for value, who in names.items()]
-    return f" (default: {'; '.join([default, *own])})"
-
-
-def add_training_data_flags(parser):
-    """Which images, and what is done to them."""
     g = add_data_flags(parser)
     g.add_argument("--flip", action=BooleanOptionalAction, default=None,
                    help="mirror images at random (default: on, but never for digits)")
@@ -128,9 +99,6 @@ def add_training_data_flags(parser):
                    "autoencoder, or a folder or hub name of diffusers (stabilityai/sd-vae-ft-mse); "
                    f"images have {LATENT_RESOLUTION} pixels by default and are not mirrored")
 
-
-def add_method_flags(parser):
-    """The losses and their constants, CM, experts, LoRA."""
     g = parser.add_argument_group("method")
     g.add_argument("--base", choices=BASES, default="oc",
                    help="L_base of Eq. (4) (default: oc, the paper's choice, which is made for "
@@ -158,8 +126,10 @@ def add_method_flags(parser):
     g.add_argument("--cbdm-y", choices=("uniform", "train"), default="uniform",
                    help="how y' is drawn; Eq. (D.1): uniform; CBDM's code: by the class sizes of "
                    "train (default: uniform)")
+    defaults = {name: default for base in BASES.values()
+                for name, default in losses.options_of(base).items()}
     # loop.resume fills in ct_double
-    add_own_flags(g, losses.FLAGS, [*map(losses.options_of, BASES.values()), {"ct_double": None}])
+    runtime.add_with_defaults(g, {**defaults, "ct_double": None}, losses.FLAGS)
     g.add_argument("--experts", choices=("group",),
                    help="a low-rank expert for each of Many, Medium and Few, not CM's one")
     g.add_argument("--init-from", metavar="CKPT",
@@ -167,22 +137,6 @@ def add_method_flags(parser):
     g.add_argument("--lora", action="store_true",
                    help="with --init-from: train low-rank parts only, without L_CM")
 
-
-def add_own_flags(group, flags, options):
-    """The flags of a table, losses.FLAGS or networks.FLAGS.
-
-    options: {name: default} of each entry of BASES or NETWORKS.
-    """
-    defaults = {name: value for own in options for name, value in own.items()}
-    for name, (kind, words) in flags.items():
-        default = defaults[name]
-        shown = "a quarter of --steps" if default is None else default
-        group.add_argument(runtime.flag_of(name), type=kind, default=default,
-                           help=f"{words} (default: {shown})")
-
-
-def add_network_flags(parser):
-    """Which network, and its size."""
     g = parser.add_argument_group("network")
     g.add_argument("--network", choices=NETWORKS, default="unet",
                    help="the paper's is the first (default: unet)")
@@ -193,13 +147,12 @@ def add_network_flags(parser):
                    help="levels with attention, 0 the finest")
     g.add_argument("--num-res-blocks", type=integer(1, 1000), help="residual blocks per level")
     g.add_argument("--dropout", type=number(0, 0.99), help="dropout probability")
-    add_own_flags(g, networks.FLAGS, map(networks.options_of, NETWORKS))
+    defaults = {name: default for network in NETWORKS
+                for name, default in networks.options_of(network).items()}
+    runtime.add_with_defaults(g, defaults, networks.FLAGS)
     g.add_argument("--recompute", action="store_true",
                    help="blocks compute anew in the backward pass: half of the memory, slower")
 
-
-def add_optimisation_flags(parser):
-    """Steps, batches, Adam, averaged weights; how often something is written or measured."""
     g = parser.add_argument_group("optimisation")
     g.add_argument("--steps", type=integer(1), help="training steps; may be raised to train longer")
     add_step_flags(g)
@@ -210,6 +163,29 @@ def add_optimisation_flags(parser):
                    help="class-balanced samples of --eval-every (default: 2000)")
     g.add_argument("--features", help="of --eval-every, as evaluate.py's: a network's name or a "
                    "classifier's checkpoint (default: inception; digits: the demo's classifier)")
+
+    parser.add_common("folder of the run (default: out/ and a name made of the settings)")
+    for action in parser._actions:
+        if action.dest in PRESETS["paper"]:
+            action.default = None
+            if action.dest != "resolution":
+                action.help += preset_words(str(PRESETS["paper"][action.dest]), {
+                    name: preset.get(action.dest) for name, preset in PRESETS.items()})
+        if action.dest in RECIPES["ours"]:
+            action.default = None
+        if action.dest == "ir":
+            action.help += preset_words("100", IR)
+    return parser
+
+
+def preset_words(default, others):
+    """The defaults of a flag, for --help; others: {preset or data set: its own one, or None}."""
+    names = {}          # {value: who has it}
+    for name, value in others.items():
+        if value is not None and name != "paper":
+            names.setdefault(str(value).removesuffix(".0"), []).append(name)
+    own = [f"{', '.join(who)}: {value}" for value, who in names.items()]
+    return f" (default: {'; '.join([default, *own])})"
 
 
 def resolve(args, given=()):
@@ -232,16 +208,7 @@ def resolve(args, given=()):
     for key, value in defaults.items():
         if getattr(args, key, None) is None:
             setattr(args, key, value)
-    check_network(args, given)
-    check_method(args, given)
-    if args.latents:
-        why = "--latents encodes each image once, as it is"
-        refuse_unused(given, {"flip": why, "ada": why})
-        if args.base == "consistency":
-            raise UserError("--base consistency: made for pixels, not for --latents")
-    refuse_unused(given, unused_data_flags(args))
-    if not args.eval_every:
-        refuse_unused(given, dict.fromkeys(("eval_num", "features"), "belongs to --eval-every"))
+    check_flags(args, given)
     if args.out is None:
         args.out = "out/" + run_name(args, defaults)
     if args.init_from and Path(args.init_from).is_file():   # a run that goes on needs it no more
@@ -249,60 +216,66 @@ def resolve(args, given=()):
     return args
 
 
-def check_network(args, given):
-    """Raise UserError where the network cannot be built as the flags say, or has no use for one."""
-    if args.network == "unet":
-        if any(level >= len(args.ch_mult) for level in args.attn):
-            raise UserError(f"--attn {max(args.attn)}: --ch-mult has levels 0 to "
-                            f"{len(args.ch_mult) - 1} only")
-    own = networks.options_of(args.network)
-    refuse_unused(given, {name: f"--network {args.network} has none"
-                          for name in (*NETWORK_FLAGS, *networks.FLAGS) if name not in own})
-    if args.ada and "augment_dim" not in own:
-        raise UserError(f"--ada: --network {args.network} has no augment_dim, to be told what was "
-                        "done to an image; leave it out")
-    if args.experts and args.network != "unet":
-        raise UserError(f"--experts: made for the U-Net, not for --network {args.network}")
-    if args.cm and args.reserve != "all" and args.network != "unet":
-        raise UserError(f"--reserve {args.reserve}: made for the U-Net, not for --network "
-                        f"{args.network}; take --reserve all")
-
-
-def check_method(args, given):
-    """Raise UserError for flags that mean nothing together.
+def check_flags(args, given):
+    """Raise UserError for flags that do nothing, or mean nothing together.
 
     --lora is CM's network without L_CM; --experts takes the place of CM.
     """
-    own = losses.options_of(BASES[args.base])
-    refuse_unused(given, {name: f"belongs to another base than {args.base}"
-                          for name in losses.FLAGS if name not in own})
-    if args.ada:
-        refuse_unused(given, {"flip": "--ada mirrors images itself, and tells the network"})
-    if args.base not in ("cbdm", "rop"):
-        refuse_unused(given, {"cbdm_y": f"--base {args.base} compares no other class"})
+    if args.lora and not args.init_from:
+        raise UserError("--lora: name the network that it starts from with --init-from CKPT")
+    if args.lora and args.experts:
+        raise UserError("--experts: --lora trains CM's low-rank parts; leave one of the two out")
+    if args.experts and args.cm and "cm" in given:
+        raise UserError("--cm: --experts takes its place; leave one of the two out")
     if args.lora:
-        if not args.init_from:
-            raise UserError("--lora: name the trained network that it starts from with --init-from "
-                            "CKPT")
-        if args.experts:
-            raise UserError("--experts: --lora trains CM's low-rank parts; leave one of the two "
-                            "out")
-        refuse_unused(given, {"cm": "--lora is CM's network without L_CM",
-                              **{name: "--lora has no L_CM" for name in CM_ONLY}})
-        args.cm = True
-        args.lam = 0.0
+        args.cm, args.lam = True, 0.0
     if args.experts:
-        if "cm" in given and args.cm:
-            raise UserError("--cm: --experts takes its place; leave one of the two out")
         args.cm = False
-    if not args.cm:
-        unused = (*CM_ONLY, "reserve", "form", *([] if args.experts else ["rank_ratio"]))
-        refuse_unused(given, {name: "means something with --cm only" for name in unused})
+    refuse_unused(given, unused_flags(args))
+    if args.network == "unet" and any(level >= len(args.ch_mult) for level in args.attn):
+        raise UserError(f"--attn {max(args.attn)}: --ch-mult has levels 0 to "
+                        f"{len(args.ch_mult) - 1} only")
+    if args.network != "unet" and args.cm and args.reserve != "all":
+        raise UserError(f"--reserve {args.reserve}: made for the U-Net, not for --network "
+                        f"{args.network}; take --reserve all")
+    shares_masks = not args.dropout or args.independent_dropout == "none"
+    if args.lam and not args.rank_ratio and shares_masks:
+        raise UserError("--rank-ratio 0: theta and theta^g are then the same; give them "
+                        "different masks with --independent-dropout and --dropout")
+    if args.latents and args.base == "consistency":
+        raise UserError("--base consistency: made for pixels, not for --latents")
+
+
+def unused_flags(args):
+    """{flag's name: why it does nothing}, of the flags beside each other."""
+    network, base = networks.options_of(args.network), losses.options_of(BASES[args.base])
+    unused = {name: f"--network {args.network} has none"
+              for name in (*NETWORK_FLAGS, *networks.FLAGS) if name not in network}
+    unused |= {name: f"belongs to another base than {args.base}"
+               for name in losses.FLAGS if name not in base}
+    unused |= unused_data_flags(args)
+    if args.network != "unet":
+        unused["experts"] = f"made for the U-Net, not for --network {args.network}"
+    if "augment_dim" not in network:
+        unused["ada"] = (f"--network {args.network} has no augment_dim, to be told what was done "
+                         "to an image")
+    if args.ada:
+        unused["flip"] = "--ada mirrors images itself, and tells the network"
+    if args.latents:
+        unused |= dict.fromkeys(("flip", "ada"), "--latents encodes each image once, as it is")
+    if args.base not in ("cbdm", "rop"):
+        unused["cbdm_y"] = f"--base {args.base} compares no other class"
+    if args.lora:
+        unused |= dict.fromkeys(("cm", *CM_ONLY), "--lora is CM's network without L_CM")
     if not args.rank_ratio:
-        if args.lam and not (args.dropout and args.independent_dropout != "none"):
-            raise UserError("--rank-ratio 0: theta and theta^g are then the same; give them "
-                            "different masks with --independent-dropout and --dropout")
-        refuse_unused(given, dict.fromkeys(("reserve", "form"), "--rank-ratio 0 reserves nothing"))
+        unused |= dict.fromkeys(("reserve", "form"), "--rank-ratio 0 reserves nothing")
+    if not args.cm:
+        unused |= dict.fromkeys((*CM_ONLY, "reserve", "form"), "means something with --cm only")
+        if not args.experts:
+            unused["rank_ratio"] = "means something with --cm or --experts only"
+    if not args.eval_every:
+        unused |= dict.fromkeys(("eval_num", "features"), "belongs to --eval-every")
+    return unused
 
 
 def run_name(args, defaults):
@@ -451,12 +424,10 @@ class Evaluation:
                  f"against {args.dataset}, {words}, {len(images.labels):,} images, in features of "
                  f"{self.extractor.name}")
 
-    def is_due(self, step):
-        """Whether it is done after this step."""
-        return step % self.args.eval_every == 0 or step == self.args.steps
-
-    def measure(self, training, log):
-        """Generate, on all ranks, measure and log. log: a loop.Log, on rank 0, else None."""
+    def __call__(self, training, log):
+        """Where it is due, generate on all ranks, measure and log. log: a loop.Log, or None."""
+        if training.step % self.args.eval_every and training.step != self.args.steps:
+            return
         from metrics.scores import LEAST_REAL, distance_of, placed, weights_of
         images = self.samples(training.state(), self.labels.tolist(), self.rt, gather=False)
         fake, _ = self.extractor.extract(lambda rows: to_rgb(images[rows]), len(images),

@@ -38,10 +38,10 @@ from data import add_data_flags, unused_data_flags
 from latent.autoencoder import (Autoencoder, LatentBatches, content_hash, encode_once, load_part,
                                 packages, refuse_other)
 from latent.captions import FORM, FrozenCLIP, read_prompt, texts_of
-from loop import (Training, add_step_flags, add_with_defaults, add_write_flags, config_of,
-                  is_finished, load_images, loop, resume)
+from loop import (Training, add_step_flags, add_write_flags, config_of, is_finished,
+                  load_images, loop, resume)
 from losses import CMConfig, Objective, add_cm_flags, bind
-from runtime import Parser, UserError, integer, number, refuse_unused, run
+from runtime import Parser, UserError, add_with_defaults, integer, number, refuse_unused, run
 from sample import (add_image_flags, add_output_flags, add_sampling_flags, add_weights_flags,
                     classes_and_sampling, describe, dtype_of, generate, labels_in_turn,
                     make_samples, samples_folder)
@@ -230,7 +230,7 @@ def make_train_parser():
                    f'with lines class,text (default: "{FORM}"; artbench10: "{PAINTING}")')
     add_method_flags(g, base="oc")
     add_with_defaults(g, {"rank": 128, "cm_rank": 8}, {
-        "--rank": (integer(1), "of the LoRA"), "--cm-rank": (integer(1), "of the reserved part")})
+        "rank": (integer(1), "of the LoRA"), "cm_rank": (integer(1), "of the reserved part")})
     g = add_optimisation_flags(parser, epochs=100, lr=3e-4, warmup=0, ema=0.999, weight_decay=1e-6)
     g.add_argument("--checkpointing", action="store_true",
                    help="gradient checkpointing: the same gradients with less memory; a step takes "
@@ -265,9 +265,9 @@ def add_optimisation_flags(parser, **defaults):
     """
     group = parser.add_argument_group("optimisation")
     add_with_defaults(group, defaults, {
-        "--steps": (integer(1), "training steps; may be raised to train longer"),
-        "--epochs": (integer(1), "passes over the training images, in place of --steps"),
-        "--weight-decay": (number(0), "AdamW's")})
+        "steps": (integer(1), "training steps; may be raised to train longer"),
+        "epochs": (integer(1), "passes over the training images, in place of --steps"),
+        "weight_decay": (number(0), "AdamW's")})
     add_step_flags(group, **defaults)
     return group
 

@@ -40,9 +40,9 @@ from latent.captions import FrozenCLIP, Table, Texts, Words, captions_of, vocabu
 from latent.stable_diffusion import (MODEL, LatentTraining, add_image_set_flags, add_method_flags,
                                      add_optimisation_flags, decoded, refuse_general, resolve,
                                      resolve_data, run_name)
-from loop import (Training, add_step_flags, add_with_defaults, add_write_flags, config_of,
-                  is_finished, load_images, loop, resume)
-from runtime import Parser, UserError, integer, number, run
+from loop import (Training, add_step_flags, add_write_flags, config_of, is_finished,
+                  load_images, loop, resume)
+from runtime import Parser, UserError, add_with_defaults, integer, number, run
 from sample import (add_output_flags, add_sampling_flags, describe, dtype_of, labels_in_turn,
                     make_samples, samples_folder, sampling_of)
 from samplers import Sampling
@@ -179,8 +179,8 @@ def make_train_parser():
                    help="r / min(d, k) of Eq. (1) (default: 0.1)")
     g = parser.add_argument_group("network")
     add_with_defaults(g, {"ch": 192, "depth": 18, "patch": 1}, {
-        "--ch": (integer(4, 65_536), "width"), "--depth": (integer(1), "blocks"),
-        "--patch": (integer(1), "latents of the side of a token")})
+        "ch": (integer(4, 65_536), "width"), "depth": (integer(1), "blocks"),
+        "patch": (integer(1), "latents of the side of a token")})
     add_optimisation_flags(parser, steps=100_000, lr=4.5e-4, warmup=5000, ema=0.9996,
                            weight_decay=0.045)
     add_write_flags(parser, **WRITE_EVERY)

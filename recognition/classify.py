@@ -22,9 +22,9 @@ import torch
 import disk
 import runtime
 from cm_layers import FORMS, merge
-from data import (Batches, ImageSet, add_data_flags, data_flags, load, load_long_tailed,
-                  refuse_other_data, to_classes, to_float, unused_data_flags)
-from loop import RESUMABLE, Training, config_of, is_finished, loop, resume
+from data import (Batches, ImageSet, add_data_flags, data_flags, load, to_classes, to_float,
+                  unused_data_flags)
+from loop import RESUMABLE, Training, config_of, is_finished, load_images, loop, resume
 from losses import CMConfig, add_cm_flags
 from recognition.resnet import (DISTANCES, LOSSES, NORMS, STAGES, ClassifierLoss,
                                 load_classifier, make_reserved, refuse_narrow)
@@ -181,8 +181,8 @@ def load_sets(args, rt, old=None):
 
     old: the checkpoint that the run goes on from, or None.
     """
+    real = load_images(args, rt, old)
     with rt.rank_0_first():
-        real = load_long_tailed(args, old)
         try:
             test = load(args.dataset, args.data_dir, "test", args.resolution, real.class_names,
                         args.pack_dir)
@@ -387,12 +387,11 @@ def main():
     refuse_narrow(args.width, rt.device)
     config = config_of(args)
     sets = load_sets(args, rt, old)
-    if old:
-        refuse_other_data(old["data"], sets.real.record(), args)
 
     N = len(sets.train.labels)
     args.steps_per_epoch = max(1, N // args.batch_size)
-    args.steps = args.steps or max(1, args.epochs * N // args.batch_size)
+    if args.epochs:             # over all images, the generated ones as well
+        args.steps = max(1, args.epochs * N // args.batch_size)
     args.save_every *= args.steps_per_epoch
     args.log_every = args.steps_per_epoch
     args.keep_every = args.sample_every = None
