@@ -233,8 +233,6 @@ DISTANCES = {"kl": kl, "probs": distance_of_probs, "logits": distance_of_logits}
 class ClassifierLoss(nn.Module):
     """The training loss of a ResNet, with L_CM where stages are reserved.
 
-    forward(Images) -> (total, a scalar; {name: scalar} of unweighted terms; zeros (B,)).
-
     net:      from make_resnet, with the stages in `reserved` reserved.
     loss:     a key of LOSSES.
     counts:   (C,), training images per class.
@@ -285,7 +283,7 @@ class ClassifierLoss(nn.Module):
                       step >= self.drw_from)
 
     def forward(self, batch):
-        """(total loss, {name: 0-d term}, zeros (N,) where train.py logs D), of Images."""
+        """(total loss, {name: unweighted 0-d term}, zeros (B,): train.py logs D there), of Images."""
         x, y, reweigh, _ = batch
         shared, apart = shared_and_apart(self.net, self.reserved)
         x = self.through(shared, x)
