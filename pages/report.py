@@ -348,6 +348,8 @@ def conditions_of(rows):
     s = {key: value for key, value in first["settings"].items() if key not in told}
     against = f"{first['num_real']:,} real images ({s.get('reference')})"
     text = f"{first['num']:,} images against {against}."
+    order = "by size" if s.get("trained_on") else "in the order of their numbers"
+    rule = f"thirds of the classes, {order}"
     if "sampler" in s:
         seeds = ", ".join(dict.fromkeys(str(noise) for _, noise in seeds_of(rows[0])))
         text = (f"{s['dataset']}; {sampling_in_words(s)}, noise of seed {seeds}; {first['num']:,} "
@@ -355,7 +357,10 @@ def conditions_of(rows):
     elif "epochs" in s:         # a classifier of classify.py
         length = f"{s['epochs']} epochs" if s["epochs"] else f"{s['steps']} steps"
         text = (f"{s['dataset']}, IR {s['ir']:g}, {length}, per cent on {first['num_real']:,} test "
-                "images; Many / Medium / Few: over 100, 20 to 100, under 20 training images.")
+                "images.")
+        rule = "over 100, 20 to 100, under 20 training images"
+    if first["groups"]:
+        text += f" Many / Medium / Few: {rule}."
     differing = []
     for row in rows[1:]:
         found = differences(settings_of(first), settings_of(row.first))

@@ -283,7 +283,7 @@ class ClassifierLoss(nn.Module):
                       step >= self.drw_from)
 
     def forward(self, batch):
-        """(total loss, {name: unweighted 0-d term}, zeros (B,): train.py logs D there), of Images."""
+        """(total loss, {name: unweighted 0-d term}, zeros (B,), train.py's D), of Images."""
         x, y, reweigh, _ = batch
         shared, apart = shared_and_apart(self.net, self.reserved)
         x = self.through(shared, x)
