@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import assert_equal, call, ckpt_of
+from conftest import a_step, assert_equal, call, ckpt_of, tiny_net
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
@@ -14,25 +14,9 @@ import runtime
 import sample
 import samplers
 import train
-from cm_layers import reserve
-from losses import BASES, CMConfig, Objective, bind
+from losses import BASES, CMConfig
 from metrics import features
-from model import UNet, UNetConfig, make_alphas_bar
 from runtime import UserError
-
-COUNTS = [40, 9, 3]
-
-
-def make_objective(base="oc", **cm):
-    torch.manual_seed(0)
-    net = UNet(UNetConfig(channels=1, num_classes=3, ch=8, ch_mult=(1, 2), num_res_blocks=1))
-    reserve(net.decoder)
-    return Objective(net=net, base=bind(base), counts=COUNTS, alphas_bar=make_alphas_bar(),
-                     cm=CMConfig(**cm))
-
-
-IMAGES = (torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(1)), torch.arange(8) % 3)
-
 
 # A device without float64: torch's "meta" plays MPS
 class NoFloat64(TorchDispatchMode):
@@ -58,9 +42,9 @@ def meta():
 
 @pytest.mark.parametrize("fraction", (1.0, 0.5))
 @pytest.mark.parametrize("base", BASES)
-def test_a_step_needs_no_float64_of_the_device(meta, base, fraction):
-    objective = make_objective(base, cm_fraction=fraction, independent_dropout="all")
-    batch = objective.draw_batch(*IMAGES, seed=0, step=0)               # on the CPU, as for MPS
+def test_a_step_needs_no_float64_of_the_device(meta, digits, base, fraction):
+    cm = CMConfig(cm_fraction=fraction, independent_dropout="all")
+    objective, batch = a_step(digits, base, dropout=0.1, cm=cm)     # on the CPU, as for MPS
     objective.to(meta)
     batch = tree_map_only(torch.Tensor, lambda values: values.to(meta), batch)
     total, _, D = objective(batch)
@@ -69,7 +53,7 @@ def test_a_step_needs_no_float64_of_the_device(meta, base, fraction):
 
 
 def test_sampling_needs_no_float64_of_the_device(meta):
-    net = make_objective().net.to(meta)
+    net = tiny_net().to(meta)
     rt = runtime.Runtime(meta, torch.float32)
     y = torch.zeros(2, dtype=torch.int64, device=meta)
     for name in samplers.SAMPLERS:
@@ -79,15 +63,15 @@ def test_sampling_needs_no_float64_of_the_device(meta):
 
 
 @pytest.fixture
-def training():
+def training(digits):
     """One in float16: the loss is multiplied by a scale, and its gradients divided."""
     args = Namespace(seed=0, steps=9, accumulate=1, lr=1e-3, warmup=1, grad_clip=1.0, ema=0.9,
                      out="nowhere", cm=True, div_bound=0.01, lr_decay=False)
     rt = runtime.Runtime(torch.device("cpu"), torch.float16)
-    objective = make_objective()
+    objective, batch = a_step(digits, "oc")
     optimizer = torch.optim.Adam(objective.net.parameters(), lr=args.lr, fused=True)
-    record = {"data": {"class_counts": COUNTS, "class_names": ["a", "b", "c"]}, "config": {}}
-    batches = SimpleNamespace(at=lambda step: IMAGES)
+    record = {"data": digits.record(), "config": {}}
+    batches = SimpleNamespace(at=lambda step: (batch.pool.x_0, batch.pool.y))
     return loop.Training(args, rt, objective.net, objective, batches, optimizer, record)
 
 
