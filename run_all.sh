@@ -43,10 +43,11 @@
 #                             script of latent/): "--ch 64"; none that a target or variable sets
 #   CM_FLAGS                  more of them for the runs with --cm: "--w-div 0.2"
 #   NUM                       how many images are evaluated, for example 10000
-#   FEATURES                  a checkpoint of classify.py to measure with (default: Inception)
+#   FEATURES                  what measures: evaluate.py's --features (default: Inception)
 #   EXTRA         50000       how many generated images tableG8 adds to the training set
 #   FILL                      tableG8 of a folder: fill each class up to it (default: the largest)
 #   CLASSES                   of figures (default: ten) and of tableG7 (those of Few): cat,7,20-25
+#   BASE          ddpm        of curves: what CM is added to, a --base of train.py
 #   TAIL          rarest      the class of which figures shows many images
 #   MODEL                     the Stable Diffusion of tableG11 and ArtBench-10: a folder or hub name
 set -euo pipefail
@@ -141,9 +142,10 @@ demo() {
   trap 'kill $(jobs -p) 2>/dev/null || true' EXIT       # where the other one fails, it saves
   OMP_NUM_THREADS=1 python $train --steps $STEPS --base ddpm --no-cm --out $OUT/ddpm
   stage 56 "samples of DDPM; to look at: $OUT/ddpm/full-0/grid.png"
-  demo_samples "DDPM" ddpm full 0
-
-  stage 67 "training CM to its end (see $OUT/cm/log.jsonl)"
+  OMP_NUM_THREADS=1 demo_samples "DDPM" ddpm full 0     # CM has the other core
+  stage 65 "the theorems, compared with simulation"
+  OMP_NUM_THREADS=1 python theory_sim.py --trials $TRIALS --out $OUT/theory
+  stage 70 "training CM to its end (see $OUT/cm/log.jsonl)"
   wait $!
   stage 83 "samples of CM: theta"
   demo_samples "CM" cm full 0
@@ -153,8 +155,6 @@ demo() {
   stage 90 "where the reserved part is used"
   python -m probes.capacity allocation --ckpt $OUT/cm/ckpt.pt --if-needed \
     --quality $OUT/cm/full-0/eval.json $OUT/cm/general-0/eval.json
-  stage 94 "the theorems, compared with simulation"
-  python theory_sim.py --trials $TRIALS --out $OUT/theory
   stage 96 "the page"
   python -m pages.figures --column DDPM=$OUT/ddpm/full-0 --column CM=$OUT/cm/full-0 \
     --out $OUT/images.png
@@ -263,6 +263,9 @@ case $DATASET in                # as train.py's defaults
   *) IR=${IR:-100} ;;
 esac
 PRESET=${PRESET:-paper} SEEDS=${SEEDS:-0,1,2} ROOT=${ROOT:-out/paper} DATA_DIR=${DATA_DIR:-data}
+if [[ $SCALE == paper && -n ${FEATURES:-} ]]; then     # before hours of training
+  python -m metrics.features --features "$FEATURES"
+fi
 if [[ $TARGET:$DATASET == tableG8:folder && ! -d $DATA_DIR/train ]]; then
   python data.py split --data-dir "$DATA_DIR"   # a classifier needs images to be tested on
   DATA_DIR=${DATA_DIR%/}-split
@@ -594,10 +597,12 @@ case $TARGET in
       fi
       page table3 guidance-$OMEGA --summary
     done ;;
-  curves)   # Not in the paper: CM on DDPM beside DDPM, along as many seconds of training
-    along DDPM ddpm-long 17 --base ddpm --no-cm
-    along "CM on DDPM" cm-ddpm 10 --base ddpm --cm
-    python -m pages.curves "${ROWS[@]}" --cost 1.7 --out "$OUT/report.md" || failed "the page" ;;
+  curves)   # Not in the paper: CM beside its base, along as many seconds of training
+    BASE=${BASE:-ddpm}
+    NAME=$(tr a-z A-Z <<< "$BASE")
+    along $NAME $BASE-long 17 --base $BASE --no-cm
+    along "CM on $NAME" cm-$BASE 10 --base $BASE --cm
+    python -m pages.curves "${ROWS[@]}" --cost 1.7 --out "$OUT/$BASE.md" || failed "the page" ;;
   pictures)                     # Training images, and beside them samples of DDPM and of CM on it
     with_and_without DDPM ddpm --base ddpm
     show DDPM ddpm samples --num "${NUM:-400}"

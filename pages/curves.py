@@ -59,6 +59,8 @@ def draw(curves, costs, column, title, path):
     """
     plt = disk.pyplot()
     panels = sorted({panel for _, found in curves for panel in found if len(found[panel]) > 1})
+    if not panels:
+        raise UserError("--curve: measured at one time only; measure more of --keep-every's files")
     widths, omegas = (sorted({panel[i] for panel in panels}) for i in (0, 1))
     fig, axes = plt.subplots(len(widths), len(omegas), squeeze=False, constrained_layout=True,
                              figsize=(4 * len(omegas), 3 * len(widths)), sharey="row")
