@@ -92,27 +92,22 @@ def make_parser():
     g.add_argument("--distance", choices=DISTANCES,
                    help="D between theta and theta^g (default: kl)")
     g = parser.add_argument_group("training")
-    length = g.add_mutually_exclusive_group()
-    length.add_argument("--epochs", type=integer(1),
-                        help="passes over the training set (paper: 200; digits: 30)")
-    length.add_argument("--steps", type=integer(1),
-                        help="in place of --epochs: as many steps for any number of images "
-                        "(small: 3000; tiny: 1000)")
-    g.add_argument("--weight-decay", type=number(0), help="SGD's (default: 0.0005; paper: 0.0002)")
-    g.add_argument("--width", type=integer(1, 4096),
-                   help="channels of the first stage; 64 is ResNet-18 (default: 64; small: 32; "
-                        "digits, tiny: 16)")
+    runtime.add_with_defaults(g.add_mutually_exclusive_group(), {}, {
+        "epochs": (integer(1), "passes over the training set (paper: 200; digits: 30)"),
+        "steps": (integer(1), "in place of --epochs: as many steps for any number of images "
+                  "(small: 3000; tiny: 1000)")})
+    runtime.add_with_defaults(g, {"batch_size": 128, "lr": 0.1, "save_every": 10}, {
+        "batch_size": (integer(1), "images per step, over all processes"),
+        "lr": (number(above=0), "largest learning rate"),
+        "weight_decay": (number(0), "SGD's (default: 0.0005; paper: 0.0002)"),
+        "width": (integer(1, 4096), "channels of the first stage; 64 is ResNet-18 (default: 64; "
+                  "small: 32; digits, tiny: 16)"),
+        "save_every": (integer(1), "epochs between checkpoints")})
     g.add_argument("--schedule", choices=("steps", "tenths", "onecycle"),
                    help="of the learning rate (default: onecycle; paper: steps; release: tenths)")
     g.add_argument("--nesterov", action=BooleanOptionalAction, default=None,
                    help="Nesterov momentum (default: on; paper: off)")
-    g.add_argument("--batch-size", type=integer(1), default=128,
-                   help="images per step, over all processes (default: 128)")
-    g.add_argument("--lr", type=number(above=0), default=0.1,
-                   help="largest learning rate (default: 0.1)")
     runtime.add_compile_flag(g)
-    g.add_argument("--save-every", type=integer(1), default=10,
-                   help="epochs between checkpoints (default: 10)")
     parser.add_common("folder of the run (default: out/classifier-DATASET, and the settings that "
                       "are not the defaults)")
     parser.set_defaults(accumulate=1, lr_decay=True)    # every schedule depends on the last step
