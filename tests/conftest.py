@@ -47,9 +47,17 @@ TINY_FLAGS = ["--dataset", "digits", "--ch", "16", "--batch-size", "16", "--log-
 
 
 def call(main, *argv):
-    """Run a script's main() in this process with these flags, as `run` would; errors are raised."""
-    with patch.object(sys, "argv", ["script", *map(str, argv)]):
-        main()
+    """Run a script's main() in this process with these flags, as `run` would; errors are raised.
+
+    What a training does with signals ends with it: a signal ends the tests.
+    """
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        with patch.object(sys, "argv", ["script", *map(str, argv)]):
+            main()
+    finally:
+        for s, handler in handlers.items():
+            signal.signal(s, handler)
 
 
 def resolved(*flags):
@@ -123,7 +131,6 @@ def refuses(capsys, main, *flags, says):
 @contextmanager
 def interrupted(monkeypatch, owner, name, number, which=signal.SIGTERM):
     """Send this process a signal before call `number` of a method; what runs here must exit so."""
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
     method, calls = getattr(owner, name), []
 
     def counted(*args, **kwargs):
@@ -131,13 +138,9 @@ def interrupted(monkeypatch, owner, name, number, which=signal.SIGTERM):
         if len(calls) == number:
             os.kill(os.getpid(), which)
         return method(*args, **kwargs)
-    try:
-        with monkeypatch.context() as m, pytest.raises(SystemExit) as e:
-            m.setattr(owner, name, counted)
-            yield calls
-    finally:
-        for s, handler in handlers.items():
-            signal.signal(s, handler)
+    with monkeypatch.context() as m, pytest.raises(SystemExit) as e:
+        m.setattr(owner, name, counted)
+        yield calls
     assert e.value.code == 128 + which
 
 
@@ -185,9 +188,10 @@ def ckpt_of(out):
     return disk.load(out / "ckpt.pt", ["diffusion", "consistency"])
 
 
-def notes(capsys):
-    """The printed lines that begin with "note:", since the last look at the output."""
-    return [line for line in capsys.readouterr().out.splitlines() if line.startswith("note:")]
+def assert_noted(capsys, word):
+    """One note, with this word, was printed since the last look; or none, where it is empty."""
+    found = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note:")]
+    assert len(found) == bool(word) and all(word in line for line in found)
 
 
 def pixels(folder):

@@ -4,7 +4,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import (call, ckpt_of, make_folder, notes, picture, refuses,
+from conftest import (assert_noted, call, ckpt_of, make_folder, picture, refuses,
                       write_colour_classifier)
 
 import disk
@@ -100,8 +100,7 @@ def test_samples_that_cannot_be_what_was_asked_for(label_drop, flags, said, cm_r
     disk.save(tmp_path / "ckpt.pt", ckpt)
     call(sample.main, "--ckpt", tmp_path / "ckpt.pt", "--num", 10, "--steps", 2, *flags,
          "--device", "cpu")
-    found = notes(capsys)
-    assert len(found) == bool(said) and all(said in line for line in found)
+    assert_noted(capsys, said)
 
 
 def test_real_images_score_well(classifier, data_dir, measured):
@@ -229,8 +228,7 @@ def test_images_that_the_classes_share_unequally(samples, against_digits, from_r
         rows = np.concatenate(chosen)
         np.savez(samples, images[rows], labels[rows])
         measured("--samples", samples, *against_digits)
-        found = notes(capsys)
-        assert len(found) == bool(said) and all(said in line for line in found)
+        assert_noted(capsys, said)
 
 
 def test_a_balanced_training_set_has_no_many_and_few(samples, against_digits, digits, measured):

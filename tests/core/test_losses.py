@@ -202,9 +202,14 @@ def test_a_chosen_part_stands_for_the_whole_batch(B, fraction, m):
     assert torch.allclose(chosen, (c * importance).where(chosen <= 0.999, 1), atol=0.1)
 
 
-def test_cm_fraction_evaluates_the_chosen_images_alone(digits):
-    """The terms and gradients are those of the whole batch with factors 0 and m / (B p)."""
-    objective, batch = a_step(digits, cm=CMConfig(cm_fraction=0.5, div_bound=0.252), dropout=0.1)
+@pytest.mark.parametrize("dropout", ["none", "all"])
+def test_cm_fraction_evaluates_the_chosen_images_alone(digits, dropout):
+    """The terms and gradients are those of the whole batch with factors 0 and m / (B p).
+
+    dropout: "all" for two whole passes.
+    """
+    cm = CMConfig(cm_fraction=0.5, div_bound=0.252, independent_dropout=dropout)
+    objective, batch = a_step(digits, cm=cm, dropout=0.1)
     fill_reserved(objective.net.decoder, A=1.0)
     assert len(batch.cm_weight) == 6
     total, terms, D = objective(batch)

@@ -143,16 +143,6 @@ def test_which_masks_are_drawn(digits):
         assert not torch.equal(a, b)
 
 
-def test_a_chosen_part_has_its_own_encoding(digits):
-    """--cm-fraction with two whole passes: theta^g sees the chosen images as it would alone."""
-    objective, batch = a_step(digits, dropout=0.5)
-    objective.cm = CMConfig(independent_dropout="all", cm_fraction=0.5)
-    part = objective.draw_batch(batch.pool.x_0, batch.pool.y, seed=0, step=3)
-    _, _, D = objective(part)
-    _, _, everyone = objective(part._replace(cm_weight=None))
-    assert len(D) == 6 and torch.allclose(D, everyone[:6], rtol=1e-4)
-
-
 @pytest.mark.parametrize("recipe, matrices, millions", [("ours", 64, 2.52), ("release", 27, 3.13)])
 def test_what_is_reserved_at_the_papers_width(recipe, matrices, millions):
     args = resolved("--recipe", recipe, "--preset", "paper")
