@@ -216,10 +216,7 @@ def up_to_date(path, settings):
 
 
 def settings_replaced(path, settings):
-    """The settings under "settings" in a JSON file that have other values here: a list of words.
-
-    Short ones with the value in the file. [] where there is no such file.
-    """
+    """The "settings" of a JSON file that are others here, as words with its values."""
     old = (read_json(path) or {}).get("settings", settings)
     words = {name: f"{name} {old.get(name)}" for name, value in settings.items()
              if old.get(name) != json.loads(json.dumps(value))}
@@ -232,10 +229,7 @@ def settings_id(settings):
 
 
 def git_commit():
-    """The commit of this checkout, with -dirty where files differ; None outside one.
-
-    It is written into results for a reader, and never compared.
-    """
+    """The commit of this checkout, with -dirty where files differ, or None: for readers only."""
     root = Path(__file__).parent
     if not (root / ".git").exists() or not shutil.which("git"):
         return None

@@ -119,8 +119,7 @@ def resume(args, kinds, resumable=()):
             key = key.removesuffix("_sha256")
             was, value = "another file of this name", getattr(args, key)
         raise UserError(f"{flag_of(key)} {value}: the run in {args.out} was started with {was}; "
-                        "repeat that to resume it, or choose another folder with --out, or in "
-                        "run_all.sh with ROOT")
+                        "repeat that, or choose another folder (--out; run_all.sh: ROOT)")
     return old, rt
 
 
@@ -133,8 +132,7 @@ def load_images(args, rt, old, source=None):
         images = load_long_tailed(args, old or source)
     if old and images.record() != old["data"]:
         raise UserError(f"--data-dir {args.data_dir}: not the images that the run in {args.out} "
-                        "was started with; choose another folder with --out, or in "
-                        "run_all.sh with ROOT")
+                        "was started with; choose another folder (--out; run_all.sh: ROOT)")
     if getattr(args, "epochs", None):
         args.steps = math.ceil(args.epochs * len(images.labels) / args.batch_size)
     return images
@@ -547,9 +545,8 @@ def announce(training, compiled):
     low_rank = sum(n for name, n in sizes.items() if name.rsplit(".", 1)[-1] in ("A", "B"))
     total = sum(sizes.values())
     frozen = total - sum(p.numel() for p in training.params.values())
-    rt.print(f"network: {total - low_rank:,} parameters, low-rank (A, B): {low_rank:,}, frozen: "
-             f"{frozen:,}; {rt.device}, {args.dtype}, processes: {rt.world}, compiled: "
-             f"{'yes' if compiled else 'no'}")
+    rt.print(f"network: {total:,} parameters, {low_rank:,} low-rank (A, B), {frozen:,} frozen; "
+             f"{rt.device}, {args.dtype}, processes: {rt.world}, compiled: {compiled}")
     rt.print("config: " + " ".join(f"{k}={v}" for k, v in training.record["config"].items()))
     verb = "resuming" if training.step else "starting"
     rt.print(f"{verb} {args.out} at step {training.step} of {args.steps}")

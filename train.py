@@ -361,8 +361,7 @@ def make_network(args, images, shape, old, source):
     if source:
         if source["data"]["class_names"] != images.class_names:
             raise UserError(f"--init-from {args.init_from}: trained on other classes, or in "
-                            "another order, and each class has weights of its own; repeat its data "
-                            "set and its --class-order")
+                            "another order; repeat its data set and its --class-order")
         try:
             net.load_state_dict(load_merged(source, flag="--init-from").state_dict())
         except RuntimeError as e:
