@@ -399,7 +399,8 @@ def equal_rows(labels: np.ndarray) -> np.ndarray:
     if is_balanced(counts):
         return np.arange(len(labels))
     order = np.random.RandomState(0).permutation(len(labels))
-    rows = [order[labels[order] == c][:counts.min()] for c in range(len(counts))]
+    shuffled = labels[order]
+    rows = [order[shuffled == c][:counts.min()] for c in range(len(counts))]
     return np.sort(np.concatenate(rows))
 
 
