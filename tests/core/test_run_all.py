@@ -112,8 +112,9 @@ def test_one_of_the_widths_is_table2s(tmp_path, preset):
 
 def test_the_verdict_on_a_folder(tmp_path):
     """CM on DDPM against DDPM, as many steps and as long; its samples; whether they are copies."""
-    calls = recorded("gain", {"DATASET": "folder", "PRESET": "tiny", "SEEDS": "0,1", "NUM": "9"},
-                     tmp_path)
+    calls = recorded("gain", {"DATASET": "folder", "PRESET": "tiny", "SEEDS": "0,1", "NUM": "9",
+                              "FEATURES": "clip"}, tmp_path)
+    assert calls[0] == ("metrics.features", ["--features", "clip"])     # before hours of training
     assert not [line for line in trained(calls) if "--base ddpm" not in line]
     assert len({line.split()[-1] for line in trained(calls)}) == 3 * 2
     pages = [" ".join(flags) for script, flags in calls if script == "pages.report"]
