@@ -234,8 +234,8 @@ def load_published(url, sha256, flag, path=None, trust=False):
         except (OSError, RuntimeError) as e:
             raise UserError(
                 f"{flag}: {cached.name} is not there and cannot be downloaded ({e}); download it "
-                f"from {url} and put it into {cached.parent}; or measure in the features of a "
-                "classifier with --features FILE, a checkpoint of classify.py") from e
+                f"from {url} and put it into {cached.parent}; or measure with --features "
+                "FILE, a checkpoint of `python -m recognition.classify`") from e
     path = Path(path or cached)
     if not path.is_file():
         raise UserError(f"{flag} {path}: there is no such file; get it from {url}")
