@@ -553,6 +553,8 @@ def copies_in_words(path, rows):
     if expected is not None:
         words.append(f"expected are {expected:.0%}, as of {real['num'][group]:,} real images that "
                      "were not trained on")
+    else:
+        words.append("without test images nothing says how many to expect")
     return (f"Images of {'Few' if group == 'Few' else 'all classes'} that are nearer to a training "
             f"image than any other training image is, as copies are: {'; '.join(words)}.")
 
