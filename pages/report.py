@@ -356,7 +356,8 @@ def conditions_of(rows):
                 f"class-balanced samples against {against}.")
     elif "epochs" in s:         # a classifier of classify.py
         length = f"{s['epochs']} epochs" if s["epochs"] else f"{s['steps']} steps"
-        text = (f"{s['dataset']}, IR {s['ir']:g}, {length}, per cent on {first['num_real']:,} test "
+        drawn = f"IR {s['ir']:g}" if s["ir"] > 1 else "every image"
+        text = (f"{s['dataset']}, {drawn}, {length}, per cent on {first['num_real']:,} test "
                 "images.")
         rule = "over 100, 20 to 100, under 20 training images"
     if first["groups"]:

@@ -187,7 +187,7 @@ def test_the_verdict_on_generated_images(tmp_path):
         rows.append(write_row(tmp_path, name, *results))
     text = make_page(tmp_path / "page.md", *rows, more=["--summary"])
     assert "| Few accuracy | recall | precision | accuracy |\n" in text
-    assert "folder, IR 1, 7 steps" in text
+    assert "folder, every image, 7 steps" in text
     assert "\n| DDPM | 2 | 18.50 ± 0.71 | 40.50 ± 0.71 | 40.00 ± 0.00 | 48.50 ± 0.71 |\n" in text
     assert ("- CM on DDPM against No augmentation, 2 seeds: better: Few accuracy +3.00 "
             "(+3.00 to +3.00); no difference shown: recall" in text)
