@@ -143,19 +143,19 @@ demo() {
   OMP_NUM_THREADS=1 python $train --steps $STEPS --base ddpm --no-cm --out $OUT/ddpm
   stage 56 "samples of DDPM; to look at: $OUT/ddpm/full-0/grid.png"
   OMP_NUM_THREADS=1 demo_samples "DDPM" ddpm full 0     # CM has the other core
-  stage 65 "the theorems, compared with simulation"
+  stage 62 "the theorems, compared with simulation"
   OMP_NUM_THREADS=1 python theory_sim.py --trials $TRIALS --out $OUT/theory
-  stage 70 "training CM to its end (see $OUT/cm/log.jsonl)"
+  stage 66 "training CM to its end (see $OUT/cm/log.jsonl)"
   wait $!
-  stage 83 "samples of CM: theta"
+  stage 85 "samples of CM: theta"
   demo_samples "CM" cm full 0
-  stage 87 "samples of CM: theta_g alone, without the reserved part, from the same noise"
+  stage 89 "samples of CM: theta_g alone, without the reserved part, from the same noise"
   demo_samples "CM, theta_g alone" cm general 0
 
-  stage 90 "where the reserved part is used"
+  stage 94 "where the reserved part is used"
   python -m probes.capacity allocation --ckpt $OUT/cm/ckpt.pt --if-needed \
     --quality $OUT/cm/full-0/eval.json $OUT/cm/general-0/eval.json
-  stage 96 "the page"
+  stage 97 "the page"
   python -m pages.figures --column DDPM=$OUT/ddpm/full-0 --column CM=$OUT/cm/full-0 \
     --out $OUT/images.png
   python -m pages.report --out $OUT/report.md "${ROWS[@]}" --summary \
