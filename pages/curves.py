@@ -20,7 +20,7 @@ from scipy import stats
 import disk
 from pages import page
 from pages.page import escaped, markdown_table, named
-from pages.report import title_of, value_of
+from pages.report import holm, title_of, value_of
 from runtime import Parser, UserError, number, run
 
 COLUMNS = ["fid", "Many fid", "Medium fid", "Few fid", "Few recall"]
@@ -99,15 +99,6 @@ def compare(curves, costs):
                            np.array([value_of(results[s], column) - value_of(base[s], column)
                                      for s in seeds])) for column in COLUMNS]
     return found
-
-
-def holm(p):
-    """Holm's corrected p values of (n,) p values."""
-    order = np.argsort(p)
-    raised = np.maximum.accumulate(np.array(p)[order] * np.arange(len(p), 0, -1))
-    corrected = np.empty(len(p))
-    corrected[order] = raised.clip(max=1)
-    return corrected
 
 
 def table_of(gains, titles):

@@ -278,6 +278,23 @@ def difference(row, other, column):
     return gains.mean(), float(stats.t.ppf(0.975, n - 1) * gains.std(ddof=1) / n ** 0.5)
 
 
+def p_value(gain, n):
+    """The two-sided p value of a `difference` over n seeds; 1 for one seed."""
+    mean, half = gain
+    if half is None or mean == 0:
+        return 1.0
+    return 2 * stats.t.sf(abs(mean) / half * stats.t.ppf(0.975, n - 1), n - 1) if half else 0.0
+
+
+def holm(p):
+    """Holm's corrected p values of (n,) p values (Holm, 1979)."""
+    order = np.argsort(p)
+    raised = np.maximum.accumulate(np.array(p)[order] * np.arange(len(p), 0, -1))
+    corrected = np.empty(len(p))
+    corrected[order] = raised.clip(max=1)
+    return corrected
+
+
 def show_difference(found, column):
     """A difference as text, with its interval; "-" for None."""
     if found is None:
@@ -496,22 +513,23 @@ def seconds_per_step(row):
 def verdict(rows):
     """What each of pairs_of shows, per group: a sentence for each, with what a step of CM cost.
 
-    A difference is said to be better or worse where its 95 % interval excludes zero.
+    A difference is said to be better or worse where its p value is below 0.05, corrected for the
+    number of differences in the sentence (Holm): of twenty sentences on methods that are equal, one
+    says so by chance.
     """
     first = rows[0].first
     metric, overall = ("fid", "fid") if {"fid", "fd"} & first.keys() else ("accuracy", "recall")
     columns = [*(f"{part} {metric}" for part in first["groups"] or first["classes"]), overall]
     said = []
     for row, other in pairs_of(rows):
+        n = len(row.results)
+        gains = {column: gain for column in columns
+                 if (gain := difference(row, other, column)) is not None}
         found = {"better": [], "worse": [], "no difference shown": []}
-        for column in columns:
-            gain = difference(row, other, column)
-            if gain is None:
-                continue
-            mean, half = gain
+        for (column, gain), p in zip(gains.items(), holm([p_value(g, n) for g in gains.values()])):
             kind = "no difference shown"
-            if half is not None and abs(mean) > half:
-                kind = "better" if (mean > 0) == is_higher_better(column) else "worse"
+            if p < 0.05:
+                kind = "better" if (gain[0] > 0) == is_higher_better(column) else "worse"
             title = ("overall " if column == "fid" else "") + title_of(first, column)
             found[kind].append(f"{title} {show_difference(gain, column)}")
         how = "" if metric == "accuracy" else ", as many steps"
@@ -519,7 +537,6 @@ def verdict(rows):
             with_cm, without = seconds_per_step(row), seconds_per_step(other)
             how = (f" (a step takes {with_cm:.3g} s with CM and {without:.3g} s without, "
                    f"{with_cm / without:.2f} times as long)" if with_cm and without else "")
-        n = len(row.results)
         seeds = f"{n} seeds" if n > 1 else "one seed, which decides nothing"
         words = "; ".join(f"{kind}: {', '.join(texts)}" for kind, texts in found.items() if texts)
         said.append(f"{row.name} against {other.name}{how}, {seeds}: {words}.")

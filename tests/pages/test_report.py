@@ -8,6 +8,7 @@ import sys
 import pytest
 from conftest import ROOT, call, refuses
 from PIL import Image
+from scipy import stats
 
 import disk
 import evaluate
@@ -141,7 +142,7 @@ def verdict_of(tmp_path, seeds, more=()):
 
 
 def test_the_verdict_on_cm(tmp_path):
-    """Per group: better where the interval excludes zero; what a step costs, by the logs."""
+    """Per group: better where seeds agree; what a step costs, by the logs."""
     text = verdict_of(tmp_path, seeds=3)
     assert ("- CM on DDPM against DDPM, as many steps, 3 seeds: better: Few FID -4.000 "
             "(-4.000 to -4.000); no difference shown: Many FID +0.000" in text)
@@ -150,6 +151,23 @@ def test_the_verdict_on_cm(tmp_path):
     text = verdict_of(tmp_path / "one", seeds=1)
     assert "one seed, which decides nothing: no difference shown: Many FID +0.000, " in text
     assert "better" not in text.split("\n\n")[1]
+
+
+def test_the_verdict_is_corrected_for_the_number_of_differences(tmp_path):
+    """p is 0.027 for Few, one of four differences: no reason to say "better"."""
+    gains = [[0, 0, 0], [0.711, 1, 1.289]]
+    assert report.p_value(report.difference(*(
+        report.Row("", [{"fid": value} for value in values], []) for values in gains), "fid"), 3) \
+        == pytest.approx(stats.ttest_rel(*gains).pvalue)
+    rows = []
+    for name, gain in zip(("DDPM", "CM on DDPM"), gains):
+        results = [fake_result(10, seed) for seed in range(3)]
+        for result, better in zip(results, gain):
+            result["groups"]["Few"]["fid"] = 9 - better
+        rows.append(write_row(tmp_path, name, *results))
+    text = make_page(tmp_path / "page.md", *rows, more=["--summary"])
+    assert "Few FID -1.000 (-1.718 to -0.282)" in text
+    assert "better:" not in text
 
 
 def test_a_verdict_on_two_classes(tmp_path):
