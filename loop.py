@@ -545,9 +545,10 @@ def announce(training, compiled):
     low_rank = sum(n for name, n in sizes.items() if name.rsplit(".", 1)[-1] in ("A", "B"))
     total = sum(sizes.values())
     frozen = total - sum(p.numel() for p in training.params.values())
-    rt.print(f"network: {total - low_rank:,} parameters and {low_rank:,} low-rank ones (A, B), of "
-             f"them {frozen:,} frozen; {rt.device}, {args.dtype}, processes: {rt.world}, "
-             f"compiled: {compiled}")
+    rt.print(f"network: {total - low_rank:,} parameters"
+             + (f" and {low_rank:,} low-rank ones (A, B)" if low_rank else "")
+             + (f", of all {frozen:,} frozen" if frozen else "")
+             + f"; {rt.device}, {args.dtype}, processes: {rt.world}, compiled: {compiled}")
     rt.print("config: " + " ".join(f"{k}={v}" for k, v in training.record["config"].items()))
     verb = "resuming" if training.step else "starting"
     rt.print(f"{verb} {args.out} at step {training.step} of {args.steps}")

@@ -413,7 +413,8 @@ def main():
         name = result.resolve().parent.name
         runtime.print_next("-m", "pages.report", "--row", f"{name}={result}")
     else:
-        runtime.print_next("train.py", *data_flags(config))
+        preset = ["--preset", args.preset] if "preset" in parser.given else []
+        runtime.print_next("train.py", *data_flags(config), *preset)
 
 
 if __name__ == "__main__":

@@ -126,7 +126,7 @@ def main(words):
         if not test[labels == c].any():
             raise UserError(f"--groups: class {name} would have no test image; its "
                             f"{(labels == c).sum()} images are of {len(set(groups[labels == c]))} "
-                            "groups, and half of them must stay for training")
+                            "group(s), and half of them must stay for training")
     sides = {"train": [file for file, held_out in zip(files, test) if not held_out],
              "test": [file for file, held_out in zip(files, test) if held_out]}
     how = write_split(out, root, sides, {"data_dir": str(root), "groups": args.groups,
@@ -134,5 +134,5 @@ def main(words):
     print(f"{'train':>7} {'test':>7}  class")
     for c in np.argsort(-np.bincount(labels), kind="stable"):
         print(f"{(labels[~test] == c).sum():7,} {(labels[test] == c).sum():7,}  {names[c]}")
-    print(f"wrote {out}: {len(files):,} files, of {len(set(groups)):,} groups, as {how}")
+    print(f"wrote {out}: {len(files):,} files, of {len(set(groups)):,} group(s), as {how}")
     print_next("train.py", "--dataset", "folder", "--data-dir", out)
