@@ -462,7 +462,8 @@ def loop(training, samples=None, evaluation=None):
         log = Log(training) if rt.rank == 0 else None
         if log and warning:
             log.write(training.step, {"warning": warning})
-        signal = run_steps(training, module, log, samples, evaluation)
+        with runtime.StopSignal() as stop:
+            signal = run_steps(training, module, log, samples, evaluation, stop)
     if signal:
         rt.print(f"stopped by signal {signal} at step {training.step}; saved {out / 'ckpt.pt'}; "
                  "the same command goes on from there")
@@ -471,10 +472,9 @@ def loop(training, samples=None, evaluation=None):
     print_next_of(training.record["kind"], args)
 
 
-def run_steps(training, module, log, samples, evaluation):
+def run_steps(training, module, log, samples, evaluation, stop):
     """The steps themselves, see `loop`. Returns the signal that ended them, or 0."""
     args, rt = training.args, training.rt
-    stop = runtime.StopSignal()
     signal = 0
     bar = runtime.progress(
         total=args.steps * args.batch_size, initial=training.step * args.batch_size, unit="img",

@@ -467,15 +467,22 @@ def compile_or_not(module, loss_of, rt):
 
 
 class StopSignal:
-    """Turns SIGTERM, SIGINT and SIGHUP into `number`: 0, or the signal. A second one ends it."""
+    """A block in which SIGTERM, SIGINT and SIGHUP become `number`: 0, or the signal.
 
-    def __init__(self):
+    A second one ends the process.
+    """
+
+    def __enter__(self):
         self.number = 0
         signals = [signal.SIGTERM, signal.SIGINT]
         if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
             signals.append(signal.SIGHUP)           # under nohup it is ignored
-        for s in signals:
-            signal.signal(s, self.catch)
+        self.before = {s: signal.signal(s, self.catch) for s in signals}
+        return self
+
+    def __exit__(self, *_):
+        for s, handler in self.before.items():
+            signal.signal(s, handler)
 
     def catch(self, number, frame):
         """The handler: remember the signal, and restore the default action for the next one."""

@@ -540,7 +540,9 @@ def verdict(rows):
         seeds = f"{n} seeds" if n > 1 else "one seed, which decides nothing"
         words = "; ".join(f"{kind}: {', '.join(texts)}" for kind, texts in found.items() if texts)
         said.append(f"{row.name} against {other.name}{how}, {seeds}: {words}.")
-    return said
+    missing = [f"{name} ({why})" for name, why in first.get("left_out", {}).items()
+               if name in ("Many", "Medium", "Few") or not first["groups"]]
+    return said + [f"Not measured: {', '.join(missing)}."] * bool(said and missing)
 
 
 def copies_in_words(path, rows):

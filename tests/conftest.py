@@ -47,17 +47,9 @@ TINY_FLAGS = ["--dataset", "digits", "--ch", "16", "--batch-size", "16", "--log-
 
 
 def call(main, *argv):
-    """Run a script's main() in this process with these flags, as `run` would; errors are raised.
-
-    What a training does with signals ends with it: a signal ends the tests.
-    """
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        with patch.object(sys, "argv", ["script", *map(str, argv)]):
-            main()
-    finally:
-        for s, handler in handlers.items():
-            signal.signal(s, handler)
+    """Run a script's main() in this process with these flags, as `run` would; errors are raised."""
+    with patch.object(sys, "argv", ["script", *map(str, argv)]):
+        main()
 
 
 def resolved(*flags):
@@ -131,7 +123,7 @@ def refuses(capsys, main, *flags, says):
 @contextmanager
 def interrupted(monkeypatch, owner, name, number, which=signal.SIGTERM):
     """Send this process a signal before call `number` of a method; what runs here must exit so."""
-    method, calls = getattr(owner, name), []
+    method, calls, handler = getattr(owner, name), [], signal.getsignal(which)
 
     def counted(*args, **kwargs):
         calls.append(1)
@@ -142,6 +134,7 @@ def interrupted(monkeypatch, owner, name, number, which=signal.SIGTERM):
         m.setattr(owner, name, counted)
         yield calls
     assert e.value.code == 128 + which
+    assert signal.getsignal(which) == handler       # the next signal ends what called the training
 
 
 def torchrun(*argv, processes=2):

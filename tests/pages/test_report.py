@@ -164,10 +164,12 @@ def test_the_verdict_is_corrected_for_the_number_of_differences(tmp_path):
         results = [fake_result(10, seed) for seed in range(3)]
         for result, better in zip(results, gain):
             result["groups"]["Few"]["fid"] = 9 - better
+            result["left_out"] = {"Medium": "no image of a class in the reference", "cat": "few"}
         rows.append(write_row(tmp_path, name, *results))
     text = make_page(tmp_path / "page.md", *rows, more=["--summary"])
     assert "Few FID -1.000 (-1.718 to -0.282)" in text
     assert "better:" not in text
+    assert "\n- Not measured: Medium (no image of a class in the reference).\n" in text
 
 
 def test_a_verdict_on_two_classes(tmp_path):
