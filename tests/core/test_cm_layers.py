@@ -100,6 +100,7 @@ def test_ranks(layer, form, rank, A, B):
     assert (part.rank, tuple(part.A.shape), tuple(part.B.shape)) == (rank, A, B)
     assert (part.B == 0).all() and part.A.std() > 0
     part = reserve(nn.Linear(4, 6), rank=100).parametrizations.weight[0]
+    assert reserve(nn.Linear(100, 100), 0.29).parametrizations.weight[0].rank == 29
     assert part.rank == 4 and 0.35 < part.A.abs().max() <= 0.5          # uniform to 1 / sqrt(k)
 
 

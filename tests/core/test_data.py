@@ -47,6 +47,7 @@ def test_long_tail_of_unequal_classes():
     assert long_tail_counts(available, 20).tolist() == counts
     assert long_tail_counts([10, 90], 2).tolist() == [10, 5]
     assert long_tail_counts([90, 10], 10).tolist() == [50, 5]           # n_max: at most N / C
+    assert long_tail_counts([100, 10], 3).tolist() == [32, 10]          # the floor of 32 / 3
     with pytest.raises(UserError, match="--ir"):
         long_tail_counts([100, 100], 2000)
 

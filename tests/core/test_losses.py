@@ -6,6 +6,7 @@ eps. Eq. (2)'s divergence is printed without a bound.
 """
 import math
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,9 +14,11 @@ import torch
 from conftest import COUNTS, a_step, fill_reserved, gradient_of, tiny_net
 from scipy import stats
 from torch import nn
+from torch.testing import assert_close
 
 from cm_layers import general_only
-from losses import CMConfig, Objective, Predictions, bind, cbdm, choose, class_weights, oc_target
+from losses import (CMConfig, Objective, Predictions, bind, cbdm, choose, class_weights, focal,
+                    oc_target)
 from model import distance, make_alphas_bar, q_sample, signal_and_sigma
 
 AB = make_alphas_bar()
@@ -104,6 +107,12 @@ def test_focal(digits):
     errors = mse(predictions(objective, batch, batch.y_cond), batch.eps.numpy())
     weights = (1 - np.exp(-errors)) ** 1.5
     assert objective(batch)[0].item() == pytest.approx((weights * errors).mean(), rel=1e-4)
+    # The factor has no gradient
+    eps = torch.from_numpy(predictions(objective, batch, batch.y_cond)).requires_grad_()
+    focal(SimpleNamespace(eps=eps), batch, objective, focal_gamma=1.5)[0].backward()
+    each = 2 * (eps.detach() - batch.eps) / batch.eps[0].numel() / len(errors)
+    assert_close(eps.grad, torch.from_numpy(weights).float()[:, None, None, None] * each.float(),
+                 check_dtype=False)
     objective.base = bind("focal", {"focal_gamma": 0.0})
     assert objective(batch)[0].item() == pytest.approx(errors.mean(), rel=1e-4)
 
@@ -269,11 +278,14 @@ def test_a_batch_is_pure_and_shared_between_ranks(digits):
 
 @pytest.mark.parametrize("y_other, shares", [("uniform", [1] * 10), ("train", COUNTS)])
 def test_what_a_batch_draws_has_its_distribution(y_other, shares):
-    """Timesteps, noise, OC's Gumbel noise, other classes, dropped labels."""
+    """Timesteps, noise, OC's Gumbel noise, other classes, dropped labels, mirrored images."""
     objective = Objective(net=tiny_net(), base=bind("ddpm"), counts=COUNTS, alphas_bar=AB,
-                          label_drop=0.5, y_other=y_other)
+                          label_drop=0.5, y_other=y_other, flip=True)
     y = torch.arange(2000) % 10
-    batch = objective.draw_batch(torch.zeros(2000, 1, 8, 8), y, seed=0, step=0)
+    x_0 = torch.zeros(2000, 1, 8, 8)
+    x_0[..., 0] = 1
+    batch = objective.draw_batch(x_0, y, seed=0, step=0)
+    assert stats.binomtest(int(batch.x_0[:, 0, 0, 7].sum()), 2000).pvalue > 1e-3
     assert stats.kstest(batch.t / 1000, "uniform").pvalue > 1e-3
     assert stats.kstest(batch.eps.flatten(), "norm").pvalue > 1e-3
     assert stats.kstest(batch.pool.gumbel[:99].flatten(), "gumbel_r").pvalue > 1e-3

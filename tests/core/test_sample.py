@@ -450,6 +450,18 @@ def test_samplers_are_diffusers(name, steps, limit):
     assert_close(got, expected, atol=1e-3, rtol=1e-3)
 
 
+def test_dpm_pp_does_not_extrapolate_to_t_0():
+    """That step is DDIM's: it is much wider than the one before it."""
+    seen = []
+
+    def predict(x, t):
+        seen.append(x)
+        return bumpy(x, t)
+    samplers.dpmpp(predict, X_T, AB, [999, 400, 20, 0], None)
+    x_0, eps = samplers.predict_x_0(bumpy, seen[2], 20, float(AB[20]), None)
+    assert_close(seen[3], AB[0].sqrt() * x_0 + (1 - AB[0]).sqrt() * eps)
+
+
 @LIMITS
 @pytest.mark.parametrize("order", [1, 2, 3])
 @pytest.mark.parametrize("steps", [13, 15])

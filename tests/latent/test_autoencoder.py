@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import randomize
+from torch.nn import functional as F
 from torch.testing import assert_close
 
 from latent import stable_diffusion as sd
@@ -76,6 +77,9 @@ def test_shapes_and_moments():
     latent = net.encode(x).latent_dist
     assert latent.mean.shape == latent.std.shape == (3, 4, 4, 4) and latent.std.min() > 0
     assert net.decode(latent.mean).sample.shape == x.shape
+    mean, log_var = net.to_moments(F.silu(net.norm_down(net.down(x)))).chunk(2, dim=1)
+    assert_close(latent.mean, mean)
+    assert_close(latent.std, log_var.exp().sqrt())
     eps = torch.randn(3, 4, 4, 4)
     y, mean, std = net(x, eps)
     assert_close(y, net.decode(mean + std * eps).sample)

@@ -122,6 +122,13 @@ def test_density_and_coverage_equal_prdcs(k):
     assert few == scores.neighbour_metrics(fake, real[:9], density_k=8)
 
 
+def test_an_image_on_the_edge_of_a_ball():
+    """It is precise, as in torch-fidelity, and adds nothing to density or coverage, as in prdc."""
+    real, fake = (np.array(x, np.float32)[:, None] for x in ([0, 1, 3, 7], [-1, 11]))
+    found = scores.neighbour_metrics(fake, real, k=1, density_k=1)
+    assert (found["precision"], found["density"], found["coverage"]) == (1, 0, 0)
+
+
 def test_the_floor_halves_each_class():
     """Halves of perfect samples have as many images of each class, and so are nearer."""
     a = np.concatenate([x + 4 * k for k, x in enumerate(gaussian_features(40, 40, D=3))])

@@ -7,6 +7,7 @@ import torch
 from conftest import a_step, assert_equal, call, ckpt_of, gradient_of
 from scipy.stats import chisquare, norm
 from torch import nn
+from torch.testing import assert_close
 
 import train
 from losses import Predictions
@@ -133,6 +134,20 @@ def gaussian_F(x, t, mean=0.3, std=0.5):
     ratio = math.sqrt((std ** 2 + SIGMA[0] ** 2) / (std ** 2 + sigma ** 2))
     f = mean + ratio * (x_ve - mean)
     return (f - literal_f(0, x_ve, sigma)) / literal_f(1, 0, sigma)
+
+
+def test_noise_between_two_calls():
+    """x_0 has sigma_0's noise already, so that sqrt(sigma_t^2 - sigma_0^2) is added."""
+    seen = []
+
+    def predict(x, t):
+        seen.append(x)
+        return torch.zeros_like(x)
+    x, z = torch.randn(2, 1, 2, 2, dtype=torch.float64), torch.ones(2, 1, 2, 2).double()
+    consistency.sample(predict, x, AB, [999, 249], lambda: z)
+    added = math.sqrt(SIGMA[249] ** 2 - SIGMA[0] ** 2)
+    x_0 = literal_f(0, x / math.sqrt(AB[999]), SIGMA[999])
+    assert_close(seen[1], math.sqrt(AB[249]) * (x_0 + added * z), atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 5, 31])
